@@ -1,0 +1,63 @@
+"""One micro-batch of token ids, the same for every task, model and engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mtkd.features import NO_LABEL
+
+
+@dataclass
+class Batch:
+    """Token ids and what is asked of them.
+
+    Attributes:
+        ids: example numbers in the split, [B] int64; -1 for a filler row (all of its masks are empty).
+        input_ids: [B,L] int64.
+        attention_mask: [B,L] bool, True at real tokens. Filler rows keep one True so that attention stays finite.
+        targets: token tasks: [B,L] int64, the id that position l must predict, `NO_LABEL` where nothing is asked
+            (already shifted for causal models); classification: [B] int64; regression: [B] float32.
+        token_type_ids: [B,L] int64 or None.
+    """
+
+    ids: Tensor  # [B]
+    input_ids: Tensor  # [B,L]
+    attention_mask: Tensor  # [B,L]
+    targets: Tensor  # [B,L] or [B]
+    token_type_ids: Tensor | None = None  # [B,L]
+
+    @property
+    def real(self) -> Tensor:
+        """Rows that count, [B] bool."""
+        return self.ids >= 0
+
+    @property
+    def token_mask(self) -> Tensor:
+        """Unpadded tokens of rows that count, [B,L] bool."""
+        return self.attention_mask & self.real[:, None]
+
+    @property
+    def target_mask(self) -> Tensor:
+        """Positions (or rows) with a target, shaped like `targets`, bool."""
+        if self.targets.is_floating_point():
+            return self.real & ~self.targets.isnan()
+        has = self.targets != NO_LABEL
+        return has & (self.real[:, None] if self.targets.dim() == 2 else self.real)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`."""
+        moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Batch(**{k: v.to(device, non_blocking=True) if v is not None else None for k, v in moved.items()})
+
+
+def position_counts(batches: list[Batch]) -> dict[str, int]:
+    """Valid positions of every kind over some micro-batches: `tokens`, `targets`, `sequences`."""
+    return {
+        "tokens": sum(int(b.token_mask.sum()) for b in batches),
+        "targets": sum(int(b.target_mask.sum()) for b in batches),
+        "sequences": sum(int(b.real.sum()) for b in batches),
+    }

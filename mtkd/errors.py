@@ -1,0 +1,72 @@
+"""Errors a user can cause, each with the exit code of the command line and everything needed to mend it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_DONE = 0
+EXIT_USAGE = 2
+EXIT_DATA = 3
+EXIT_NON_FINITE = 64
+EXIT_INTERNAL = 70
+EXIT_PREEMPTED = 75
+
+
+class UserError(Exception):
+    """Something the user can mend: where it stands, what was found, what is allowed, what to do.
+
+    Args:
+        message: what is wrong, one sentence.
+        where: place in the configuration or on disk, e.g. ``stages.student.match[2].loss``.
+        found: the offending value, shown with ``repr`` (strings given as they are).
+        allowed: what would have been accepted.
+        todo: the next thing to do.
+    """
+
+    exit_code = EXIT_USAGE
+
+    def __init__(
+        self, message: str, *, where: str = "", found: object = None, allowed: object = None, todo: str = ""
+    ) -> None:
+        self.message, self.where, self.found, self.allowed, self.todo = message, where, found, allowed, todo
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.message}" if self.where else self.message
+        if self.found is not None:
+            text += f"\n  found:   {self.found if isinstance(self.found, str) else repr(self.found)}"
+        if self.allowed is not None:
+            allowed = self.allowed
+            text += f"\n  allowed: {allowed if isinstance(allowed, str) else ', '.join(map(str, _listed(allowed)))}"
+        if self.todo:
+            text += f"\n  do:      {self.todo}"
+        return text
+
+
+class DataError(UserError):
+    """The data or a model on disk is not what the configuration says it is (exit code 3)."""
+
+    exit_code = EXIT_DATA
+
+
+class NonFiniteError(UserError):
+    """Training produced NaN or infinity several steps in a row (exit code 64)."""
+
+    exit_code = EXIT_NON_FINITE
+
+
+class Preempted(UserError):
+    """The run was told to stop and saved a sealed checkpoint first (exit code 75)."""
+
+    exit_code = EXIT_PREEMPTED
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """The sentence "did you mean 'x'?" for the closest known name, or an empty string."""
+    close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else ""
+
+
+def _listed(value: object) -> list[object]:
+    return list(value) if isinstance(value, Iterable) else [value]

@@ -1,0 +1,145 @@
+"""The Match row: one line of the method table, and its YAML form.
+
+A row compares one feature of the student with the same feature of each teacher (or with labels) under one loss.
+A method is a few rows; a mix is list concatenation.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from mtkd.errors import UserError
+
+Layer = int | Literal["last", "uniform", "skip", "each"] | tuple[int, ...]
+FeatureName = Literal[
+    "logits", "nsp_logits", "embedding", "hidden", "cls", "query", "key", "value", "scores", "probs"
+]
+UNLAYERED_FEATURES = ("logits", "nsp_logits", "embedding")
+
+
+class Match(BaseModel):
+    """One row: ``weight * mean over valid positions of sum_k w_k loss(student feature, teacher k's feature)``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    feature: FeatureName = Field("logits", description="which feature is compared")
+    loss: str = Field("kl", description="registered loss; see `mtkd ls losses`")
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        1.0, description="factor of the row in the sum (no unit)"
+    )
+    target: Literal["teacher", "labels"] = Field("teacher", description="compared with the teachers or with labels")
+    student_layer: Layer = Field("last", description="layer number(s), 0 = embedding output; 'last'; 'each'")
+    teacher_layer: Layer = Field(
+        "last",
+        description="layer number(s); 'last'; with student 'each': 'uniform' (k*L_T/L_S for k=1..L_S), 'skip' (the "
+        "same for k=1..L_S-1, PKD-skip), 'last' (L_T-L_S+k for k=1..L_S-1, PKD-last), 'each' (equal depth)",
+    )
+    weighted: bool = Field(True, description="false: every teacher counts 1 (a sum over teachers) in this row")
+    ensemble: Literal["losses", "probabilities", "logits"] = Field(
+        "losses",
+        description="how teachers meet in a logits row: weighted sum of losses, arithmetic mixture of probabilities, "
+        "or weighted mean of logits (geometric)",
+    )
+    positions: Literal["targets", "all"] | None = Field(
+        None, description="token positions that count: with a target, or all unpadded; default: targets for logits, else all"
+    )
+    projection: Literal["shared", "per_layer"] = Field(
+        "shared", description="width adapters where widths differ: one per (row, teacher), or one more per layer pair"
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="keyword parameters of the loss")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Match:
+        layers = {"student_layer", "teacher_layer"} & self.model_fields_set
+        if self.feature in UNLAYERED_FEATURES and layers:
+            raise ValueError(f"feature '{self.feature}' has no layers; drop {' and '.join(sorted(layers))}")
+        if self.target == "labels" and self.feature not in ("logits", "nsp_logits"):
+            raise ValueError(f"labels can be compared with logits, not with '{self.feature}'")
+        if self.ensemble != "losses" and self.feature != "logits":
+            raise ValueError(f"ensemble '{self.ensemble}' is for logits rows, not '{self.feature}'")
+        if self.positions == "targets" and self.feature != "logits":
+            raise ValueError("positions: targets is for logits rows")
+        if self.student_layer in ("uniform", "skip"):
+            raise ValueError("student_layer is a number, a list of numbers, 'last' or 'each'")
+        return self
+
+    def layer_pairs(self, num_student_layers: int, num_teacher_layers: int, where: str = "") -> list[tuple[int, int]]:
+        """Pairs (student layer, teacher layer) this row compares.
+
+        Raises:
+            UserError: for a layer outside the model, or depths that do not divide while the row states no layers.
+        """
+        students, teachers = num_student_layers, num_teacher_layers
+        if isinstance(self.student_layer, tuple) or isinstance(self.teacher_layer, tuple):
+            pairs = self._listed_pairs(students, teachers, where)
+        elif self.student_layer == "each":
+            pairs = self._depth_pairs(students, teachers, where)
+        elif self.teacher_layer in ("uniform", "skip", "each"):
+            raise UserError(
+                f"teacher_layer '{self.teacher_layer}' needs student_layer: each", where=where, found=self.student_layer
+            )
+        else:
+            pairs = [(_single(self.student_layer, students), _single(self.teacher_layer, teachers))]
+        lowest = 1 if self.feature in ("query", "key", "value", "scores", "probs") else 0
+        for student, teacher in pairs:
+            _check_layer(student, lowest, students, f"{where}.student_layer")
+            _check_layer(teacher, lowest, teachers, f"{where}.teacher_layer")
+        return pairs
+
+    def _listed_pairs(self, students: int, teachers: int, where: str) -> list[tuple[int, int]]:
+        left = _as_list(self.student_layer, students)
+        right = _as_list(self.teacher_layer, teachers)
+        if len(left) != len(right):
+            raise UserError(
+                "student_layer and teacher_layer list different numbers of layers",
+                where=where,
+                found=f"{len(left)} and {len(right)}",
+                allowed="equally many on both sides",
+            )
+        return list(zip(left, right, strict=True))
+
+    def _depth_pairs(self, students: int, teachers: int, where: str) -> list[tuple[int, int]]:
+        if self.teacher_layer == "last":
+            return [(k, teachers - students + k) for k in range(1, students)]
+        if self.teacher_layer == "each":
+            if students != teachers:
+                raise UserError(
+                    "teacher_layer 'each' needs equal depth", where=where, found=f"{students} and {teachers} layers"
+                )
+            return [(k, k) for k in range(1, students + 1)]
+        if self.teacher_layer not in ("uniform", "skip"):
+            raise UserError(
+                "student_layer 'each' needs a rule for the teacher's layers",
+                where=f"{where}.teacher_layer",
+                found=self.teacher_layer,
+                allowed="uniform, skip, last, each, or a list",
+            )
+        if teachers % students:
+            # Floor division would silently drop the teacher's top layers (10 -> 4 maps to 2,4,6,8).
+            raise UserError(
+                f"{teachers} teacher layers do not divide evenly over {students} student layers",
+                where=where,
+                todo="state the layers: student_layer: [1, 2], teacher_layer: [3, 6]",
+            )
+        end = students + 1 if self.teacher_layer == "uniform" else students
+        return [(k, k * teachers // students) for k in range(1, end)]
+
+
+def _single(layer: Layer, num_layers: int) -> int:
+    assert isinstance(layer, (int, str))
+    return num_layers if layer == "last" else int(layer)
+
+
+def _as_list(layer: Layer, num_layers: int) -> list[int]:
+    if isinstance(layer, tuple):
+        return list(layer)
+    if layer == "each":
+        return list(range(1, num_layers + 1))
+    return [_single(layer, num_layers)]
+
+
+def _check_layer(layer: int, lowest: int, highest: int, where: str) -> None:
+    if not lowest <= layer <= highest:
+        raise UserError("no such layer", where=where, found=layer, allowed=f"{lowest} to {highest}")
