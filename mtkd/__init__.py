@@ -1,0 +1,90 @@
+"""mtkd: multi-teacher ensemble distillation for language models.
+
+    config = mtkd.load_config("configs/quickstart.yaml", ["stages.student.steps=50"])
+    result = mtkd.run(config)
+
+Names are imported when they are first used, so that `mtkd --help` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mtkd.config import RunConfig
+    from mtkd.configfile import load_config
+    from mtkd.errors import UserError
+    from mtkd.match import Match
+    from mtkd.planner import Plan, plan
+    from mtkd.registry import LOSSES, METHODS, WEIGHTINGS, loss, method, weighting
+    from mtkd.runner import RunResult, run
+    from mtkd.weighting import Traits, Weighting, trait
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LOSSES": "mtkd.registry",
+    "METHODS": "mtkd.registry",
+    "WEIGHTINGS": "mtkd.registry",
+    "Match": "mtkd.match",
+    "Plan": "mtkd.planner",
+    "RunConfig": "mtkd.config",
+    "RunResult": "mtkd.runner",
+    "Traits": "mtkd.weighting",
+    "UserError": "mtkd.errors",
+    "Weighting": "mtkd.weighting",
+    "load_config": "mtkd.configfile",
+    "loss": "mtkd.registry",
+    "method": "mtkd.registry",
+    "plan": "mtkd.planner",
+    "run": "mtkd.runner",
+    "trait": "mtkd.weighting",
+    "weighting": "mtkd.registry",
+}
+
+__all__ = [
+    "LOSSES",
+    "METHODS",
+    "WEIGHTINGS",
+    "Match",
+    "Plan",
+    "RunConfig",
+    "RunResult",
+    "Traits",
+    "UserError",
+    "Weighting",
+    "load_config",
+    "loss",
+    "method",
+    "plan",
+    "run",
+    "trait",
+    "weighting",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mtkd' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])
+
+
+# Importing the submodule `mtkd.weighting` binds the package's attribute of that name to the module; the decorator of the
+# same name must win, whichever is imported first.
+class _Module(type(importlib)):  # type: ignore[misc]
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _HOMES and isinstance(value, type(importlib)):
+            return
+        super().__setattr__(name, value)
+
+
+import sys  # noqa: E402
+
+sys.modules[__name__].__class__ = _Module

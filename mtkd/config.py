@@ -6,9 +6,10 @@ Read by `mtkd.configfile.load_config`, printed as JSON Schema by `mtkd schema`. 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from mtkd.match import Match
 
@@ -242,7 +243,6 @@ class EngineConfig(Config):
     activation_checkpointing: bool = Field(False, description="recompute layers in the backward pass (non-reentrant): less memory, more time")
     tile: Positive = Field(128, description="token positions whose vocabulary-size logits exist at one time")
     threads: Annotated[int, Field(ge=0)] = Field(0, description="CPU threads per process; 0 = cores / processes")
-    max_non_finite: Positive = Field(3, description="steps in a row with a non-finite loss or gradient before the run stops")
 
     @model_validator(mode="after")
     def _consistent(self) -> EngineConfig:
@@ -287,6 +287,14 @@ class RunConfig(Config):
     evaluate: EvaluateConfig = Field(EvaluateConfig(), description="final scoring and comparisons")
     log_every: Positive = Field(10, description="optimizer steps between lines of metrics.jsonl")
 
+    # Where relative data paths and plug-ins start from: the folder of the YAML file, set by `load_config`.
+    _base: Path | None = PrivateAttr(None)
+
+    @property
+    def base(self) -> Path:
+        """Folder of the YAML file; the working directory for a configuration made in Python."""
+        return self._base or Path.cwd()
+
     @model_validator(mode="after")
     def _references(self) -> RunConfig:
         names = list(self.stages)
@@ -306,6 +314,11 @@ class RunConfig(Config):
                     raise ValueError(f"{place}: {path!r} is not an earlier stage; earlier are: {', '.join(earlier) or 'none'}")
         self._known_scored()
         return self
+
+    @property
+    def folder(self) -> Path:
+        """Folder of this run."""
+        return Path(self.output) / self.name
 
     def _known_scored(self) -> None:
         scored = set(self.evaluate.stages or self.stages)

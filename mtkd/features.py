@@ -57,6 +57,10 @@ class Logits(Protocol):
         """Logits of the flat positions `index` [n] -> [n,V], float32."""
         ...
 
+    def in_dtype(self, dtype: torch.dtype) -> Logits:
+        """The same logits with matrix products in `dtype`; casts the head once instead of once per tile."""
+        ...
+
 
 @dataclass
 class DenseLogits:
@@ -70,6 +74,9 @@ class DenseLogits:
 
     def rows(self, index: Tensor) -> Tensor:
         return self.values.reshape(-1, self.num_columns)[index].float()
+
+    def in_dtype(self, dtype: torch.dtype) -> DenseLogits:
+        return self
 
 
 @dataclass
@@ -99,6 +106,10 @@ class HeadLogits:
         hidden = self.hidden.reshape(-1, self.hidden.shape[-1])[index]
         logits = torch.nn.functional.linear(hidden, self.weight[: self.columns], bias).float()
         return logits if self.transform is None else self.transform(logits)
+
+    def in_dtype(self, dtype: torch.dtype) -> HeadLogits:
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return HeadLogits(self.hidden.to(dtype), self.weight.to(dtype), bias, self.columns, self.transform)
 
 
 Features = dict[str, Tensor | Logits]

@@ -13,9 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from mtkd.errors import UserError
 
 Layer = int | Literal["last", "uniform", "skip", "each"] | tuple[int, ...]
-FeatureName = Literal[
-    "logits", "nsp_logits", "embedding", "hidden", "cls", "query", "key", "value", "scores", "probs"
-]
+FeatureName = Literal["logits", "nsp_logits", "embedding", "hidden", "cls", "query", "key", "value", "scores", "probs"]
 UNLAYERED_FEATURES = ("logits", "nsp_logits", "embedding")
 
 
@@ -36,6 +34,9 @@ class Match(BaseModel):
         description="layer number(s); 'last'; with student 'each': 'uniform' (k*L_T/L_S for k=1..L_S), 'skip' (the "
         "same for k=1..L_S-1, PKD-skip), 'last' (L_T-L_S+k for k=1..L_S-1, PKD-last), 'each' (equal depth)",
     )
+    layer_reduction: Literal["sum", "mean"] = Field(
+        "sum", description="several layer pairs: sum or mean of their losses"
+    )
     weighted: bool = Field(True, description="false: every teacher counts 1 (a sum over teachers) in this row")
     ensemble: Literal["losses", "probabilities", "logits"] = Field(
         "losses",
@@ -43,7 +44,8 @@ class Match(BaseModel):
         "or weighted mean of logits (geometric)",
     )
     positions: Literal["targets", "all"] | None = Field(
-        None, description="token positions that count: with a target, or all unpadded; default: targets for logits, else all"
+        None,
+        description="token positions that count: with a target, or all unpadded; default: targets for logits, else all",
     )
     projection: Literal["shared", "per_layer"] = Field(
         "shared", description="width adapters where widths differ: one per (row, teacher), or one more per layer pair"
@@ -63,7 +65,20 @@ class Match(BaseModel):
             raise ValueError("positions: targets is for logits rows")
         if self.student_layer in ("uniform", "skip"):
             raise ValueError("student_layer is a number, a list of numbers, 'last' or 'each'")
+        self._every_knob_is_read()
         return self
+
+    def _every_knob_is_read(self) -> None:
+        if self.target == "labels" and not self.weighted:
+            raise ValueError("a row with target: labels has no teachers to weight; drop weighted: false")
+        if self.target == "labels" and self.ensemble != "losses":
+            raise ValueError(f"a row with target: labels has no teachers; drop ensemble: {self.ensemble}")
+        if self.target == "labels" and self.positions == "all":
+            raise ValueError("a row with target: labels counts positions with a label; drop positions: all")
+        if self.projection == "per_layer" and self.feature not in ("hidden", "cls"):
+            raise ValueError(f"projection: per_layer is for hidden and cls rows, not for '{self.feature}'")
+        if self.layer_reduction == "mean" and self.feature in UNLAYERED_FEATURES:
+            raise ValueError(f"feature '{self.feature}' has no layers; drop layer_reduction: mean")
 
     def layer_pairs(self, num_student_layers: int, num_teacher_layers: int, where: str = "") -> list[tuple[int, int]]:
         """Pairs (student layer, teacher layer) this row compares.
@@ -82,6 +97,9 @@ class Match(BaseModel):
             )
         else:
             pairs = [(_single(self.student_layer, students), _single(self.teacher_layer, teachers))]
+        if not pairs:
+            # PKD's maps leave the last layer out: nothing is left of a one-layer student, and the row would do nothing.
+            raise UserError("no layers are compared", where=where, todo="give the student more layers, or list them")
         lowest = 1 if self.feature in ("query", "key", "value", "scores", "probs") else 0
         for student, teacher in pairs:
             _check_layer(student, lowest, students, f"{where}.student_layer")

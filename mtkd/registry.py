@@ -120,6 +120,25 @@ class LossSpec:
         """The keyword-only parameters a row may set under ``options``."""
         return keyword_parameters(self.function)
 
+    def __call__(self, student: Any, teacher: Any, mask: Any, options: Mapping[str, Any] | None = None) -> Any:
+        """The loss per position, 0 where `mask` is False whatever stands there (NaN and infinity included).
+
+        Masking comes before the arithmetic: ``inf * 0`` after it would be NaN, in the gradient too.
+
+        Args:
+            student: [n,V], [B,H], [B,L,H], or attention [B,A,L,*] (axis 2 is the query position).
+            teacher: the same leading axes; or labels shaped like `mask`.
+            mask: bool, one entry per position: [n], [B] or [B,L].
+        """
+        padded = ~mask
+        student = student.float().masked_fill(_over(padded, student), 0)
+        if self.labels:
+            teacher = teacher.masked_fill(padded, 0)
+        else:
+            teacher = teacher.float().masked_fill(_over(padded, teacher), 0)
+        values = self.function(student, teacher, mask, **dict(options or {}))
+        return values.masked_fill(padded, 0)
+
 
 @dataclass(frozen=True)
 class WeightingSpec:
@@ -131,9 +150,10 @@ class WeightingSpec:
     needs_labels: bool = False
 
     def options(self) -> dict[str, inspect.Parameter]:
-        """The parameters of its constructor that a stage may set under ``weighting.options``."""
+        """The parameters of its constructor that a stage may set; `teachers` (their names) is given by mtkd."""
+        given = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)  # not nn.Module's *args
         parameters = inspect.signature(self.cls).parameters
-        return {n: p for n, p in parameters.items() if n != "num_teachers"}
+        return {n: p for n, p in parameters.items() if n != "teachers" and p.kind in given}
 
 
 @dataclass(frozen=True)
@@ -149,6 +169,13 @@ class MethodSpec:
     def options(self) -> dict[str, inspect.Parameter]:
         """The keyword parameters a stage may set under ``method.options``."""
         return dict(inspect.signature(self.function).parameters)
+
+
+def _over(mask: Any, values: Any) -> Any:
+    """`mask` ([n], [B] or [B,L]) with axes added so that it broadcasts over `values`."""
+    if values.dim() == 4 and mask.dim() == 2:
+        return mask[:, None, :, None]
+    return mask.reshape(mask.shape + (1,) * (values.dim() - mask.dim()))
 
 
 LOSSES: Registry[LossSpec] = Registry("loss", "mtkd.losses")

@@ -1,0 +1,1 @@
+"""Text to batches: sources, tokenizers, tasks, padded batches, and the order they are trained in."""

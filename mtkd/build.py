@@ -1,0 +1,342 @@
+"""The wiring: a stage of the configuration -> objective, teacher pool, data stream and engine. The only place that knows all."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from mtkd.chain import identity, stage_of, stage_rows, stage_seed, weights_digest
+from mtkd.config import EngineConfig, ModelConfig, Named, RunConfig, StageConfig, TeacherConfig
+from mtkd.configfile import differences
+from mtkd.data.collate import LoadedData, load_data
+from mtkd.data.sampler import Order, TrainStream
+from mtkd.data.sources import Raw, load_raw
+from mtkd.data.tokenizers import (
+    check_same_tokenizer,
+    load_tokenizer,
+    num_real_ids,
+    tokenizer_fingerprint,
+    train_tokenizer,
+)
+from mtkd.engine.base import Engine
+from mtkd.engine.deepspeed_engine import DeepSpeedEngine, init_distributed
+from mtkd.engine.dist import Dist
+from mtkd.engine.torch_engine import TorchEngine
+from mtkd.errors import DataError, UserError
+from mtkd.models.cards import load_cards
+from mtkd.models.load import build_model
+from mtkd.models.taps import TappedModel
+from mtkd.objective import Objective
+from mtkd.pool import ResidentTeacher, TeacherPool
+from mtkd.projection import make_projections
+from mtkd.registry import TASKS, WEIGHTINGS, check_options
+from mtkd.rows import compile_rows
+from mtkd.rundir import RunDir, StageDir
+from mtkd.weighting.base import Weighting
+
+
+@dataclass
+class BuiltStage:
+    """Everything the loop needs for one stage."""
+
+    name: str
+    stage: StageConfig
+    objective: Objective
+    pool: TeacherPool
+    engine: Engine
+    stream: TrainStream
+    data: LoadedData
+    steps: int
+    identity: dict[str, Any]
+    layout: dict[str, Any]
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the exported student, tied ones once."""
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self.objective.student.model.parameters())
+
+    def close(self) -> None:
+        """Free teachers, engine and graphs before the next stage."""
+        self.pool.close()
+        self.engine.close()
+
+    def check_layout(self, manifest: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint of another identity, or one that was cut for other processes.
+
+        Raises:
+            DataError: with every difference.
+        """
+        changed = differences(manifest["identity"], self.identity)
+        changed += differences({k: manifest[k] for k in self.layout}, self.layout)
+        if changed:
+            raise DataError(
+                "the checkpoint belongs to another configuration, teacher, data set, tokenizer or number of processes",
+                where=f"stage '{self.name}'",
+                found="\n           ".join(changed),
+                todo="undo the change, or give the run another name",
+            )
+
+
+class Workshop:
+    """What the stages of a run share: configuration, tokenizer, data, devices.
+
+    Args:
+        config: the run. run: its folder. dist: this process's rank. device: where tensors live.
+    """
+
+    def __init__(self, config: RunConfig, run: RunDir, dist: Dist, device: torch.device) -> None:
+        self.config, self.base, self.run, self.dist, self.device = config, config.base, run, dist, device
+        self.dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+        self._raws: dict[str, Raw] = {}
+        self._data: dict[str, LoadedData] = {}
+
+    def folder(self, stage: str) -> StageDir:
+        """The folder of a stage of this run."""
+        return self.run.stage(list(self.config.stages).index(stage) + 1, stage)
+
+    def raw(self, name: str) -> Raw:
+        """The documents or rows of a `data` entry, read once."""
+        if name not in self._raws:
+            self._raws[name] = load_raw(self.config.data[name], self.base)
+        return self._raws[name]
+
+    def data(self, name: str) -> LoadedData:
+        """A `data` entry as token ids, made once."""
+        if name not in self._data:
+            self._data[name] = load_data(name, self.config.data[name], self.raw(name), self.tokenizer)
+        return self._data[name]
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The run's one tokenizer: trained (and kept in the run folder), given, or that of the first loaded model."""
+        settings = self.config.tokenizer
+        if settings is not None and settings.train_on is not None:
+            return self._trained_tokenizer(settings.train_on, settings.vocab_size)
+        if settings is not None and settings.path is not None:
+            return load_tokenizer(str(self.resolve(settings.path)))
+        for stage in self.config.stages.values():
+            for model in (*(t.model for t in stage.teachers), stage.student):
+                if model.path is not None and stage_of(model.path) is None:
+                    return load_tokenizer(str(self.resolve(model.path)), model.revision)
+        raise UserError("no model brings a tokenizer", where="tokenizer", todo="set tokenizer.path or tokenizer.train_on")
+
+    def _trained_tokenizer(self, name: str, vocab_size: int) -> PreTrainedTokenizerBase:
+        folder = self.run.path / "tokenizer"
+        column, closed = self.config.data[name].text, self.config.data[name].task != "causal-lm"
+        origin = {"data": self.raw(name).fingerprint, "text": column, "vocab_size": vocab_size, "closed": closed}
+        note = folder / "trained_on.json"
+        if self.dist.is_main and not (note.exists() and json.loads(note.read_text()) == origin):
+            fresh = self.run.path / ".tmp-tokenizer"
+            shutil.rmtree(fresh, ignore_errors=True)
+            texts = self.raw(name).texts("train", column)
+            train_tokenizer(texts, vocab_size, closed=closed).save_pretrained(fresh)
+            (fresh / note.name).write_text(json.dumps(origin))
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(fresh, folder)
+        self.dist.barrier()
+        return load_tokenizer(str(folder))
+
+    def resolve(self, path: str) -> Path | str:
+        """stage:NAME -> its export, a local folder -> its path, a card -> its source; else the hub id as it is."""
+        stage = stage_of(path)
+        if stage is not None:
+            return self.folder(stage).export
+        return resolve_path(path, self.base)
+
+    def steps(self, stage: StageConfig, data: LoadedData) -> int:
+        """Optimizer steps of a stage."""
+        if stage.steps is not None:
+            return stage.steps
+        if stage.epochs is not None:
+            order = Order(data.splits["train"].lengths, stage.batch, 0)
+            return max(1, round(stage.epochs * order.num_batches(0)))
+        return self._equal_time_steps(stage)
+
+    def _equal_time_steps(self, stage: StageConfig) -> int:
+        assert stage.equal_time is not None
+        target, rate = (self.folder(n).done() for n in (stage.equal_time.to, stage.equal_time.rate_of))
+        assert target is not None and rate is not None, "earlier stages are done before later ones start"
+        return max(1, math.ceil(target["seconds"] / (rate["seconds"] / rate["steps"])))
+
+    def identity(self, name: str) -> dict[str, Any]:
+        """What determines the model this stage makes; see `chain.identity`. Earlier stages must be done."""
+        stage = self.config.stages[name]
+        steps = self._equal_time_steps(stage) if stage.equal_time else stage.steps or 0
+        models = {"student": self.digest(stage.student)}
+        models |= {f"teacher {t.name}": self.digest(t.model) for t in stage.teachers}
+        return identity(
+            self.config,
+            name,
+            data=self.raw(self.config.data_name(stage.data)).fingerprint,
+            tokenizer=tokenizer_fingerprint(self.tokenizer),
+            models=models,
+            steps=steps,
+        )
+
+    def digest(self, model: ModelConfig) -> str:
+        """What identifies the weights a model starts from."""
+        if model.path is None:
+            return "fresh"
+        stage = stage_of(model.path)
+        if stage is not None:
+            record = self.folder(stage).done()
+            assert record is not None, "earlier stages are done before later ones start"
+            return str(record["fingerprint"])
+        folder = self.resolve(model.path)
+        return weights_digest(model, folder) if isinstance(folder, Path) else f"{folder}@{model.revision}"
+
+    def model(self, model: ModelConfig, data: LoadedData, seed: int) -> TappedModel:
+        """A model for the data's task, with taps; checked against its own logits."""
+        built = build_model(
+            model,
+            data.task.auto_class,
+            num_ids=num_real_ids(self.tokenizer),
+            max_positions=data.config.max_length,
+            num_labels=data.num_labels,
+            label_names=data.label_names,
+            tokenizer=self.tokenizer,
+            seed=seed,
+            resolve=self.resolve,
+        )
+        return TappedModel(built, data.task.auto_class, num_real_ids(self.tokenizer))
+
+    def teacher(self, teacher: TeacherConfig, data: LoadedData, where: str) -> TappedModel:
+        """A teacher whose tokenizer is the run's."""
+        assert teacher.model.path is not None
+        own = load_tokenizer(str(self.resolve(teacher.model.path)), teacher.model.revision)
+        check_same_tokenizer(self.tokenizer, own, where)
+        model = self.model(teacher.model, data, seed=0)
+        model.verify()
+        return model
+
+    def build(self, name: str) -> BuiltStage:
+        """Load and wire everything of a stage.
+
+        Raises:
+            UserError: whatever the plan could not see without weights.
+        """
+        stage, where = self.config.stages[name], f"stages.{name}"
+        data, seed = self.data(self.config.data_name(stage.data)), stage_seed(self.config, stage)
+        student = self.model(stage.student, data, seed)
+        if self.config.engine.activation_checkpointing:
+            student.enable_activation_checkpointing()
+        names = [t.name for t in stage.teachers]
+        models = [self.teacher(t, data, f"{where}.teachers[{i}]") for i, t in enumerate(stage.teachers)]
+        rows = compile_rows(
+            stage_rows(stage, where, data.num_labels == 1),
+            student.info,
+            {name: model.info for name, model in zip(names, models, strict=True)},
+            token_level=data.task.token_level,
+            regression=not data.task.token_level and data.num_labels == 1,
+            where=f"{where}.match",
+        )
+        objective = Objective(
+            student,
+            rows,
+            make_weighting(stage.weighting, tuple(names), f"{where}.weighting"),
+            make_projections(rows, student.info, [m.info for m in models], seed),
+            names,
+            per=stage.per,
+            token_level=data.task.token_level,
+            tile=self.config.engine.tile,
+            dtype=self.dtype,
+        )
+        teachers = [ResidentTeacher(n, m, self.device, self.dtype) for n, m in zip(names, models, strict=True)]
+        pool = TeacherPool(teachers, [objective.teacher_wants(k) for k in range(len(teachers))])
+        steps = self.steps(stage, data)
+        split = data.splits["train"]
+        order = Order(split.lengths, stage.batch, seed)
+        stream = TrainStream(split, order, self.dist.rank, self.dist.world_size, stage.batch.accumulate)
+        engine = make_engine(self.config.engine, objective, stage, steps, self.device, self.dist)
+        torch.manual_seed(seed * 1_000_003 + self.dist.rank)  # dropout; the data order has its own generator
+        layout = {
+            "engine": self.config.engine.kind,
+            "world_size": self.dist.world_size,
+            "zero_stage": self.config.engine.zero_stage,
+        }
+        return BuiltStage(name, stage, objective, pool, engine, stream, data, steps, self.identity(name), layout)
+
+
+def resolve_path(path: str, base: Path) -> Path | str:
+    """A model or tokenizer folder (relative to `base` or to the working directory), a card's source, or a hub id."""
+    for candidate in (base / path, Path(path)):
+        if candidate.is_dir():
+            return candidate
+    card = load_cards().get(path)
+    return card.source if card else path
+
+
+def make_weighting(named: Named, teachers: tuple[str, ...], where: str) -> Weighting:
+    """A weighting from its name and options.
+
+    Raises:
+        UserError: unknown name or option, or a value its constructor refuses.
+    """
+    spec = WEIGHTINGS.find(named.name, f"{where}.name")
+    check_options(named.options, spec.options(), where)
+    options = dict(named.options)
+    if "teachers" in inspect.signature(spec.cls).parameters:
+        options["teachers"] = teachers
+    try:
+        return spec.cls(**options)
+    except ValueError as error:
+        raise UserError(str(error), where=f"{where}.options") from error
+
+
+def make_engine(
+    config: EngineConfig, objective: Objective, stage: StageConfig, steps: int, device: torch.device, dist: Dist
+) -> Engine:
+    """The engine the configuration names."""
+    if config.kind == "torch":
+        return TorchEngine(objective, stage.optimizer, steps, device)
+    return DeepSpeedEngine(
+        objective,
+        stage.optimizer,
+        steps,
+        device,
+        zero_stage=config.zero_stage,
+        accumulate=stage.batch.accumulate,
+        dist=dist,
+    )
+
+
+def start_processes(config: EngineConfig) -> tuple[Dist, torch.device]:
+    """Join the process group if the engine has one, choose the device, set the CPU threads."""
+    kind = config.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError("no GPU was found", where="engine.device", found="cuda", todo="use device: auto or cpu")
+    dist = init_distributed(kind) if config.kind == "deepspeed" else Dist()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size))
+    torch.set_num_threads(config.threads or max(1, cores // local))
+    device = torch.device(kind, dist.local_rank) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    return dist, device
+
+
+def check_registered(config: RunConfig) -> None:
+    """Every registered name and option a run uses, before anything is loaded.
+
+    Raises:
+        UserError: at the first unknown name or option.
+    """
+    for name, data in config.data.items():
+        TASKS.find(data.task, f"data.{name}.task")
+    for name, stage in config.stages.items():
+        where = f"stages.{name}"
+        stage_rows(stage, where)
+        make_weighting(stage.weighting, tuple(t.name for t in stage.teachers), f"{where}.weighting")

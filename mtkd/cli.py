@@ -1,0 +1,219 @@
+"""The `mtkd` command. No logic here: each command reads its arguments, calls the library and prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mtkd import __version__
+from mtkd.errors import EXIT_INTERNAL, UserError, nearest
+
+app = typer.Typer(
+    name="mtkd",
+    help="Distil one small language model from several teachers. Start with: mtkd run configs/quickstart.yaml",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+File = Annotated[Path, typer.Argument(help="the run's YAML file", metavar="FILE")]
+Run = Annotated[Path, typer.Argument(help="a run folder, e.g. runs/quickstart", metavar="RUN")]
+Override = Annotated[
+    list[str] | None, typer.Option("-o", "--override", help="dotted override, e.g. -o stages.student.steps=200")
+]
+Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
+
+LISTS = ("methods", "losses", "weightings", "teachers", "tasks", "sources")
+
+
+@app.command()
+def run(file: File, override: Override = None, as_json: Json = False) -> None:
+    """Run every stage of FILE that is not done yet, then evaluate and write the report."""
+    from mtkd.configfile import load_config
+    from mtkd.launcher import launch, needs_launcher
+
+    config = load_config(file, override or ())
+    if needs_launcher(config.engine):
+        from mtkd.planner import check
+
+        check(config)  # before any process is started
+        sys.exit(launch(config.engine, sys.argv[1:]))
+    from mtkd.runner import run as run_stages
+
+    _finish(run_stages(config).folder, as_json)
+
+
+@app.command()
+def resume(folder: Run, as_json: Json = False) -> None:
+    """Go on with a run that was stopped, from its own copy of the configuration."""
+    from mtkd.launcher import launch, needs_launcher
+    from mtkd.runner import reopen
+    from mtkd.runner import run as run_stages
+
+    config = reopen(folder)
+    if needs_launcher(config.engine):
+        sys.exit(launch(config.engine, sys.argv[1:]))
+    _finish(run_stages(config).folder, as_json)
+
+
+@app.command()
+def plan(file: File, override: Override = None, as_json: Json = False) -> None:
+    """Resolve and check everything; show stages, models, memory, steps and tokens; train nothing."""
+    from mtkd.configfile import load_config
+    from mtkd.planner import plan as make_plan
+
+    made = make_plan(load_config(file, override or ()))
+    if as_json:
+        _print_json(made.as_dict())
+    else:
+        _print_tables(made.tables())
+
+
+@app.command()
+def validate(file: File, override: Override = None) -> None:
+    """Check FILE, its plug-ins, and every name and option in it; load no model and no data."""
+    from mtkd.configfile import load_config
+    from mtkd.planner import check
+
+    config = load_config(file, override or ())
+    check(config)
+    typer.echo(f"{file}: valid; {len(config.stages)} stages: {', '.join(config.stages)}")
+
+
+@app.command()
+def report(folder: Run, as_json: Json = False) -> None:
+    """Write report.html of a run (finished or not) and print its tables."""
+    _finish(_run_folder(folder), as_json)
+
+
+@app.command()
+def status(folder: Run, as_json: Json = False) -> None:
+    """Show which stages are done, where the others stand, and who holds the run."""
+    from mtkd.status import status as read_status
+
+    found = read_status(_run_folder(folder))
+    if as_json:
+        _print_json(found)
+        return
+    table = Table("stage", "state", "step", "seconds", "checkpoint", title=f"{found['run']}  held by: {found['held_by']}")
+    for row in found["stages"]:
+        table.add_row(*(str(row[key]) for key in ("stage", "state", "step", "seconds", "checkpoint")))
+    _print_tables([table])
+
+
+@app.command("ls")
+def list_names(
+    what: Annotated[str, typer.Argument(help=" | ".join(LISTS))],
+    plugin: Annotated[list[str] | None, typer.Option("--plugin", help="a plug-in file to load first")] = None,
+    as_json: Json = False,
+) -> None:
+    """List what a configuration can name, and where each name comes from."""
+    from mtkd.listing import listing
+
+    if what not in LISTS:
+        raise UserError("nothing to list under this name", found=what, allowed=LISTS, todo=nearest(what, LISTS))
+    rows = listing(what, tuple(plugin or ()))
+    if as_json:
+        _print_json(rows)
+        return
+    table = Table(*rows[0], title=what)
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    _print_tables([table])
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the configuration, for editors."""
+    from mtkd.config import RunConfig
+
+    _print_json(RunConfig.model_json_schema())
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Show versions, devices, compiler, DeepSpeed and disk: what a bug report should contain."""
+    from mtkd.doctor import examine
+
+    facts = examine()
+    if as_json:
+        _print_json(facts)
+        return
+    table = Table("what", "found", title="mtkd doctor")
+    for name, value in facts.items():
+        table.add_row(name, str(value))
+    _print_tables([table])
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"mtkd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
+) -> None:
+    pass
+
+
+def _run_folder(folder: Path) -> Path:
+    if not (folder / "run.yaml").is_file():
+        raise UserError("not a run folder (no run.yaml in it)", found=str(folder), todo="give e.g. runs/quickstart")
+    return folder
+
+
+def _finish(folder: Path, as_json: bool) -> None:
+    """Tables of a run, and its report; only the main rank of several speaks."""
+    import os
+
+    if os.environ.get("RANK", "0") != "0":
+        return
+    from mtkd.report import summary, terminal_tables, write_report
+
+    path = write_report(folder)
+    if as_json:
+        _print_json(summary(folder))
+        return
+    _print_tables(terminal_tables(folder))
+    typer.echo(f"report: {path}")
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, default=str))
+
+
+def _print_tables(tables: list[Table]) -> None:
+    # A file or a pipe has no width: wide enough that nothing is cut there.
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    for table in tables:
+        console.print(table)
+
+
+def main() -> None:
+    """Entry point: turns errors into the exit codes of `mtkd.errors`."""
+    try:
+        app()
+    except UserError as error:
+        typer.echo(f"mtkd: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("mtkd: interrupted", err=True)
+        sys.exit(130)
+    except Exception:
+        traceback.print_exc()
+        typer.echo("mtkd: this is a bug in mtkd; please report it with the text above and `mtkd doctor`", err=True)
+        sys.exit(EXIT_INTERNAL)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""What a person sees while a run works: progress bars on a terminal, plain lines elsewhere. Only the main rank speaks."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+console = Console(stderr=True)
+
+# Seconds between plain lines: a log file stays readable.
+_PLAIN_INTERVAL = 10.0
+
+
+def say(text: str, *, main: bool = True) -> None:
+    """One line for the person (on the main rank)."""
+    if main:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+class StageProgress:
+    """Rate, loss and time left of a training stage.
+
+    Args:
+        name: of the stage.
+        steps: all of them; `done` of these were made by an earlier session.
+        main: whether this rank shows anything.
+    """
+
+    def __init__(self, name: str, steps: int, done: int, main: bool) -> None:
+        self._name, self._steps, self._main = name, steps, main
+        self._begun, self._first = time.monotonic(), done
+        self._spoke = self._begun
+        self._bar: Progress | None = None
+        if main and console.is_terminal:
+            columns = (
+                TextColumn("  {task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, console=console)
+            self._task = self._bar.add_task(name, total=steps, completed=done, note="")
+
+    def __enter__(self) -> StageProgress:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def update(self, step: int, loss: float | None) -> None:
+        """Show that `step` steps are done; `loss` in nats when it was read at this step."""
+        if not self._main:
+            return
+        now = time.monotonic()
+        rate = (step - self._first) / max(now - self._begun, 1e-9)
+        if self._bar:
+            fields = {"note": f"loss {loss:.3f}  {rate:.1f} steps/s"} if loss is not None else {}
+            self._bar.update(self._task, completed=step, **fields)
+        elif loss is not None and (now - self._spoke > _PLAIN_INTERVAL or step == self._steps):
+            self._spoke = now
+            left = (self._steps - step) / max(rate, 1e-9)
+            say(f"  {self._name}: step {step}/{self._steps}  loss {loss:.4f}  {rate:.2f} steps/s  {left:.0f} s left")

@@ -1,0 +1,226 @@
+"""Tokenised splits, and how some of their examples become one padded batch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+
+from mtkd.data.batch import Batch
+from mtkd.data.tasks import PrepareRequest, TaskSpec, check_task
+from mtkd.data.tokenizers import tokenizer_fingerprint
+from mtkd.errors import DataError
+from mtkd.features import NO_LABEL
+from mtkd.registry import TASKS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from mtkd.config import DataConfig
+    from mtkd.data.sources import Raw
+
+_FILLER_LENGTH = 2  # tokens of a batch in which nothing counts
+NO_EXAMPLE = -1  # `Batch.ids` of a filler row
+
+# Fields of a `data` block that say where the data is, not what it is; its content has a fingerprint of its own.
+_PLACES = {"source", "path", "files", "revision"}
+
+
+@dataclass(frozen=True)
+class Documents:
+    """What the examples of a split were cut from; one document per row for classification.
+
+    Attributes:
+        of_example: document number of each example, [examples] int64.
+        names: a name per document.
+        domains: a domain per document, "" where the source has none.
+        bytes: UTF-8 bytes of the text that is predicted (read, for classification) per document, [documents] int64.
+    """
+
+    of_example: np.ndarray
+    names: list[str]
+    domains: list[str]
+    bytes: np.ndarray
+
+
+class Examples(Protocol):
+    """The examples of one split, tokenised.
+
+    `read` returns the inputs of example `index` and what they are to predict: int64 [L] for token tasks, a number for
+    classification; the third item is token types [L] or None. `epoch` matters only where inputs change with it.
+    """
+
+    lengths: np.ndarray  # tokens per example, [examples] int64
+
+    def read(self, index: int, epoch: int) -> tuple[np.ndarray, np.ndarray | float, np.ndarray | None]: ...
+
+
+class Split:
+    """One tokenised split: its examples, the documents they come from, and batches of them.
+
+    Args:
+        examples: the tokenised examples.
+        documents: what they were cut from.
+        pad_id: token id at padding (never read: the attention mask is by position).
+        labels: classification: class number per example [examples] int64, or float32 targets of a regression.
+        token_types: whether batches carry token types.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        documents: Documents,
+        *,
+        pad_id: int = 0,
+        labels: np.ndarray | None = None,
+        token_types: bool = False,
+    ) -> None:
+        self._examples = examples
+        self._documents = documents
+        self._pad_id = pad_id
+        self._token_types = token_types
+        self.labels = labels
+        self.lengths = examples.lengths
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def documents(self) -> np.ndarray:
+        """Document number of each example, [examples] int64."""
+        return self._documents.of_example
+
+    @property
+    def document_names(self) -> list[str]:
+        """A name per document."""
+        return self._documents.names
+
+    @property
+    def document_domains(self) -> list[str]:
+        """A domain per document, "" where the source has none."""
+        return self._documents.domains
+
+    @property
+    def document_bytes(self) -> np.ndarray:
+        """UTF-8 bytes of the scored text per document, [documents] int64."""
+        return self._documents.bytes
+
+    def collate(self, indices: Sequence[int], *, size: int | None = None, epoch: int = 0) -> Batch:
+        """The examples of some numbers as one batch, padded on the right to the longest of them.
+
+        Args:
+            indices: example numbers; [] makes a batch of filler rows only.
+            size: rows; missing ones are filler rows, in which nothing counts.
+            epoch: pass over the data; decides which tokens are masked in training (masked-lm).
+
+        Returns:
+            Batch with `size` (or len(indices)) rows.
+        """
+        num_rows = len(indices) if size is None else size
+        if num_rows < max(1, len(indices)):
+            raise ValueError(f"{len(indices)} examples do not make a batch of {num_rows} rows")
+        length = max((int(self.lengths[i]) for i in indices), default=_FILLER_LENGTH)
+        ids = np.full(num_rows, NO_EXAMPLE, np.int64)
+        inputs = np.full((num_rows, length), self._pad_id, np.int64)
+        attention = np.zeros((num_rows, length), bool)
+        attention[len(indices) :, 0] = True  # a filler row without a single token would give softmax over nothing
+        types = np.zeros((num_rows, length), np.int64) if self._token_types else None
+        targets = self._no_targets(num_rows, length)
+        for row, index in enumerate(indices):
+            tokens, target, token_types = self._examples.read(int(index), epoch)
+            ids[row] = index
+            inputs[row, : len(tokens)] = tokens
+            attention[row, : len(tokens)] = True
+            if isinstance(target, np.ndarray):
+                targets[row, : len(target)] = target
+            else:
+                targets[row] = target
+            if types is not None and token_types is not None:
+                types[row, : len(tokens)] = token_types
+        return Batch(
+            ids=torch.from_numpy(ids),
+            input_ids=torch.from_numpy(inputs),
+            attention_mask=torch.from_numpy(attention),
+            targets=torch.from_numpy(targets),
+            token_type_ids=torch.from_numpy(types) if types is not None else None,
+        )
+
+    def _no_targets(self, num_rows: int, length: int) -> np.ndarray:
+        if self.labels is None:
+            return np.full((num_rows, length), NO_LABEL, np.int64)
+        if np.issubdtype(self.labels.dtype, np.floating):
+            return np.full(num_rows, np.nan, np.float32)
+        return np.full(num_rows, NO_LABEL, np.int64)
+
+
+@dataclass(frozen=True)
+class LoadedData:
+    """A `data` entry, tokenised.
+
+    Attributes:
+        splits: train, validation, test (those that were wanted and exist).
+        label_names: class names by number; () for token tasks and regression.
+        num_labels: outputs of the classifier; 1 for regression, 0 for token tasks.
+        fingerprint: sha256 (hexadecimal) over the content, the tokenizer and every option that shapes the examples.
+    """
+
+    name: str
+    config: DataConfig
+    task: TaskSpec
+    splits: dict[str, Split]
+    label_names: tuple[str, ...] = ()
+    num_labels: int = 0
+    fingerprint: str = field(default="")
+
+    def split(self, name: str) -> Split:
+        """A split by name; raises DataError when the source has none of that name."""
+        if name not in self.splits:
+            raise DataError(
+                f"there is no {name} split",
+                where=f"data.{self.name}",
+                allowed=list(self.splits),
+                todo="give the source one, or set validation_share" if name == "validation" else "",
+            )
+        return self.splits[name]
+
+
+def load_data(
+    name: str,
+    config: DataConfig,
+    raw: Raw,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: Iterable[str] = ("train", "validation", "test"),
+) -> LoadedData:
+    """Tokenise the wanted splits of a source for the task of its `data` block.
+
+    Args:
+        name: of the `data` entry, for messages.
+
+    Raises:
+        UserError, DataError: naming the file and row where there is one.
+    """
+    check_task(config, f"data.{name}")
+    task: TaskSpec = TASKS.find(config.task, f"data.{name}.task")
+    label_names, num_labels = task.labels(config, raw)
+    made: dict[str, Split] = {}
+    for split in splits:
+        if split in raw.splits:
+            request = PrepareRequest(
+                split=split,
+                rows=raw.splits[split],
+                origin=raw.origin(split),
+                config=config,
+                tokenizer=tokenizer,
+                label_names=label_names,
+                num_labels=num_labels,
+            )
+            made[split] = task.prepare(request)
+    options = config.model_dump(mode="json", exclude=_PLACES)
+    parts = [raw.fingerprint, tokenizer_fingerprint(tokenizer), json.dumps(options, sort_keys=True), *label_names]
+    fingerprint = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    return LoadedData(name, config, task, made, label_names, num_labels, fingerprint)

@@ -1,0 +1,256 @@
+"""Rows to examples for the built-in tasks. Tokens lie in one flat array; an example is a stretch of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mtkd.data.collate import Documents, Split
+from mtkd.data.files import read_texts
+from mtkd.data.labels import read_labels
+from mtkd.data.tokenizers import num_real_ids
+from mtkd.errors import DataError, UserError
+from mtkd.features import NO_LABEL
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from mtkd.data.tasks import PrepareRequest
+
+_TOKENIZED_AT_ONCE = 1_000  # texts
+
+# Devlin et al. 2019, BERT, arXiv 1810.04805, section 3.1: of the selected tokens 80% become the mask token, 10% a
+# random token, 10% stay as they are.
+_MASKED_SHARE, _RANDOM_SHARE = 0.8, 0.1
+
+
+class CausalExamples:
+    """Stretches of documents; position l predicts the document's next token, also over the end of a stretch."""
+
+    def __init__(self, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> None:
+        self._tokens, self._starts, self.lengths = tokens, starts, lengths
+
+    def read(self, index: int, epoch: int) -> tuple[np.ndarray, np.ndarray, None]:
+        """Inputs [L] and the tokens that follow them [L]."""
+        start, length = int(self._starts[index]), int(self.lengths[index])
+        return self._tokens[start : start + length], self._tokens[start + 1 : start + length + 1], None
+
+
+class MaskedExamples:
+    """Blocks with special tokens around them; which tokens are masked is a pure function of (seed, epoch, example)."""
+
+    def __init__(self, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, masking: Masking) -> None:
+        self._tokens, self._starts, self.lengths, self._masking = tokens, starts, lengths, masking
+
+    def read(self, index: int, epoch: int) -> tuple[np.ndarray, np.ndarray, None]:
+        """Inputs with masked tokens [L]; the original tokens where something is asked, else NO_LABEL [L]."""
+        start, length = int(self._starts[index]), int(self.lengths[index])
+        return *self._masking.apply(self._tokens[start : start + length], index, epoch), None
+
+
+class ClassifyExamples:
+    """One text or a pair of texts each, with its label."""
+
+    def __init__(self, tokens: np.ndarray, types: np.ndarray | None, lengths: np.ndarray, labels: np.ndarray) -> None:
+        self._tokens, self._types, self.lengths, self._labels = tokens, types, lengths, labels
+        self._starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
+
+    def read(self, index: int, epoch: int) -> tuple[np.ndarray, float, np.ndarray | None]:
+        """Inputs [L], the label, and token types [L] where the tokenizer makes them."""
+        start, end = int(self._starts[index]), int(self._starts[index] + self.lengths[index])
+        types = self._types[start:end] if self._types is not None else None
+        return self._tokens[start:end], self._labels[index].item(), types
+
+
+class Masking:
+    """BERT's masking with a seed: 80% mask token, 10% random token, 10% unchanged, special tokens never.
+
+    Raises:
+        UserError: for a tokenizer without a mask token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, share: float, seed: int) -> None:
+        if tokenizer.mask_token_id is None:
+            raise UserError(
+                "the tokenizer has no mask token", where="data.task", found="masked-lm", allowed="causal-lm"
+            )
+        self._mask_id = int(tokenizer.mask_token_id)
+        self._special = np.array(sorted(tokenizer.all_special_ids))
+        self._ordinary = np.setdiff1d(np.arange(num_real_ids(tokenizer)), self._special)
+        self._share = share
+        self._seed = seed % 2**64  # seeds of numpy are not negative
+
+    def apply(self, tokens: np.ndarray, example: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Masked inputs and targets of one example, [L] each; at least one target where a token is ordinary."""
+        random = np.random.default_rng([self._seed, epoch, example])
+        inputs, targets = tokens.astype(np.int64), np.full(len(tokens), NO_LABEL, np.int64)
+        open_to_choice = np.flatnonzero(~np.isin(tokens, self._special))
+        if not len(open_to_choice):
+            return inputs, targets
+        chosen = open_to_choice[random.random(len(open_to_choice)) < self._share]
+        if not len(chosen):
+            chosen = random.choice(open_to_choice, 1)
+        targets[chosen] = tokens[chosen]
+        fate = random.random(len(chosen))
+        substitutes = random.choice(self._ordinary, len(chosen))
+        replaced = np.where(fate < _MASKED_SHARE + _RANDOM_SHARE, substitutes, inputs[chosen])
+        inputs[chosen] = np.where(fate < _MASKED_SHARE, self._mask_id, replaced)
+        return inputs, targets
+
+
+def prepare_causal(request: PrepareRequest) -> Split:
+    """Every document, between the tokenizer's beginning and end tokens where it has them, cut into blocks.
+
+    A block has `max_length` inputs and as many targets, the last of which is the next block's first input: every token
+    after a document's first is predicted exactly once. Without a beginning token the first one cannot be predicted, so
+    its bytes are not counted.
+    """
+    tokenizer, config = request.tokenizer, request.config
+    before = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    after = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    texts, rows = _texts(request)
+    flat: list[np.ndarray] = []
+    counts = np.zeros(len(texts), np.int64)
+    scored = np.array([len(text.encode()) for text in texts], np.int64)
+    for number, ids in enumerate(_tokenize(tokenizer, texts)):
+        document = np.array([*before, *ids, *after], np.int32)
+        if len(document) < 2:
+            raise DataError(
+                "the text has only one token", where=request.origin.where(rows[number]), found=texts[number]
+            )
+        if not before:
+            scored[number] -= len(str(tokenizer.decode(ids[:1])).encode())
+        flat.append(document)
+        counts[number] = len(document)
+    firsts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    starts, lengths, of_example = _blocks(firsts, counts - 1, config.max_length)
+    documents = _documents(request, rows, of_example, scored)
+    return Split(CausalExamples(np.concatenate(flat), starts, lengths), documents, pad_id=_pad_id(tokenizer))
+
+
+def prepare_masked(request: PrepareRequest) -> Split:
+    """Every document cut into blocks of at most `max_length` tokens, the special tokens around each included."""
+    tokenizer, config = request.tokenizer, request.config
+    masking = Masking(tokenizer, config.mask_share, config.seed)
+    before, after = _around(tokenizer)
+    room = config.max_length - len(before) - len(after)
+    if room < 1:
+        raise UserError("no room for a token", where="data.max_length", found=config.max_length, allowed="a longer one")
+    texts, rows = _texts(request)
+    flat: list[np.ndarray] = []
+    of_example: list[int] = []
+    for number, ids in enumerate(_tokenize(tokenizer, texts)):
+        for start in range(0, len(ids), room):
+            flat.append(np.array([*before, *ids[start : start + room], *after], np.int32))
+            of_example.append(number)
+    lengths = np.array([len(block) for block in flat], np.int64)
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    scored = np.array([len(text.encode()) for text in texts], np.int64)
+    documents = _documents(request, rows, np.array(of_example, np.int64), scored)
+    return Split(MaskedExamples(np.concatenate(flat), starts, lengths, masking), documents, pad_id=_pad_id(tokenizer))
+
+
+def prepare_classify(request: PrepareRequest) -> Split:
+    """One or two texts per row, the longer one cut first to `max_length` tokens, and the row's label."""
+    tokenizer, config, origin = request.tokenizer, request.config, request.origin
+    labels = read_labels(config, request.rows, origin, request.label_names)
+    columns = [_column(request, config.text, "text")]
+    if config.text_pair:
+        columns.append(_column(request, config.text_pair, "text_pair"))
+    with_types = "token_type_ids" in tokenizer.model_input_names
+    flat: list[int] = []
+    types: list[int] = []
+    lengths = np.zeros(len(request.rows), np.int64)
+    for begin in range(0, len(request.rows), _TOKENIZED_AT_ONCE):
+        encoded = tokenizer(
+            *[column[begin : begin + _TOKENIZED_AT_ONCE] for column in columns],
+            truncation=True,
+            max_length=config.max_length,
+            return_attention_mask=False,
+            return_token_type_ids=with_types,
+        )
+        for row, ids in enumerate(encoded["input_ids"], start=begin):
+            if not ids:
+                raise DataError("the text has no tokens", where=origin.where(row), found=columns[0][row])
+            flat += ids
+            lengths[row] = len(ids)
+        if with_types:
+            types += [kind for kinds in encoded["token_type_ids"] for kind in kinds]
+    scored = np.array([sum(len(text.encode()) for text in row) for row in zip(*columns, strict=True)], np.int64)
+    every_row = np.arange(len(request.rows))
+    examples = ClassifyExamples(
+        np.array(flat, np.int32), np.array(types, np.int32) if with_types else None, lengths, labels
+    )
+    return Split(
+        examples,
+        _documents(request, every_row, every_row, scored),
+        pad_id=_pad_id(tokenizer),
+        labels=labels,
+        token_types=with_types,
+    )
+
+
+def _texts(request: PrepareRequest) -> tuple[list[str], np.ndarray]:
+    """The texts that are not blank, and their row numbers; blank rows have nothing to predict."""
+    every = _column(request, request.config.text, "text")
+    rows = np.array([row for row, text in enumerate(every) if text.strip()], np.int64)
+    if not len(rows):
+        raise DataError("all texts are blank", where=request.origin.name, found=f"{len(every)} blank rows")
+    return [every[row] for row in rows], rows
+
+
+def _column(request: PrepareRequest, column: str, option: str) -> list[str]:
+    return read_texts(request.rows, column, request.origin, option)
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Iterator[list[int]]:
+    """Ids without special tokens, text by text."""
+    for begin in range(0, len(texts), _TOKENIZED_AT_ONCE):
+        # verbose=False: longer than the model's maximum is fine here, documents are cut into blocks afterwards
+        yield from tokenizer(
+            texts[begin : begin + _TOKENIZED_AT_ONCE],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+
+
+def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts before and after a text."""
+    probe = "a"
+    bare: list[int] = tokenizer(probe, add_special_tokens=False)["input_ids"]
+    full: list[int] = tokenizer(probe)["input_ids"]
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return full[:start], full[start + len(bare) :]
+    raise DataError("the tokenizer changes a text when it adds special tokens", where="tokenizer", found=full)
+
+
+def _blocks(firsts: np.ndarray, inputs: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Start, length and document of blocks of at most `most` inputs, for documents of some inputs each."""
+    counts = -(-inputs // most)
+    of_example = np.repeat(np.arange(len(inputs)), counts)
+    within = np.arange(len(of_example)) - np.repeat(np.cumsum(counts) - counts, counts)
+    lengths = np.minimum(most, inputs[of_example] - within * most)
+    return firsts[of_example] + within * most, lengths, of_example
+
+
+def _documents(request: PrepareRequest, rows: np.ndarray, of_example: np.ndarray, scored: np.ndarray) -> Documents:
+    names = _optional(request, "name", rows) or [f"{request.split}:{request.origin.rows[row] + 1}" for row in rows]
+    domains = _optional(request, "domain", rows) or [""] * len(rows)
+    return Documents(of_example, names, domains, scored)
+
+
+def _optional(request: PrepareRequest, column: str, rows: np.ndarray) -> list[str]:
+    """A column of text that a source may have, for the given rows; [] when it has none."""
+    if column not in request.rows.column_names:
+        return []
+    values: list[Any] = request.rows[column][:]
+    return [values[row] for row in rows] if all(isinstance(value, str) for value in values) else []
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    return int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else 0

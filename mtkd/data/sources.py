@@ -1,0 +1,242 @@
+"""Data sources: functions from a `data` block to datasets per split. Registered: python-stdlib, files, hub.
+
+A source knows nothing of tasks and tokenizers. What all of them share happens once, in `load_raw`: the hold-out of a
+validation split and the choice of at most `limit` rows, both by the seed of the `data` block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mtkd.config import DataConfig
+from mtkd.data.files import Origin, columns_of, file_digest, find_files, read_file, read_texts
+from mtkd.data.stdlib import DOMAINS, SPLITS, stdlib_documents
+from mtkd.data.tasks import check_task
+from mtkd.errors import DataError, UserError, nearest
+from mtkd.registry import SOURCES
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# The fields of a `data` block that only some sources read.
+_SOURCE_FIELDS = ("path", "subset", "revision", "files", "splits", "domains")
+_READ_BY: dict[str, tuple[str, ...]] = {
+    "python-stdlib": ("domains",),
+    "files": ("path", "files"),
+    "hub": ("path", "subset", "revision", "splits"),
+}
+
+
+@dataclass(frozen=True)
+class Raw:
+    """The rows of a source, before a tokenizer sees them.
+
+    Attributes:
+        splits: train, validation, test (those that exist) -> the source's columns; for python-stdlib `text`,
+            `domain` and `name`.
+        fingerprint: sha256 (hexadecimal) over the source's content in order, and over hold-out and limit if there are.
+        description: one line for logs and the report.
+        origins: per split, where its rows come from, for error messages.
+    """
+
+    splits: Mapping[str, Dataset]
+    fingerprint: str
+    description: str
+    origins: Mapping[str, Origin] = field(default_factory=dict)
+
+    def origin(self, split: str) -> Origin:
+        """Where the rows of a split come from."""
+        return self.origins.get(split) or Origin(split, np.arange(len(self.splits[split])))
+
+    def texts(self, split: str, column: str) -> list[str]:
+        """The texts of a split, e.g. to train a tokenizer on; a DataError names a missing split, column or row."""
+        if split not in self.splits:
+            raise DataError(f"there is no {split} split", where="data", allowed=list(self.splits))
+        return read_texts(self.splits[split], column, self.origin(split), "text")
+
+
+def load_raw(config: DataConfig, base: Path) -> Raw:
+    """Read a source, hold out the validation split and apply the limits.
+
+    Args:
+        base: folder of the YAML file; relative paths are looked for there first, then in the working directory.
+
+    Raises:
+        UserError, DataError: naming the file and row where there is one.
+    """
+    raw: Raw = SOURCES.find(config.source, "data.source")(config, base)
+    for split, rows in raw.splits.items():
+        if not len(rows):
+            raise DataError("the split has no rows", where=raw.origin(split).name, found="0 rows")
+    chosen = _limit(_hold_out(raw, config), config)
+    if not config.validation_share and not config.limit:
+        return chosen
+    choice = f"{raw.fingerprint} {config.seed} {config.validation_share} {sorted(config.limit.items())}"
+    return replace(chosen, fingerprint=hashlib.sha256(choice.encode()).hexdigest())
+
+
+def check_source(config: DataConfig, base: Path, where: str = "data") -> None:
+    """Refuse before reading: unknown source or task, options nobody reads, missing files or columns.
+
+    Raises:
+        UserError, DataError: naming the field.
+    """
+    SOURCES.find(config.source, f"{where}.source")
+    check_task(config, where)
+    read = _READ_BY.get(config.source, _SOURCE_FIELDS)
+    for name in _SOURCE_FIELDS:
+        if name not in read and getattr(config, name):
+            raise UserError(
+                f"source '{config.source}' does not read this",
+                where=f"{where}.{name}",
+                found=getattr(config, name),
+                allowed=read,
+                todo="drop it, or choose the source that reads it",
+            )
+    for domain in config.domains:
+        if domain not in DOMAINS:
+            todo = nearest(domain, DOMAINS)
+            raise UserError("unknown domain", where=f"{where}.domains", found=domain, allowed=DOMAINS, todo=todo)
+    if config.source == "hub" and not config.path:
+        raise UserError("source 'hub' needs `path`", where=f"{where}.path", allowed="a dataset id, e.g. nyu-mll/glue")
+    if config.source == "python-stdlib" and config.validation_share:
+        raise _two_validations(where)
+    if config.source == "files":
+        if "validation" in config.files and config.validation_share:
+            raise _two_validations(where)
+        for split, file in find_files(config, base, where).items():
+            _check_columns(config, split, columns_of(file))
+
+
+def _read_columns(config: DataConfig) -> tuple[str, ...]:
+    """The columns of a source that a task reads."""
+    pair = (config.text_pair,) if config.text_pair else ()
+    return (config.text, *pair, config.label) if config.task == "classify" else (config.text, *pair)
+
+
+def _check_columns(config: DataConfig, split: str, columns: list[str] | None) -> None:
+    for name in _read_columns(config):
+        if columns is not None and name not in columns:
+            raise DataError(
+                f"no column '{name}'",
+                where=config.files[split],  # type: ignore[index]
+                allowed=columns,
+                todo=nearest(name, columns) or "set text, text_pair and label to columns of the file",
+            )
+
+
+def _two_validations(where: str) -> UserError:
+    return UserError(
+        "the source has a validation split of its own", where=f"{where}.validation_share", todo="drop validation_share"
+    )
+
+
+def _stdlib_source(config: DataConfig, base: Path) -> Raw:
+    """Prose and code of this Python installation itself, split by module."""
+    from datasets import Dataset
+
+    check_source(config, base)
+    documents = stdlib_documents(tuple(d for d in DOMAINS if d in (config.domains or DOMAINS)))
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(f"{document.split}\0{document.domain}\0{document.name}\0{document.text}\0".encode())
+    splits = {
+        split: Dataset.from_dict(
+            {key: [getattr(d, key) for d in documents if d.split == split] for key in ("text", "domain", "name")}
+        )
+        for split in SPLITS
+    }
+    size = sum(len(d.text) for d in documents) / 1e6
+    description = f"the Python library's own text: {len(documents)} documents, {size:.1f} million characters"
+    origins = {s: Origin(f"python-stdlib {s}", np.arange(len(rows))) for s, rows in splits.items()}
+    return Raw(splits, digest.hexdigest(), description, origins)
+
+
+def _files_source(config: DataConfig, base: Path) -> Raw:
+    """Local .jsonl, .json, .csv, .tsv, .parquet and .txt files."""
+    check_source(config, base)
+    files = find_files(config, base)
+    names = {split: str(Path(config.path or "") / config.files[split]) for split in files}  # type: ignore[index]
+    splits = {split: read_file(file, names[split]) for split, file in files.items()}
+    origins = {s: Origin(names[s], np.arange(len(rows)), files[s]) for s, rows in splits.items()}
+    description = ", ".join(f"{names[s]}: {len(rows)} rows" for s, rows in splits.items())
+    return Raw(splits, file_digest(files), description, origins)
+
+
+def _hub_source(config: DataConfig, base: Path) -> Raw:
+    """A data set of the Hugging Face hub, through `datasets`."""
+    import datasets
+
+    check_source(config, base)
+    assert config.path is not None
+    try:
+        found = datasets.load_dataset(config.path, config.subset, revision=config.revision)
+    except Exception as error:  # every kind of network, cache and format error ends here
+        reason = (str(error).splitlines() or [""])[0]
+        raise DataError(
+            f"the data set cannot be loaded: {type(error).__name__}: {reason}",
+            where="data.path",
+            found=config.path,
+            todo="check the id, subset and revision, and the connection (or HF_HOME and HF_HUB_OFFLINE=1 when cached)",
+        ) from error
+    mapping: dict[str, str] = dict(config.splits) or {s: s for s in SPLITS if s in found}  # type: ignore[arg-type]
+    for ours, theirs in mapping.items():
+        if theirs not in found:
+            raise DataError("no such split", where=f"data.splits.{ours}", found=theirs, allowed=sorted(found))
+    splits = {ours: found[mapping[ours]] for ours in SPLITS if ours in mapping}
+    if not splits:
+        raise DataError("none of its splits is mapped", where="data.splits", found="nothing", allowed=sorted(found))
+    prints = [f"{s}:{mapping[s]}:{rows._fingerprint}" for s, rows in splits.items()]
+    digest = hashlib.sha256("\0".join([config.path, config.subset or "", config.revision or "", *prints]).encode())
+    name = " ".join(part for part in (config.path, config.subset) if part)
+    description = f"{name}: " + ", ".join(f"{s} {len(rows)} rows" for s, rows in splits.items())
+    origins = {s: Origin(f"{name} {mapping[s]}", np.arange(len(rows))) for s, rows in splits.items()}
+    return Raw(splits, digest.hexdigest(), description, origins)
+
+
+def _hold_out(raw: Raw, config: DataConfig) -> Raw:
+    if not config.validation_share:
+        return raw
+    if "validation" in raw.splits:
+        raise _two_validations("data")
+    if "train" not in raw.splits:
+        raise UserError("there is no train split to hold out from", where="data.validation_share")
+    total = len(raw.splits["train"])
+    held = min(max(1, round(total * config.validation_share)), total - 1)
+    if held < 1:
+        raise DataError("too few rows to hold any out", where=raw.origin("train").name, found=f"{total} rows")
+    order = _random(config.seed, "validation").permutation(total)
+    chosen = {"train": np.sort(order[held:]), "validation": np.sort(order[:held])}
+    splits = {**raw.splits, **{s: raw.splits["train"].select(rows) for s, rows in chosen.items()}}
+    origins = {**raw.origins, **{s: raw.origin("train").select(rows) for s, rows in chosen.items()}}
+    return replace(raw, splits={s: splits[s] for s in SPLITS if s in splits}, origins=origins)
+
+
+def _limit(raw: Raw, config: DataConfig) -> Raw:
+    splits, origins = dict(raw.splits), dict(raw.origins)
+    for split, most in config.limit.items():
+        if split not in splits:
+            raise UserError("no such split", where=f"data.limit.{split}", found=split, allowed=list(splits))
+        total = len(splits[split])
+        if most < total:
+            rows = np.sort(_random(config.seed, f"limit {split}").permutation(total)[:most])
+            origins[split] = raw.origin(split).select(rows)
+            splits[split] = splits[split].select(rows)
+    return replace(raw, splits=splits, origins=origins)
+
+
+def _random(seed: int, purpose: str) -> np.random.Generator:
+    """Independent random numbers for every purpose of one seed."""
+    digest = hashlib.sha256(f"{seed} {purpose}".encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:16], "big"))
+
+
+SOURCES.add("python-stdlib", _stdlib_source)
+SOURCES.add("files", _files_source)
+SOURCES.add("hub", _hub_source)

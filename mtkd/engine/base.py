@@ -1,0 +1,106 @@
+"""What an engine is: the optimizer step, its state on disk, and the student's whole weights."""
+
+from __future__ import annotations
+
+import math
+import random
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mtkd.config import OptimizerConfig
+from mtkd.data.batch import Batch
+from mtkd.engine.dist import Dist
+from mtkd.features import Features
+
+
+class Engine(Protocol):
+    """Runs an objective on one rank."""
+
+    dist: Dist
+    device: torch.device
+
+    def forward(
+        self, batch: Batch, teachers: list[Features], counts: dict[str, int]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of a micro-batch (already divided by the step's global counts)."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a micro-batch's gradient."""
+        ...
+
+    def step(self, step: int) -> float:
+        """Clip, update at the learning rate of `step`, clear gradients; the norm of the whole gradient before clipping."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's part of the state (parameters, optimizer, random states) into `folder`."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote, bitwise."""
+        ...
+
+    def student_state(self) -> dict[str, Tensor] | None:
+        """The student's whole state dict on the main rank, None elsewhere. A collective."""
+        ...
+
+    def whole_head(self) -> AbstractContextManager[None]:
+        """Within it the student's output head is whole on every rank and may be read outside its module."""
+        ...
+
+    def close(self) -> None:
+        """Free memory and hooks."""
+        ...
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Learning rate of the optimizer step number `step` (from 0) of `steps`: a pure function, so nothing to resume.
+
+    Rises linearly over the first ``warmup * steps`` steps to the peak, then stays, or falls to ``final_lr * peak``.
+    """
+    warmup = math.ceil(config.warmup * steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(steps - warmup, 1)
+    if config.schedule == "constant":
+        return config.lr
+    falling = 1 - progress if config.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return config.lr * (config.final_lr + (1 - config.final_lr) * falling)
+
+
+def parameter_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: matrices are decayed; biases, norms and other vectors are not."""
+    # ZeRO-3 leaves empty tensors behind: the original shape is in ds_shape.
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) > 1]
+    known = {id(p) for p in matrices}
+    vectors = [p for p in trainable if id(p) not in known]
+    groups = [(matrices, config.weight_decay), (vectors, 0.0)]
+    return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
+
+
+def make_adamw(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`, with the learning rate set before every step by the engine."""
+    groups = parameter_groups(module, config)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+
+
+def random_state() -> dict[str, Any]:
+    """Every random state a training step may read, as tensors and plain values (no pickled classes)."""
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": list(random.getstate()[1])}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Restore what `random_state` returned."""
+    torch.set_rng_state(state["torch"])
+    random.setstate((3, tuple(state["python"]), None))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,173 @@
+"""The DeepSpeed engine: several processes, ZeRO 0 to 3. Every default of DeepSpeed that changes numbers is written out."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mtkd.config import OptimizerConfig
+from mtkd.data.batch import Batch
+from mtkd.engine.base import learning_rate, make_adamw, random_state, set_random_state
+from mtkd.engine.dist import Dist
+from mtkd.errors import DataError
+from mtkd.features import Features
+
+_TAG = "deepspeed"
+
+
+def init_distributed(device: str) -> Dist:
+    """Join the process group (gloo on CPU, NCCL on GPUs) that the launcher described in the environment.
+
+    A single process without a launcher gets a group of one.
+    """
+    if device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    if not torch.distributed.is_initialized():
+        defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        alone = "RANK" not in os.environ
+        for name, value in defaults.items():
+            os.environ.setdefault(name, value)
+        if alone:
+            os.environ["MASTER_PORT"] = "0"
+            store = torch.distributed.TCPStore("127.0.0.1", 0, 1, is_master=True)
+            torch.distributed.init_process_group("gloo" if device == "cpu" else "nccl", store=store, rank=0, world_size=1)
+        deepspeed.init_distributed(
+            "gloo" if device == "cpu" else "nccl", auto_mpi_discovery=False, verbose=False
+        )
+    return Dist.current()
+
+
+def deepspeed_config(config: OptimizerConfig, *, zero_stage: int, accumulate: int, world_size: int) -> dict[str, Any]:
+    """The whole DeepSpeed configuration; what is not here was checked to have no influence on the numbers.
+
+    Micro-batch sizes are formal (mtkd cuts the batches): one per process, so that DeepSpeed's product rule holds.
+    """
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulate,
+        "train_batch_size": accumulate * world_size,
+        "gradient_clipping": config.clip,
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
+        "fp16": {"enabled": False},
+        "bf16": {"enabled": False},
+        "communication_data_type": "fp32",
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {
+            "stage": zero_stage,
+            "overlap_comm": False,
+            "contiguous_gradients": True,
+            "reduce_scatter": zero_stage > 1,
+            # every parameter is sharded, small ones too: otherwise small models never test sharding
+            "stage3_param_persistence_threshold": 0 if zero_stage == 3 else 100_000,
+        },
+        "steps_per_print": 1_000_000_000,
+        "wall_clock_breakdown": False,
+    }
+
+
+class DeepSpeedEngine:
+    """One objective under `deepspeed.initialize`; the same arguments as `TorchEngine`, plus how to shard."""
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        config: OptimizerConfig,
+        steps: int,
+        device: torch.device,
+        *,
+        zero_stage: int,
+        accumulate: int,
+        dist: Dist,
+    ) -> None:
+        import deepspeed
+
+        self.dist, self.device = dist, device
+        self._config, self._steps, self._accumulate = config, steps, accumulate
+        self.objective = objective.to(device)
+        self._register_head(zero_stage)
+        settings = deepspeed_config(
+            config, zero_stage=zero_stage, accumulate=accumulate, world_size=dist.world_size
+        )
+        self._zero_stage = zero_stage
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=objective, optimizer=make_adamw(objective, config), config=settings, dist_init_required=False
+        )
+
+    def _register_head(self, zero_stage: int) -> None:
+        """The tiled loss reads the output head outside the head's own module; ZeRO-3 must gather it for the objective."""
+        head = self.objective.student.output_head
+        if zero_stage == 3 and head is not None:
+            from deepspeed.runtime.zero import register_external_parameter
+
+            for parameter in head:
+                if parameter is not None:
+                    register_external_parameter(self.objective, parameter)
+
+    def forward(
+        self, batch: Batch, teachers: list[Features], counts: dict[str, int]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.engine(batch, teachers, counts)
+
+    def backward(self, loss: Tensor) -> None:
+        # The one place that undoes DeepSpeed's own averaging: it divides by the accumulation steps and by the number of
+        # ranks, while our losses are already divided by the global counts.
+        self.engine.backward(loss * (self._accumulate * self.dist.world_size))
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()  # counts the micro-batch; the update happens in `step`
+
+    def step(self, step: int) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self._config, step, self._steps)
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm() or 0.0)
+
+    def save(self, folder: Path) -> None:
+        # save_latest=False: DeepSpeed writes `latest` before its closing barrier and without fsync.
+        self.engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        torch.save(random_state(), folder / f"random-rank-{self.dist.rank}.pt")
+
+    def load(self, folder: Path) -> None:
+        path, _ = self.engine.load_checkpoint(str(folder), tag=_TAG)
+        if path is None:
+            raise DataError("DeepSpeed found no checkpoint", where=str(folder))
+        state = torch.load(folder / f"random-rank-{self.dist.rank}.pt", map_location="cpu", weights_only=True)
+        set_random_state(state)
+
+    def student_state(self) -> dict[str, Tensor] | None:
+        model = self.objective.student.model
+        if self._zero_stage < 3:
+            state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+            return state if self.dist.is_main else None
+        import deepspeed
+
+        whole: dict[str, Tensor] = {}
+        # One parameter at a time: the whole model exists on the main rank only, and only in CPU memory.
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if self.dist.is_main:
+                    whole[name] = parameter.detach().cpu().clone()
+        if not self.dist.is_main:
+            return None
+        persistent = model.state_dict().keys()
+        buffers = {name: value.detach().cpu() for name, value in model.named_buffers() if name in persistent}
+        return {**whole, **buffers}
+
+    def whole_head(self) -> AbstractContextManager[None]:
+        head = self.objective.student.output_head
+        if self._zero_stage < 3 or head is None:
+            return nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters([p for p in head if p is not None])
+
+    def close(self) -> None:
+        self.engine.destroy()

@@ -1,0 +1,88 @@
+"""What ranks say to each other outside the gradients: sums, agreement, small objects. Alone, nothing is imported."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+Object = TypeVar("Object")
+
+
+@dataclass(frozen=True)
+class Dist:
+    """This process among `world_size` equal ones; every method but `is_main` is a collective.
+
+    Attributes:
+        rank: number of this process over all nodes, from 0.
+        local_rank: its number on this node, which is also the number of its GPU.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def current(cls) -> Dist:
+        """This process in torch's default process group; alone when there is none."""
+        # A group can only exist when somebody has imported torch already, so a light process stays light.
+        distributed = sys.modules.get("torch.distributed")
+        if distributed is None or not (distributed.is_available() and distributed.is_initialized()):
+            return cls()
+        rank = distributed.get_rank()
+        return cls(rank, distributed.get_world_size(), int(os.environ.get("LOCAL_RANK", rank)))
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes files and prints."""
+        return self.rank == 0
+
+    def sum(self, values: Sequence[int | float]) -> list[float]:
+        """Element-wise sum over ranks in float64: integers are exact up to 2**53."""
+        if self.world_size == 1:
+            return [float(v) for v in values]
+        import torch
+
+        total = torch.tensor([float(v) for v in values], dtype=torch.float64, device=self._device())
+        torch.distributed.all_reduce(total)
+        return total.tolist()
+
+    def all_ok(self, ok: bool) -> bool:
+        """True when every rank says True; every rank gets the same answer."""
+        return self.sum([not ok])[0] == 0
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        # A sum instead of torch's barrier: the NCCL one guesses a device, and warns about it.
+        self.sum([0])
+
+    def gather_objects(self, value: Object) -> list[Object] | None:
+        """Every rank's value in rank order on the main rank, None elsewhere. They are pickled: small plain values."""
+        if self.world_size == 1:
+            return [value]
+        import torch
+
+        values: list[Object | None] = [None] * self.world_size
+        torch.distributed.all_gather_object(values, value)
+        return values if self.is_main else None  # type: ignore[return-value]
+
+    def broadcast_object(self, value: Object) -> Object:
+        """The main rank's value on every rank."""
+        if self.world_size == 1:
+            return value
+        import torch
+
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0, device=self._device())
+        return box[0]
+
+    def _device(self) -> torch.device:
+        import torch
+
+        on_gpu = torch.distributed.get_backend() == "nccl"
+        return torch.device("cuda", self.local_rank) if on_gpu else torch.device("cpu")

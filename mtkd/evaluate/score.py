@@ -1,0 +1,150 @@
+"""Per-example scores of a model, or of several as one uniform mixture: everything reported starts from these."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mtkd.data.batch import Batch
+from mtkd.data.collate import LoadedData, Split
+from mtkd.engine.dist import Dist
+from mtkd.features import DenseLogits, Logits
+from mtkd.models.taps import TappedModel
+
+WANTS = frozenset({"logits"})
+
+
+@torch.no_grad()
+def mixture_log_probs(
+    models: Sequence[TappedModel], batch: Batch, dtype: torch.dtype, tile: int
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """Tiles (flat positions [m], log of the models' mean probability [m,V]) over the batch's targets.
+
+    A regression model (one column) gives its mean output instead of a log-probability.
+    """
+    logits: list[Logits] = []
+    for model in models:
+        with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            value = model(batch, WANTS)["logits"]
+        logits.append((DenseLogits(value) if isinstance(value, Tensor) else value).in_dtype(dtype))
+    index = batch.target_mask.reshape(-1).nonzero().squeeze(-1)
+    for positions in index.split(tile):
+        if batch.targets.is_floating_point():
+            yield positions, torch.stack([x.rows(positions) for x in logits]).mean(0)
+        else:
+            logs = torch.stack([torch.log_softmax(x.rows(positions), -1) for x in logits])
+            yield positions, logs.logsumexp(0) - math.log(len(models))
+
+
+def mean_loss(
+    model: TappedModel, batches: Iterable[Batch], device: torch.device, dtype: torch.dtype, dist: Dist, tile: int
+) -> float:
+    """Mean negative log-likelihood (nats per target) or squared error over all ranks' batches."""
+    total, count = 0.0, 0
+    for batch in batches:
+        batch = batch.to(device)
+        targets = batch.targets.reshape(-1)
+        for positions, values in mixture_log_probs([model], batch, dtype, tile):
+            total += float(_losses(values, targets[positions]).sum())
+            count += len(positions)
+    total, count = dist.sum([total, count])
+    return total / max(count, 1)
+
+
+def score(
+    models: Sequence[TappedModel],
+    data: LoadedData,
+    split: Split,
+    batches: Iterable[Batch],
+    device: torch.device,
+    dtype: torch.dtype,
+    dist: Dist,
+    tile: int,
+) -> list[dict[str, Any]] | None:
+    """One record per document (token tasks) or example (classification), in the split's order, on the main rank.
+
+    Token tasks: {document, domain, nll (nats, summed), tokens (targets), bytes, correct (argmax hits)}.
+    Classification: {document, label, prediction, probabilities}; regression: {document, label, prediction}.
+    """
+    if data.task.token_level:
+        return _score_documents(models, split, batches, device, dtype, dist, tile)
+    return _score_examples(models, split, batches, device, dtype, dist, tile)
+
+
+def _score_documents(
+    models: Sequence[TappedModel],
+    split: Split,
+    batches: Iterable[Batch],
+    device: torch.device,
+    dtype: torch.dtype,
+    dist: Dist,
+    tile: int,
+) -> list[dict[str, Any]] | None:
+    sums = np.zeros((3, len(split.document_names)))  # nll, targets, correct
+    for batch in batches:
+        batch = batch.to(device)
+        targets = batch.targets.reshape(-1)
+        examples = batch.ids.cpu().numpy()
+        for positions, log_probs in mixture_log_probs(models, batch, dtype, tile):
+            labels = targets[positions]
+            rows = (positions // batch.targets.shape[1]).cpu().numpy()
+            documents = split.documents[examples[rows]]
+            np.add.at(sums[0], documents, _losses(log_probs, labels).double().cpu().numpy())
+            np.add.at(sums[1], documents, 1)
+            np.add.at(sums[2], documents, (log_probs.argmax(-1) == labels).double().cpu().numpy())
+    nll, tokens, correct = np.array(dist.sum(sums.reshape(-1).tolist())).reshape(3, -1)
+    if not dist.is_main:
+        return None
+    return [
+        {
+            "document": name,
+            "domain": split.document_domains[i],
+            "nll": float(nll[i]),
+            "tokens": int(tokens[i]),
+            "bytes": int(split.document_bytes[i]),
+            "correct": int(correct[i]),
+        }
+        for i, name in enumerate(split.document_names)
+        if tokens[i] > 0
+    ]
+
+
+def _score_examples(
+    models: Sequence[TappedModel],
+    split: Split,
+    batches: Iterable[Batch],
+    device: torch.device,
+    dtype: torch.dtype,
+    dist: Dist,
+    tile: int,
+) -> list[dict[str, Any]] | None:
+    records: dict[int, dict[str, Any]] = {}
+    for batch in batches:
+        batch = batch.to(device)
+        for positions, values in mixture_log_probs(models, batch, dtype, tile):
+            for row, value in zip(positions.tolist(), values.cpu(), strict=True):
+                example = int(batch.ids[row])
+                record: dict[str, Any] = {"document": split.document_names[split.documents[example]]}
+                record["label"] = batch.targets[row].item()
+                if batch.targets.is_floating_point():
+                    record["prediction"] = float(value[0])
+                else:
+                    record["prediction"] = int(value.argmax())
+                    record["probabilities"] = [round(p, 6) for p in value.exp().tolist()]
+                records[example] = record
+    gathered = dist.gather_objects(records)
+    if gathered is None:
+        return None
+    merged = {example: record for part in gathered for example, record in part.items()}
+    return [merged[example] for example in sorted(merged)]
+
+
+def _losses(values: Tensor, labels: Tensor) -> Tensor:
+    if labels.is_floating_point():
+        return (values.squeeze(-1) - labels).square()
+    return -values.gather(-1, labels[:, None]).squeeze(-1)

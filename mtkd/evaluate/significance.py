@@ -1,0 +1,356 @@
+"""Is one model really better than another? Paired tests over the documents that both have scored.
+
+The unit of resampling is the document. A corpus metric such as bits per byte is a ratio of sums, so every resample
+forms the sums anew; the mean of per-document ratios is another quantity. Intervals come from the paired bootstrap
+(BCa), p-values from swapping the two models' scores per document (exact when there are few), or for accuracy from
+McNemar's exact test.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mtkd.errors import DataError
+from mtkd.evaluate.metrics import LOWER_IS_BETTER, PRIMARY_METRIC, Score, column, kind_of
+
+Array = NDArray[np.float64]
+
+# Resamples are drawn in chunks of this many (resample, document) pairs: 16 MB of counts at a time.
+PAIRS_AT_ONCE = 2_000_000
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A corpus metric as a function of sums over documents.
+
+    Attributes:
+        columns: score records -> what is summed, [documents, K].
+        value: sums [..., K] -> metric [...].
+        equal: fields that must be the same for both models in every document.
+    """
+
+    name: str
+    columns: Callable[[Sequence[Score]], Array]
+    value: Callable[[Array], Array]
+    equal: tuple[str, ...]
+
+
+class Interval(NamedTuple):
+    """Candidate minus baseline on all documents, and the bootstrap confidence interval of it."""
+
+    difference: float
+    low: float
+    high: float
+
+
+def compare(
+    task: str,
+    candidate_name: str,
+    baseline_name: str,
+    candidate_scores: Sequence[Score],
+    baseline_scores: Sequence[Score],
+    *,
+    resamples: int = 10_000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Two models over all documents, then per domain when there are several.
+
+    Returns:
+        One dict per comparison: candidate, baseline, metric, domain (``overall`` first), candidate_value,
+        baseline_value, difference (candidate - baseline), low, high, confidence, interval, p (two-sided), p_holm
+        (corrected within this list; `correct` does it over several lists), test, n (documents), better (True, False,
+        or None when p_holm is not below 1 - confidence). Values that are not finite give p = 1 and a NaN interval.
+
+    Raises:
+        DataError: when the two have not scored the same documents with the same bytes, tokens or labels.
+    """
+    kind = kind_of(task, candidate_scores)
+    statistic = STATISTICS[PRIMARY_METRIC[kind]]
+    candidate, baseline = paired(candidate_scores, baseline_scores, statistic.equal)
+    domains = [str(score.get("domain") or "") for score in candidate]
+    named = [d for d in dict.fromkeys(domains) if d]
+    rows = []
+    for domain in ["overall", *(named if len(named) > 1 else [])]:
+        chosen = [i for i, d in enumerate(domains) if domain in ("overall", d)]
+        ours, theirs = [candidate[i] for i in chosen], [baseline[i] for i in chosen]
+        row = {"candidate": candidate_name, "baseline": baseline_name, "metric": statistic.name, "domain": domain}
+        rows.append(row | _tested(statistic, ours, theirs, resamples=resamples, confidence=confidence, seed=seed))
+    return correct(rows)
+
+
+def _tested(
+    statistic: Statistic,
+    candidate: Sequence[Score],
+    baseline: Sequence[Score],
+    *,
+    resamples: int,
+    confidence: float,
+    seed: int,
+) -> dict[str, Any]:
+    values = [float(statistic.value(statistic.columns(side).sum(axis=0))) for side in (candidate, baseline)]
+    interval = paired_bootstrap(statistic, candidate, baseline, resamples, confidence, seed)
+    if statistic.name == "accuracy":
+        test = "mcnemar"
+        p = mcnemar(*(column(s, "label") == column(s, "prediction") for s in (candidate, baseline)))
+    else:
+        test = "permutation"
+        p = permutation_test(statistic, candidate, baseline, resamples, seed)
+    return {
+        "candidate_value": values[0],
+        "baseline_value": values[1],
+        **interval._asdict(),
+        "confidence": confidence,
+        "interval": "paired bootstrap",
+        "p": p,
+        "test": test,
+        "n": len(candidate),
+    }
+
+
+def paired(
+    candidate: Sequence[Score], baseline: Sequence[Score], equal: tuple[str, ...] = ()
+) -> tuple[list[Score], list[Score]]:
+    """Both lists in the candidate's order, matched by (domain, document).
+
+    Raises:
+        DataError: for a document scored twice or by one model only, or one of which a field in `equal` differs.
+    """
+    sides = []
+    for name, scores in (("candidate", candidate), ("baseline", baseline)):
+        keyed = {_key(score): score for score in scores}
+        if len(keyed) != len(scores):
+            keys = [_key(score) for score in scores]
+            double = next(key for key in keys if keys.count(key) > 1)
+            raise DataError("a document is scored twice", where=f"scores of the {name}", found=_said(double))
+        sides.append(keyed)
+    ours, theirs = sides
+    missing = [*(k for k in ours if k not in theirs), *(k for k in theirs if k not in ours)]
+    if missing:
+        raise DataError(
+            f"the models have not scored the same documents: {len(missing)} were scored by one of them only",
+            where="comparison",
+            found=_said(missing[0]),
+            todo="score both on the same split",
+        )
+    for key, score in ours.items():
+        for field in equal:
+            if score.get(field) != theirs[key].get(field):
+                raise DataError(
+                    f"the models saw the same document with another '{field}'",
+                    where=f"document {_said(key)}",
+                    found=f"{score.get(field)!r} and {theirs[key].get(field)!r}",
+                    todo="score both on the same split of the same data",
+                )
+    return list(ours.values()), [theirs[key] for key in ours]
+
+
+def _key(score: Score) -> tuple[str, str]:
+    return str(score.get("domain") or ""), str(score["document"])
+
+
+def _said(key: tuple[str, str]) -> str:
+    return f"{key[1]!r} ({key[0]})" if key[0] else repr(key[1])
+
+
+def paired_bootstrap(
+    statistic: Statistic,
+    candidate_scores: Sequence[Score],
+    baseline_scores: Sequence[Score],
+    resamples: int = 10_000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Bias-corrected and accelerated interval of the difference; documents are resampled, both models alike.
+
+    The two lists are in the same order (`paired`). NaN bounds for fewer than two documents or values not finite.
+
+    Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, eq. 14.9 to 14.15.
+    """
+    ours, theirs = statistic.columns(candidate_scores), statistic.columns(baseline_scores)
+    columns, width, n = np.hstack([ours, theirs]), ours.shape[1], len(ours)
+
+    def difference(sums: Array) -> Array:
+        return statistic.value(sums[..., :width]) - statistic.value(sums[..., width:])
+
+    observed = float(difference(columns.sum(axis=0)))
+    if n < 2 or not math.isfinite(observed):
+        return Interval(observed, math.nan, math.nan)
+    random = np.random.default_rng([seed, 0])
+    found = np.concatenate([difference(counts @ columns) for counts in _document_counts(random, resamples, n)])
+    found = found[np.isfinite(found)]
+    if not len(found):
+        return Interval(observed, math.nan, math.nan)
+    left_out = difference(columns.sum(axis=0) - columns)  # the jackknife
+    low, high = np.quantile(found, _bca_levels(found, left_out, observed, confidence))
+    return Interval(observed, float(low), float(high))
+
+
+def _document_counts(random: np.random.Generator, resamples: int, n: int) -> Iterator[Array]:
+    """How often each of n documents was drawn, [chunk, n] at a time, `resamples` rows in all."""
+    for size in _chunks(resamples, n):
+        drawn = random.integers(0, n, (size, n)) + n * np.arange(size)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n).astype(np.float64)
+
+
+def _bca_levels(found: Array, left_out: Array, observed: float, confidence: float) -> Array:
+    """The two quantiles of the bootstrap distribution that bound the interval; plain percentiles when degenerate."""
+    from scipy.special import ndtr, ndtri
+
+    tail = (1 - confidence) / 2
+    plain = np.array([tail, 1 - tail])
+    deviation = left_out.mean() - left_out
+    spread = float(np.sum(deviation**2)) ** 1.5
+    # Ties with the observed value count half, so that a discrete statistic has no artificial bias.
+    share = (np.sum(found < observed) + np.sum(found <= observed)) / (2 * len(found))
+    if not 0 < share < 1 or not spread > 0:
+        return plain
+    bias, acceleration = ndtri(share), float(np.sum(deviation**3)) / (6 * spread)
+    shifted = bias + ndtri(plain)
+    levels: Array = ndtr(bias + shifted / (1 - acceleration * shifted))
+    return levels if np.all(np.isfinite(levels)) else plain
+
+
+def permutation_test(
+    statistic: Statistic,
+    candidate_scores: Sequence[Score],
+    baseline_scores: Sequence[Score],
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> float:
+    """Two-sided p of no difference: how often swapping the models at random per document gives one as large.
+
+    All 2**n swaps are tried when they are no more than `resamples`; else (hits + 1) / (resamples + 1), which is never
+    0. The two lists are in the same order (`paired`). 1.0 for values that are not finite.
+
+    Source: Phipson and Smyth 2010, Permutation p-values should never be zero, arXiv 1603.05766, eq. 2.
+    """
+    ours, theirs = statistic.columns(candidate_scores), statistic.columns(baseline_scores)
+    total, other, gap, n = ours.sum(axis=0), theirs.sum(axis=0), theirs - ours, len(ours)
+    values = statistic.value(total), statistic.value(other)
+    observed = abs(float(values[0] - values[1]))
+    if not math.isfinite(observed):
+        return 1.0
+    # Equal differences may come out apart by rounding; they must count as equal.
+    threshold = observed - 1e-12 * float(abs(values[0]) + abs(values[1]))
+    exact = n < 31 and 2**n <= resamples
+    hits = 0
+    for swapped in _all_swaps(n) if exact else _random_swaps(np.random.default_rng([seed, 1]), resamples, n):
+        moved = swapped @ gap
+        difference = np.abs(statistic.value(total + moved) - statistic.value(other - moved))
+        hits += int(np.sum(~(difference < threshold)))  # an undefined value counts against a claim
+    return hits / 2**n if exact else (hits + 1) / (resamples + 1)
+
+
+def _all_swaps(n: int) -> Iterator[Array]:
+    start = 0
+    for size in _chunks(2**n, n):
+        codes = np.arange(start, start + size)
+        yield ((codes[:, None] >> np.arange(n)) & 1).astype(np.float64)
+        start += size
+
+
+def _random_swaps(random: np.random.Generator, resamples: int, n: int) -> Iterator[Array]:
+    for size in _chunks(resamples, n):
+        yield random.integers(0, 2, (size, n), dtype=np.int8).astype(np.float64)
+
+
+def _chunks(resamples: int, n: int) -> Iterator[int]:
+    size = max(1, PAIRS_AT_ONCE // n)
+    for start in range(0, resamples, size):
+        yield min(size, resamples - start)
+
+
+def mcnemar(candidate_correct: NDArray[np.bool_], baseline_correct: NDArray[np.bool_]) -> float:
+    """Two-sided exact p of equal accuracy, from the documents that only one of the models has right.
+
+    Source: McNemar 1947, Note on the sampling error of the difference between correlated proportions; the exact
+    binomial form.
+    """
+    from scipy.stats import binomtest
+
+    only_candidate = int(np.sum(candidate_correct & ~baseline_correct))
+    only_baseline = int(np.sum(baseline_correct & ~candidate_correct))
+    if only_candidate + only_baseline == 0:
+        return 1.0
+    p = float(binomtest(only_candidate, only_candidate + only_baseline, 0.5).pvalue)
+    return max(p, float(np.finfo(float).tiny))  # thousands of one-sided documents underflow
+
+
+def holm(pvalues: Sequence[float]) -> list[float]:
+    """Step-down corrected p-values, in the order given; a family-wise error rate without assumptions.
+
+    Source: Holm 1979, A simple sequentially rejective multiple test procedure.
+    """
+    corrected = [1.0] * len(pvalues)
+    largest = 0.0
+    for rank, index in enumerate(sorted(range(len(pvalues)), key=lambda i: pvalues[i])):
+        largest = max(largest, min(1.0, (len(pvalues) - rank) * pvalues[index]))
+        corrected[index] = largest
+    return corrected
+
+
+def correct(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of one or several `compare` calls as one family: `p_holm` and `better` set anew."""
+    done = []
+    for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
+        better = None
+        if p < 1 - row["confidence"] and row["difference"] != 0:
+            better = (row["difference"] < 0) == (row["metric"] in LOWER_IS_BETTER)
+        done.append({**row, "p_holm": p, "better": better})
+    return done
+
+
+def _stack(*fields: str) -> Callable[[Sequence[Score]], Array]:
+    return lambda scores: np.stack([column(scores, field) for field in fields], axis=1)
+
+
+def _quotient(scale: float) -> Callable[[Array], Array]:
+    def value(sums: Array) -> Array:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            result: Array = sums[..., 0] / sums[..., 1] / scale
+        return result
+
+    return value
+
+
+def _hits(scores: Sequence[Score]) -> Array:
+    right = column(scores, "label") == column(scores, "prediction")
+    return np.stack([right.astype(np.float64), np.ones(len(scores))], axis=1)
+
+
+def _moments(scores: Sequence[Score]) -> Array:
+    """Label, prediction, their squares and product, one, [documents, 6].
+
+    Both are standardised first: correlation does not mind, the sums stay accurate, and predictions of two models on
+    different scales may be swapped.
+    """
+    x, y = (_standard(column(scores, field)) for field in ("label", "prediction"))
+    return np.stack([x, y, x * x, y * y, x * y, np.ones_like(x)], axis=1)
+
+
+def _standard(values: Array) -> Array:
+    spread = values.std()
+    return (values - values.mean()) / (spread if spread > 0 else 1.0)
+
+
+def _correlation(sums: Array) -> Array:
+    x, y, xx, yy, xy, n = (sums[..., i] for i in range(6))
+    product = (n * xx - x * x) * (n * yy - y * y)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        result: Array = (n * xy - x * y) / np.sqrt(np.where(product > 0, product, np.nan))
+    return result
+
+
+STATISTICS: dict[str, Statistic] = {
+    "bits_per_byte": Statistic("bits_per_byte", _stack("nll", "bytes"), _quotient(math.log(2)), ("bytes",)),
+    "loss": Statistic("loss", _stack("nll", "tokens"), _quotient(1.0), ("tokens",)),
+    "accuracy": Statistic("accuracy", _hits, _quotient(1.0), ("label",)),
+    "pearson": Statistic("pearson", _moments, _correlation, ("label",)),
+}

@@ -1,0 +1,8 @@
+"""Losses: pure functions ``(student, teacher, mask, *, options) -> per-position values``, one idea a file.
+
+Nothing is reduced here; the objective divides every row once, by the global number of its valid positions.
+"""
+
+from mtkd.losses import attention, distributions, labels, vectors
+
+__all__ = ["attention", "distributions", "labels", "vectors"]

@@ -1,0 +1,98 @@
+"""Divergences between the class or token distributions of student and teacher.
+
+All take logits [n,V] on both sides and return [n], in nats. With ``scale: true`` (the default) values are multiplied
+by temperature^2, which keeps the gradient's size independent of the temperature (Hinton et al. 2015, section 2).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mtkd.registry import loss
+
+LOGITS = ("logits", "nsp_logits")
+
+
+@loss("kl", inputs=LOGITS, linear_in_teacher=True)
+def kl(student: Tensor, teacher: Tensor, mask: Tensor, *, temperature: float = 1.0, scale: bool = True) -> Tensor:
+    """Forward Kullback-Leibler divergence KL(teacher || student), T^2-scaled.
+
+    ``T^2 * sum_v p_T(v) (log p_T(v) - log p_S(v))`` with p = softmax(logits / T); includes the teacher's entropy, so
+    identical models give exactly 0. Gradient with respect to the student's logits: ``T (p_S - p_T)``.
+
+    Returns: [n], nats.
+    Source: Hinton et al. 2015, Distilling the Knowledge in a Neural Network, arXiv 1503.02531, section 2.
+    """
+    log_s, log_t = _log_probs(student, temperature), _log_probs(teacher, temperature)
+    return _scaled((log_t.exp() * (log_t - log_s)).sum(-1), temperature, scale)
+
+
+@loss("reverse_kl", inputs=LOGITS)
+def reverse_kl(
+    student: Tensor, teacher: Tensor, mask: Tensor, *, temperature: float = 1.0, scale: bool = True
+) -> Tensor:
+    """Reverse Kullback-Leibler divergence KL(student || teacher), T^2-scaled: mode-seeking.
+
+    ``T^2 * sum_v p_S(v) (log p_S(v) - log p_T(v))``.
+
+    Returns: [n], nats.
+    Source: Gu et al. 2023, MiniLLM, arXiv 2306.08543, equation 1.
+    """
+    log_s, log_t = _log_probs(student, temperature), _log_probs(teacher, temperature)
+    return _scaled((log_s.exp() * (log_s - log_t)).sum(-1), temperature, scale)
+
+
+@loss("jsd", inputs=LOGITS)
+def jsd(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor,
+    *,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    scale: bool = True,
+) -> Tensor:
+    """Generalised Jensen-Shannon divergence; `beta` is the teacher's share of the mixture.
+
+    ``beta KL(p_T || m) + (1-beta) KL(p_S || m)`` with ``m = beta p_T + (1-beta) p_S``. Libraries disagree on the side
+    of beta; this is the paper's (and TRL's). beta must lie strictly between 0 and 1: at the ends the expression is 0
+    everywhere; use `kl` or `reverse_kl`, its limits after division by beta or 1-beta.
+
+    Returns: [n], nats, T^2-scaled.
+    Raises: ValueError for beta outside (0, 1).
+    Source: Agarwal et al. 2023, On-Policy Distillation of Language Models (GKD), arXiv 2306.13649, equation 1.
+    """
+    if not 0 < beta < 1:
+        raise ValueError(f"beta must be between 0 and 1, both excluded; found {beta}")
+    log_s, log_t = _log_probs(student, temperature), _log_probs(teacher, temperature)
+    # m is formed in log space: p_T and p_S may both underflow where the other does not.
+    log_m = torch.logaddexp(log_t + math.log(beta), log_s + math.log1p(-beta))
+    to_teacher = (log_t.exp() * (log_t - log_m)).sum(-1)
+    to_student = (log_s.exp() * (log_s - log_m)).sum(-1)
+    return _scaled(beta * to_teacher + (1 - beta) * to_student, temperature, scale)
+
+
+@loss("soft_ce", inputs=LOGITS, zero_at_equality=False, linear_in_teacher=True)
+def soft_ce(student: Tensor, teacher: Tensor, mask: Tensor, *, temperature: float = 1.0, scale: bool = True) -> Tensor:
+    """Cross entropy of the student against the teacher's soft targets, T^2-scaled.
+
+    ``-T^2 * sum_v p_T(v) log p_S(v)``: `kl` plus the teacher's entropy; the same gradient.
+
+    Returns: [n], nats.
+    Source: Hinton et al. 2015, arXiv 1503.02531, section 2; TinyBERT (Jiao et al. 2019, arXiv 1909.10351), equation 10.
+    """
+    log_s, log_t = _log_probs(student, temperature), _log_probs(teacher, temperature)
+    return _scaled(-(log_t.exp() * log_s).sum(-1), temperature, scale)
+
+
+def _log_probs(logits: Tensor, temperature: float) -> Tensor:
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive; found {temperature}")
+    return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, -1)
+
+
+def _scaled(values: Tensor, temperature: float, scale: bool) -> Tensor:
+    return values * temperature**2 if scale and temperature != 1.0 else values

@@ -1,0 +1,182 @@
+"""What can be known of a model from its configuration alone: shape, capabilities, number of parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mtkd.errors import UserError
+from mtkd.features import ATTENTION
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+CAUSAL_LM = "AutoModelForCausalLM"
+MASKED_LM = "AutoModelForMaskedLM"
+CLASSIFIER = "AutoModelForSequenceClassification"
+TOKEN_LEVEL = (CAUSAL_LM, MASKED_LM)
+
+TAP = "mtkd_tap"
+"""Name of the attention function that records query, key and value; see `mtkd.models.attention`."""
+
+# Architectures that number positions from pad_token_id + 1, so that their table holds that many positions fewer.
+_OFFSET_POSITIONS = (
+    *("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text"),
+    *("mpnet", "longformer", "luke", "xmod", "ibert"),
+)
+_ATTENTION_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Shape and capabilities of a model.
+
+    Attributes:
+        architecture: transformers' ``model_type``.
+        num_layers: N; ``hidden.0`` to ``hidden.N`` exist, attention features from 1 to N.
+        width: H of the hidden states.
+        num_heads: A of query, scores and probs.
+        num_kv_heads: A of key and value; fewer than `num_heads` where heads are grouped.
+        head_width: D.
+        vocabulary: rows of the embedding, padding included.
+        num_labels: columns of a classification model's logits; 0 for token-level models.
+        max_positions: longest sequence, in tokens.
+        causal: a token attends only to those before it.
+        taps: names of the features it can give.
+    """
+
+    architecture: str
+    num_layers: int
+    width: int
+    num_heads: int
+    num_kv_heads: int
+    head_width: int
+    vocabulary: int
+    num_labels: int
+    max_positions: int
+    causal: bool
+    taps: frozenset[str]
+
+
+def model_info(config: PretrainedConfig, auto_class: str) -> ModelInfo:
+    """Read a configuration; no weights are needed.
+
+    Args:
+        config: GPT-2's and DistilBERT's own names are read through transformers' attribute map.
+        auto_class: e.g. "AutoModelForCausalLM".
+
+    Raises:
+        UserError: an architecture without that head, or one that is not a plain encoder or decoder.
+    """
+    if config.is_encoder_decoder or not hasattr(config, "num_hidden_layers"):
+        raise UserError(
+            "only plain encoders and decoders are supported",
+            where="model",
+            found=f"architecture '{config.model_type}'",
+        )
+    check_head(config, auto_class)
+    heads = config.num_attention_heads
+    width = config.hidden_size
+    taps = {"logits", "hidden", "embedding", "cls"}
+    if attention_implementation(config, auto_class) == TAP:
+        taps.update(ATTENTION)
+    return ModelInfo(
+        architecture=config.model_type,
+        num_layers=config.num_hidden_layers,
+        width=width,
+        num_heads=heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_width=getattr(config, "head_dim", None) or width // heads,
+        vocabulary=config.vocab_size,
+        num_labels=(config.num_labels or 0) if auto_class == CLASSIFIER else 0,
+        max_positions=_max_positions(config),
+        causal=is_causal(config),
+        taps=frozenset(taps),
+    )
+
+
+def attention_implementation(config: PretrainedConfig, auto_class: str) -> str | None:
+    """The tap where every layer's attention goes through transformers' `AttentionInterface`; else what the model needs.
+
+    Attention with capped scores (Gemma 2) has no SDPA form: it runs eagerly, without attention features. None leaves
+    the choice to transformers (DeBERTa, models with layers that are not attention).
+    """
+    if getattr(config, "attn_logit_softcapping", None):
+        return "eager"
+    kinds = getattr(config, "layer_types", None) or ()
+    regular = all(kind in _ATTENTION_LAYERS for kind in kinds)
+    cls: Any = model_class(config, auto_class)
+    return TAP if regular and cls._supports_attention_backend and cls._supports_sdpa else None
+
+
+def model_class(config: PretrainedConfig, auto_class: str) -> type[PreTrainedModel]:
+    """The class that `auto_class` builds for this configuration.
+
+    Raises:
+        UserError: the architecture has no such head.
+    """
+    import transformers
+
+    mapping = getattr(transformers, auto_class)._model_mapping
+    if type(config) not in mapping:
+        raise UserError(
+            f"architecture '{config.model_type}' has no model for this task",
+            where="model",
+            found=auto_class,
+            todo="choose an architecture that fits the task: bert, roberta, distilbert for masked-lm; "
+            "gpt2, llama, qwen2 for causal-lm; any of them for classify",
+        )
+    found = mapping[type(config)]
+    if not isinstance(found, (tuple, list)):
+        return found
+    named = [cls for cls in found if cls.__name__ in (config.architectures or ())]
+    return (named or list(found))[0]
+
+
+def check_head(config: PretrainedConfig, auto_class: str) -> None:
+    """Refuse an encoder where a causal model is asked for: its tokens would see the ones they must predict.
+
+    Raises:
+        UserError: also when the architecture has no head of this kind.
+    """
+    model_class(config, auto_class)
+    if auto_class == CAUSAL_LM and not is_causal(config):
+        raise UserError(
+            f"architecture '{config.model_type}' attends in both directions and cannot be a causal model",
+            where="model",
+            todo="use gpt2, llama or qwen2, or the task masked-lm",
+        )
+
+
+def is_causal(config: PretrainedConfig) -> bool:
+    """Whether a token attends only to earlier ones: decoders, and encoders that say ``is_decoder``."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    name = config.model_type
+    only_decoder = name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and name not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return bool(getattr(config, "is_decoder", False)) or only_decoder
+
+
+def count_parameters(config: PretrainedConfig, auto_class: str) -> int:
+    """Number of parameters, tied ones once; built on the meta device, so it takes no memory.
+
+    Args:
+        auto_class: "AutoModel" counts the bare encoder or decoder.
+    """
+    import torch
+    import transformers
+
+    with torch.device("meta"):
+        model = getattr(transformers, auto_class).from_config(config)
+    model.tie_weights()
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _max_positions(config: PretrainedConfig) -> int:
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:  # no limit of its own (ALiBi)
+        return 1 << 30
+    return positions - config.pad_token_id - 1 if config.model_type in _OFFSET_POSITIONS else positions

@@ -1,0 +1,349 @@
+"""From a model's description to the model: fresh, loaded, or cut from a loaded one; always float32, always seeded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from mtkd.config import ModelConfig
+from mtkd.errors import DataError, UserError, nearest
+from mtkd.models import attention  # noqa: F401  registers the tap that the models are built with
+from mtkd.models.folder import find_folder
+from mtkd.models.fresh import fresh_config, set_dropout
+from mtkd.models.info import CLASSIFIER, attention_implementation, check_head, model_info
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Resolve = Callable[[str], Path | str]
+
+_log = logging.getLogger(__name__)
+
+# First part of the names of heads that another task had; their weights in a checkpoint are not needed.
+_OTHER_HEADS = (
+    *("cls", "lm_head", "vocab_transform", "vocab_layer_norm", "vocab_projector", "predictions"),
+    *("classifier", "pre_classifier", "score", "qa_outputs", "pooler"),
+    *("generator_predictions", "generator_lm_head", "discriminator_predictions"),
+)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is asked of a model besides its own description."""
+
+    auto_class: str
+    num_ids: int
+    max_positions: int
+    num_labels: int
+    label_names: tuple[str, ...]
+    tokenizer: PreTrainedTokenizerBase
+
+
+def build_model(
+    config: ModelConfig,
+    auto_class: str,
+    *,
+    num_ids: int,
+    max_positions: int,
+    num_labels: int,
+    label_names: tuple[str, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    resolve: Resolve,
+) -> PreTrainedModel:
+    """A model in float32 on the CPU, in eval mode.
+
+    Args:
+        config: where it comes from.
+        auto_class: "AutoModelForCausalLM", "AutoModelForMaskedLM" or "AutoModelForSequenceClassification".
+        num_ids: real token ids of the tokenizer.
+        max_positions: tokens of the longest example.
+        num_labels: outputs of a classification model (1 = regression); 0 for token-level models.
+        label_names: class names in order, may be empty.
+        tokenizer: gives the special ids of a fresh model.
+        seed: of everything that is newly initialised; the global random state is neither read nor changed.
+        resolve: maps ``stage:NAME`` and relative folders to folders; returns anything else as it is.
+
+    Raises:
+        UserError: the description does not fit the task, the tokenizer or the data.
+        DataError: the folder is unsafe, or its weights are not those of the architecture.
+    """
+    request = _Request(auto_class, num_ids, max_positions, num_labels, label_names, tokenizer)
+    full, folder = _full_config(config, request, resolve, weights=True)
+    if folder is None:
+        return _from_config(full, auto_class, seed)
+    model = _load(folder, full, request, seed)
+    if config.keep_layers is not None:
+        model = _cut_model(model, auto_class, config.keep_layers, seed)
+    return model
+
+
+def load_config(
+    config: ModelConfig,
+    auto_class: str,
+    *,
+    num_ids: int,
+    max_positions: int,
+    num_labels: int,
+    label_names: tuple[str, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    resolve: Resolve,
+) -> PretrainedConfig:
+    """The configuration that `build_model` would build, without weights; same arguments, same errors.
+
+    Raises:
+        UserError: the description does not fit the task, the tokenizer or the data.
+        DataError: the folder is unsafe or not a model.
+    """
+    request = _Request(auto_class, num_ids, max_positions, num_labels, label_names, tokenizer)
+    full, _ = _full_config(config, request, resolve, weights=False)
+    return full if config.keep_layers is None else _cut_config(full, config.keep_layers)
+
+
+def _full_config(
+    config: ModelConfig, request: _Request, resolve: Resolve, *, weights: bool
+) -> tuple[PretrainedConfig, Path | None]:
+    """Configuration before layers are cut, and the folder of the weights (None for a fresh model)."""
+    folder = None
+    if config.path is None:
+        full = fresh_config(
+            config,
+            request.auto_class,
+            num_ids=request.num_ids,
+            max_positions=request.max_positions,
+            tokenizer=request.tokenizer,
+        )
+    else:
+        folder = find_folder(config.path, config.revision, resolve, weights=weights)
+        full = _read_config(folder)
+        if config.dropout is not None:
+            set_dropout(full, config.dropout)
+    check_head(full, request.auto_class)
+    if request.auto_class == CLASSIFIER:
+        _set_labels(full, request)
+    _check_fits(full, request)
+    if config.keep_layers is not None:
+        _check_kept(config.keep_layers, full.num_hidden_layers)
+    return full, folder
+
+
+def _read_config(folder: Path) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # unknown architectures and malformed values end in many classes
+        raise DataError(f"the configuration cannot be read: {_first_line(error)}", where=str(folder)) from error
+
+
+def _set_labels(config: PretrainedConfig, request: _Request) -> None:
+    names = request.label_names or tuple(f"LABEL_{i}" for i in range(request.num_labels))
+    if _is_classifier(config):
+        theirs = tuple(str(name) for _, name in sorted((int(i), n) for i, n in (config.id2label or {}).items()))
+        if len(theirs) != request.num_labels:
+            raise DataError(
+                "the model's classifier has another number of classes than the data",
+                where="model.path",
+                found=f"{len(theirs)}: {', '.join(theirs)}",
+                allowed=f"{request.num_labels}: {', '.join(names)}",
+            )
+        if theirs != names and set(theirs) == set(names):
+            raise DataError(
+                "the model's classes are in another order than the data's",
+                where="model.path",
+                found=", ".join(theirs),
+                allowed=", ".join(names),
+                todo="set data.labels to the model's order",
+            )
+    config.num_labels = request.num_labels
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: i for i, name in enumerate(names)}
+    config.problem_type = "regression" if request.num_labels == 1 else "single_label_classification"
+    if config.pad_token_id is None:  # decoders find the last token of a row by it
+        config.pad_token_id = request.tokenizer.pad_token_id
+
+
+def _is_classifier(config: PretrainedConfig) -> bool:
+    return any("ForSequenceClassification" in name for name in config.architectures or ())
+
+
+def _check_fits(config: PretrainedConfig, request: _Request) -> None:
+    info = model_info(config, request.auto_class)
+    if info.vocabulary < request.num_ids:
+        raise UserError(
+            "the tokenizer has more ids than the model has embeddings",
+            where="model",
+            found=f"{request.num_ids} ids",
+            allowed=f"at most {info.vocabulary}",
+        )
+    if info.max_positions < request.max_positions:
+        raise UserError(
+            "the data's examples are longer than the model's longest sequence",
+            where="data.max_length",
+            found=f"{request.max_positions} tokens",
+            allowed=f"at most {info.max_positions}",
+        )
+
+
+def _from_config(config: PretrainedConfig, auto_class: str, seed: int) -> PreTrainedModel:
+    import transformers
+
+    implementation = attention_implementation(config, auto_class)
+    with seeded(seed):
+        model = getattr(transformers, auto_class).from_config(
+            config, attn_implementation=implementation, dtype=torch.float32
+        )
+    return model.eval()
+
+
+def _load(folder: Path, config: PretrainedConfig, request: _Request, seed: int) -> PreTrainedModel:
+    import transformers
+
+    new_head = request.auto_class == CLASSIFIER and not _is_classifier(config)
+    try:
+        with seeded(seed), _quiet():
+            model, report = getattr(transformers, request.auto_class).from_pretrained(
+                folder,
+                config=config,
+                attn_implementation=attention_implementation(config, request.auto_class),
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,  # reported, and refused below with the names
+                output_loading_info=True,
+            )
+    except Exception as error:  # safetensors, OS and transformers errors share no base class
+        raise DataError(f"the weights cannot be loaded: {_first_line(error)}", where=str(folder)) from error
+    _check_report(report, model.base_model_prefix, new_head, folder)
+    return model.eval()
+
+
+def _check_report(report: dict[str, Any], prefix: str, new_head: bool, folder: Path) -> None:
+    """Refuse weights that are not those of the architecture; transformers would initialise them at random.
+
+    Args:
+        report: transformers' loading info.
+        prefix: of the encoder's or decoder's names in a model with a head.
+        new_head: whether a classification head may be made anew.
+    """
+    mismatched = [
+        f"{name} {list(found)} instead of {list(wanted)}" for name, found, wanted in report["mismatched_keys"]
+    ]
+    missing = sorted(report["missing_keys"])
+    made = [name for name in missing if not name.startswith(f"{prefix}.") or f"{prefix}.pooler." in name]
+    if new_head:
+        missing = [name for name in missing if name not in made]
+    unexpected = [n for n in sorted(report["unexpected_keys"]) if not _of_another_head(n, prefix)]
+    errors = [str(e) for e in report.get("error_msgs") or ()]
+    for what, names in (
+        ("missing", missing),
+        ("of another shape", sorted(mismatched)),
+        ("not part of the architecture", unexpected),
+        ("unreadable", errors),
+    ):
+        if names:
+            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            raise DataError(
+                f"the checkpoint does not fit its configuration: {len(names)} weights are {what}",
+                where=str(folder),
+                found=shown,
+                todo="use the complete checkpoint of a model made for this task",
+            )
+    if new_head and made:
+        _log.info("%s: new classification head: %s", folder.name, ", ".join(made))
+
+
+def _of_another_head(name: str, prefix: str) -> bool:
+    """A weight of another task's head, or of the pooler that this task does not use."""
+    return name.removeprefix(f"{prefix}.").split(".")[0] in _OTHER_HEADS
+
+
+def _check_kept(layers: tuple[int, ...], num_layers: int) -> None:
+    if list(layers) != sorted(set(layers)) or not layers or layers[-1] > num_layers or layers[0] < 1:
+        raise UserError(
+            "keep_layers must name different layers of the model, in rising order",
+            where="model.keep_layers",
+            found=list(layers),
+            allowed=f"1 to {num_layers}",
+        )
+
+
+def _cut_config(config: PretrainedConfig, layers: tuple[int, ...]) -> PretrainedConfig:
+    """A copy for these layers only; lists with one entry per layer (``layer_types``) are cut too."""
+    before = config.num_hidden_layers
+    cut = type(config).from_dict(config.to_dict())
+    for name, value in config.to_dict().items():
+        if "layer" in name and isinstance(value, (list, tuple)) and len(value) == before:
+            setattr(cut, name, [value[layer - 1] for layer in layers])
+    cut.num_hidden_layers = len(layers)
+    return cut
+
+
+def _cut_model(model: PreTrainedModel, auto_class: str, layers: tuple[int, ...], seed: int) -> PreTrainedModel:
+    """A model of these layers, with copies of their weights and of everything that is not a layer."""
+    name = _layer_list(model)
+    kept = {str(layer - 1): str(position) for position, layer in enumerate(layers)}
+    weights = {}
+    for key, value in model.state_dict().items():
+        if not key.startswith(f"{name}."):
+            weights[key] = value
+            continue
+        number, _, rest = key.removeprefix(f"{name}.").partition(".")
+        if number in kept:
+            weights[f"{name}.{kept[number]}.{rest}"] = value
+    # Built anew rather than by deleting modules: layer numbers inside the modules are then right by construction.
+    student = _from_config(_cut_config(model.config, layers), auto_class, seed)
+    student.load_state_dict(weights, strict=True)
+    return student
+
+
+def _layer_list(model: PreTrainedModel) -> str:
+    """Name of the list of layers inside a model."""
+    number = model.config.num_hidden_layers
+    lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == number]
+    outer = [n for n in lists if not any(n.startswith(f"{other}.") for other in lists)]
+    if len(outer) != 1:
+        raise UserError(
+            f"architecture '{model.config.model_type}' has no single list of its layers to cut from",
+            where="model.keep_layers",
+            found=outer or "none",
+            todo=nearest(model.config.model_type, ["bert", "roberta", "distilbert", "gpt2", "llama", "qwen2"]),
+        )
+    return outer[0]
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within it the CPU's random numbers start at `seed`; the global state is as before afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' loading report and bar: what it would say is checked, and raised if it matters."""
+    from transformers.utils import logging as hub_logging
+
+    level, bar = hub_logging.get_verbosity(), hub_logging.is_progress_bar_enabled()
+    hub_logging.set_verbosity(logging.CRITICAL)
+    hub_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hub_logging.set_verbosity(level)
+        if bar:
+            hub_logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

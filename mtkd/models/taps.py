@@ -1,0 +1,275 @@
+"""A transformers model that gives the canonical features of `mtkd.features`, and only those that are asked for.
+
+Token-level logits are never computed here: the output head hands on its input, and `HeadLogits` multiplies it with the
+head's weight for the rows somebody reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from mtkd.data.batch import Batch
+from mtkd.errors import UserError, nearest
+from mtkd.features import ATTENTION, NO_LABEL, DenseLogits, Features, HeadLogits, split_key
+from mtkd.models.attention import AttentionCall, Recorder, active_recorder, recording
+from mtkd.models.info import TAP, TOKEN_LEVEL, model_info
+
+VERIFY_TOLERANCE = 1e-3
+"""Largest difference between our logits and the model's own, relative to its largest logit."""
+
+
+class TappedModel(nn.Module):
+    """A model with taps.
+
+    ``key`` and ``value`` features keep their own number of heads where heads are grouped (``info.num_kv_heads``);
+    ``scores`` and ``probs`` repeat them to ``info.num_heads``. ``hidden.k`` is exactly ``output_hidden_states[k]``: the
+    last one is after the final normalisation in pre-norm models (GPT-2, Llama, Qwen2).
+
+    Args:
+        model: a plain encoder or decoder with a head, as `mtkd.models.load.build_model` makes it.
+        auto_class: the auto class of that head, e.g. "AutoModelForMaskedLM".
+        num_ids: real token ids; columns of the vocabulary at and after it are padding and never reach a softmax.
+
+    Attributes:
+        info: shape and capabilities.
+
+    Raises:
+        UserError: fewer columns than ids, or an output head that is not linear.
+    """
+
+    def __init__(self, model: PreTrainedModel, auto_class: str, num_ids: int) -> None:
+        super().__init__()
+        self.model = model
+        self.info = model_info(model.config, auto_class)
+        if model.config._attn_implementation != TAP:  # built by somebody else: no recorder would ever be called
+            self.info = dataclasses.replace(self.info, taps=self.info.taps - set(ATTENTION))
+        self.num_ids = num_ids
+        self.token_level = auto_class in TOKEN_LEVEL
+        self._transform = head_transform(model.config)
+        parameters = inspect.signature(model.forward).parameters
+        # GPT-2 would add token types to the *word* embeddings; RoBERTa has a table of one row.
+        types = getattr(model.config, "type_vocab_size", 0) or 0
+        self._takes_types = "token_type_ids" in parameters and types > 1
+        self._takes_cache = "use_cache" in parameters
+        if self.token_level:
+            if self.info.vocabulary < num_ids:
+                raise UserError(
+                    "the model has fewer embeddings than the tokenizer has ids",
+                    where="model",
+                    found=self.info.vocabulary,
+                    allowed=f"at least {num_ids}",
+                )
+            self._head().forward = MethodType(_head_forward, self._head())  # type: ignore[method-assign]
+
+    def forward(self, batch: Batch, wants: frozenset[str]) -> Features:
+        """The wanted features of a batch of B sequences of L tokens.
+
+        Args:
+            wants: feature keys such as "logits", "hidden.4", "probs.2".
+
+        Raises:
+            UserError: a feature this model cannot give.
+        """
+        keys = {key: split_key(key) for key in wants}
+        self._check(keys)
+        depths = sorted(self._depth(name, layer) for name, layer in keys.values() if name in _HIDDEN)
+        attention = frozenset(layer for name, layer in keys.values() if name in ATTENTION and layer is not None)
+        recorder = Recorder(attention)
+        inputs = self._inputs(batch)
+        if depths:
+            inputs["output_hidden_states"] = depths  # the others are not kept
+        with recording(recorder):
+            output = self.model(**inputs)
+        if attention and recorder.num_calls != self.info.num_layers:
+            raise UserError(
+                "attention features cannot be numbered: the model's layers do not attend once each",
+                where="model",
+                found=f"{recorder.num_calls} attentions in {self.info.num_layers} layers",
+            )
+        features: Features = {}
+        for key, (name, layer) in keys.items():
+            if name == "logits":
+                features[key] = self._logits(recorder, output)
+            elif name in _HIDDEN:
+                hidden = output.hidden_states[self._depth(name, layer)]
+                features[key] = hidden[:, 0] if name == "cls" else hidden
+            else:
+                assert layer is not None
+                features[key] = _attention_feature(recorder.calls[layer], name)
+        return features
+
+    @property
+    def output_head(self) -> tuple[nn.Parameter, nn.Parameter | None] | None:
+        """Weight [V,H] and bias [V] of a token-level head; None for a classification model."""
+        if not self.token_level:
+            return None
+        head = self._head()
+        assert isinstance(head.weight, nn.Parameter)
+        return head.weight, head.bias
+
+    def enable_activation_checkpointing(self) -> None:
+        """Recompute each layer in the backward pass.
+
+        Non-reentrant: the reentrant form drops the gradient of a feature that is tapped inside a layer, silently.
+
+        Raises:
+            UserError: the architecture does not support it.
+        """
+        settings = {"use_reentrant": False}
+        if not self.model.supports_gradient_checkpointing:
+            raise UserError(
+                f"architecture '{self.info.architecture}' cannot recompute its activations",
+                where="engine.activation_checkpointing",
+                todo="set it to false",
+            )
+        if hasattr(self.model, "activation_checkpointing_enable"):  # the name since transformers 5.2x
+            self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+        else:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+
+    @torch.no_grad()
+    def verify(self) -> None:
+        """Compare with the model's own output on two tokens; for a whole model, right after loading.
+
+        Raises:
+            UserError: the logits differ by more than `VERIFY_TOLERANCE` (the architecture does something to them after
+                the head that mtkd does not know), or attention features cannot be numbered.
+        """
+        training = self.model.training
+        self.model.eval()
+        try:
+            batch = self._two_tokens()
+            wants = {"logits", f"hidden.{self.info.num_layers}"}
+            wants |= {f"query.{self.info.num_layers}"} if "query" in self.info.taps else set()
+            ours = self(batch, frozenset(wants))["logits"]
+            theirs = self.model(**self._inputs(batch)).logits.float().reshape(-1, self._columns())[:, : self._real()]
+            assert not isinstance(ours, Tensor)
+            index = torch.arange(theirs.shape[0], device=theirs.device)
+            difference = float((ours.rows(index) - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))
+        finally:
+            self.model.train(training)
+        if not difference <= VERIFY_TOLERANCE:
+            raise UserError(
+                f"architecture '{self.info.architecture}' changes its logits after the output head in a way that mtkd "
+                "does not know",
+                where="model",
+                found=f"relative difference {difference:.2g}",
+                allowed=f"at most {VERIFY_TOLERANCE}",
+                todo="add the rule to head_transform in mtkd/models/taps.py",
+            )
+
+    def _columns(self) -> int:
+        return self.info.vocabulary if self.token_level else self.info.num_labels
+
+    def _real(self) -> int:
+        return self.num_ids if self.token_level else self.info.num_labels
+
+    def _two_tokens(self) -> Batch:
+        pad = self.model.config.pad_token_id
+        ids = [i for i in range(min(self.info.vocabulary, 4)) if i != pad][:2]
+        device = next(self.model.parameters()).device
+        tokens = torch.tensor([ids], device=device)
+        targets = torch.full_like(tokens, NO_LABEL)
+        return Batch(torch.zeros(1, dtype=torch.long, device=device), tokens, torch.ones_like(tokens).bool(), targets)
+
+    def _head(self) -> nn.Linear:
+        head = self.model.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            raise UserError(
+                f"architecture '{self.info.architecture}' has no linear output head", where="model", found=type(head)
+            )
+        return head
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask.long()}
+        if self._takes_types and batch.token_type_ids is not None:
+            inputs["token_type_ids"] = batch.token_type_ids
+        if self._takes_cache:
+            inputs["use_cache"] = False
+        return inputs
+
+    def _logits(self, recorder: Recorder, output: Any) -> DenseLogits | HeadLogits:
+        if not self.token_level:
+            return DenseLogits(output.logits)
+        if recorder.head_input is None:
+            raise UserError(f"architecture '{self.info.architecture}' never called its output head", where="model")
+        head = self._head()
+        return HeadLogits(recorder.head_input, head.weight, head.bias, self.num_ids, self._transform)
+
+    def _depth(self, name: str, layer: int | None) -> int:
+        return 0 if name == "embedding" or layer is None else layer
+
+    def _check(self, keys: dict[str, tuple[str, int | None]]) -> None:
+        for key, (name, layer) in keys.items():
+            if name not in self.info.taps:
+                raise UserError(
+                    f"architecture '{self.info.architecture}' cannot give this feature",
+                    where="model",
+                    found=key,
+                    allowed=sorted(self.info.taps),
+                    todo=nearest(name, self.info.taps),
+                )
+            lowest = 1 if name in ATTENTION else 0
+            if layer is not None and not lowest <= layer <= self.info.num_layers:
+                raise UserError(
+                    "no such layer", where="model", found=key, allowed=f"{lowest} to {self.info.num_layers}"
+                )
+
+
+_HIDDEN = ("hidden", "cls", "embedding")
+
+
+def _attention_feature(call: AttentionCall, name: str) -> Tensor:
+    """A recorded operand as it is, or scores and probs computed from them outside the model's forward pass."""
+    if name == "scores":
+        return call.scores()
+    if name == "probs":
+        return call.probs()
+    return {"query": call.query, "key": call.key, "value": call.value}[name]
+
+
+def _head_forward(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """Forward of an output head: while a recorder is active, keep the input and return logits of width 0.
+
+    Bound to the head as a method, so that a copied model is not tied to the original's head; the module's own call
+    still runs its hooks, which is where ZeRO-3 gathers the weight.
+    """
+    recorder = active_recorder()
+    if recorder is None:
+        return nn.functional.linear(hidden, head.weight, head.bias)
+    recorder.head_input = hidden
+    return hidden[..., :0]
+
+
+def _soft_cap(logits: Tensor, *, cap: float) -> Tensor:
+    return cap * torch.tanh(logits / cap)
+
+
+def _scale(logits: Tensor, *, factor: float) -> Tensor:
+    return logits * factor
+
+
+def head_transform(config: PretrainedConfig) -> Callable[[Tensor], Tensor] | None:
+    """What the architecture does to its logits after the head: a soft cap, a factor, or nothing.
+
+    Gemma 2 and 3 cap (``final_logit_softcapping``), Cohere multiplies (``logit_scale``), Granite divides
+    (``logits_scaling``), Falcon-H1 multiplies (``lm_head_multiplier``). `TappedModel.verify` finds what is missing.
+    """
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap:
+        return partial(_soft_cap, cap=float(cap))
+    if config.model_type.startswith("granite") and getattr(config, "logits_scaling", None):
+        return partial(_scale, factor=1 / float(config.logits_scaling))
+    for name in ("logit_scale", "lm_head_multiplier"):
+        if getattr(config, name, None):
+            return partial(_scale, factor=float(getattr(config, name)))
+    return None

@@ -1,0 +1,248 @@
+"""The objective: student, width adapters and weighting in one module whose forward returns the loss.
+
+One module means one optimizer, one gradient clipping, one checkpoint, and a DeepSpeed engine that sees everything that
+trains. Every row becomes per-position losses, is weighted per teacher, and is divided once by the *global* number of
+valid positions of its kind, so micro-batches and ranks add up to the same gradient however the batch is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mtkd.data.batch import Batch
+from mtkd.features import DenseLogits, Features, HeadLogits, Logits
+from mtkd.models.taps import TappedModel
+from mtkd.projection import projection_key
+from mtkd.registry import LossSpec
+from mtkd.rows import Row
+from mtkd.tiles import tiled
+from mtkd.weighting.base import Weighting
+from mtkd.weighting.traits import Traits
+
+Counts = Mapping[str, int]
+
+
+class Objective(nn.Module):
+    """Student + projections + weighting; `forward` gives the loss and its metrics.
+
+    Args:
+        student: the model that trains, with taps.
+        rows: the compiled rows of the stage.
+        weighting: how much each teacher counts; ignored by rows with ``weighted: false``.
+        projections: from `make_projections`.
+        teachers: names, in pool order.
+        per: "example" or "token" weights.
+        token_level: targets are [B,L], logits are vocabulary-size.
+        tile: positions per tile.
+        dtype: of the matrix products: bfloat16 runs the student under autocast; losses stay float32.
+    """
+
+    def __init__(
+        self,
+        student: TappedModel,
+        rows: Sequence[Row],
+        weighting: Weighting,
+        projections: nn.ModuleDict,
+        teachers: Sequence[str],
+        *,
+        per: str = "example",
+        token_level: bool,
+        tile: int = 128,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.student, self.weighting, self.projections = student, weighting, projections
+        self.rows, self.teacher_names = list(rows), tuple(teachers)
+        self.per, self.token_level, self.tile, self.dtype = per, token_level, tile, dtype
+        self.student_wants = frozenset().union(*(row.student_wants() for row in self.rows))
+        self.logit_rows = [row for row in self.rows if row.is_logits]
+
+    def teacher_wants(self, k: int) -> frozenset[str]:
+        """Feature keys asked of teacher k. Its logits are always among them: they cost nothing until they are read."""
+        return frozenset({"logits"}).union(*(row.teacher_wants(k) for row in self.rows))
+
+    def forward(
+        self, batch: Batch, teachers: list[Features], counts: dict[str, int]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of one micro-batch.
+
+        Args:
+            batch: a micro-batch of B sequences.
+            teachers: features of each teacher on this batch.
+            counts: global numbers of `tokens`, `targets` and `sequences` in the whole optimizer step.
+        Returns:
+            (loss [], metrics): summed over the micro-batches and ranks of a step, both are the step's values.
+        """
+        with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            features = self.student(batch, self.student_wants)
+        weights = self._weights(batch, teachers)
+        metrics = self._weight_metrics(weights, batch, counts)
+        total = torch.zeros((), device=batch.input_ids.device)
+        for position, row in enumerate(self.rows):
+            if not row.is_logits:
+                value = self._dense_row(row, position, features, teachers, weights, batch) / self._count(row, counts)
+                total = total + row.match.weight * value
+                metrics[f"row/{row.key}"] = value.detach()
+        if self.logit_rows:
+            loss, values = self._logit_rows(features["logits"], teachers, weights, batch, counts)
+            total = total + loss
+            for row, value in zip(self.logit_rows, values.unbind(), strict=True):
+                metrics[f"row/{row.key}"] = value
+        penalty = self.weighting.penalty()
+        if penalty is not None:
+            total = total + penalty
+            metrics["penalty"] = penalty.detach()
+        metrics["loss"] = total.detach()
+        return total, metrics
+
+    def _count(self, row: Row, counts: Counts) -> int:
+        return max(counts[row.counted(self.token_level)], 1)
+
+    def _weights(self, batch: Batch, teachers: Sequence[Features]) -> Tensor:
+        """[T,B,L], L = 1 for one weight per example."""
+        if not teachers:
+            return torch.zeros(0, len(batch.ids), 1, device=batch.input_ids.device)
+        logits = [_as_logits(features["logits"]).in_dtype(self.dtype) for features in teachers]
+        traits = Traits(logits, batch.targets, batch.target_mask, self.per, self.tile)
+        return self.weighting(traits)
+
+    def _weight_metrics(self, weights: Tensor, batch: Batch, counts: Counts) -> dict[str, Tensor]:
+        """Mean weight per teacher and mean entropy of the normalised weights (nats)."""
+        if not len(weights):
+            return {}
+        per_token = weights.shape[-1] > 1
+        mask = batch.target_mask if per_token else batch.real[:, None]
+        count = max(counts["targets" if per_token else "sequences"], 1)
+        held = weights.detach() * mask
+        shares = held / held.sum(0).clamp_min(1e-30)
+        entropy = -torch.special.xlogy(shares, shares).sum()
+        means = held.sum((1, 2)) / count
+        metrics = {f"weight/{n}": m for n, m in zip(self.teacher_names, means.unbind(), strict=True)}
+        return {**metrics, "weight_entropy": entropy / count}
+
+    def _dense_row(
+        self,
+        row: Row,
+        position: int,
+        student: Features,
+        teachers: Sequence[Features],
+        weights: Tensor,
+        batch: Batch,
+    ) -> Tensor:
+        """Sum over valid positions, layer pairs and weighted teachers of a row on hidden states or attention, []."""
+        mask = batch.real if row.counted(self.token_level) == "sequences" else batch.token_mask
+        total = torch.zeros((), device=mask.device)
+        for k, teacher in enumerate(teachers):
+            weight = self._row_weights(weights, batch)[k] if row.match.weighted else None
+            for pair, (student_layer, teacher_layer) in enumerate(row.pairs[k]):
+                ours, theirs = student[row.feature_key(student_layer)], teacher[row.feature_key(teacher_layer)]
+                assert isinstance(ours, Tensor) and isinstance(theirs, Tensor)
+                key = projection_key(row, position, k, pair)
+                if key in self.projections:
+                    ours = self.projections[key](ours.float())
+                values = row.spec(ours, theirs, mask, row.match.options)
+                if weight is not None:
+                    values = values * (weight if values.dim() == 2 else weight[:, 0])
+                share = len(row.pairs[k]) if row.match.layer_reduction == "mean" else 1
+                total = total + values.sum() / share
+        return total
+
+    def _row_weights(self, weights: Tensor, batch: Batch) -> Tensor:
+        """Weights for rows over tokens or sequences; token weights exist at targets only, so others use their mean."""
+        if weights.shape[-1] == 1:
+            return weights
+        mask = batch.target_mask
+        return (weights * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp_min(1)
+
+    def _logit_rows(
+        self, student: Tensor | Logits, teachers: Sequence[Features], weights: Tensor, batch: Batch, counts: Counts
+    ) -> tuple[Tensor, Tensor]:
+        """All logits rows in one pass: tiled over a vocabulary, whole over classes. (loss [], row values [R])."""
+        logits = [_as_logits(features["logits"]).in_dtype(self.dtype) for features in teachers]
+        everywhere = not self.token_level or any(row.match.positions == "all" for row in self.logit_rows)
+        at = batch.token_mask if self.token_level else batch.real
+        index = (at if everywhere else batch.target_mask).reshape(-1).nonzero().squeeze(-1)
+        labels = batch.targets.reshape(-1)[index]
+        has_label = batch.target_mask.reshape(-1)[index]
+        spread = weights.expand(-1, -1, batch.targets.shape[1]) if self.token_level else weights
+        weights = spread.flatten(1)[:, index]
+        rows, divisors = self.logit_rows, [self._count(row, counts) for row in self.logit_rows]
+
+        def tile_loss(ours: Tensor, weights: Tensor, positions: slice) -> tuple[Tensor, Tensor]:
+            theirs = [t.rows(index[positions]) for t in logits]
+            total, values = ours.new_zeros(()), []
+            for row, divisor in zip(rows, divisors, strict=True):
+                held = has_label[positions]
+                mask = held if row.counted(self.token_level) == "targets" else torch.ones_like(held)
+                if row.from_labels:
+                    losses = row.spec(ours, labels[positions], mask, row.match.options)
+                else:
+                    losses = ensemble_losses(row, ours, theirs, weights, mask)
+                value = losses.sum() / divisor
+                total = total + row.match.weight * value
+                values.append(value.detach())
+            return total, torch.stack(values)
+
+        head = _as_logits(student)
+        if isinstance(head, HeadLogits):
+            return tiled(head, index, weights, tile_loss, tile=self.tile, dtype=self.dtype)
+        return tile_loss(head.rows(index), weights, slice(None))
+
+
+def ensemble_losses(
+    row: Row, student: Tensor, teachers: Sequence[Tensor], weights: Tensor, mask: Tensor
+) -> Tensor:
+    """Per-position loss of one logits row over all teachers.
+
+    Args:
+        student: [m,V]. teachers: T of [m,V]. weights: [T,m]. mask: [m].
+    Returns:
+        [m]. ``losses``: ``sum_k w_k l(s, t_k)``. ``probabilities`` and ``logits``: ``(sum_k w_k) l(s, mixture)``, the
+        mixture arithmetic (of softmax at the row's temperature) or geometric (of logits), with weights of sum 1.
+    """
+    if not row.match.weighted:
+        weights = torch.ones_like(weights)
+    spec, options, ensemble = row.spec, row.match.options, row.match.ensemble
+    if len(teachers) == 1:
+        return weights[0] * spec(student, teachers[0], mask, options)
+    temperature = _temperature(spec, options)
+    if ensemble == "losses" and not (spec.linear_in_teacher and not weights.requires_grad):
+        losses = [w * spec(student, t, mask, options) for w, t in zip(weights, teachers, strict=True)]
+        return torch.stack(losses).sum(0)
+    total = weights.sum(0)
+    shares = weights / total.clamp_min(1e-30)
+    if ensemble == "logits":
+        mixture = sum(w[:, None] * t for w, t in zip(shares, teachers, strict=True))
+        return total * spec(student, mixture, mask, options)
+    mixture = _mixture(teachers, shares, temperature)
+    values = total * spec(student, mixture, mask, options)
+    if ensemble == "probabilities":
+        return values
+    # l(s, t) = c(t) + <p_t, g(s)>: the mixture has the sum's gradient; its value lacks the constants, which do not
+    # depend on the student and are therefore read off at the student that equals the mixture.
+    with torch.no_grad():
+        constant = -total * spec(mixture, mixture, mask, options)
+        for w, t in zip(weights, teachers, strict=True):
+            constant += w * spec(mixture, t, mask, options)
+    return values + constant
+
+
+def _mixture(teachers: Sequence[Tensor], shares: Tensor, temperature: float) -> Tensor:
+    """Logits whose softmax at `temperature` is the arithmetic mixture of the teachers' softmax, [m,V]."""
+    mixed = sum(w[:, None] * torch.softmax(t / temperature, -1) for w, t in zip(shares, teachers, strict=True))
+    assert isinstance(mixed, Tensor)
+    return mixed.clamp_min(torch.finfo(mixed.dtype).tiny).log() * temperature
+
+
+def _temperature(spec: LossSpec, options: Mapping[str, object]) -> float:
+    default = spec.options()["temperature"].default if "temperature" in spec.options() else 1.0
+    value = options.get("temperature", default)
+    assert isinstance(value, (int, float))
+    return float(value)
+
+
+def _as_logits(value: Tensor | Logits) -> Logits:
+    return DenseLogits(value) if isinstance(value, Tensor) else value

@@ -1,0 +1,255 @@
+"""`mtkd.plan`: everything resolved and checked, nothing trained and no weight loaded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.table import Table
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from mtkd.build import check_registered, resolve_path
+from mtkd.chain import stage_of, stage_rows, used_stages
+from mtkd.config import ModelConfig, RunConfig, StageConfig
+from mtkd.data.sources import check_source
+from mtkd.data.tokenizers import check_same_tokenizer, load_tokenizer, num_real_ids, train_tokenizer
+from mtkd.errors import UserError
+from mtkd.launcher import launch_command
+from mtkd.models.info import ModelInfo, count_parameters, model_info
+from mtkd.models.load import load_config as load_model_config
+from mtkd.registry import TASKS, load_plugins
+from mtkd.rows import compile_rows
+from mtkd.rundir import RunDir
+
+_FLOAT = 4  # bytes of a float32
+# Float32 copies of a trainable parameter in training: weight, gradient, two Adam moments.
+_COPIES = {"weight": 1, "gradient": 1, "optimizer": 2}
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A model of a stage: `role` is "student" or the teacher's name; `parameters` counted on the meta device."""
+
+    role: str
+    origin: str
+    architecture: str
+    layers: int
+    width: int
+    heads: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage as it would run; `steps` and `tokens` (upper bound) are None while they depend on data or other stages."""
+
+    name: str
+    kind: str
+    state: str
+    needs: list[str]
+    models: list[PlannedModel]
+    rows: list[str]
+    steps: int | None
+    tokens: int | None
+    memory_gb: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `mtkd run` would do."""
+
+    name: str
+    folder: str
+    engine: str
+    command: str
+    stages: list[PlannedStage] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    def tables(self) -> list[Table]:
+        """For the terminal."""
+        table = Table(
+            "stage", "kind", "state", "model", "origin", "shape", "parameters", "steps", "tokens <=", "GB per rank",
+            title=f"{self.name}  ->  {self.folder}   engine: {self.engine}",
+        )  # fmt: skip
+        for stage in self.stages:
+            for i, model in enumerate(stage.models):
+                shape = f"{model.architecture} {model.layers}x{model.width}, {model.heads} heads"
+                first = (stage.name, stage.kind, stage.state) if i == 0 else ("", "", "")
+                work = (_number(stage.steps), _number(stage.tokens), f"{stage.memory_gb:.2f}") if i == 0 else ("",) * 3
+                table.add_row(*first, model.role, model.origin, shape, f"{model.parameters:,}", *work)
+        rows = Table("stage", "row", title="rows of the objective")
+        for stage in self.stages:
+            for row in stage.rows:
+                rows.add_row(stage.name, row)
+        return [table, rows, Table(f"started by: {self.command}")]
+
+
+def check(config: RunConfig) -> None:
+    """Plug-ins, names, options and data files: everything that can be checked without reading data or weights.
+
+    Raises:
+        UserError: at the first thing that is wrong.
+    """
+    load_plugins(config.plugins, config.base)
+    check_registered(config)
+    for name, data in config.data.items():
+        check_source(data, config.base, f"data.{name}")
+
+
+def plan(config: RunConfig) -> Plan:
+    """Resolve and check a run: models from their configurations, rows against both sides, tokenizers against each other.
+
+    Raises:
+        UserError: whatever would fail later for a reason that can be known now.
+    """
+    check(config)
+    planner = _Planner(config)
+    stages = [planner.stage(name) for name in config.stages]
+    engine = config.engine
+    command = ["mtkd", "run", "FILE"]
+    if engine.kind == "deepspeed" and engine.processes > 1:
+        command = launch_command(engine, ["run", "FILE"])[1:]
+        command = ["python", *command]
+    kind = f"{engine.kind}, {engine.processes} process(es), {engine.precision}"
+    if engine.kind == "deepspeed":
+        kind += f", ZeRO {engine.zero_stage}"
+    return Plan(config.name, str(config.folder), kind, " ".join(command), stages)
+
+
+class _Planner:
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self._made: dict[str, PretrainedConfig] = {}
+        settings = config.tokenizer
+        self._trains_tokenizer = settings is not None and settings.train_on is not None
+        if self._trains_tokenizer:
+            assert settings is not None
+            # A stand-in with the special tokens of the one to come, which has at most `vocab_size` ids.
+            self._tokenizer, self._num_ids = train_tokenizer(["stand-in"], settings.vocab_size), settings.vocab_size
+        else:
+            self._tokenizer = self._own_tokenizer()
+            self._num_ids = num_real_ids(self._tokenizer)
+
+    def _own_tokenizer(self) -> PreTrainedTokenizerBase:
+        settings = self.config.tokenizer
+        if settings is not None and settings.path is not None:
+            return load_tokenizer(str(resolve_path(settings.path, self.config.base)))
+        for stage in self.config.stages.values():
+            for model in (*(t.model for t in stage.teachers), stage.student):
+                if model.path is not None and stage_of(model.path) is None:
+                    return load_tokenizer(str(resolve_path(model.path, self.config.base)), model.revision)
+        raise UserError("no model brings a tokenizer", where="tokenizer", todo="set tokenizer.path or tokenizer.train_on")
+
+    def stage(self, name: str) -> PlannedStage:
+        stage, where = self.config.stages[name], f"stages.{name}"
+        data = self.config.data[self.config.data_name(stage.data)]
+        task = TASKS.find(data.task, f"data.{stage.data}.task")
+        student = self._model_config(stage, stage.student, f"{where}.student")
+        self._made[name] = student
+        models = [("student", stage.student, student)]
+        for i, teacher in enumerate(stage.teachers):
+            place = f"{where}.teachers[{i}]"
+            models.append((teacher.name, teacher.model, self._model_config(stage, teacher.model, place)))
+            self._check_tokenizer(teacher.model, place)
+        planned, infos = [], []
+        for role, model, config in models:
+            info = model_info(config, task.auto_class)
+            infos.append(info)
+            planned.append(_planned(role, model, info, count_parameters(config, task.auto_class)))
+        rows = compile_rows(
+            stage_rows(stage, where),
+            infos[0],
+            {role: info for (role, _, _), info in zip(models[1:], infos[1:], strict=True)},
+            token_level=task.token_level,
+            regression=False,
+            where=f"{where}.match",
+        )
+        texts = [_row_text(row.match.weight, row.key, row.pairs) for row in rows]
+        return PlannedStage(
+            name,
+            stage.kind,
+            self._state(name),
+            used_stages(stage),
+            planned,
+            texts,
+            stage.steps,
+            self._tokens(stage, data.max_length),
+            self._memory(planned, infos[0]),
+        )
+
+    def _model_config(self, stage: StageConfig, model: ModelConfig, where: str) -> PretrainedConfig:
+        earlier = stage_of(model.path)
+        if earlier is not None:
+            made = self._made[earlier]
+            if model.keep_layers:
+                made = type(made).from_dict({**made.to_dict(), "num_hidden_layers": len(model.keep_layers)})
+            return made
+        data = self.config.data[self.config.data_name(stage.data)]
+        return load_model_config(
+            model,
+            TASKS.find(data.task).auto_class,
+            num_ids=self._num_ids,
+            max_positions=data.max_length,
+            num_labels=len(data.labels) or 2,
+            label_names=data.labels,
+            tokenizer=self._tokenizer,
+            resolve=lambda path: resolve_path(path, self.config.base),
+        )
+
+    def _check_tokenizer(self, model: ModelConfig, where: str) -> None:
+        """Token -> id of the teacher and of the run, where both exist before anything is trained."""
+        if stage_of(model.path) is None and not self._trains_tokenizer and model.path is not None:
+            own = load_tokenizer(str(resolve_path(model.path, self.config.base)), model.revision)
+            check_same_tokenizer(self._tokenizer, own, where)
+
+    def _state(self, name: str) -> str:
+        folder = self.config.folder
+        if not (folder / "run.yaml").is_file():
+            return "to do"
+        stage = RunDir.open(folder).stage(list(self.config.stages).index(name) + 1, name)
+        record = stage.done()
+        if record is None:
+            return "to do"
+        dumped = self.config.stages[name].model_dump(mode="json", exclude=set())
+        same = all(record["identity"]["stage"].get(k, v) == v for k, v in json.loads(json.dumps(dumped)).items())
+        return "done, skipped" if same else "done, but differs"
+
+    def _tokens(self, stage: StageConfig, max_length: int) -> int | None:
+        if stage.steps is None:
+            return None
+        per_step = stage.batch.tokens or (stage.batch.sequences or 0) * max_length
+        return stage.steps * per_step
+
+    def _memory(self, models: list[PlannedModel], student: ModelInfo) -> float:
+        """GB (1e9 bytes) per rank of weights, gradients, Adam's moments and one vocabulary tile; no activations."""
+        engine = self.config.engine
+        ranks, shard = engine.processes, engine.zero_stage
+        own = models[0].parameters * _FLOAT
+        total = own * _COPIES["optimizer"] / (ranks if shard >= 1 else 1)
+        total += own * _COPIES["gradient"] / (ranks if shard >= 2 else 1)
+        total += own * _COPIES["weight"] / (ranks if shard >= 3 else 1)
+        total += sum(m.parameters for m in models[1:]) * _FLOAT
+        total += engine.tile * student.vocabulary * _FLOAT * (2 + len(models))
+        return total / 1e9
+
+
+def _planned(role: str, model: ModelConfig, info: ModelInfo, parameters: int) -> PlannedModel:
+    origin = model.path or "fresh"
+    if model.keep_layers:
+        origin += f" layers {','.join(map(str, model.keep_layers))}"
+    return PlannedModel(role, origin, info.architecture, info.num_layers, info.width, info.num_heads, parameters)
+
+
+def _row_text(weight: float, key: str, pairs: tuple[tuple[tuple[int, int], ...], ...]) -> str:
+    layers = [f"{s}<-{t}" for s, t in pairs[0]] if pairs and pairs[0] != ((0, 0),) else []
+    return f"{weight:g} x {key}" + (f"  (student<-teacher layers {', '.join(layers)})" if layers else "")
+
+
+def _number(value: int | None) -> str:
+    return "?" if value is None else f"{value:,}"
+
+

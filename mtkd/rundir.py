@@ -1,0 +1,297 @@
+"""The folder of a run: its paths, its lock, its stages, and what it records of where it was made.
+
+runs/<name>/run.yaml  env.json  metrics.jsonl  report.html  plots/  logs/rank-*.log  LOCK
+runs/<name>/stages/01-<stage>/stage.yaml  checkpoints/step-000500/  export/  scores.jsonl  DONE
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import re
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mtkd.config import RunConfig, check_name
+from mtkd.errors import DataError, UserError
+from mtkd.seal import (
+    Found,
+    append_jsonl,
+    check_seal,
+    newest_sealed,
+    read_jsonl,
+    save_sealed,
+    seal,
+    write_atomic,
+    write_sealed,
+)
+
+__all__ = [
+    "Found",
+    "RunDir",
+    "StageDir",
+    "append_jsonl",
+    "check_seal",
+    "environment",
+    "newest_sealed",
+    "read_jsonl",
+    "save_sealed",
+    "seal",
+    "versions",
+    "write_atomic",
+]
+
+PACKAGES = ("mtkd", "torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors", "scipy", "pydantic")
+_HIDDEN = "***"
+_SECRET_NAME = re.compile(r"(?<![a-z])(token|password|passwd|secret|api[-_]?key)(?![a-z])", re.IGNORECASE)
+_SECRET_VALUE = re.compile(r"\b(hf_|sk-|gh[pousr]_|github_pat_)[\w-]{8,}|(?<=://)[^/@\s]+(?=@)")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths of one run. Nothing is written by reading a property."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, config: RunConfig, *, base: Path) -> RunDir:
+        """The run's folder below `base`, made when it is not there; an existing run is left as it is.
+
+        Raises:
+            UserError: when the folder cannot be written, or holds something that is not a run.
+        """
+        run = cls(base / config.name)
+        _check_writable(run.path)
+        if not run.config_file.exists():
+            ours = (run.lock_file, run.environment_file)  # of a start that was killed before the last line below
+            others = [p.name for p in run.path.iterdir() if p not in ours and p.name[0] != "."]
+            if others:
+                raise UserError(
+                    "the folder exists and is not a run",
+                    where=str(run.path),
+                    found=sorted(others)[:5],
+                    todo="rename the run",
+                )
+            run.write_environment(sys.argv)
+            run.write_config(config)  # last: a folder with run.yaml is a run
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunDir:
+        """An existing run; raises UserError when `path` is none."""
+        run = cls(Path(path))
+        if not run.config_file.is_file():
+            raise UserError("not the folder of a run: it has no run.yaml", where=str(path))
+        return run
+
+    @property
+    def config_file(self) -> Path:
+        """The configuration as given, overrides applied."""
+        return self.path / "run.yaml"
+
+    @property
+    def environment_file(self) -> Path:
+        """Versions and platform."""
+        return self.path / "env.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON line per logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def report_file(self) -> Path:
+        """The report page."""
+        return self.path / "report.html"
+
+    @property
+    def plots(self) -> Path:
+        """Folder of the report's pictures."""
+        return self.path / "plots"
+
+    @property
+    def lock_file(self) -> Path:
+        """Who is working in the folder; empty when nobody is."""
+        return self.path / "LOCK"
+
+    def rank_log(self, rank: int) -> Path:
+        """The log of one process; its folder is made by who writes it."""
+        return self.path / "logs" / f"rank-{rank}.log"
+
+    def stage(self, index: int, name: str) -> StageDir:
+        """The folder of the stage number `index`, counted from 1."""
+        return StageDir(self.path / "stages" / f"{index:02d}-{check_name(name)}")
+
+    def write_config(self, config: RunConfig) -> None:
+        """Write run.yaml so that `load_config` reads an equal configuration from it."""
+        # Only what was set: some checks ask whether a key was written at all.
+        values = config.model_dump(mode="json", exclude_unset=True)
+        write_atomic(self.config_file, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+    def write_environment(self, argv: Sequence[str]) -> None:
+        """Write env.json."""
+        write_atomic(self.environment_file, json.dumps(environment(argv), indent=1) + "\n")
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for this process; the kernel frees it when the process ends, however it ends.
+
+        Raises:
+            UserError: when another process holds it, with its process id, host and start time.
+        """
+        descriptor = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        try:
+            _take(descriptor, self.path)
+            started = datetime.now(UTC).isoformat(timespec="seconds")
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}, started {started}\n".encode(), 0)
+            try:
+                yield
+            finally:
+                # The file stays: if it were removed, two processes could hold locks on two files of this name.
+                os.ftruncate(descriptor, 0)
+                fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough: forked children have copies
+        finally:
+            os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class StageDir:
+    """Paths of one stage of a run."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved stage."""
+        return self.path / "stage.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of ``step-000500`` folders; see `save_sealed` and `newest_sealed`."""
+        return self.path / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        """The trained model, loadable with ``from_pretrained``."""
+        return self.path / "export"
+
+    @property
+    def scores_file(self) -> Path:
+        """One JSON line per scored example."""
+        return self.path / "scores.jsonl"
+
+    @property
+    def done_file(self) -> Path:
+        """There when the stage is finished."""
+        return self.path / "DONE"
+
+    def describe(self, values: Mapping[str, Any]) -> None:
+        """Write stage.yaml."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.config_file, yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
+
+    def done(self) -> dict[str, Any] | None:
+        """What `mark_done` recorded; None when the stage is not finished.
+
+        Raises:
+            DataError: when the file is not what `mark_done` writes.
+        """
+        try:
+            record = json.loads(self.done_file.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            raise DataError(
+                "not JSON of a finished stage", where=str(self.done_file), todo="remove the file to redo it"
+            )
+        return record
+
+    def mark_done(self, record: Mapping[str, Any]) -> None:
+        """Record the end of the stage: fingerprint, metrics, seconds. Atomic, and the last thing a stage writes."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.done_file, json.dumps(dict(record), indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+    def sealed_export(self, write: Callable[[Path], None], facts: Mapping[str, Any]) -> Path:
+        """Have the model written aside, seal it and put it in place; for the main rank. Replaces an earlier one."""
+        write_sealed(self.export, write, facts)
+        return self.export
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what the numbers depend on, without importing any of it."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def environment(argv: Sequence[str]) -> dict[str, Any]:
+    """Versions, platform and command line; no environment variables, no host name, no secrets."""
+    return {
+        "versions": versions(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "argv": _without_secrets(argv),
+    }
+
+
+def _without_secrets(argv: Sequence[str]) -> list[str]:
+    """The command line with the values of tokens and passwords hidden; the program without its folder."""
+    shown: list[str] = [Path(a).name for a in argv[:1]]
+    for before, argument in pairwise(argv):
+        name, equals, _ = argument.partition("=")
+        if equals and _SECRET_NAME.search(name):
+            argument = f"{name}={_HIDDEN}"
+        elif before.startswith("-") and "=" not in before and _SECRET_NAME.search(before):
+            argument = _HIDDEN
+        shown.append(_SECRET_VALUE.sub(_HIDDEN, argument))
+    return shown
+
+
+def _take(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
+        raise UserError(
+            "another process is working in this run",
+            where=str(folder),
+            found=holder or "a process that is just starting",
+            todo="wait for it, end it, or give this run another name",
+        ) from None
+    except OSError as error:
+        raise UserError(f"the folder cannot be locked: {error.strerror}", where=str(folder)) from None
+
+
+def _check_writable(folder: Path) -> None:
+    """Make the folder and really write into it: permission bits do not tell (root, quotas, read-only mounts)."""
+    probe = folder / f".tmp-probe-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(probe, "x")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            "the run's folder cannot be written",
+            where=str(folder),
+            found=error.strerror,
+            todo="choose another `output`",
+        ) from None

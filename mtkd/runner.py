@@ -1,0 +1,153 @@
+"""`mtkd.run`: the stages of a run one after the other, then the judgement and the report."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mtkd.build import BuiltStage, Workshop, start_processes
+from mtkd.chain import finished
+from mtkd.config import RunConfig
+from mtkd.configfile import fingerprint, load_config
+from mtkd.console import say
+from mtkd.engine.dist import Dist
+from mtkd.errors import DataError, UserError
+from mtkd.evaluate.judge import judge
+from mtkd.planner import check
+from mtkd.report import write_report
+from mtkd.rundir import RunDir, StageDir
+from mtkd.seal import newest_sealed, write_atomic
+from mtkd.train import train
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run made.
+
+    Attributes:
+        folder: the run folder. report: its HTML page.
+        stages: per stage its DONE record (steps, seconds, parameters, fingerprint, ...).
+        results: task, metrics of every scored model, comparisons; see `mtkd.evaluate.judge`.
+    """
+
+    folder: Path
+    report: Path
+    stages: dict[str, dict[str, Any]]
+    results: dict[str, Any]
+
+    def export(self, stage: str) -> Path:
+        """Folder of a stage's model, for plain `AutoModel*.from_pretrained`."""
+        return Path(self.stages[stage]["export"])
+
+
+def run(config: RunConfig) -> RunResult:
+    """Run every stage that is not done, evaluate, and write the report.
+
+    Called again on the same configuration it goes on where it stopped; finished stages are not redone.
+
+    Raises:
+        UserError: and its subclasses, whose `exit_code` is that of the command line.
+    """
+    check(config)
+    dist, device = start_processes(config.engine)
+    folder = on_main(dist, lambda: _open(config))
+    with folder.lock() if dist.is_main else nullcontext():
+        shop = Workshop(config, folder, dist, device)
+        records = {name: _stage(shop, name, folder) for name in config.stages}
+        results = judge(shop)
+        report = on_main(dist, lambda: write_report(folder.path))
+    return RunResult(folder.path, report, records, results)
+
+
+def reopen(path: Path) -> RunConfig:
+    """The configuration of an existing run, for `mtkd resume`.
+
+    Raises:
+        UserError: not a run folder. DataError: nothing in it can be resumed.
+    """
+    path = path.resolve()
+    folder = RunDir.open(path)
+    config = load_config(folder.config_file).model_copy(update={"output": str(path.parent)})
+    config._base = Path(json.loads(folder.environment_file.read_text()).get(_BASE, Path.cwd()))
+    stages = [folder.stage(i, name) for i, name in enumerate(config.stages, 1)]
+    if not any(s.done() or newest_sealed(s.checkpoints).path for s in stages):
+        raise DataError(
+            "nothing to resume: no stage is finished and no checkpoint is whole",
+            where=str(path),
+            todo="start it again with `mtkd run FILE`",
+        )
+    return config
+
+
+def _open(config: RunConfig) -> RunDir:
+    """The run's folder, made or found; remembers where relative paths of the configuration start from."""
+    folder = RunDir.create(config, base=Path(config.output))
+    environment = json.loads(folder.environment_file.read_text())
+    write_atomic(folder.environment_file, json.dumps({**environment, _BASE: str(config.base.resolve())}, indent=1))
+    return folder
+
+
+_BASE = "configuration_folder"
+
+Value = TypeVar("Value")
+
+
+def on_main(dist: Dist, action: Callable[[], Value]) -> Value:
+    """Do something on the main rank; every rank gets its result, or raises its UserError."""
+    outcome: tuple[Value | None, UserError | None] = (None, None)
+    if dist.is_main:
+        try:
+            outcome = (action(), None)
+        except UserError as error:
+            outcome = (None, error)
+    value, error = dist.broadcast_object(outcome)
+    if error is not None:
+        raise error
+    return value
+
+
+def _stage(shop: Workshop, name: str, run: RunDir) -> dict[str, Any]:
+    """Make a stage, or find it made."""
+    folder, main = shop.folder(name), shop.dist.is_main
+    wanted = shop.identity(name)
+    record = finished(folder, name, wanted)
+    if record is not None:
+        say(f"stage {name}: done ({record['steps']} steps, {record['seconds']:.0f} s), skipped", main=main)
+        return record
+    say(f"stage {name}: {shop.config.stages[name].kind}", main=main)
+    built = shop.build(name)
+    facts = train(built, shop.config, run, folder)
+    record = {
+        "stage": name,
+        "kind": built.stage.kind,
+        "parameters": built.num_parameters,
+        "teachers": [t.name for t in built.stage.teachers],
+        **facts,
+        "export": str(folder.export),
+        "fingerprint": fingerprint(wanted),
+        "identity": wanted,
+    }
+    _export(shop, built, folder)
+    on_main(shop.dist, lambda: folder.mark_done(record))
+    built.close()
+    del built
+    gc.collect()
+    return record
+
+
+def _export(shop: Workshop, built: BuiltStage, folder: StageDir) -> None:
+    """Write the student so that plain transformers loads it, tokenizer included."""
+    state = built.engine.student_state()
+
+    def write(path: Path) -> None:
+        assert state is not None
+        built.objective.student.model.save_pretrained(path, state_dict=state)
+        shop.tokenizer.save_pretrained(path)
+
+    facts = {"stage": built.name, "identity": built.identity}
+    on_main(shop.dist, lambda: folder.sealed_export(write, json.loads(json.dumps(facts))))

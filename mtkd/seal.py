@@ -1,0 +1,381 @@
+"""Files that survive a kill at any moment: atomic writes, JSON lines, and sealed folders.
+
+A folder is sealed when its MANIFEST.json, written last, lists every file with size and sha256. Only sealed folders are
+ever loaded; `latest` files and anything else that points somewhere are ignored.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import signal
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mtkd.engine.dist import Dist
+from mtkd.errors import DataError, UserError
+
+MANIFEST = "MANIFEST.json"
+_MAX_MANIFEST_BYTES = 64_000_000
+_TEMPORARY, _TRASH = ".tmp-", ".trash-"
+_STEP = re.compile(r"step-(\d{6,})")
+_DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The newest checkpoint that passed its check, None when there is none, and why newer ones were passed over."""
+
+    path: Path | None
+    manifest: dict[str, Any]
+    skipped: list[str]
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Replace `path` by `data` so that after a kill it holds either the old or the new content, whole."""
+    temporary = path.with_name(f"{_TEMPORARY}{path.name}-{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
+    """Add one line in one write; NaN and infinity become null, and half a line of a killed writer is cut away."""
+    line = (json.dumps(_finite(record), allow_nan=False) + "\n").encode()
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            os.ftruncate(descriptor, path.read_bytes().rfind(b"\n") + 1)
+        if os.write(descriptor, line) < len(line):
+            raise OSError(errno.ENOSPC, "only part of a line could be written", str(path))
+    finally:
+        os.close(descriptor)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All records, none when there is no file; a last line without its end (a killed writer's) is left out.
+
+    Raises:
+        DataError: for any other line that is not a JSON object.
+    """
+    *lines, _unfinished = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            raise DataError("not a JSON object", where=f"{path}:{number}")
+        records.append(record)
+    return records
+
+
+def seal(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Bring every file of `folder` to the disk, then write its manifest as the last one.
+
+    Args:
+        facts: JSON values, e.g. step, world size, ZeRO stage, config digest, data fingerprint, versions. No times:
+            equal content is to give an equal manifest. They stand beside the manifest's own `format` and `files`.
+    """
+    files = {}
+    for name, path in sorted(_files(folder)):
+        if name == MANIFEST:
+            continue
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+            files[name] = {"size": os.fstat(file.fileno()).st_size, "sha256": digest}
+    for parent, _, _ in os.walk(folder):
+        _sync_folder(Path(parent))
+    assert not {"format", "files"} & facts.keys()
+    manifest = {**facts, "format": 1, "files": files}
+    write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def check_seal(folder: Path, *, digests: bool = True) -> dict[str, Any]:
+    """The manifest (``files`` and the facts) of a folder that is exactly what was sealed.
+
+    Args:
+        digests: False looks at names and sizes only, without reading the files.
+    Raises:
+        DataError: with the file and the reason. Files of another user are refused too: an optimizer's shards are
+            pickles, so a checkpoint is code.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        raise DataError("not a folder", where=str(folder))
+    _check_owner(folder)
+    manifest = _manifest(folder)
+    listed: dict[str, Any] = manifest["files"]
+    present = dict(_files(folder))
+    present.pop(MANIFEST, None)
+    for name, path in present.items():
+        if name not in listed:
+            raise DataError("the file is not in the manifest", where=str(path))
+        _check_owner(path)
+    for name, entry in listed.items():
+        path = folder / name
+        if name not in present:
+            raise DataError("the file is missing", where=str(path))
+        if (size := path.stat().st_size) != entry["size"]:
+            raise DataError("wrong size", where=str(path), found=f"{size} bytes", allowed=f"{entry['size']} bytes")
+        if not digests:
+            continue
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                raise DataError("the content differs from what was sealed (sha256)", where=str(path))
+    return manifest
+
+
+def newest_sealed(parent: Path) -> Found:
+    """The newest usable checkpoint below `parent`.
+
+    A caller that finds none but has `skipped` ones must say so: never a silent restart.
+    """
+    skipped: list[str] = []
+    for path in _checkpoints(parent):
+        try:
+            manifest = check_seal(path)
+        except DataError as error:
+            skipped.append(str(error))
+            continue
+        if manifest.get("step") == _step_of(path):
+            return Found(path, manifest, skipped)
+        skipped.append(f"{path}: sealed as step {manifest.get('step')}, then renamed")
+    return Found(None, {}, skipped)
+
+
+def save_sealed(
+    parent: Path,
+    step: int,
+    write: Callable[[Path], None],
+    facts: Mapping[str, Any],
+    *,
+    dist: Dist,
+    keep: int,
+) -> Path:
+    """Write, agree, seal, rename, prune: a checkpoint that exists whole or not at all. A collective.
+
+    Args:
+        parent: folder of the stage's checkpoints.
+        step: optimizer steps done.
+        write: writes this rank's files into the given folder.
+        facts: for the manifest; `step` is added.
+        keep: newest sealed checkpoints that stay.
+    Returns:
+        The sealed folder ``parent/step-000500``.
+    Raises:
+        UserError: on every rank when one of them could not write; the earlier checkpoints are untouched.
+    """
+    final = parent / f"step-{step:06d}"
+    temporary = parent / f"{_TEMPORARY}{final.name}"
+    _together(dist, temporary, lambda: _prepare(temporary) if dist.is_main else None)
+    _fault_point("before-shard", step)
+    _together(dist, temporary, lambda: write(temporary))
+    _fault_point("after-shard", step)
+    _together(dist, temporary, lambda: _finish(temporary, final, {**facts, "step": step}) if dist.is_main else None)
+    if dist.is_main:
+        _prune(parent, keep)
+    return final
+
+
+def write_sealed(final: Path, write: Callable[[Path], None], facts: Mapping[str, Any]) -> None:
+    """Write a folder aside, seal it and put it in the place of `final`; for one process."""
+    temporary = final.with_name(f"{_TEMPORARY}{final.name}")
+    for stale in (temporary, final.with_name(f"{_TRASH}{final.name}")):
+        _remove(stale)
+    temporary.mkdir(parents=True)
+    write(temporary)
+    seal(temporary, facts)
+    _replace(temporary, final)
+
+
+def _together(dist: Dist, temporary: Path, job: Callable[[], None]) -> None:
+    """Do `job` on this rank; when it fails on one rank, raise on all of them with the same message."""
+    error: Exception | None = None
+    try:
+        job()
+    except Exception as caught:
+        error = caught
+    if dist.all_ok(error is None):
+        return
+    told = dist.gather_objects(f"rank {dist.rank}: {_reason(error, temporary)}" if error else "")
+    message = dist.broadcast_object("; ".join(filter(None, told or [])))
+    if dist.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+    if error is not None and not isinstance(error, OSError | RuntimeError | UserError):
+        raise error  # a programmer's error keeps its own type here; the other ranks are told
+    raise UserError(
+        f"the checkpoint could not be written: {message}",
+        where=str(temporary.parent),
+        todo="mend the cause and resume; earlier checkpoints are untouched",
+    ) from error
+
+
+def _reason(error: Exception, temporary: Path) -> str:
+    """The error in words; for a full disk (torch says RuntimeError) with the bytes there are and the bytes it takes."""
+    text = f"{type(error).__name__}: {error}"
+    if not isinstance(error, RuntimeError) and getattr(error, "errno", None) not in _DISK_FULL:
+        return text
+    written = sum(path.stat().st_size for _, path in _files(temporary)) if temporary.is_dir() else 0
+    before = 0
+    with suppress(DataError, StopIteration):
+        before = sum(entry["size"] for entry in _manifest(next(_checkpoints(temporary.parent)))["files"].values())
+    free = shutil.disk_usage(next(p for p in temporary.parents if p.exists())).free
+    return f"{text} (free: {free:,} bytes; needed: at least {max(before, written + 1):,} bytes)"
+
+
+def _prepare(temporary: Path) -> None:
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    for path in temporary.parent.iterdir():
+        if path.name.startswith((_TEMPORARY, _TRASH)):
+            _remove(path)
+    temporary.mkdir()
+
+
+def _finish(temporary: Path, final: Path, facts: Mapping[str, Any]) -> None:
+    step = _step_of(final)
+    _fault_point("before-manifest", step)
+    seal(temporary, facts)
+    _fault_point("after-manifest", step)
+    _replace(temporary, final)
+    _fault_point("after-rename", step)
+
+
+def _replace(temporary: Path, final: Path) -> None:
+    """Rename into place; a folder that is there (a broken one, done again) goes first."""
+    trash = final.with_name(f"{_TRASH}{final.name}")
+    if final.exists():
+        final.rename(trash)
+    temporary.rename(final)
+    _sync_folder(final.parent)
+    _remove(trash)
+
+
+def _prune(parent: Path, keep: int) -> None:
+    """Remove what is older than the newest `keep` sealed checkpoints; a failure to do so does not stop a run."""
+    sealed = 0
+    for path in _checkpoints(parent):
+        if sealed >= keep:
+            trash = path.with_name(f"{_TRASH}{path.name}")
+            try:
+                # Renamed first: half of a removed folder must not look like a checkpoint.
+                path.rename(trash)
+                _fault_point("while-pruning", _step_of(path))
+                _remove(trash)
+            except OSError as error:
+                _log.warning("%s could not be removed: %s", path, error)
+            continue
+        with suppress(DataError):
+            check_seal(path, digests=False)
+            sealed += 1
+
+
+def _fault_point(name: str, step: int) -> None:
+    """Die here when a test says so: ``MTKD_TEST_KILL_AT=after-shard`` or ``=after-shard@500`` (only at that step).
+
+    The promise "a kill at any moment loses nothing that was sealed" can only be tested by real kills at known moments
+    of the real code; from outside, the window between two system calls cannot be hit.
+    """
+    if os.environ.get("MTKD_TEST_KILL_AT") in (name, f"{name}@{step}"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _checkpoints(parent: Path) -> Iterator[Path]:
+    """Folders named like a checkpoint, newest first."""
+    paths = [p for p in parent.iterdir() if _STEP.fullmatch(p.name)] if parent.is_dir() else []
+    yield from sorted(paths, key=_step_of, reverse=True)
+
+
+def _step_of(path: Path) -> int:
+    match = _STEP.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, every field of the expected form and every name inside the folder."""
+    path = folder / MANIFEST
+    if not path.is_file() or path.is_symlink():
+        raise DataError("the folder has no manifest: it was never sealed", where=str(folder))
+    _check_owner(path)
+    if path.stat().st_size > _MAX_MANIFEST_BYTES:
+        raise DataError("the manifest is too large", where=str(path))
+    try:
+        manifest = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        raise DataError("the manifest is not JSON", where=str(path)) from None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise DataError("the manifest is malformed", where=str(path))
+    for name, entry in manifest["files"].items():
+        if name == MANIFEST or ".." in name.split("/") or str(PurePosixPath(name)) != name or name.startswith("/"):
+            raise DataError("the manifest names a file outside the folder", where=str(path), found=name)
+        known = isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)
+        if not known:
+            raise DataError("the manifest is malformed", where=str(path), found=name)
+    return manifest
+
+
+def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """(relative name, path) of every file; links and special files are refused, they would lead outside."""
+    for parent, folders, names in os.walk(folder):
+        for name in folders + names:
+            path = Path(parent) / name
+            mode = path.lstat().st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                raise DataError("a link or special file in a sealed folder", where=str(path))
+            if stat.S_ISREG(mode):
+                yield path.relative_to(folder).as_posix(), path
+
+
+def _check_owner(path: Path) -> None:
+    if (owner := path.lstat().st_uid) != os.geteuid():
+        raise DataError(
+            "the file belongs to another user", where=str(path), found=f"uid {owner}", allowed=f"uid {os.geteuid()}"
+        )
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for every NaN and infinity: JSON has neither."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

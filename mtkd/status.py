@@ -1,0 +1,58 @@
+"""Where a run stands, read from its folder alone: the facts behind `mtkd status`."""
+
+from __future__ import annotations
+
+import fcntl
+from pathlib import Path
+from typing import Any
+
+from mtkd.configfile import load_config
+from mtkd.rundir import RunDir, StageDir
+from mtkd.seal import newest_sealed, read_jsonl
+
+
+def status(path: Path) -> dict[str, Any]:
+    """Stages with their state (done, started, waiting), last logged step, newest sealed checkpoint; who holds the run."""
+    config, run = load_config(path / "run.yaml"), RunDir.open(path)
+    logged: dict[str, dict[str, Any]] = {}
+    for line in read_jsonl(run.metrics_file):
+        if "loss" in line:
+            logged[line["stage"]] = line
+    stages = [
+        _stage(name, run.stage(position, name), logged.get(name, {}))
+        for position, name in enumerate(config.stages, 1)
+    ]
+    return {"run": str(path), "held_by": _holder(run), "stages": stages}
+
+
+def _holder(run: RunDir) -> str:
+    """What the lock file says, if its lock is really held: the text outlives a killed process, the lock does not."""
+    if not run.lock_file.exists():
+        return "nobody"
+    with run.lock_file.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return file.read().strip()
+        fcntl.flock(file, fcntl.LOCK_UN)
+    return "nobody"
+
+
+def _stage(name: str, folder: StageDir, line: dict[str, Any]) -> dict[str, Any]:
+    record = folder.done()
+    if record is not None:
+        return {
+            "stage": name,
+            "state": "done",
+            "step": record["steps"],
+            "seconds": round(record["seconds"], 1),
+            "checkpoint": "-",
+        }
+    found = newest_sealed(folder.checkpoints)
+    return {
+        "stage": name,
+        "state": "started" if line or found.path else "waiting",
+        "step": line.get("step", 0),
+        "seconds": line.get("seconds", 0.0),
+        "checkpoint": found.path.name if found.path else "none",
+    }

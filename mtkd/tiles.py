@@ -1,0 +1,149 @@
+"""Vocabulary-size losses, tile by tile: no [B,L,V] of student or teacher ever exists.
+
+For a tile of positions the student's logits are computed from its hidden states and head, the rows' losses are formed
+with ordinary autograd inside the tile, and the gradient with respect to the tile's logits is folded into the gradients
+of the hidden states and the head before the next tile. The backward pass then only hands these gradients on, scaled.
+Memory: tile * V per live temporary, plus the head's own gradient, whatever the number of positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtkd.features import HeadLogits
+
+TileLoss = Callable[[Tensor, Tensor, slice], tuple[Tensor, Tensor]]
+"""(student logits [m,V], teacher weights [T,m], positions of the tile) -> (scalar loss, metrics [M])."""
+
+
+@dataclass
+class _Plan:
+    """What the autograd function needs beside its differentiable inputs."""
+
+    columns: int
+    transform: Callable[[Tensor], Tensor] | None
+    dtype: torch.dtype
+    tile: int
+    tile_loss: TileLoss
+    differentiate: bool
+
+
+def tiled(
+    head: HeadLogits, index: Tensor, weights: Tensor, tile_loss: TileLoss, *, tile: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The sum of `tile_loss` over tiles of the positions `index`, differentiable in the head's parts and the weights.
+
+    Args:
+        head: the student's logits; `hidden` [B,L,H].
+        index: flat positions that count, [n]; may be empty, then loss and gradients are zero, not missing.
+        weights: teacher weights at these positions, [T,n].
+        tile_loss: scalar loss of one tile, already divided by the global denominators, and metrics to be summed.
+        tile: positions per tile.
+        dtype: of the head's matrix products (bfloat16 under autocast); losses and sums are float32.
+    Returns:
+        (loss, metrics): scalars [] and [M].
+    """
+    hidden = head.hidden.reshape(-1, head.hidden.shape[-1])[index]
+    # Read here: inside an autograd function the grad mode is always off.
+    plan = _Plan(head.columns, head.transform, dtype, tile, tile_loss, torch.is_grad_enabled())
+    return _Tiled.apply(hidden, head.weight, head.bias, weights, plan)  # type: ignore[no-untyped-call]
+
+
+class _Tiled(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, weights: Tensor, plan: _Plan
+    ) -> tuple[Tensor, Tensor]:
+        needs = tuple(plan.differentiate and need for need in ctx.needs_input_grad)
+        folded = _Folded(hidden, weight, bias, weights, plan, needs)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        metrics: Tensor | None = None
+        # An empty set of positions still goes through once, so that every gradient exists on every rank.
+        for start in range(0, max(hidden.shape[0], 1), plan.tile):
+            loss, parts = folded.step(slice(start, start + plan.tile), any(needs[:4]))
+            total += loss
+            metrics = parts if metrics is None else metrics + parts
+        assert metrics is not None
+        ctx.folded = folded
+        ctx.mark_non_differentiable(metrics)
+        return total, metrics
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, grad_metrics: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.folded is None:
+            raise RuntimeError("a tiled loss can go through backward only once: its gradients were handed over")
+        grads = ctx.folded.grads
+        # Handed over, not kept: autograd may then adopt the head's gradient instead of copying it.
+        ctx.folded = None
+        if float(grad_loss) != 1.0:
+            for grad in grads:
+                if grad is not None:
+                    grad.mul_(grad_loss)
+        return (*grads, None)
+
+
+class _Folded:
+    """The running gradients of one pass and the work of one tile."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        weights: Tensor,
+        plan: _Plan,
+        needs: tuple[bool, ...],
+    ) -> None:
+        self.plan, self.weights = plan, weights
+        self.hidden = hidden.to(plan.dtype)
+        self.weight = weight[: plan.columns].to(plan.dtype)
+        self.bias = None if bias is None else bias[: plan.columns].float()
+        self.grad_hidden = torch.zeros_like(hidden) if needs[0] else None
+        self.grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
+        self.grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs[2] else None
+        self.grad_weights = torch.zeros_like(weights) if needs[3] else None
+        self.grads: list[Tensor | None] = [self.grad_hidden, self.grad_weight, self.grad_bias, self.grad_weights]
+
+    def step(self, positions: slice, differentiate: bool) -> tuple[Tensor, Tensor]:
+        hidden = self.hidden[positions]
+        logits = (hidden @ self.weight.t()).float()
+        if self.bias is not None:
+            logits += self.bias
+        weights = self.weights[:, positions].detach()
+        if not differentiate:
+            return self._loss(logits, weights, positions)
+        logits.requires_grad_()
+        weights.requires_grad_(self.grad_weights is not None)
+        inputs = [logits, weights] if self.grad_weights is not None else [logits]
+        with torch.enable_grad():
+            loss, metrics = self._loss(logits, weights, positions)
+            # No row need depend on the student's logits in a tile (all of its rows may be masked out).
+            grads = torch.autograd.grad(loss, inputs, allow_unused=True) if loss.requires_grad else [None]
+        if grads[0] is not None:
+            self._fold(grads[0], hidden, positions)
+        if self.grad_weights is not None and len(grads) > 1 and grads[1] is not None:
+            self.grad_weights[:, positions] = grads[1]
+        return loss.detach(), metrics.detach()
+
+    def _loss(self, logits: Tensor, weights: Tensor, positions: slice) -> tuple[Tensor, Tensor]:
+        transform = self.plan.transform
+        return self.plan.tile_loss(logits if transform is None else transform(logits), weights, positions)
+
+    def _fold(self, grad: Tensor, hidden: Tensor, positions: slice) -> None:
+        columns = self.plan.columns
+        if self.grad_bias is not None:
+            self.grad_bias[:columns] += grad.sum(0)
+        grad = grad.to(self.plan.dtype)
+        if self.grad_hidden is not None:
+            self.grad_hidden[positions] = (grad @ self.weight).to(self.grad_hidden.dtype)
+        if self.grad_weight is None:
+            return
+        if grad.dtype == torch.float32:
+            self.grad_weight[:columns].addmm_(grad.t(), hidden)
+        else:
+            self.grad_weight[:columns] += grad.t() @ hidden

@@ -1,0 +1,253 @@
+"""THE loop: every stage that trains runs it, under either engine."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from mtkd.build import BuiltStage
+from mtkd.config import RunConfig
+from mtkd.console import StageProgress, say
+from mtkd.data.batch import Batch, position_counts
+from mtkd.data.sampler import evaluation_batches
+from mtkd.engine.base import learning_rate
+from mtkd.engine.dist import Dist
+from mtkd.errors import DataError, NonFiniteError, Preempted
+from mtkd.evaluate.score import mean_loss
+from mtkd.rundir import RunDir, StageDir
+from mtkd.seal import Found, append_jsonl, newest_sealed, save_sealed
+
+_STATE = "state.json"
+
+
+@dataclass
+class TrainState:
+    """What the loop itself must remember; parameters, optimizer and random states are the engine's.
+
+    Attributes:
+        step: optimizer steps done.
+        stream: position in the data, two integers.
+        seconds: spent training over all sessions.
+        targets: positions with a target seen so far.
+    """
+
+    step: int = 0
+    stream: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    targets: int = 0
+
+
+def train(built: BuiltStage, config: RunConfig, run: RunDir, folder: StageDir) -> dict[str, Any]:
+    """Train a stage to its last step, resuming from its newest sealed checkpoint if there is one.
+
+    Returns:
+        Facts for the stage's DONE record: steps, seconds, targets, peak memory of the process.
+    Raises:
+        NonFiniteError: a loss or gradient is NaN or infinite; nothing after the last finite step is saved.
+        Preempted: SIGTERM or SIGINT arrived; a checkpoint was sealed.
+        DataError: a checkpoint belongs to another configuration, teacher, data set or tokenizer.
+    """
+    stage, engine, dist = built.stage, built.engine, built.engine.dist
+    state = _restore(built, folder)
+    meter = _Meter(built, run, dist)
+    with _stop_flag() as stopped, StageProgress(built.name, built.steps, state.step, dist.is_main) as progress:
+        built.objective.train()
+        begun = time.monotonic() - state.seconds
+        for step in range(state.step, built.steps):
+            micro_batches = [batch.to(engine.device) for batch in next(built.stream)]
+            counts, stop = global_counts(micro_batches, dist, stopped())
+            for batch in micro_batches:
+                loss, metrics = engine.forward(batch, built.pool.forward(batch), counts)
+                engine.backward(loss)
+                meter.add(metrics)
+            norm = engine.step(step)
+            state.step, state.stream = step + 1, built.stream.state()
+            state.seconds, state.targets = time.monotonic() - begun, state.targets + counts["targets"]
+            if not math.isfinite(norm):
+                raise _non_finite(built, step, meter.flush())
+            last = state.step == built.steps
+            logged = None
+            if last or state.step % config.log_every == 0 or state.step == 1:
+                rate = learning_rate(stage.optimizer, step, built.steps)
+                logged = meter.log(state, {"lr": rate, "grad_norm": norm})
+                if not math.isfinite(logged):
+                    raise _non_finite(built, step, {"loss": logged})
+            progress.update(state.step, logged)
+            if last or (stage.evaluate_every and state.step % stage.evaluate_every == 0):
+                _validate(built, run, state.step)
+                begun = time.monotonic() - state.seconds  # validation is not training time
+            if stop or last or (stage.save_every and state.step % stage.save_every == 0):
+                _save(built, folder, state)
+                begun = time.monotonic() - state.seconds
+            if stop and not last:
+                raise Preempted(
+                    f"stopped and saved at step {state.step} of {built.steps}",
+                    where=f"stage '{built.name}'",
+                    todo="run the same command again to go on from there",
+                )
+    return {
+        "steps": state.step,
+        "seconds": state.seconds,
+        "tokens": state.targets,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def global_counts(micro_batches: list[Batch], dist: Dist, stop: bool = False) -> tuple[dict[str, int], bool]:
+    """Valid positions over all ranks and micro-batches of a step, and whether any rank wants to stop.
+
+    One small all-reduce: what divides every row, so that 8x1, 4x2 and 2 ranks give the same gradient.
+    """
+    counts = position_counts(micro_batches)
+    *sums, stops = dist.sum([*counts.values(), int(stop)])
+    return dict(zip(counts, map(int, sums), strict=True)), stops > 0
+
+
+class _Meter:
+    """Metrics of the steps since the last log line, summed on this rank, reduced over ranks when they are written."""
+
+    def __init__(self, built: BuiltStage, run: RunDir, dist: Dist) -> None:
+        self._name, self._run, self._dist = built.name, run, dist
+        self._micro_batches = built.stage.batch.accumulate
+        self._sums: dict[str, torch.Tensor] = {}
+        self._seen = 0
+
+    def add(self, metrics: dict[str, torch.Tensor]) -> None:
+        for name, value in metrics.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._seen += 1
+
+    def flush(self) -> dict[str, float]:
+        """Means per step since the last flush, over all ranks."""
+        steps = max(self._seen // self._micro_batches, 1)
+        values = torch.stack([v.double().cpu() for v in self._sums.values()]).tolist() if self._sums else []
+        sums = self._dist.sum(values)
+        means = {name: value / steps for name, value in zip(self._sums, sums, strict=True)}
+        self._sums, self._seen = {}, 0
+        return means
+
+    def log(self, state: TrainState, extra: dict[str, float]) -> float:
+        """Write one line of metrics.jsonl; returns the mean loss."""
+        means = self.flush()
+        line = {
+            "stage": self._name,
+            "step": state.step,
+            "time": time.time(),
+            "seconds": round(state.seconds, 3),
+            "tokens": state.targets,
+            **extra,
+            **means,
+        }
+        if self._dist.is_main:
+            append_jsonl(self._run.metrics_file, line)
+            _tensorboard(self._run, self._name, state.step, {**extra, **means})
+        return means["loss"]
+
+
+_writers: dict[str, Any] = {}
+
+
+def _tensorboard(run: RunDir, stage: str, step: int, values: dict[str, float]) -> None:
+    """The same numbers for TensorBoard, when it is installed."""
+    key = str(run.path / "tensorboard" / stage)
+    if key not in _writers:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            _writers[key] = SummaryWriter(key)
+        except ImportError:
+            _writers[key] = None
+    if _writers[key] is not None:
+        for name, value in values.items():
+            _writers[key].add_scalar(name, value, step)
+
+
+def _validate(built: BuiltStage, run: RunDir, step: int) -> None:
+    """Label loss on the validation split (nats per target), in eval mode; the student's random state is untouched."""
+    split = built.data.splits.get("validation")
+    if split is None:
+        return
+    dist, student = built.engine.dist, built.objective.student
+    student.eval()
+    batches = evaluation_batches(split, built.stage.batch, dist.rank, dist.world_size)
+    with built.engine.whole_head():
+        loss = mean_loss(student, batches, built.engine.device, built.objective.dtype, dist, built.objective.tile)
+    built.objective.train()
+    if dist.is_main:
+        append_jsonl(run.metrics_file, {"stage": built.name, "step": step, "time": time.time(), "validation/loss": loss})
+
+
+def _save(built: BuiltStage, folder: StageDir, state: TrainState) -> None:
+    def write(path: Path) -> None:
+        built.engine.save(path)
+        if built.engine.dist.is_main:
+            (path / _STATE).write_text(json.dumps(asdict(state)))
+
+    facts = {"step": state.step, "identity": built.identity, **built.layout}
+    save_sealed(folder.checkpoints, state.step, write, facts, dist=built.engine.dist, keep=built.stage.keep)
+
+
+def _restore(built: BuiltStage, folder: StageDir) -> TrainState:
+    """The state of the newest sealed checkpoint, loaded into engine and stream; a fresh state when there is none."""
+    dist = built.engine.dist
+    found = dist.broadcast_object(newest_sealed(folder.checkpoints) if dist.is_main else Found())
+    for reason in found.skipped:
+        say(f"  skipped a broken checkpoint: {reason}", main=dist.is_main)
+    if found.path is None:
+        if found.skipped:
+            raise DataError(
+                "checkpoints exist, but none of them is whole",
+                where=str(folder.checkpoints),
+                found="; ".join(found.skipped),
+                todo="remove this folder to train the stage from its beginning",
+            )
+        return TrainState()
+    built.check_layout(found.manifest)
+    state = TrainState(**json.loads((found.path / _STATE).read_text()))
+    built.engine.load(found.path)
+    built.stream.load_state(state.stream)
+    say(f"  resumed at step {state.step} from {found.path.name}", main=dist.is_main)
+    return state
+
+
+def _non_finite(built: BuiltStage, step: int, metrics: dict[str, float]) -> NonFiniteError:
+    bad = sorted(name for name, value in metrics.items() if not math.isfinite(value))
+    return NonFiniteError(
+        f"a loss or gradient is not finite at step {step + 1}",
+        where=f"stage '{built.name}'",
+        found=", ".join(bad) or "the gradient's norm",
+        todo="lower optimizer.lr, set optimizer.clip, or look at the teacher named above; "
+        "the last sealed checkpoint is finite",
+    )
+
+
+@contextmanager
+def _stop_flag() -> Iterator[Callable[[], bool]]:
+    """A function that says whether SIGTERM or SIGINT arrived; a second SIGINT interrupts at once."""
+    arrived: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and arrived:
+            raise KeyboardInterrupt
+        arrived.append(number)
+
+    try:
+        before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not the main thread (a notebook, a test): signals stay as they are
+        before = {}
+    try:
+        yield lambda: bool(arrived)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

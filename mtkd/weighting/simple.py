@@ -1,0 +1,56 @@
+"""Weights that do not look at the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from mtkd.errors import UserError
+from mtkd.registry import weighting
+from mtkd.weighting.base import Weighting
+from mtkd.weighting.traits import Traits
+
+
+@weighting("uniform")
+class Uniform(Weighting):
+    """``w_k = 1/T``. Whether losses, probabilities or logits are averaged is the row's `ensemble`.
+
+    Source: Hinton et al. 2015, arXiv 1503.02531, section 3; You et al. 2017, Learning from Multiple Teacher Networks.
+    """
+
+    def forward(self, traits: Traits) -> Tensor:
+        return traits.full(1 / traits.num_teachers)
+
+
+@weighting("fixed")
+class Fixed(Weighting):
+    """Given weights, normalised to sum 1: ``options: {weights: {teacher name: weight, ...}}``.
+
+    Raises: UserError for an unknown or missing teacher, a negative weight, or all zeros.
+    """
+
+    values: Tensor
+
+    def __init__(self, teachers: tuple[str, ...], weights: Mapping[str, float]) -> None:
+        super().__init__()
+        if not isinstance(weights, Mapping) or set(weights) != set(teachers):
+            found = ", ".join(weights) if isinstance(weights, Mapping) else repr(weights)
+            raise UserError(
+                "fixed weights name every teacher once",
+                where="weighting.options.weights",
+                found=found,
+                allowed=teachers,
+            )
+        values = torch.tensor([float(weights[name]) for name in teachers])
+        if not bool(values.isfinite().all()) or bool((values < 0).any()) or float(values.sum()) <= 0:
+            raise UserError(
+                "fixed weights are non-negative, finite and not all zero",
+                where="weighting.options.weights",
+                found=dict(weights),
+            )
+        self.register_buffer("values", values / values.sum())
+
+    def forward(self, traits: Traits) -> Tensor:
+        return self.values[:, None, None].expand(traits.shape)

@@ -1,0 +1,153 @@
+"""Traits: facts about each teacher's prediction that a weighting may read. Nothing is computed that nobody reads.
+
+Every trait is a tensor [T,B,L] in float32, detached: L = tokens with one weight per token, L = 1 with one weight per
+example (then a token trait is its mean over the example's targets; 0 where an example has none).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mtkd.features import Logits
+
+TraitFunction = Callable[[Tensor, Tensor | None], Tensor]
+TRAITS: dict[str, TraitFunction] = {}
+
+
+def trait(function: TraitFunction) -> TraitFunction:
+    """Register ``(logits [n,V], labels [n] or None) -> [n]`` under its own name."""
+    if function.__name__ in TRAITS:
+        raise ValueError(f"trait {function.__name__!r} is already registered")
+    TRAITS[function.__name__] = function
+    return function
+
+
+@trait
+def ce(logits: Tensor, labels: Tensor | None) -> Tensor:
+    """Cross entropy of a teacher with the label, nats; squared error for a one-column output."""
+    assert labels is not None
+    if labels.is_floating_point():
+        return (logits.squeeze(-1) - labels).square()
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+
+
+@trait
+def entropy(logits: Tensor, labels: Tensor | None) -> Tensor:
+    """Entropy of a teacher's distribution at temperature 1, nats."""
+    log_probs = torch.log_softmax(logits, -1)
+    return -(log_probs.exp() * log_probs).sum(-1)
+
+
+@trait
+def confidence(logits: Tensor, labels: Tensor | None) -> Tensor:
+    """A teacher's largest probability, 1/V to 1."""
+    return (logits.amax(-1) - logits.logsumexp(-1)).exp()
+
+
+@trait
+def margin(logits: Tensor, labels: Tensor | None) -> Tensor:
+    """Difference of a teacher's two largest probabilities, 0 to 1 (1 when there is only one column)."""
+    if logits.shape[-1] == 1:
+        return torch.ones_like(logits[:, 0])
+    top = (logits.topk(2, -1).values - logits.logsumexp(-1, keepdim=True)).exp()
+    return top[:, 0] - top[:, 1]
+
+
+@trait
+def choice(logits: Tensor, labels: Tensor | None) -> Tensor:
+    """A teacher's most probable column, as a float (exact up to 16.7 million columns)."""
+    return logits.argmax(-1).float()
+
+
+class Traits:
+    """Lazy traits of one micro-batch.
+
+    Args:
+        logits: one `Logits` per teacher.
+        targets: [B,L] or [B]; what `ce` is measured against.
+        mask: positions that count, shaped like `targets`, bool.
+        per: "example" or "token".
+        tile: positions whose logits exist at one time.
+    """
+
+    def __init__(self, logits: Sequence[Logits], targets: Tensor, mask: Tensor, per: str, tile: int) -> None:
+        self.per = per
+        self.tile = tile
+        self._logits = logits
+        self._targets = targets
+        self._mask = mask
+        self._known: dict[str, Tensor] = {}
+
+    @property
+    def num_teachers(self) -> int:
+        return len(self._logits)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(T, B, L), L = 1 when there is one weight per example."""
+        per_token = self.per == "token" and self._mask.dim() == 2
+        return self.num_teachers, self._mask.shape[0], self._mask.shape[1] if per_token else 1
+
+    def full(self, value: float) -> Tensor:
+        """A constant, [T,B,L]."""
+        return torch.full(self.shape, value, dtype=torch.float32, device=self._mask.device)
+
+    @property
+    def ce(self) -> Tensor:
+        """Cross entropy with the labels, nats, [T,B,L]."""
+        return self.read("ce")
+
+    @property
+    def entropy(self) -> Tensor:
+        """Entropy of the teacher's distribution, nats, [T,B,L]."""
+        return self.read("entropy")
+
+    @property
+    def confidence(self) -> Tensor:
+        """Largest probability, [T,B,L]."""
+        return self.read("confidence")
+
+    @property
+    def margin(self) -> Tensor:
+        """Difference of the two largest probabilities, [T,B,L]."""
+        return self.read("margin")
+
+    @property
+    def agreement(self) -> Tensor:
+        """Share of the other teachers whose most probable column is the same, [T,B,L]; 1 for a single teacher."""
+        if "agreement" not in self._known:
+            choices = self._positions("choice")
+            same = (choices[:, None] == choices[None]).float().sum(1) - 1
+            others = max(self.num_teachers - 1, 1)
+            values = same / others if self.num_teachers > 1 else torch.ones_like(same)
+            # Choices are 0 at positions that do not count: teachers would seem to agree there.
+            self._known["agreement"] = self._averaged(values.masked_fill(~self._mask, 0))
+        return self._known["agreement"]
+
+    def read(self, name: str) -> Tensor:
+        """A registered trait by name, [T,B,L]."""
+        if name not in self._known:
+            self._known[name] = self._averaged(self._positions(name))
+        return self._known[name]
+
+    @torch.no_grad()
+    def _positions(self, name: str) -> Tensor:
+        """The trait at every position that counts, 0 elsewhere, [T,*targets.shape]."""
+        function = TRAITS[name]
+        index = self._mask.reshape(-1).nonzero().squeeze(-1)
+        values = self._mask.new_zeros((self.num_teachers, self._mask.numel()), dtype=torch.float32)
+        labels = self._targets.reshape(-1)
+        for k, logits in enumerate(self._logits):
+            for tile in index.split(self.tile):
+                values[k, tile] = function(logits.rows(tile), labels[tile]).float()
+        return values.reshape(self.num_teachers, *self._mask.shape)
+
+    def _averaged(self, values: Tensor) -> Tensor:
+        if values.dim() == 2:
+            return values[..., None]
+        if self.per == "token":
+            return values
+        return (values.sum(-1) / self._mask.sum(-1).clamp_min(1))[..., None]

@@ -1,0 +1,47 @@
+"""Weights from each teacher's own certainty: no labels needed, usable on unlabelled and generated data."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mtkd.registry import weighting
+from mtkd.weighting.base import Weighting
+from mtkd.weighting.traits import Traits
+
+
+@weighting("confidence")
+class Confidence(Weighting):
+    """``w = softmax_k(c_k / tau)`` with c_k the teacher's largest probability. `tau` in units of probability.
+
+    Source: common practice; the soft form of choosing the most confident teacher (Du et al. 2020, NeurIPS, section 3
+    discusses why confidence alone may mislead).
+    """
+
+    def __init__(self, tau: float = 0.1) -> None:
+        super().__init__()
+        if tau <= 0:
+            raise ValueError(f"tau must be positive; found {tau}")
+        self.tau = tau
+
+    def forward(self, traits: Traits) -> Tensor:
+        return torch.softmax(traits.confidence / self.tau, 0)
+
+
+@weighting("entropy")
+class Entropy(Weighting):
+    """``w_k = (1 - H_k / sum_j H_j) / (T - 1)``: the surer a teacher, the more it counts; T = 1 gives 1.
+
+    When every teacher is certain (all entropies 0) the weights are uniform.
+
+    Source: Kwon et al. 2020, Adaptive Knowledge Distillation Based on Entropy (EBKD), ICASSP, equation 4.
+    """
+
+    def forward(self, traits: Traits) -> Tensor:
+        if traits.num_teachers == 1:
+            return traits.full(1.0)
+        entropy = traits.entropy
+        total = entropy.sum(0)
+        # No lower bound on the sum but 0: very sure teachers have entropies below 1e-30 that still compare.
+        share = torch.where(total > 0, entropy / total.masked_fill(total == 0, 1), 1 / traits.num_teachers)
+        return (1 - share) / (traits.num_teachers - 1)

@@ -1,0 +1,165 @@
+"""YAML text to plain values that know their line. What YAML can be abused for is refused before a value is built.
+
+The text is composed into nodes first: line numbers come from them, and python tags, alias bombs, cycles and duplicate
+keys are found there.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mtkd.errors import UserError
+
+MAX_BYTES = 1_000_000
+MAX_NODES = 100_000  # after expansion of aliases; a recipe has a few hundred
+
+_TAG = "tag:yaml.org,2002:"
+_MERGE = _TAG + "merge"
+_TEXT_TAGS = {_TAG + "str", _TAG + "timestamp", _TAG + "value"}  # a date is text here: JSON has no dates
+_PLAIN_TAGS = {_TAG + name for name in ("null", "bool", "int", "float")}
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that also reads 5e-4 as a number, as everybody but YAML 1.1 does."""
+
+
+_Loader.add_implicit_resolver(_TAG + "float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789"))
+
+
+@dataclass
+class Value:
+    """A value and the place it was written at; `value` is a scalar, a list or a dict of `Value`."""
+
+    value: Any
+    place: str
+
+    def plain(self) -> Any:
+        """The same without places."""
+        if isinstance(self.value, dict):
+            return {key: child.plain() for key, child in self.value.items()}
+        if isinstance(self.value, list):
+            return [child.plain() for child in self.value]
+        return self.value
+
+
+def read_text(file: Path) -> str:
+    """The text of a file of at most `MAX_BYTES`."""
+    try:
+        with file.open("rb") as stream:
+            data = stream.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"the configuration cannot be read: {error.strerror}", where=str(file)) from None
+    if len(data) > MAX_BYTES:
+        raise UserError("the configuration is too large", where=str(file), allowed=f"at most {MAX_BYTES:,} bytes")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"the configuration is not UTF-8 text (byte {error.start})", where=str(file)) from None
+
+
+def parse(text: str, origin: str, *, lines: bool = True) -> Value:
+    """The one document in `text`, every value with its place: ``origin:line``, or `origin` alone for an override."""
+    loader = None
+    try:
+        loader = _Loader(text)  # refuses control characters itself
+        node = loader.get_single_node()
+        if node is None:
+            return Value(None, origin)
+        builder = _Builder(loader, origin, lines)
+        builder.count(node)
+        return builder.build(node)
+    except yaml.reader.ReaderError as error:
+        raise UserError(f"not YAML: {error.reason} at position {error.position}", where=origin) from None
+    except yaml.MarkedYAMLError as error:
+        # Only the reason: yaml's own text quotes the line, which may hold something private.
+        mark = error.problem_mark or error.context_mark
+        where = f"{origin}:{mark.line + 1}" if mark and lines else origin
+        raise UserError(f"not YAML: {' '.join(filter(None, (error.context, error.problem)))}", where=where) from None
+    except RecursionError:
+        raise UserError("nested too deeply", where=origin) from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+class _Builder:
+    """Turns composed nodes into `Value`s, refusing what has no JSON counterpart."""
+
+    def __init__(self, loader: _Loader, origin: str, lines: bool) -> None:
+        self._loader, self._origin, self._lines = loader, origin, lines
+        self._sizes: dict[int, int | None] = {}
+
+    def count(self, node: yaml.Node) -> int:
+        """Values in `node` with every alias expanded; refuses cycles and more than `MAX_NODES`."""
+        if id(node) in self._sizes:
+            size = self._sizes[id(node)]
+            if size is None:
+                raise UserError("an alias refers to the value it is part of", where=self._place(node))
+            return size
+        self._sizes[id(node)] = None
+        total = 1
+        if isinstance(node, yaml.SequenceNode):
+            total += sum(self.count(child) for child in node.value)
+        elif isinstance(node, yaml.MappingNode):
+            total += sum(self.count(key) + self.count(value) for key, value in node.value)
+        if total > MAX_NODES:
+            raise UserError(
+                "aliases expand to too many values", where=self._place(node), allowed=f"at most {MAX_NODES:,} values"
+            )
+        self._sizes[id(node)] = total
+        return total
+
+    def build(self, node: yaml.Node) -> Value:
+        if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
+            return Value(self._mapping(node), self._place(node))
+        if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
+            return Value([self.build(child) for child in node.value], self._place(node))
+        if isinstance(node, yaml.ScalarNode) and node.tag in _TEXT_TAGS:
+            return Value(node.value, self._place(node))
+        if isinstance(node, yaml.ScalarNode) and node.tag in _PLAIN_TAGS:
+            return Value(self._scalar(node), self._place(node))
+        raise UserError(
+            "a YAML tag that is not plain data",
+            where=self._place(node),
+            found=node.tag.replace(_TAG, "!!"),
+            allowed="text, numbers, true, false, null, lists and mappings",
+        )
+
+    def _scalar(self, node: yaml.ScalarNode) -> Any:
+        try:
+            value = self._loader.construct_object(node)
+        except (ValueError, KeyError):  # !!int "x", !!bool "x"
+            raise UserError("not a value of its tag", where=self._place(node), found=node.value[:40]) from None
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError("a number must be finite", where=self._place(node), found=node.value)
+        return value
+
+    def _mapping(self, node: yaml.MappingNode) -> dict[str, Value]:
+        merged: dict[str, Value] = {}
+        own: dict[str, Value] = {}
+        for key, value in node.value:
+            if key.tag == _MERGE:
+                for other in reversed(value.value if isinstance(value, yaml.SequenceNode) else [value]):
+                    if not isinstance(other, yaml.MappingNode):
+                        raise UserError("<<: merges mappings only", where=self._place(key))
+                    merged.update(self._mapping(other))
+                continue
+            if not isinstance(key, yaml.ScalarNode) or (key.tag not in _TEXT_TAGS and key.tag not in _PLAIN_TAGS):
+                raise UserError("a key must be plain text", where=self._place(key))
+            name = key.value  # the text as written: a stage may be called `on` or `7`
+            if name in own:
+                raise UserError(
+                    f"key '{name}' is there twice", where=self._place(key), todo=f"the first is {own[name].place}"
+                )
+            # The place of a value is its key's line, which is where one looks for it.
+            own[name] = Value(self.build(value).value, self._place(key))
+        return {**merged, **own}
+
+    def _place(self, node: yaml.Node) -> str:
+        return f"{self._origin}:{node.start_mark.line + 1}" if self._lines else self._origin

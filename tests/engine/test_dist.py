@@ -1,0 +1,106 @@
+"""Collectives on real processes, and the helper that starts them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mtkd.engine.dist import Dist
+from mtkd.errors import DataError
+from mtkd.testing import RankError, run_distributed
+
+
+def collectives() -> dict[str, object]:
+    dist = Dist.current()
+    return {
+        "place": (dist.rank, dist.world_size, dist.local_rank, dist.is_main),
+        "sum": dist.sum([dist.rank + 1, 0.5, 2**52]),
+        "one_bad": dist.all_ok(dist.rank != 1),
+        "all_good": dist.all_ok(True),
+        "gathered": dist.gather_objects({"rank": dist.rank}),
+        "said": dist.broadcast_object(f"from {dist.rank}"),
+        "pid": os.getpid(),
+    }
+
+
+def test_collectives_of_two_ranks() -> None:
+    first, second = run_distributed(collectives, 2)
+    assert first["place"] == (0, 2, 0, True)
+    assert second["place"] == (1, 2, 1, False)
+    for rank in (first, second):
+        assert rank["sum"] == [3.0, 1.0, float(2**53)]
+        assert rank["one_bad"] is False
+        assert rank["all_good"] is True
+        assert rank["said"] == "from 0"
+    assert first["gathered"] == [{"rank": 0}, {"rank": 1}]
+    assert second["gathered"] is None
+    assert first["pid"] != second["pid"] != os.getpid()
+
+
+def test_alone_answers_without_torch() -> None:
+    code = """
+import sys
+from mtkd.engine.dist import Dist
+d = Dist.current()
+assert d == Dist(0, 1, 0) and d.is_main
+assert d.sum([1, 2.5]) == [1.0, 2.5] and d.all_ok(True) and not d.all_ok(False)
+assert d.gather_objects("x") == ["x"] and d.broadcast_object("y") == "y"
+d.barrier()
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def fail_on_rank_one(folder: str) -> None:
+    with open(f"{folder}/{Dist.current().rank}", "w") as file:
+        file.write(str(os.getpid()))
+    if Dist.current().rank == 1:
+        raise DataError("the shard is broken", where="shard 1")
+    Dist.current().barrier()
+
+
+def die_on_rank_one() -> None:
+    if Dist.current().rank == 1:
+        os._exit(3)
+    Dist.current().barrier()
+
+
+def sleep_on_rank_one(folder: str) -> None:
+    with open(f"{folder}/{Dist.current().rank}", "w") as file:
+        file.write(str(os.getpid()))
+    if Dist.current().rank == 1:
+        time.sleep(600)
+
+
+def assert_none_left(folder: Path) -> None:
+    assert multiprocessing.active_children() == []
+    for file in folder.iterdir():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(file.read_text()), 0)
+
+
+def test_the_failing_ranks_error_is_raised_and_nothing_is_left(tmp_path: Path) -> None:
+    with pytest.raises(RankError, match="shard 1: the shard is broken") as caught:
+        run_distributed(fail_on_rank_one, 2, str(tmp_path))
+    assert caught.value.rank == 1
+    assert isinstance(caught.value.error, DataError)
+    assert caught.value.error.where == "shard 1"
+    assert "fail_on_rank_one" in str(caught.value)  # the traceback, not only the message
+    assert_none_left(tmp_path)
+
+
+def test_a_rank_that_dies_is_named_before_the_others_complaints() -> None:
+    with pytest.raises(RankError, match="rank 1 ended with exit code 3"):
+        run_distributed(die_on_rank_one, 2)
+
+
+def test_a_hanging_rank_is_ended_at_the_timeout(tmp_path: Path) -> None:
+    with pytest.raises(RankError, match="did not end in time"):
+        run_distributed(sleep_on_rank_one, 2, str(tmp_path), timeout=5)
+    assert_none_left(tmp_path)

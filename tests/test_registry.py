@@ -1,0 +1,230 @@
+"""Registries: built-ins, plug-ins, and options that are checked before anybody reads them."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mtkd import registry
+from mtkd.errors import UserError
+from mtkd.registry import (
+    BUILT_IN,
+    LOSSES,
+    METHODS,
+    WEIGHTINGS,
+    Registry,
+    check_options,
+    keyword_parameters,
+    load_plugins,
+)
+
+GOOD = """
+import torch
+from mtkd.registry import loss, method
+
+@loss("test-absolute", inputs=("hidden",))
+def absolute(student, teacher, mask, *, power: float = 1.0):
+    return (student - teacher).abs().pow(power).mean(-1)
+
+@method("test-method", stages=("distill",), source="nobody")
+def rows():
+    return ()
+"""
+
+
+@pytest.fixture(autouse=True)
+def _forget_plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Registries as they were, and no installed plug-in package in the way."""
+    monkeypatch.setattr(registry, "_loaded_plugins", set())
+    monkeypatch.setattr(registry, "entry_points", lambda group: [])
+    before = set(sys.modules)
+    yield
+    for kept in (LOSSES, WEIGHTINGS, METHODS):
+        for origin in set(kept._origins.values()) - {BUILT_IN}:
+            kept.forget(origin)
+    for name in set(sys.modules) - before:
+        if name.startswith("mtkd_plugin_"):
+            del sys.modules[name]
+
+
+def plugin(folder: Path, text: str, name: str = "mine.py") -> str:
+    (folder / name).write_text(text)
+    return name
+
+
+def test_reading_a_registry_brings_the_built_ins() -> None:
+    assert {"kl", "mse", "ce"} <= set(LOSSES)
+    assert LOSSES.origin("kl") == BUILT_IN
+    assert LOSSES["kl"].name == "kl"
+    assert list(LOSSES) == sorted(LOSSES)
+    assert len(LOSSES) == len(list(LOSSES))
+    assert "no such loss" not in LOSSES
+
+
+def test_an_unknown_name_is_told_with_the_nearest() -> None:
+    with pytest.raises(UserError, match="unknown loss") as caught:
+        LOSSES.find("reverse_k", "stages.s.match[0].loss")
+    text = str(caught.value)
+    assert text.startswith("stages.s.match[0].loss: ")
+    assert "did you mean 'reverse_kl'?" in text
+
+
+def test_a_plug_in_is_used_and_its_origin_shown(tmp_path: Path) -> None:
+    load_plugins((plugin(tmp_path, GOOD),), tmp_path)
+    assert LOSSES.find("test-absolute").inputs == ("hidden",)
+    assert LOSSES.origin("test-absolute") == "mine.py"
+    assert METHODS.origin("test-method") == "mine.py"
+    load_plugins(("mine.py",), tmp_path)  # a second time is no second registration
+    assert LOSSES.origin("kl") == BUILT_IN
+
+
+def test_a_plug_in_cannot_shadow_a_built_in_or_another_plug_in(tmp_path: Path) -> None:
+    built_in = LOSSES["kl"]
+    name = plugin(tmp_path, GOOD.replace('"test-absolute"', '"kl"'))
+    with pytest.raises(UserError, match="'kl' is already registered by mtkd") as caught:
+        load_plugins((name,), tmp_path)
+    assert "mine.py" in str(caught.value)
+    assert LOSSES["kl"] is built_in
+    load_plugins((plugin(tmp_path, GOOD, "first.py"),), tmp_path)
+    with pytest.raises(UserError, match=r"'test-absolute' is already registered by first\.py"):
+        load_plugins((plugin(tmp_path, GOOD, "second.py"),), tmp_path)
+    assert LOSSES.origin("test-absolute") == "first.py"
+
+
+def test_shadowing_is_refused_before_the_built_ins_were_read(tmp_path: Path) -> None:
+    """In a fresh process a plug-in may come first; the built-ins must be compared all the same."""
+    plugin(tmp_path, GOOD.replace('"test-absolute"', '"kl"'))
+    code = (
+        "from pathlib import Path\n"
+        "from mtkd.errors import UserError\n"
+        "from mtkd.registry import LOSSES, load_plugins\n"
+        f"try: load_plugins(('mine.py',), Path({str(tmp_path)!r}))\n"
+        "except UserError as error: assert 'registered by mtkd' in str(error)\n"
+        "else: raise SystemExit('the plug-in replaced kl')\n"
+        "assert LOSSES.origin('kl') == 'mtkd'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_plug_in_that_fails_half_way_leaves_nothing_and_can_be_mended(tmp_path: Path) -> None:
+    name = plugin(tmp_path, GOOD + "\nraise RuntimeError('half-way')\n")
+    with pytest.raises(UserError, match="RuntimeError: half-way") as caught:
+        load_plugins((name,), tmp_path)
+    assert caught.value.where == "plugins: mine.py"
+    assert "test-absolute" not in LOSSES
+    assert "test-method" not in METHODS
+    load_plugins((plugin(tmp_path, GOOD),), tmp_path)
+    assert "test-absolute" in LOSSES
+
+
+def test_what_is_registered_after_a_plug_in_is_not_its(tmp_path: Path) -> None:
+    with pytest.raises(UserError):
+        load_plugins((plugin(tmp_path, "raise ValueError"),), tmp_path)
+    own: Registry[int] = Registry("thing", __name__)
+    own.add("x", 1)
+    assert own.origin("x") == BUILT_IN
+
+
+@pytest.mark.parametrize("name", ["missing.py", "text.txt", "."])
+def test_a_plug_in_must_be_a_python_file(name: str, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(GOOD)
+    with pytest.raises(UserError, match=r"existing \.py file") as caught:
+        load_plugins((name,), tmp_path)
+    assert caught.value.found == name
+
+
+def test_an_installed_package_registers_by_its_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Entry:
+        name = "company-losses"
+
+        def load(self) -> None:
+            LOSSES.add("test-entry", LOSSES["kl"])
+
+    groups = []
+    monkeypatch.setattr(registry, "entry_points", lambda group: groups.append(group) or [Entry()])
+    load_plugins()
+    assert groups == ["mtkd.plugins"]
+    assert LOSSES.origin("test-entry") == "company-losses"
+
+
+# ---- options
+
+
+def example(
+    student: object,
+    teacher: object,
+    mask: object,
+    *,
+    needed: int,
+    ratio: float = 1.0,
+    count: int = 2,
+    flag: bool = False,
+    mode: str = "a",
+    layers: tuple[int, ...] = (1,),
+    free: object = None,
+) -> None: ...
+
+
+PARAMETERS = keyword_parameters(example)
+
+
+def test_only_keyword_parameters_are_options() -> None:
+    assert list(PARAMETERS) == ["needed", "ratio", "count", "flag", "mode", "layers", "free"]
+
+
+def test_good_options_pass() -> None:
+    check_options({"needed": 1}, PARAMETERS, "row")
+    every = {"needed": "x", "ratio": 2, "count": 3, "flag": True, "mode": "b", "layers": [1, 2], "free": {"any": 1}}
+    check_options(every, PARAMETERS, "row")
+
+
+def test_an_unknown_option_is_told_with_the_nearest() -> None:
+    with pytest.raises(UserError, match="unknown option") as caught:
+        check_options({"needed": 1, "ration": 2.0}, PARAMETERS, "stages.s.match[0]")
+    assert caught.value.where == "stages.s.match[0].options"
+    assert caught.value.todo == "did you mean 'ratio'?"
+    with pytest.raises(UserError, match="none"):
+        check_options({"margin": 1.0}, {}, "row")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ratio", "2.0"),
+        ("ratio", True),
+        ("count", 2.5),
+        ("count", "3"),
+        ("count", False),
+        ("flag", 1),
+        ("flag", "yes"),
+        ("mode", 3),
+        ("layers", 1),
+        ("layers", "1"),
+    ],
+)
+def test_a_wrong_type_is_refused(name: str, value: object) -> None:
+    with pytest.raises(UserError, match="wrong type") as caught:
+        check_options({"needed": 1, name: value}, PARAMETERS, "row")
+    assert caught.value.where == f"row.options.{name}"
+    assert caught.value.found == value
+
+
+def test_a_missing_required_option_is_named() -> None:
+    with pytest.raises(UserError, match="required option is missing") as caught:
+        check_options({}, PARAMETERS, "row")
+    assert caught.value.allowed == "needed"
+
+
+def test_every_built_in_declares_options_that_pass_their_own_check() -> None:
+    """A default that its own type check refuses would make the option impossible to write out."""
+    for registered in (LOSSES, WEIGHTINGS, METHODS):
+        for name, spec in registered.items():
+            parameters = spec.options()
+            defaults = {n: p.default for n, p in parameters.items() if p.default is not inspect.Parameter.empty}
+            optional = {n: p for n, p in parameters.items() if n in defaults}
+            check_options(defaults, optional, name)
