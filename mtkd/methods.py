@@ -6,14 +6,14 @@ parameters of its function. A hard label is a row with ``target: labels``; there
 
 from __future__ import annotations
 
-from mtkd.match import Match
+from mtkd.match import Layer, Match
 from mtkd.registry import method
 
 
 @method("kd", stages=("fine-tune", "pre-train"), source="Hinton et al. 2015, arXiv 1503.02531, section 2")
 def kd(temperature: float = 1.0, soft: float = 0.5, hard: float = 0.5, loss: str = "kl") -> tuple[Match, ...]:
     """``soft * T^2 KL(p_T || p_S) + hard * CE``."""
-    rows = (Match(feature="logits", loss=loss, weight=soft, options={"temperature": temperature}),)
+    rows: tuple[Match, ...] = (Match(feature="logits", loss=loss, weight=soft, options={"temperature": temperature}),)
     return (*rows, _hard(hard)) if hard else rows
 
 
@@ -51,7 +51,7 @@ def tinybert(step: str = "layers", temperature: float = 1.0) -> tuple[Match, ...
 @method("minilmv2", stages=("pre-train",), source="Wang et al. 2020, arXiv 2012.15828, equations 2 to 5")
 def minilmv2(heads: int = 48, teacher_layer: int = 0) -> tuple[Match, ...]:
     """Query, key and value relations of the student's last and a teacher's layer (0: the last; 24-layer ones: 21)."""
-    layer = teacher_layer or "last"
+    layer: Layer = teacher_layer or "last"
     return tuple(
         Match(feature=feature, loss="relation_kl", teacher_layer=layer, options={"heads": heads})
         for feature in ("query", "key", "value")
@@ -61,7 +61,9 @@ def minilmv2(heads: int = 48, teacher_layer: int = 0) -> tuple[Match, ...]:
 @method("mt_bert", stages=("fine-tune",), source="Wu et al. 2021, arXiv 2106.01023, equations 2 to 5")
 def mt_bert(temperature: float = 1.0, soft: float = 1.0, hidden: float = 1.0, hard: float = 1.0) -> tuple[Match, ...]:
     """Weighted soft labels, unweighted hidden rows with one projection per (teacher, layer), and the labels."""
-    rows = (Match(feature="logits", loss="soft_ce", weight=soft, options={"temperature": temperature}),)
+    rows: tuple[Match, ...] = (
+        Match(feature="logits", loss="soft_ce", weight=soft, options={"temperature": temperature}),
+    )
     if hidden:
         layers = Match(
             feature="hidden",

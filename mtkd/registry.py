@@ -137,6 +137,10 @@ class LossSpec:
         else:
             teacher = teacher.float().masked_fill(_over(padded, teacher), 0)
         values = self.function(student, teacher, mask, **dict(options or {}))
+        if values.shape != mask.shape:  # or a mean over positions would silently be spread over them again
+            raise ValueError(
+                f"loss '{self.name}' returns shape {list(values.shape)}; one value per position is {list(mask.shape)}"
+            )
         return values.masked_fill(padded, 0)
 
 
@@ -206,9 +210,7 @@ def loss(
     return decorate
 
 
-def weighting(
-    name: str, *, sums_to_one: bool = True, needs_labels: bool = False
-) -> Callable[[Decorated], Decorated]:
+def weighting(name: str, *, sums_to_one: bool = True, needs_labels: bool = False) -> Callable[[Decorated], Decorated]:
     """Register a `Weighting` class under `name`; see `WeightingSpec` for the flags."""
 
     def decorate(cls: Decorated) -> Decorated:

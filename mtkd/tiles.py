@@ -51,7 +51,7 @@ def tiled(
     hidden = head.hidden.reshape(-1, head.hidden.shape[-1])[index]
     # Read here: inside an autograd function the grad mode is always off.
     plan = _Plan(head.columns, head.transform, dtype, tile, tile_loss, torch.is_grad_enabled())
-    return _Tiled.apply(hidden, head.weight, head.bias, weights, plan)  # type: ignore[no-untyped-call]
+    return _Tiled.apply(hidden, head.weight, head.bias, weights, plan)
 
 
 class _Tiled(torch.autograd.Function):

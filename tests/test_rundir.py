@@ -201,6 +201,28 @@ def test_the_lock_is_freed_by_an_exception_and_excludes_within_a_process(tmp_pat
         pass
 
 
+FORK = """
+import os, signal, sys, time
+from pathlib import Path
+from mtkd.rundir import RunDir
+run = RunDir(Path(sys.argv[1]))
+with run.lock():
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+        os._exit(0)
+try:
+    with run.lock():
+        pass
+finally:
+    os.kill(child, signal.SIGKILL)
+"""
+
+
+def test_a_forked_data_worker_does_not_keep_a_released_lock(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", FORK, str(tmp_path)], check=True, timeout=60)
+
+
 # ---- stages
 
 

@@ -53,7 +53,8 @@ def deepspeed_config(config: OptimizerConfig, *, zero_stage: int, accumulate: in
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulate,
         "train_batch_size": accumulate * world_size,
-        "gradient_clipping": config.clip,
+        # at stage 0 DeepSpeed clips without telling the norm; `DeepSpeedEngine.step` clips there
+        "gradient_clipping": config.clip if zero_stage else 0.0,
         "prescale_gradients": False,
         "gradient_predivide_factor": 1.0,
         "fp16": {"enabled": False},
@@ -127,8 +128,14 @@ class DeepSpeedEngine:
     def step(self, step: int) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self._config, step, self._steps)
+        norm = self._clip() if self._zero_stage == 0 else None
         self.engine.step()
-        return float(self.engine.get_global_grad_norm() or 0.0)
+        return float(self.engine.get_global_grad_norm() if norm is None else norm)
+
+    def _clip(self) -> Tensor:
+        """Clip at stage 0, where every rank holds the whole, already reduced gradient; its norm before clipping."""
+        trainable = [p for p in self.objective.parameters() if p.requires_grad]
+        return torch.nn.utils.clip_grad_norm_(trainable, self._config.clip or float("inf"))
 
     def save(self, folder: Path) -> None:
         # save_latest=False: DeepSpeed writes `latest` before its closing barrier and without fsync.

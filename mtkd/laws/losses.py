@@ -135,7 +135,10 @@ def _shape_law(spec: LossSpec, case: Case, options: Options) -> None:
     """One float32 value per position, un-reduced; the same at each call."""
     for dtype in (torch.float32, torch.bfloat16):
         held = replace(case, student=case.student.to(dtype))
-        values, _ = _evaluated(spec, held, options)
+        try:
+            values, _ = _evaluated(spec, held, options)
+        except ValueError as error:  # of `LossSpec`, which would spread a mean over the positions otherwise
+            raise LawBroken("shape", spec.name, f"{error} ({held})") from error
         if values.shape != case.mask.shape or values.dtype != torch.float32:
             raise LawBroken("shape", spec.name, f"{list(values.shape)} {values.dtype} for {held}")
         if not torch.equal(_evaluated(spec, held, options)[0], values):

@@ -111,6 +111,8 @@ def _empty_law(spec: LossSpec, options: Options) -> None:
     hidden, weight, bias, weights = head.parts
     student = HeadLogits(hidden, weight, bias, head.columns)
     loss, _ = tiled(student, head.index, weights, head.tile_loss, tile=4, dtype=torch.float32)
+    if not loss.requires_grad:
+        raise LawBroken("tiled", spec.name, "no positions give a loss without gradients")
     found = torch.autograd.grad(loss, head.parts[:3], allow_unused=True)
     if float(loss.detach()) != 0 or any(x is None or bool(x.any()) for x in found):
         raise LawBroken("tiled", spec.name, f"no positions give a loss of {float(loss.detach())}, or no zero gradient")

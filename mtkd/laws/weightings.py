@@ -76,12 +76,15 @@ def _teacher_bank() -> Iterator[Teachers]:
                 yield Teachers(f"{what} per {per}", logits, held, mask, per)
 
 
-def _made(spec: WeightingSpec, make: OptionsOf, order: tuple[int, ...] = (0, 1, 2)) -> Weighting:
+def _made(spec: WeightingSpec, make: OptionsOf, order: tuple[int, ...] = (0, 1, 2), seed: int = 0) -> Weighting:
+    """A fresh weighting; `seed` is of what its constructor draws."""
     names = tuple(_TEACHERS[k] for k in order)
     options = dict(make(names))
     if "teachers" in inspect.signature(spec.cls).parameters:
         options["teachers"] = names
-    return spec.cls(**options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return spec.cls(**options)
 
 
 def _values_law(spec: WeightingSpec, make: OptionsOf, case: Teachers) -> None:
@@ -143,7 +146,7 @@ def _detached_law(spec: WeightingSpec, make: OptionsOf, case: Teachers) -> None:
 
 def _state_law(spec: WeightingSpec, make: OptionsOf, case: Teachers) -> None:
     """A fresh weighting that loads the state of a used one gives its weights, bit by bit."""
-    used, fresh = _made(spec, make), _made(spec, make)
+    used, fresh = _made(spec, make), _made(spec, make, seed=1)
     for _ in range(2):
         used(case.traits())
     for value in fresh.state_dict().values():

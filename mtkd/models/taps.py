@@ -59,7 +59,8 @@ class TappedModel(nn.Module):
         # GPT-2 would add token types to the *word* embeddings; RoBERTa has a table of one row.
         types = getattr(model.config, "type_vocab_size", 0) or 0
         self._takes_types = "token_type_ids" in parameters and types > 1
-        self._takes_cache = "use_cache" in parameters
+        # Heads hand their keyword arguments on to the encoder or decoder, which would fill a cache by default.
+        self._takes_cache = "use_cache" in inspect.signature(model.base_model.forward).parameters
         if self.token_level:
             if self.info.vocabulary < num_ids:
                 raise UserError(

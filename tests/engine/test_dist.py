@@ -20,7 +20,7 @@ def collectives() -> dict[str, object]:
     dist = Dist.current()
     return {
         "place": (dist.rank, dist.world_size, dist.local_rank, dist.is_main),
-        "sum": dist.sum([dist.rank + 1, 0.5, 2**52]),
+        "sum": dist.sum([dist.rank + 1, 0.5, 2**52 + 1]),
         "one_bad": dist.all_ok(dist.rank != 1),
         "all_good": dist.all_ok(True),
         "gathered": dist.gather_objects({"rank": dist.rank}),
@@ -34,7 +34,7 @@ def test_collectives_of_two_ranks() -> None:
     assert first["place"] == (0, 2, 0, True)
     assert second["place"] == (1, 2, 1, False)
     for rank in (first, second):
-        assert rank["sum"] == [3.0, 1.0, float(2**53)]
+        assert rank["sum"] == [3.0, 1.0, float(2**53 + 2)]
         assert rank["one_bad"] is False
         assert rank["all_good"] is True
         assert rank["said"] == "from 0"

@@ -319,8 +319,9 @@ def test_mask_forms_agree(causal: bool) -> None:
 def test_a_query_that_sees_nothing_has_zero_probability_and_finite_gradient() -> None:
     query = torch.randn(1, 1, 3, 4, requires_grad=True)
     mask = torch.tensor([[True, True, False], [False, False, False], [True, True, True]])[None, None]
-    probs = attention.AttentionCall(query, query, query, mask, None, False, 1.0).probs()
-    probs.square().sum().backward()
+    with torch.autograd.set_detect_anomaly(True):  # no NaN on the way back either, not even a masked one
+        probs = attention.AttentionCall(query, query, query, mask, None, False, 1.0).probs()
+        probs.square().sum().backward()
     close(probs[0, 0].sum(-1), torch.tensor([1.0, 0.0, 1.0]))
     assert torch.isfinite(query.grad).all()
 
@@ -394,6 +395,18 @@ def test_a_model_built_without_the_tap_promises_no_attention() -> None:
     config = build(description("llama"), CAUSAL_LM).config
     plain = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     assert "probs" not in TappedModel(plain, CAUSAL_LM, NUM_IDS).info.taps
+
+
+@pytest.mark.parametrize(("architecture", "auto_class"), EVERY_HEAD)
+def test_no_cache_is_filled(architecture: str, auto_class: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, filled = tapped(architecture, auto_class), []
+    update = transformers.DynamicCache.update
+    monkeypatch.setattr(transformers.DynamicCache, "update", lambda *a, **k: filled.append(1) or update(*a, **k))
+    model(batch(), frozenset({"logits"}))
+    assert not filled
+    if model.info.architecture == "llama":  # left alone, it would
+        model.model(batch().input_ids)
+        assert filled
 
 
 @pytest.mark.parametrize("key", ["hidden.4", "probs.0", "probs.4"])

@@ -1,0 +1,163 @@
+"""Every registered weighting keeps every law; and every law catches a weighting made to break it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mtkd.laws import LawBroken, check_weighting
+from mtkd.registry import WEIGHTINGS, WeightingSpec
+from mtkd.weighting import Traits, Weighting
+
+
+@pytest.mark.parametrize("name", list(WEIGHTINGS))
+def test_every_weighting_keeps_the_laws(name: str) -> None:
+    check_weighting(name)
+
+
+def test_options_of_a_weighting() -> None:
+    check_weighting("mt_bert", lambda teachers: {"normalise": True})
+    check_weighting(
+        WeightingSpec("mt_bert", WEIGHTINGS["mt_bert"].cls, needs_labels=True), lambda t: {"normalise": True}
+    )
+    check_weighting("confidence", lambda teachers: {"tau": 0.01})
+    check_weighting("fixed", lambda teachers: {"weights": {n: float(n == "t0") + 1e-3 for n in teachers}})
+
+
+class BestTeacher(Weighting):
+    def forward(self, traits: Traits) -> Tensor:
+        return torch.softmax(-traits.ce, 0)
+
+
+class WithoutLastAxis(Weighting):
+    def forward(self, traits: Traits) -> Tensor:
+        return traits.full(1 / traits.num_teachers).squeeze(-1)
+
+
+class PerExampleOnly(Weighting):
+    def forward(self, traits: Traits) -> Tensor:
+        return traits.full(1 / traits.num_teachers)[..., :1]
+
+
+class InFloat64(Weighting):
+    def forward(self, traits: Traits) -> Tensor:
+        return traits.full(1 / traits.num_teachers).double()
+
+
+class Overflowing(Weighting):
+    def forward(self, traits: Traits) -> Tensor:
+        odds = traits.ce.exp()
+        return odds / odds.sum(0)
+
+
+class Negative(Weighting):
+    def forward(self, traits: Traits) -> Tensor:
+        weights = traits.full(1.0) - traits.confidence
+        return weights - weights.mean(0) + 1 / traits.num_teachers - 0.5 * (weights - weights.mean(0)).sign()
+
+
+class Inverse(Weighting):
+    def forward(self, traits: Traits) -> Tensor:
+        return 1 / (1 + traits.entropy)
+
+
+class NothingAlone(Weighting):
+    """Meant as CA-MKD's (1 - softmax) / (K - 1), guarded against 0/0 in the wrong way."""
+
+    def forward(self, traits: Traits) -> Tensor:
+        return (1 - torch.softmax(traits.entropy, 0)) / max(traits.num_teachers - 1, 1)
+
+
+class FirstIsBest(Weighting):
+    def forward(self, traits: Traits) -> Tensor:
+        ranks = torch.arange(traits.num_teachers, 0, -1.0)
+        return (ranks / ranks.sum())[:, None, None].expand(traits.shape)
+
+
+class Attached(Weighting):
+    def forward(self, traits: Traits) -> Tensor:
+        return traits.full(1 / traits.num_teachers) + 0 * sum(x.values.sum() for x in traits._logits)
+
+
+class Gated(Weighting):
+    """Learned, but its gradient reaches the teachers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, traits: Traits) -> Tensor:
+        logits = torch.stack([x.values.flatten(1).sum(1).reshape(-1)[0] for x in traits._logits])
+        return torch.softmax(self.gate * logits.clamp(-1, 1), 0)[:, None, None].expand(traits.shape)
+
+
+class Learned(Weighting):
+    """Keeps every law: one number shared by the teachers, in the state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sharpness = nn.Parameter(torch.ones(1))
+
+    def forward(self, traits: Traits) -> Tensor:
+        return torch.softmax(self.sharpness * traits.confidence, 0)
+
+
+class Forgetful(Weighting):
+    """Counts its calls where no checkpoint sees it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, traits: Traits) -> Tensor:
+        self.calls += 1
+        return torch.softmax(traits.confidence * self.calls, 0)
+
+
+class Drawn(Weighting):
+    """A random number that is no buffer: another after each restart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sharpness = torch.rand(1)
+
+    def forward(self, traits: Traits) -> Tensor:
+        return torch.softmax(traits.confidence * self.sharpness, 0)
+
+
+def test_learned_parameters_may_require_a_gradient() -> None:
+    check_weighting(WeightingSpec("mine", Learned))
+
+
+def test_labels_may_be_read_where_declared() -> None:
+    check_weighting(WeightingSpec("mine", BestTeacher, needs_labels=True))
+
+
+@pytest.mark.parametrize(
+    ("law", "cls"),
+    [
+        ("shape", WithoutLastAxis),
+        ("shape", PerExampleOnly),
+        ("shape", InFloat64),
+        ("finite", Overflowing),
+        ("non-negative", Negative),
+        ("sums to one", Inverse),
+        ("one teacher", NothingAlone),
+        ("order", FirstIsBest),
+        ("labels", BestTeacher),
+        ("detached", Attached),
+        ("detached", Gated),
+        ("state", Forgetful),
+        ("state", Drawn),
+    ],
+)
+def test_each_law_can_fail(law: str, cls: type[Weighting]) -> None:
+    with pytest.raises(LawBroken) as caught:
+        check_weighting(WeightingSpec("mine", cls))
+    assert caught.value.law == law
+    assert "'mine'" in str(caught.value)
+
+
+def test_sum_of_one_is_asked_only_where_declared() -> None:
+    check_weighting(WeightingSpec("mine", Inverse, sums_to_one=False))

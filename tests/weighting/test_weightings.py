@@ -1,0 +1,233 @@
+"""Traits against closed forms, their laziness, and each weighting against its formula."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtkd.errors import UserError
+from mtkd.features import NO_LABEL, DenseLogits
+from mtkd.registry import WEIGHTINGS
+from mtkd.weighting import TRAITS, Traits, trait
+from mtkd.weighting.simple import Fixed
+
+NAMES = ("ce", "entropy", "confidence", "margin", "agreement")
+
+
+class Counted:
+    """Logits that count how many positions were read."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.dense, self.positions = DenseLogits(values), 0
+
+    @property
+    def num_columns(self) -> int:
+        return self.dense.num_columns
+
+    def rows(self, index: Tensor) -> Tensor:
+        self.positions += len(index)
+        return self.dense.rows(index)
+
+    def in_dtype(self, dtype: torch.dtype) -> Counted:
+        return self
+
+
+def traits_of(logits: Tensor, targets: Tensor, per: str = "example", tile: int = 2) -> Traits:
+    mask = ~targets.isnan() if targets.is_floating_point() else targets != NO_LABEL
+    return Traits([DenseLogits(x) for x in logits], targets, mask, per, tile)
+
+
+def by_hand(row: list[float], label: int) -> dict[str, float]:
+    total = sum(math.exp(x) for x in row)
+    probs = [math.exp(x) / total for x in row]
+    top = sorted(probs)[::-1]
+    return {
+        "ce": -math.log(probs[label]),
+        "entropy": -sum(p * math.log(p) for p in probs),
+        "confidence": top[0],
+        "margin": top[0] - top[1],
+    }
+
+
+LOGITS = 2 * torch.randn(3, 2, 4, 5, generator=torch.Generator().manual_seed(0))  # T=3, B=2, L=4, V=5
+TARGETS = torch.tensor([[1, NO_LABEL, 4, 0], [NO_LABEL, 2, NO_LABEL, NO_LABEL]])
+
+
+@pytest.mark.parametrize("name", NAMES[:4])
+@pytest.mark.parametrize("tile", [1, 2, 100])
+def test_traits_against_closed_forms(name: str, tile: int) -> None:
+    per_token = getattr(traits_of(LOGITS, TARGETS, "token", tile), name)
+    per_example = getattr(traits_of(LOGITS, TARGETS, "example", tile), name)
+    assert per_token.shape == (3, 2, 4)
+    assert per_example.shape == (3, 2, 1)
+    for k in range(3):
+        for b in range(2):
+            held = []
+            for i in range(4):
+                label = int(TARGETS[b, i])
+                wanted = by_hand(LOGITS[k, b, i].tolist(), label)[name] if label != NO_LABEL else 0.0
+                assert float(per_token[k, b, i]) == pytest.approx(wanted, abs=1e-6)
+                held += [wanted] if label != NO_LABEL else []
+            assert float(per_example[k, b, 0]) == pytest.approx(sum(held) / len(held), abs=1e-6)
+
+
+def test_traits_of_classes_have_one_value_per_example() -> None:
+    logits, targets = LOGITS[:, :, 0], torch.tensor([3, NO_LABEL])
+    for per in ("example", "token"):
+        traits = traits_of(logits, targets, per)
+        assert traits.shape == (3, 2, 1)
+        assert float(traits.ce[1, 0, 0]) == pytest.approx(by_hand(logits[1, 0].tolist(), 3)["ce"], abs=1e-6)
+        assert traits.entropy[:, 1].tolist() == [[0.0]] * 3
+
+
+def test_agreement_is_the_share_of_the_others_with_the_same_choice() -> None:
+    choices = torch.tensor([[[0, 1, 2, 3]], [[0, 1, 3, 2]], [[0, 2, 4, 3]]])  # [T,B,L]
+    logits = torch.nn.functional.one_hot(choices, 5).float()
+    targets = torch.tensor([[1, 1, 1, NO_LABEL]])
+    per_token = traits_of(logits, targets, "token").agreement
+    assert per_token[:, 0].tolist() == [[1.0, 0.5, 0.0, 0.0], [1.0, 0.5, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]
+    per_example = traits_of(logits, targets).agreement
+    torch.testing.assert_close(per_example[:, 0, 0], torch.tensor([0.5, 0.5, 1 / 3]))
+    assert traits_of(logits[:1], targets).agreement.tolist() == [[[1.0]]]
+
+
+def test_agreement_of_an_example_without_targets_is_zero() -> None:
+    targets = torch.tensor([[1, 2, 3, 4], [NO_LABEL] * 4])
+    assert traits_of(LOGITS, targets).agreement[:, 1].tolist() == [[0.0]] * 3
+    assert float(traits_of(LOGITS, targets).agreement.max()) <= 1
+
+
+def test_regression_teachers_have_a_squared_error() -> None:
+    logits, targets = torch.tensor([[[1.0], [2.0]], [[0.0], [5.0]]]), torch.tensor([0.5, torch.nan])
+    assert traits_of(logits, targets).ce.tolist() == [[[0.25], [0.0]], [[0.25], [0.0]]]
+    assert traits_of(logits, targets).margin[:, 0].tolist() == [[1.0], [1.0]]
+
+
+def test_nothing_is_computed_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for name, function in list(TRAITS.items()):
+        monkeypatch.setitem(
+            TRAITS, name, lambda x, y, name=name, function=function: calls.append(name) or function(x, y)
+        )
+    logits = [Counted(x) for x in LOGITS]
+    traits = Traits(logits, TARGETS, TARGETS != NO_LABEL, "example", 100)
+    WEIGHTINGS["uniform"].cls()(traits)
+    assert calls == []
+    assert [x.positions for x in logits] == [0, 0, 0]
+    WEIGHTINGS["entropy"].cls()(traits)
+    assert set(calls) == {"entropy"}
+    assert [x.positions for x in logits] == [4, 4, 4]  # positions with a target, and no other
+    assert traits.entropy is traits.entropy
+    assert [x.positions for x in logits] == [4, 4, 4]
+
+
+def test_no_more_than_a_tile_of_logits_exists_at_one_time() -> None:
+    sizes: list[int] = []
+
+    class Watched(Counted):
+        def rows(self, index: Tensor) -> Tensor:
+            sizes.append(len(index))
+            return super().rows(index)
+
+    assert Traits([Watched(LOGITS[0])], TARGETS, TARGETS != NO_LABEL, "token", 3).ce.shape == (1, 2, 4)
+    assert sizes == [3, 1]
+
+
+def test_traits_are_detached() -> None:
+    logits = LOGITS.clone().requires_grad_()
+    for name in NAMES:
+        assert not getattr(traits_of(logits, TARGETS), name).requires_grad
+
+
+def test_a_trait_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TRAITS, "largest", TRAITS["ce"])  # so that it is dropped at the end
+    del TRAITS["largest"]
+
+    @trait
+    def largest(logits: Tensor, labels: Tensor | None) -> Tensor:
+        return logits.amax(-1)
+
+    found = traits_of(LOGITS, TARGETS, "token").read("largest")
+    torch.testing.assert_close(found, LOGITS.amax(-1) * (TARGETS != NO_LABEL))
+    with pytest.raises(ValueError, match="already registered"):
+        trait(largest)
+
+
+def weights(name: str, logits: Tensor, targets: Tensor, per: str = "example", **options: object) -> Tensor:
+    return WEIGHTINGS[name].cls(**options)(traits_of(logits, targets, per))
+
+
+def test_uniform() -> None:
+    assert torch.equal(weights("uniform", LOGITS, TARGETS, "token"), torch.full((3, 2, 4), 1 / 3))
+
+
+def test_fixed_weights_follow_names_and_are_normalised() -> None:
+    module = Fixed(("b", "a"), {"a": 1, "b": 3.0})
+    assert module(traits_of(LOGITS[:2], TARGETS))[:, 0, 0].tolist() == [0.75, 0.25]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"a": 1.0},
+        {"a": 1.0, "b": 1.0, "c": 1.0},
+        {"a": 0.0, "b": 0.0},
+        {"a": -1.0, "b": 2.0},
+        {"a": math.inf, "b": 1.0},
+        [1.0, 2.0],
+    ],
+)
+def test_fixed_weights_that_mean_nothing_are_refused(given: object) -> None:
+    with pytest.raises(UserError, match="fixed weights"):
+        Fixed(("a", "b"), given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("per", ["example", "token"])
+@pytest.mark.parametrize("normalise", [False, True])
+def test_mt_bert_against_its_formula(per: str, normalise: bool) -> None:
+    found = weights("mt_bert", LOGITS, TARGETS, per, normalise=normalise)
+    for b in range(2):
+        for i in range(found.shape[2]):
+            at = [i] if per == "token" else [j for j in range(4) if TARGETS[b, j] != NO_LABEL]
+            wanted = []
+            for k in range(3):
+                ces = [by_hand(LOGITS[k, b, j].tolist(), int(TARGETS[b, j]))["ce"] for j in at if TARGETS[b, j] >= 0]
+                wanted.append(1 / (1 + (sum(ces) / len(ces) if ces else 0)))
+            scale = sum(wanted) if normalise else 1
+            assert found[:, b, i].tolist() == pytest.approx([w / scale for w in wanted], abs=1e-6)
+
+
+def test_entropy_against_its_formula() -> None:
+    found = weights("entropy", LOGITS, TARGETS, "token")
+    for b, i in (TARGETS != NO_LABEL).nonzero().tolist():
+        entropies = [by_hand(LOGITS[k, b, i].tolist(), 0)["entropy"] for k in range(3)]
+        wanted = [(1 - h / sum(entropies)) / 2 for h in entropies]
+        assert found[:, b, i].tolist() == pytest.approx(wanted, abs=1e-6)
+    assert found[:, 0, 1].tolist() == pytest.approx([1 / 3] * 3)  # no target there
+
+
+def test_entropy_of_very_sure_teachers_sums_to_one() -> None:
+    # A gap of 75 nats has an entropy of 2e-31, of 80 nats 1e-33: small, but not equal.
+    logits = torch.tensor([[[75.0, 0.0]], [[80.0, 0.0]]])
+    found = weights("entropy", logits, torch.tensor([0]))[:, 0, 0]
+    assert float(found.sum()) == pytest.approx(1, abs=1e-6)
+    assert float(found[1]) > 0.98
+
+
+def test_confidence_against_its_formula() -> None:
+    found = weights("confidence", LOGITS, TARGETS, "token", tau=0.5)
+    for b, i in (TARGETS != NO_LABEL).nonzero().tolist():
+        powers = [math.exp(by_hand(LOGITS[k, b, i].tolist(), 0)["confidence"] / 0.5) for k in range(3)]
+        assert found[:, b, i].tolist() == pytest.approx([p / sum(powers) for p in powers], abs=1e-6)
+    with pytest.raises(ValueError, match="tau"):
+        weights("confidence", LOGITS, TARGETS, tau=0.0)
+
+
+def test_weightings_without_labels_ignore_them() -> None:
+    other = TARGETS.where(TARGETS == NO_LABEL, (TARGETS + 1) % 5)
+    for name in ("uniform", "entropy", "confidence"):
+        assert torch.equal(weights(name, LOGITS, TARGETS), weights(name, LOGITS, other))
+    assert not torch.equal(weights("mt_bert", LOGITS, TARGETS), weights("mt_bert", LOGITS, other))
