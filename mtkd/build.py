@@ -29,12 +29,13 @@ from mtkd.data.tokenizers import (
     tokenizer_fingerprint,
     train_tokenizer,
 )
-from mtkd.engine.base import Engine
+from mtkd.engine.base import Engine, seed_everything
 from mtkd.engine.deepspeed_engine import DeepSpeedEngine, init_distributed
 from mtkd.engine.dist import Dist
 from mtkd.engine.torch_engine import TorchEngine
 from mtkd.errors import DataError, UserError
 from mtkd.models.cards import load_cards
+from mtkd.models.folder import check_folder
 from mtkd.models.load import build_model
 from mtkd.models.taps import TappedModel
 from mtkd.objective import Objective
@@ -214,7 +215,10 @@ class Workshop:
     def teacher(self, teacher: TeacherConfig, data: LoadedData, where: str) -> TappedModel:
         """A teacher whose tokenizer is the run's."""
         assert teacher.model.path is not None
-        own = load_tokenizer(str(self.resolve(teacher.model.path)), teacher.model.revision)
+        folder = self.resolve(teacher.model.path)
+        if isinstance(folder, Path):
+            check_folder(folder, weights=False)  # before any file of it is opened
+        own = load_tokenizer(str(folder), teacher.model.revision)
         check_same_tokenizer(self.tokenizer, own, where)
         model = self.model(teacher.model, data, seed=0)
         model.verify()
@@ -259,7 +263,7 @@ class Workshop:
         order = Order(split.lengths, stage.batch, seed)
         stream = TrainStream(split, order, self.dist.rank, self.dist.world_size, stage.batch.accumulate)
         engine = make_engine(self.config.engine, objective, stage, steps, self.device, self.dist)
-        torch.manual_seed(seed * 1_000_003 + self.dist.rank)  # dropout; the data order has its own generator
+        seed_everything(seed * 1_000_003 + self.dist.rank)  # dropout; the data order has its own generator
         layout = {
             "engine": self.config.engine.kind,
             "world_size": self.dist.world_size,

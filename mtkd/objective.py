@@ -170,13 +170,15 @@ class Objective(nn.Module):
         spread = weights.expand(-1, -1, batch.targets.shape[1]) if self.token_level else weights
         weights = spread.flatten(1)[:, index]
         rows, divisors = self.logit_rows, [self._count(row, counts) for row in self.logit_rows]
+        read = _TeacherTiles(logits, index, self.tile)
 
         def tile_loss(ours: Tensor, weights: Tensor, positions: slice) -> tuple[Tensor, Tensor]:
-            theirs = [t.rows(index[positions]) for t in logits]
+            theirs = read(positions)
             total, values = ours.new_zeros(()), []
             for row, divisor in zip(rows, divisors, strict=True):
-                held = has_label[positions]
-                mask = held if row.counted(self.token_level) == "targets" else torch.ones_like(held)
+                # where only targets were selected there is nothing left to mask
+                masked = everywhere and row.counted(self.token_level) == "targets"
+                mask = has_label[positions] if masked else None
                 if row.from_labels:
                     losses = row.spec(ours, labels[positions], mask, row.match.options)
                 else:
@@ -189,16 +191,33 @@ class Objective(nn.Module):
         head = _as_logits(student)
         if isinstance(head, HeadLogits):
             return tiled(head, index, weights, tile_loss, tile=self.tile, dtype=self.dtype)
-        return tile_loss(head.rows(index), weights, slice(None))
+        return tile_loss(head.rows(index), weights, slice(0, len(index)))
+
+
+class _TeacherTiles:
+    """Teachers' logits at slices of the selected positions: computed a tile at a time, read in smaller pieces."""
+
+    def __init__(self, logits: Sequence[Logits], index: Tensor, tile: int) -> None:
+        self._logits, self._index, self._tile = logits, index, tile
+        self._start = -1
+        self._held: list[Tensor] = []
+
+    def __call__(self, positions: slice) -> list[Tensor]:
+        """T of [m,V]; `positions` lies within one tile, or is everything."""
+        size = max(positions.stop - positions.start, self._tile)
+        start = positions.start - positions.start % size
+        if start != self._start or (self._held and len(self._held[0]) < positions.stop - start):
+            self._start, self._held = start, [t.rows(self._index[start : start + size]) for t in self._logits]
+        return [rows[positions.start - start : positions.stop - start] for rows in self._held]
 
 
 def ensemble_losses(
-    row: Row, student: Tensor, teachers: Sequence[Tensor], weights: Tensor, mask: Tensor
+    row: Row, student: Tensor, teachers: Sequence[Tensor], weights: Tensor, mask: Tensor | None
 ) -> Tensor:
     """Per-position loss of one logits row over all teachers.
 
     Args:
-        student: [m,V]. teachers: T of [m,V]. weights: [T,m]. mask: [m].
+        student: [m,V]. teachers: T of [m,V]. weights: [T,m]. mask: [m], or None when every position counts.
     Returns:
         [m]. ``losses``: ``sum_k w_k l(s, t_k)``. ``probabilities`` and ``logits``: ``(sum_k w_k) l(s, mixture)``, the
         mixture arithmetic (of softmax at the row's temperature) or geometric (of logits), with weights of sum 1.

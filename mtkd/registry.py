@@ -128,8 +128,12 @@ class LossSpec:
         Args:
             student: [n,V], [B,H], [B,L,H], or attention [B,A,L,*] (axis 2 is the query position).
             teacher: the same leading axes; or labels shaped like `mask`.
-            mask: bool, one entry per position: [n], [B] or [B,L].
+            mask: bool, one entry per position: [n], [B] or [B,L]; None when every position of [n,V] counts, which
+                saves three copies of vocabulary size.
         """
+        if mask is None:
+            every = student.new_ones(student.shape[0], dtype=bool)
+            return self.function(student.float(), teacher, every, **dict(options or {}))
         padded = ~mask
         student = student.float().masked_fill(_over(padded, student), 0)
         if self.labels:

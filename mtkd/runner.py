@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,7 +42,7 @@ class RunResult:
 
     def export(self, stage: str) -> Path:
         """Folder of a stage's model, for plain `AutoModel*.from_pretrained`."""
-        return Path(self.stages[stage]["export"])
+        return RunDir(self.folder).stage(list(self.stages).index(stage) + 1, stage).export
 
 
 def run(config: RunConfig) -> RunResult:
@@ -55,8 +55,11 @@ def run(config: RunConfig) -> RunResult:
     """
     check(config)
     dist, device = start_processes(config.engine)
-    folder = on_main(dist, lambda: _open(config))
-    with folder.lock() if dist.is_main else nullcontext():
+    folder = on_main(dist, lambda: RunDir.create(config, base=Path(config.output)))
+    with ExitStack() as held:
+        # On the main rank alone, and told to the others: they would wait for it in their first collective.
+        on_main(dist, lambda: held.enter_context(folder.lock()))
+        on_main(dist, lambda: _remember_base(config, folder))
         shop = Workshop(config, folder, dist, device)
         records = {name: _stage(shop, name, folder) for name in config.stages}
         results = judge(shop)
@@ -84,12 +87,10 @@ def reopen(path: Path) -> RunConfig:
     return config
 
 
-def _open(config: RunConfig) -> RunDir:
-    """The run's folder, made or found; remembers where relative paths of the configuration start from."""
-    folder = RunDir.create(config, base=Path(config.output))
+def _remember_base(config: RunConfig, folder: RunDir) -> None:
+    """Note where relative paths of the configuration start from, for `reopen`."""
     environment = json.loads(folder.environment_file.read_text())
     write_atomic(folder.environment_file, json.dumps({**environment, _BASE: str(config.base.resolve())}, indent=1))
-    return folder
 
 
 _BASE = "configuration_folder"
@@ -128,7 +129,6 @@ def _stage(shop: Workshop, name: str, run: RunDir) -> dict[str, Any]:
         "parameters": built.num_parameters,
         "teachers": [t.name for t in built.stage.teachers],
         **facts,
-        "export": str(folder.export),
         "fingerprint": fingerprint(wanted),
         "identity": wanted,
     }

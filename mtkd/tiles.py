@@ -18,7 +18,11 @@ from torch import Tensor
 from mtkd.features import HeadLogits
 
 TileLoss = Callable[[Tensor, Tensor, slice], tuple[Tensor, Tensor]]
-"""(student logits [m,V], teacher weights [T,m], positions of the tile) -> (scalar loss, metrics [M])."""
+"""(student logits [m,V], teacher weights [T,m], their positions) -> (scalar loss, metrics [M])."""
+
+# On a CPU the elementwise work of a tile goes in chunks of about this many logits (1 MB in float32): its dozen
+# temporaries then stay in the cache, while the matrix products keep the size of the tile.
+_CHUNK_LOGITS = 2**18
 
 
 @dataclass
@@ -61,14 +65,9 @@ class _Tiled(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         needs = tuple(plan.differentiate and need for need in ctx.needs_input_grad)
         folded = _Folded(hidden, weight, bias, weights, plan, needs)
-        total = hidden.new_zeros((), dtype=torch.float32)
-        metrics: Tensor | None = None
         # An empty set of positions still goes through once, so that every gradient exists on every rank.
-        for start in range(0, max(hidden.shape[0], 1), plan.tile):
-            loss, parts = folded.step(slice(start, start + plan.tile), any(needs[:4]))
-            total += loss
-            metrics = parts if metrics is None else metrics + parts
-        assert metrics is not None
+        starts = range(0, max(hidden.shape[0], 1), plan.tile)
+        total, metrics = _sum_pairs([folded.step(slice(s, s + plan.tile), any(needs[:4])) for s in starts])
         ctx.folded = folded
         ctx.mark_non_differentiable(metrics)
         return total, metrics
@@ -85,6 +84,12 @@ class _Tiled(torch.autograd.Function):
                 if grad is not None:
                     grad.mul_(grad_loss)
         return (*grads, None)
+
+
+def _sum_pairs(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """(sum of losses, sum of metrics)."""
+    losses, metrics = zip(*pairs, strict=True)
+    return torch.stack(losses).sum(), torch.stack(metrics).sum(0)
 
 
 class _Folded:
@@ -110,25 +115,39 @@ class _Folded:
         self.grads: list[Tensor | None] = [self.grad_hidden, self.grad_weight, self.grad_bias, self.grad_weights]
 
     def step(self, positions: slice, differentiate: bool) -> tuple[Tensor, Tensor]:
+        """Loss and metrics of one tile; its gradient is folded in."""
         hidden = self.hidden[positions]
         logits = (hidden @ self.weight.t()).float()
         if self.bias is not None:
             logits += self.bias
-        weights = self.weights[:, positions].detach()
-        if not differentiate:
-            return self._loss(logits, weights, positions)
-        logits.requires_grad_()
-        weights.requires_grad_(self.grad_weights is not None)
+        size = max(len(hidden), 1)
+        chunk = size if logits.device.type != "cpu" else max(1, _CHUNK_LOGITS // max(self.plan.columns, 1))
+        parts = []
+        for start in range(0, size, chunk):
+            inside = slice(start, min(start + chunk, size))
+            whole = slice(positions.start + inside.start, positions.start + inside.stop)
+            if differentiate:
+                loss, metrics, grad = self._differentiate(logits[inside], whole)
+                logits[inside] = grad  # the logits of a chunk are not needed again: their place holds the gradient
+                parts.append((loss, metrics))
+            else:
+                parts.append(self._loss(logits[inside], self.weights[:, whole].detach(), whole))
+        if differentiate:
+            self._fold(logits, hidden, positions)
+        return _sum_pairs(parts)
+
+    def _differentiate(self, logits: Tensor, positions: slice) -> tuple[Tensor, Tensor, Tensor | float]:
+        """Loss, metrics and the gradient with respect to the logits (0 when no row depends on them)."""
+        logits = logits.detach().requires_grad_()
+        weights = self.weights[:, positions].detach().requires_grad_(self.grad_weights is not None)
         inputs = [logits, weights] if self.grad_weights is not None else [logits]
         with torch.enable_grad():
             loss, metrics = self._loss(logits, weights, positions)
-            # No row need depend on the student's logits in a tile (all of its rows may be masked out).
-            grads = torch.autograd.grad(loss, inputs, allow_unused=True) if loss.requires_grad else [None]
-        if grads[0] is not None:
-            self._fold(grads[0], hidden, positions)
-        if self.grad_weights is not None and len(grads) > 1 and grads[1] is not None:
+            # all rows of a chunk may be masked out
+            grads = torch.autograd.grad(loss, inputs, allow_unused=True) if loss.requires_grad else [None, None]
+        if self.grad_weights is not None and grads[1] is not None:
             self.grad_weights[:, positions] = grads[1]
-        return loss.detach(), metrics.detach()
+        return loss.detach(), metrics.detach(), 0.0 if grads[0] is None else grads[0]
 
     def _loss(self, logits: Tensor, weights: Tensor, positions: slice) -> tuple[Tensor, Tensor]:
         transform = self.plan.transform

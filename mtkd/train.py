@@ -40,12 +40,15 @@ class TrainState:
         stream: position in the data, two integers.
         seconds: spent training over all sessions.
         targets: positions with a target seen so far.
+        meters: per rank the metrics of the steps since the last log line; without them the first line after a resume
+            would be the mean of fewer steps.
     """
 
     step: int = 0
     stream: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     targets: int = 0
+    meters: list[dict[str, Any]] = field(default_factory=list)
 
 
 def train(built: BuiltStage, config: RunConfig, run: RunDir, folder: StageDir) -> dict[str, Any]:
@@ -60,7 +63,7 @@ def train(built: BuiltStage, config: RunConfig, run: RunDir, folder: StageDir) -
     """
     stage, engine, dist = built.stage, built.engine, built.engine.dist
     state = _restore(built, folder)
-    meter = _Meter(built, run, dist)
+    meter = _Meter(built, run, dist, state)
     with _stop_flag() as stopped, StageProgress(built.name, built.steps, state.step, dist.is_main) as progress:
         built.objective.train()
         begun = time.monotonic() - state.seconds
@@ -88,14 +91,12 @@ def train(built: BuiltStage, config: RunConfig, run: RunDir, folder: StageDir) -
                 _validate(built, run, state.step)
                 begun = time.monotonic() - state.seconds  # validation is not training time
             if stop or last or (stage.save_every and state.step % stage.save_every == 0):
-                _save(built, folder, state)
+                _save(built, folder, state, meter)
                 begun = time.monotonic() - state.seconds
-            if stop and not last:
-                raise Preempted(
-                    f"stopped and saved at step {state.step} of {built.steps}",
-                    where=f"stage '{built.name}'",
-                    todo="run the same command again to go on from there",
-                )
+            if stop:
+                raise _preempted(built, state)
+        if not dist.all_ok(not stopped()):  # during the last step: saved, but nobody looked at the flag any more
+            raise _preempted(built, state)
     return {
         "steps": state.step,
         "seconds": state.seconds,
@@ -117,21 +118,30 @@ def global_counts(micro_batches: list[Batch], dist: Dist, stop: bool = False) ->
 class _Meter:
     """Metrics of the steps since the last log line, summed on this rank, reduced over ranks when they are written."""
 
-    def __init__(self, built: BuiltStage, run: RunDir, dist: Dist) -> None:
+    def __init__(self, built: BuiltStage, run: RunDir, dist: Dist, state: TrainState) -> None:
         self._name, self._run, self._dist = built.name, run, dist
         self._micro_batches = built.stage.batch.accumulate
-        self._sums: dict[str, torch.Tensor] = {}
-        self._seen = 0
+        before = state.meters[dist.rank] if state.meters else {"sums": {}, "seen": 0}
+        self._sums = {
+            name: torch.tensor(value, dtype=torch.float64, device=built.engine.device)
+            for name, value in before["sums"].items()
+        }
+        self._seen: int = before["seen"]
 
     def add(self, metrics: dict[str, torch.Tensor]) -> None:
         for name, value in metrics.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._sums[name] = self._sums[name] + value.double() if name in self._sums else value.double()
         self._seen += 1
+
+    def states(self) -> list[dict[str, Any]]:
+        """What `TrainState.meters` keeps, on the main rank; empty elsewhere. A collective."""
+        mine = {"sums": {name: float(value) for name, value in self._sums.items()}, "seen": self._seen}
+        return self._dist.gather_objects(mine) or []
 
     def flush(self) -> dict[str, float]:
         """Means per step since the last flush, over all ranks."""
         steps = max(self._seen // self._micro_batches, 1)
-        values = torch.stack([v.double().cpu() for v in self._sums.values()]).tolist() if self._sums else []
+        values = torch.stack(list(self._sums.values())).tolist() if self._sums else []
         sums = self._dist.sum(values)
         means = {name: value / steps for name, value in zip(self._sums, sums, strict=True)}
         self._sums, self._seen = {}, 0
@@ -188,7 +198,9 @@ def _validate(built: BuiltStage, run: RunDir, step: int) -> None:
         append_jsonl(run.metrics_file, {"stage": built.name, "step": step, "time": time.time(), "validation/loss": loss})
 
 
-def _save(built: BuiltStage, folder: StageDir, state: TrainState) -> None:
+def _save(built: BuiltStage, folder: StageDir, state: TrainState, meter: _Meter) -> None:
+    state.meters = meter.states()
+
     def write(path: Path) -> None:
         built.engine.save(path)
         if built.engine.dist.is_main:
@@ -229,6 +241,14 @@ def _non_finite(built: BuiltStage, step: int, metrics: dict[str, float]) -> NonF
         found=", ".join(bad) or "the gradient's norm",
         todo="lower optimizer.lr, set optimizer.clip, or look at the teacher named above; "
         "the last sealed checkpoint is finite",
+    )
+
+
+def _preempted(built: BuiltStage, state: TrainState) -> Preempted:
+    return Preempted(
+        f"stopped and saved at step {state.step} of {built.steps}",
+        where=f"stage '{built.name}'",
+        todo="run the same command again to go on from there",
     )
 
 

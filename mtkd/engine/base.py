@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -90,9 +91,21 @@ def make_adamw(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
 
 
+def seed_everything(seed: int) -> None:
+    """Start every random state a training step may read at `seed`."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
 def random_state() -> dict[str, Any]:
     """Every random state a training step may read, as tensors and plain values (no pickled classes)."""
-    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": list(random.getstate()[1])}
+    _, numbers, *rest = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": list(random.getstate()[1]),
+        "numpy": [torch.tensor(numbers.astype(np.int64)), *rest],
+    }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
@@ -102,5 +115,7 @@ def set_random_state(state: dict[str, Any]) -> None:
     """Restore what `random_state` returned."""
     torch.set_rng_state(state["torch"])
     random.setstate((3, tuple(state["python"]), None))
+    numbers, *rest = state["numpy"]
+    np.random.set_state(("MT19937", numbers.numpy().astype(np.uint32), *rest))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

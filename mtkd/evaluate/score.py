@@ -37,8 +37,9 @@ def mixture_log_probs(
         if batch.targets.is_floating_point():
             yield positions, torch.stack([x.rows(positions) for x in logits]).mean(0)
         else:
-            logs = torch.stack([torch.log_softmax(x.rows(positions), -1) for x in logits])
-            yield positions, logs.logsumexp(0) - math.log(len(models))
+            logs = [torch.log_softmax(x.rows(positions), -1) for x in logits]
+            mixed = logs[0] if len(logs) == 1 else torch.stack(logs).logsumexp(0) - math.log(len(logs))
+            yield positions, mixed
 
 
 def mean_loss(

@@ -167,6 +167,7 @@ def test_uniform() -> None:
 def test_fixed_weights_follow_names_and_are_normalised() -> None:
     module = Fixed(("b", "a"), {"a": 1, "b": 3.0})
     assert module(traits_of(LOGITS[:2], TARGETS))[:, 0, 0].tolist() == [0.75, 0.25]
+    assert module.to("meta").values.is_meta  # it moves to the student's device with the objective
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,145 @@
+"""The `mtkd` command in real processes that can be stopped and killed, without paying for its imports each time.
+
+A fork server imports everything once; each command is a fresh fork of it, so nothing that one run leaves in memory
+(random states, caches, handlers) reaches another one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing import get_context
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mtkd.data.batch import Batch
+
+_PRELOADED = (
+    *("mtkd.cli", "mtkd.runner", "mtkd.report", "mtkd.report.plots", "datasets", "torch.utils.tensorboard"),
+    *("transformers.models.gpt2.modeling_gpt2", "transformers.models.auto.modeling_auto", "matplotlib.pyplot"),
+)
+_TIMEOUT = 120  # seconds; far more than any of these runs takes
+
+
+@dataclass
+class Command:
+    """A command that was started: its process, and the file that its output goes to."""
+
+    process: ForkServerProcess
+    file: Path
+
+    @property
+    def output(self) -> str:
+        """Everything written so far."""
+        return self.file.read_text()
+
+    def wait(self) -> int:
+        """Its exit code; minus the signal's number when one ended it."""
+        self.process.join(_TIMEOUT)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise TimeoutError(self.output)
+        return self.process.exitcode
+
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Return when `condition` holds; raises when the command ends or takes too long before it does."""
+        limit = time.monotonic() + _TIMEOUT
+        while not condition():
+            if self.process.exitcode is not None or time.monotonic() > limit:
+                raise AssertionError(f"waited in vain; exit code {self.process.exitcode}\n{self.output}")
+            time.sleep(0.005)
+
+
+def start(
+    folder: Path,
+    *arguments: str,
+    environment: Mapping[str, str] | None = None,
+    prepare: Callable[[], None] | None = None,
+    report: bool = False,
+) -> Command:
+    """Start ``mtkd ARGUMENTS``, its output in a file of `folder`.
+
+    Args:
+        environment: variables that are set for it.
+        prepare: module-level function called in the process first, to set a trap in it.
+        report: draw the report as well, which takes longer than a tiny run.
+    """
+    file = folder / f"output-{time.monotonic_ns()}.txt"
+    file.touch()
+    settings = (str(file), dict(environment or {}), prepare, report)
+    process = _server().Process(target=_command, args=(arguments, settings))
+    process.start()
+    return Command(process, file)
+
+
+def run(
+    folder: Path,
+    *arguments: str,
+    environment: Mapping[str, str] | None = None,
+    prepare: Callable[[], None] | None = None,
+    report: bool = False,
+) -> tuple[int, str]:
+    """Exit code and output of ``mtkd ARGUMENTS``; see `start`."""
+    command = start(folder, *arguments, environment=environment, prepare=prepare, report=report)
+    return command.wait(), command.output
+
+
+def watch(ids: str, stop: int = 0) -> None:
+    """For `prepare`: write the example numbers of every step to the file `ids`; SIGTERM before the step number `stop`."""
+    from tiny_run import EPOCH_STEPS
+
+    from mtkd.data.sampler import TrainStream
+
+    draw = TrainStream.__next__
+
+    def follow(stream: TrainStream) -> list[Batch]:
+        batches = draw(stream)
+        with open(ids, "a") as file:
+            file.write(json.dumps([batch.ids.tolist() for batch in batches]) + "\n")
+        state = stream.state()
+        if state["epoch"] * EPOCH_STEPS + state["position"] == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batches
+
+    TrainStream.__next__ = follow  # type: ignore[method-assign]
+
+
+@cache
+def _server() -> ForkServerContext:
+    context = get_context("forkserver")
+    context.set_forkserver_preload(list(_PRELOADED))
+    return context
+
+
+def _command(
+    arguments: tuple[str, ...], settings: tuple[str, dict[str, str], Callable[[], None] | None, bool]
+) -> None:
+    file, environment, prepare, report = settings
+    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.environ.update(environment)
+    sys.argv = ["mtkd", *arguments]
+    if not report:
+        import mtkd.report
+        import mtkd.runner
+
+        mtkd.report.write_report = mtkd.runner.write_report = lambda folder: folder / "report.html"
+    if prepare is not None:
+        prepare()
+    from mtkd.cli import main
+
+    main()
