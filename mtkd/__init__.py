@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mtkd.planner import Plan, plan
     from mtkd.registry import LOSSES, METHODS, WEIGHTINGS, loss, method, weighting
     from mtkd.runner import RunResult, run
-    from mtkd.weighting import Traits, Weighting, trait
+    from mtkd.weightings import Traits, Weighting, trait
 
 __version__ = "0.1.0"
 
@@ -31,15 +31,15 @@ _HOMES = {
     "Plan": "mtkd.planner",
     "RunConfig": "mtkd.config",
     "RunResult": "mtkd.runner",
-    "Traits": "mtkd.weighting",
+    "Traits": "mtkd.weightings",
     "UserError": "mtkd.errors",
-    "Weighting": "mtkd.weighting",
+    "Weighting": "mtkd.weightings",
     "load_config": "mtkd.configfile",
     "loss": "mtkd.registry",
     "method": "mtkd.registry",
     "plan": "mtkd.planner",
     "run": "mtkd.runner",
-    "trait": "mtkd.weighting",
+    "trait": "mtkd.weightings",
     "weighting": "mtkd.registry",
 }
 
@@ -74,17 +74,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*__all__, "__version__"])
-
-
-# Importing the submodule `mtkd.weighting` binds the package's attribute of that name to the module; the decorator of the
-# same name must win, whichever is imported first.
-class _Module(type(importlib)):  # type: ignore[misc]
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _HOMES and isinstance(value, type(importlib)):
-            return
-        super().__setattr__(name, value)
-
-
-import sys  # noqa: E402
-
-sys.modules[__name__].__class__ = _Module

@@ -44,7 +44,7 @@ from mtkd.projection import make_projections
 from mtkd.registry import TASKS, WEIGHTINGS, check_options
 from mtkd.rows import compile_rows
 from mtkd.rundir import RunDir, StageDir
-from mtkd.weighting.base import Weighting
+from mtkd.weightings.base import Weighting
 
 
 @dataclass
@@ -322,6 +322,8 @@ def start_processes(config: EngineConfig) -> tuple[Dist, torch.device]:
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError("no GPU was found", where="engine.device", found="cuda", todo="use device: auto or cpu")
+    if kind == "cpu":  # transformers imports DeepSpeed when it saves a model, which would look for a GPU and warn
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     dist = init_distributed(kind) if config.kind == "deepspeed" else Dist()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size))

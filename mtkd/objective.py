@@ -19,8 +19,8 @@ from mtkd.projection import projection_key
 from mtkd.registry import LossSpec
 from mtkd.rows import Row
 from mtkd.tiles import tiled
-from mtkd.weighting.base import Weighting
-from mtkd.weighting.traits import Traits
+from mtkd.weightings.base import Weighting
+from mtkd.weightings.traits import Traits
 
 Counts = Mapping[str, int]
 

@@ -187,7 +187,7 @@ def _over(mask: Any, values: Any) -> Any:
 
 
 LOSSES: Registry[LossSpec] = Registry("loss", "mtkd.losses")
-WEIGHTINGS: Registry[WeightingSpec] = Registry("weighting", "mtkd.weighting")
+WEIGHTINGS: Registry[WeightingSpec] = Registry("weighting", "mtkd.weightings")
 METHODS: Registry[MethodSpec] = Registry("method", "mtkd.methods")
 SOURCES: Registry[Callable[..., Any]] = Registry("data source", "mtkd.data.sources")
 TASKS: Registry[Any] = Registry("task", "mtkd.data.tasks")

@@ -213,7 +213,7 @@ def _save(built: BuiltStage, folder: StageDir, state: TrainState, meter: _Meter)
 def _restore(built: BuiltStage, folder: StageDir) -> TrainState:
     """The state of the newest sealed checkpoint, loaded into engine and stream; a fresh state when there is none."""
     dist = built.engine.dist
-    found = dist.broadcast_object(newest_sealed(folder.checkpoints) if dist.is_main else Found())
+    found = dist.broadcast_object(newest_sealed(folder.checkpoints) if dist.is_main else Found(None, {}, []))
     for reason in found.skipped:
         say(f"  skipped a broken checkpoint: {reason}", main=dist.is_main)
     if found.path is None:

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "mtkd"
 ORDER = (
     ("errors", "registry", "features", "yamlfile", "console"),
     ("match", "methods", "config", "configfile", "launcher"),
-    ("losses", "weighting", "models", "data", "engine"),
+    ("losses", "weightings", "models", "data", "engine"),
     ("rows", "tiles", "pool", "projection", "objective"),
     ("chain", "seal", "rundir", "build", "planner"),
     ("train", "evaluate"),

@@ -103,7 +103,7 @@ def random_state() -> dict[str, Any]:
     _, numbers, *rest = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
-        "python": list(random.getstate()[1]),
+        "python": [*random.getstate()],
         "numpy": [torch.tensor(numbers.astype(np.int64)), *rest],
     }
     if torch.cuda.is_available():
@@ -114,7 +114,8 @@ def random_state() -> dict[str, Any]:
 def set_random_state(state: dict[str, Any]) -> None:
     """Restore what `random_state` returned."""
     torch.set_rng_state(state["torch"])
-    random.setstate((3, tuple(state["python"]), None))
+    version, inner, gauss = state["python"]
+    random.setstate((version, tuple(inner), gauss))
     numbers, *rest = state["numpy"]
     np.random.set_state(("MT19937", numbers.numpy().astype(np.uint32), *rest))
     if "cuda" in state and torch.cuda.is_available():

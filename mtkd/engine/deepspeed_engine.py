@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,35 @@ def deepspeed_config(config: OptimizerConfig, *, zero_stage: int, accumulate: in
     }
 
 
+@contextmanager
+def _disk_errors_at_the_end(engine: Any) -> Iterator[None]:
+    """Within it what this rank cannot write raises only when DeepSpeed's save is through.
+
+    A save has barriers in its middle: a rank that left before one would leave the others waiting there, or meet their
+    barrier with a collective of its own.
+    """
+    errors: list[Exception] = []
+
+    def guarded(function: Callable[..., None]) -> Callable[..., None]:
+        def call(*args: object, **options: object) -> None:
+            try:
+                function(*args, **options)
+            except Exception as error:
+                errors.append(error)
+
+        return call
+
+    files = engine.checkpoint_engine
+    files.save, files.makedirs = guarded(files.save), guarded(files.makedirs)
+    engine._copy_recovery_script = lambda folder: None  # scripts have no place in a checkpoint, and could fail too
+    try:
+        yield
+    finally:
+        del files.save, files.makedirs, engine._copy_recovery_script
+    if errors:
+        raise errors[0]
+
+
 class DeepSpeedEngine:
     """One objective under `deepspeed.initialize`; the same arguments as `TorchEngine`, plus how to shard."""
 
@@ -138,8 +168,9 @@ class DeepSpeedEngine:
         return torch.nn.utils.clip_grad_norm_(trainable, self._config.clip or float("inf"))
 
     def save(self, folder: Path) -> None:
-        # save_latest=False: DeepSpeed writes `latest` before its closing barrier and without fsync.
-        self.engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        with _disk_errors_at_the_end(self.engine):
+            # save_latest=False: DeepSpeed writes `latest` before its closing barrier and without fsync.
+            self.engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
         torch.save(random_state(), folder / f"random-rank-{self.dist.rank}.pt")
 
     def load(self, folder: Path) -> None:

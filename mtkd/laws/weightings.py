@@ -14,8 +14,8 @@ from torch import Tensor
 from mtkd.features import NO_LABEL, DenseLogits
 from mtkd.laws.broken import TOLERANCE, LawBroken, difference
 from mtkd.registry import WEIGHTINGS, WeightingSpec
-from mtkd.weighting.base import Weighting
-from mtkd.weighting.traits import Traits
+from mtkd.weightings.base import Weighting
+from mtkd.weightings.traits import Traits
 
 OptionsOf = Callable[[tuple[str, ...]], Mapping[str, Any]]
 """A weighting's options, given its teachers' names."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mtkd.laws import LawBroken, check_weighting
 from mtkd.registry import WEIGHTINGS, WeightingSpec
-from mtkd.weighting import Traits, Weighting
+from mtkd.weightings import Traits, Weighting
 
 
 @pytest.mark.parametrize("name", list(WEIGHTINGS))

@@ -11,8 +11,8 @@ from torch import Tensor
 from mtkd.errors import UserError
 from mtkd.features import NO_LABEL, DenseLogits
 from mtkd.registry import WEIGHTINGS
-from mtkd.weighting import TRAITS, Traits, trait
-from mtkd.weighting.simple import Fixed
+from mtkd.weightings import TRAITS, Traits, trait
+from mtkd.weightings.simple import Fixed
 
 NAMES = ("ce", "entropy", "confidence", "margin", "agreement")
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mtkd.errors import UserError
 from mtkd.registry import weighting
-from mtkd.weighting.base import Weighting
-from mtkd.weighting.traits import Traits
+from mtkd.weightings.base import Weighting
+from mtkd.weightings.traits import Traits
 
 
 @weighting("uniform")

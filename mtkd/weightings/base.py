@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from mtkd.weighting.traits import Traits
+from mtkd.weightings.traits import Traits
 
 
 class Weighting(nn.Module):

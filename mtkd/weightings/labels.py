@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from mtkd.registry import weighting
-from mtkd.weighting.base import Weighting
-from mtkd.weighting.traits import Traits
+from mtkd.weightings.base import Weighting
+from mtkd.weightings.traits import Traits
 
 
 @weighting("mt_bert", sums_to_one=False, needs_labels=True)

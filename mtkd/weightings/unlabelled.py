@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from mtkd.registry import weighting
-from mtkd.weighting.base import Weighting
-from mtkd.weighting.traits import Traits
+from mtkd.weightings.base import Weighting
+from mtkd.weightings.traits import Traits
 
 
 @weighting("confidence")
