@@ -7,7 +7,7 @@ valid positions of its kind, so micro-batches and ranks add up to the same gradi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -227,40 +227,59 @@ def ensemble_losses(
     spec, options, ensemble = row.spec, row.match.options, row.match.ensemble
     if len(teachers) == 1:
         return weights[0] * spec(student, teachers[0], mask, options)
-    temperature = _temperature(spec, options)
-    if ensemble == "losses" and not (spec.linear_in_teacher and not weights.requires_grad):
+    if ensemble == "losses" and spec.teacher_term is not None:
+        return _soft_target_losses(spec, spec.teacher_term, student, teachers, weights, mask, options)
+    if ensemble == "losses":
         losses = [w * spec(student, t, mask, options) for w, t in zip(weights, teachers, strict=True)]
         return torch.stack(losses).sum(0)
     total = weights.sum(0)
     shares = weights / total.clamp_min(1e-30)
     if ensemble == "logits":
         mixture = sum(w[:, None] * t for w, t in zip(shares, teachers, strict=True))
-        return total * spec(student, mixture, mask, options)
-    mixture = _mixture(teachers, shares, temperature)
-    values = total * spec(student, mixture, mask, options)
-    if ensemble == "probabilities":
-        return values
-    # l(s, t) = c(t) + <p_t, g(s)>: the mixture has the sum's gradient; its value lacks the constants, which do not
-    # depend on the student and are therefore read off at the student that equals the mixture.
-    with torch.no_grad():
-        constant = -total * spec(mixture, mixture, mask, options)
-        for w, t in zip(weights, teachers, strict=True):
-            constant += w * spec(mixture, t, mask, options)
-    return values + constant
+    else:
+        temperature, _ = _temperature(spec, options)
+        probs = sum(w[:, None] * torch.softmax(t / temperature, -1) for w, t in zip(shares, teachers, strict=True))
+        assert isinstance(probs, Tensor)
+        mixture = probs.clamp_min(torch.finfo(probs.dtype).tiny).log() * temperature
+    return total * spec(student, mixture, mask, options)
 
 
-def _mixture(teachers: Sequence[Tensor], shares: Tensor, temperature: float) -> Tensor:
-    """Logits whose softmax at `temperature` is the arithmetic mixture of the teachers' softmax, [m,V]."""
-    mixed = sum(w[:, None] * torch.softmax(t / temperature, -1) for w, t in zip(shares, teachers, strict=True))
-    assert isinstance(mixed, Tensor)
-    return mixed.clamp_min(torch.finfo(mixed.dtype).tiny).log() * temperature
+def _soft_target_losses(
+    spec: LossSpec,
+    teacher_term: Callable[[Tensor], Tensor],
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    weights: Tensor,
+    mask: Tensor | None,
+    options: Mapping[str, object],
+) -> Tensor:
+    """``T^2 (sum_k w_k c(p_k) - <sum_k w_k p_k, log p_S>)``, [m]: the student is read once for any number of teachers."""
+    temperature, factor = _temperature(spec, options)
+    mixed: Tensor | None = None
+    constant = student.new_zeros(student.shape[0])
+    for weight, teacher in zip(weights, teachers, strict=True):
+        log_probs = torch.log_softmax(_keep(teacher, mask) / temperature, -1)
+        probs = weight[:, None] * log_probs.exp()
+        mixed = probs if mixed is None else mixed + probs
+        constant = constant + weight * teacher_term(log_probs)
+    assert mixed is not None
+    log_student = torch.log_softmax(_keep(student, mask) / temperature, -1)
+    values = factor * (constant - (mixed * log_student).sum(-1))
+    return values if mask is None else values.masked_fill(~mask, 0)
 
 
-def _temperature(spec: LossSpec, options: Mapping[str, object]) -> float:
-    default = spec.options()["temperature"].default if "temperature" in spec.options() else 1.0
-    value = options.get("temperature", default)
-    assert isinstance(value, (int, float))
-    return float(value)
+def _keep(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Logits with 0 in the rows that do not count."""
+    return logits if mask is None else logits.masked_fill(~mask[:, None], 0)
+
+
+def _temperature(spec: LossSpec, options: Mapping[str, object]) -> tuple[float, float]:
+    """(temperature, factor) of a loss on distributions: its options, or their defaults; (1, 1) for one without."""
+    defaults = {name: parameter.default for name, parameter in spec.options().items()}
+    values = {**defaults, **options}
+    temperature = values.get("temperature", 1.0)
+    assert isinstance(temperature, (int, float))
+    return float(temperature), float(temperature) ** 2 if values.get("scale", True) else 1.0
 
 
 def _as_logits(value: Tensor | Logits) -> Logits:

@@ -105,8 +105,9 @@ class LossSpec:
         inputs: the features it accepts, e.g. ``("logits",)`` or ``("scores", "probs")``.
         labels: the "teacher" argument is a tensor of labels instead of a teacher's feature.
         zero_at_equality: exactly 0 when student and teacher are equal.
-        linear_in_teacher: up to a term without the student it is linear in the teacher's probabilities, so several
-            teachers may meet in one mixture before the student is looked at.
+        teacher_term: c, for a loss of the form ``T^2 (c(p_T) - sum_v p_T log p_S)`` with options `temperature` T and
+            `scale`: its part without the student, from the teacher's log-probabilities [n,V] to [n]. Such losses are
+            linear in p_T up to c, so several teachers meet in one mixture before the student is looked at.
     """
 
     name: str
@@ -114,7 +115,7 @@ class LossSpec:
     inputs: tuple[str, ...]
     labels: bool = False
     zero_at_equality: bool = True
-    linear_in_teacher: bool = False
+    teacher_term: Callable[..., Any] | None = None
 
     def options(self) -> dict[str, inspect.Parameter]:
         """The keyword-only parameters a row may set under ``options``."""
@@ -203,12 +204,12 @@ def loss(
     inputs: tuple[str, ...] = TOKEN_VECTORS,
     labels: bool = False,
     zero_at_equality: bool = True,
-    linear_in_teacher: bool = False,
+    teacher_term: Callable[..., Any] | None = None,
 ) -> Callable[[Decorated], Decorated]:
     """Register a loss function under `name`; see `LossSpec` for the flags."""
 
     def decorate(function: Decorated) -> Decorated:
-        LOSSES.add(name, LossSpec(name, function, inputs, labels, zero_at_equality, linear_in_teacher))
+        LOSSES.add(name, LossSpec(name, function, inputs, labels, zero_at_equality, teacher_term))
         return function
 
     return decorate

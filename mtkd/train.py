@@ -191,8 +191,8 @@ def _validate(built: BuiltStage, run: RunDir, step: int) -> None:
     dist, student = built.engine.dist, built.objective.student
     student.eval()
     batches = evaluation_batches(split, built.stage.batch, dist.rank, dist.world_size)
-    with built.engine.whole_head():
-        loss = mean_loss(student, batches, built.engine.device, built.objective.dtype, dist, built.objective.tile)
+    engine, objective = built.engine, built.objective
+    loss = mean_loss(student, batches, engine.device, objective.dtype, dist, objective.tile, engine.whole_head)
     built.objective.train()
     if dist.is_main:
         append_jsonl(run.metrics_file, {"stage": built.name, "step": step, "time": time.time(), "validation/loss": loss})

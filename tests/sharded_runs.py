@@ -1,10 +1,11 @@
-"""What the ranks of the DeepSpeed resume tests do: whole runs in two processes, stopped and killed where a test says."""
+"""Whole runs on two DeepSpeed ranks for the resume tests: what each rank does, with the trap of each run."""
 
 from __future__ import annotations
 
 import os
 import signal
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,64 +15,78 @@ import mtkd.runner
 from mtkd.build import BuiltStage, Workshop
 from mtkd.configfile import load_config
 from mtkd.data.sampler import TrainStream
-from mtkd.errors import Preempted
+from mtkd.errors import UserError
 from mtkd.rundir import StageDir
 
 PROBE = torch.arange(3, 23).reshape(2, 10)  # token ids
 
 
-def folder_of(parent: str, zero_stage: int) -> Path:
-    return Path(parent) / f"zero-{zero_stage}"
+@dataclass(frozen=True)
+class Job:
+    """A run in the folder `name`.
+
+    Attributes:
+        stop: rank 1 alone gets SIGTERM before this step of the student.
+        kill: fault point of `mtkd.seal` at which the main rank dies.
+        full_disk: rank 1 cannot write its files.
+    """
+
+    name: str
+    zero_stage: int
+    stop: int = 0
+    kill: str = ""
+    full_disk: bool = False
 
 
-def write_runs(parent: Path, zero_stages: Sequence[int]) -> str:
-    """The runs' YAML files below `parent`; the teacher's output head is its own, the student's is its embedding."""
-    for zero_stage in zero_stages:
-        folder = folder_of(str(parent), zero_stage)
-        folder.mkdir()
-        engine = {"kind": "deepspeed", "processes": 2, "zero_stage": zero_stage}
-        write_yaml(folder, engine=engine, stages={"teacher": {"student": {"tie_embeddings": False}}})
+def write_runs(parent: Path, jobs: Sequence[Job]) -> str:
+    """The runs' YAML files; the teacher's output head is its own matrix, the student's is its embedding."""
+    for job in jobs:
+        (parent / job.name).mkdir(parents=True)
+        engine = {"kind": "deepspeed", "processes": 2, "zero_stage": job.zero_stage}
+        write_yaml(parent / job.name, engine=engine, stages={"teacher": {"student": {"tie_embeddings": False}}})
     return str(parent)
 
 
-def run_all(parent: str, zero_stages: Sequence[int], stop: int = 0, kill: str = "") -> list[str]:
-    """One run per ZeRO stage, each in its folder; how each ended.
+def student_of(parent: Path, name: str) -> Path:
+    """The folder of a run's second stage."""
+    return parent / name / "runs" / NAME / "stages" / "02-student"
 
-    Args:
-        stop: SIGTERM to rank 1 alone before this step of the student.
-        kill: fault point at which the main rank of the last run dies.
-    """
+
+def do(parent: str, jobs: Sequence[Job]) -> list[str]:
+    """Run the jobs one after the other on this rank; how each ended."""
     mtkd.runner.write_report = lambda folder: folder / "report.html"
     mtkd.runner._export = _export_and_probe
     ends = []
-    for zero_stage in zero_stages:
-        config = load_config(folder_of(parent, zero_stage) / "run.yaml")
-        if kill and zero_stage == zero_stages[-1]:
-            os.environ["MTKD_TEST_KILL_AT"] = kill
-        _stop_before(stop)
+    for job in jobs:
+        _set_traps(job)
         try:
-            mtkd.runner.run(config)
+            mtkd.runner.run(load_config(Path(parent) / job.name / "run.yaml"))
             ends.append("done")
-        except Preempted as error:
-            ends.append(str(error))
+        except UserError as error:
+            ends.append(f"{type(error).__name__}: {error}")
     return ends
 
 
-_draw = TrainStream.__next__
+_draw, _export, _write = TrainStream.__next__, mtkd.runner._export, torch.save
 
 
-def _stop_before(step: int) -> None:
+def _set_traps(job: Job) -> None:
+    os.environ["MTKD_TEST_KILL_AT"] = job.kill
+    rank = int(os.environ["RANK"])
+
     def draw(stream: TrainStream) -> list:
         batches = _draw(stream)
         state = stream.state()
-        if state["epoch"] * EPOCH_STEPS + state["position"] == step and stream._rank == 1:
+        if rank == 1 and state["epoch"] * EPOCH_STEPS + state["position"] == job.stop:
             os.kill(os.getpid(), signal.SIGTERM)
         return batches
 
-    TrainStream.__next__ = draw
+    def write(state: dict, path: str, **options: bool) -> None:
+        if rank == 1 and job.full_disk:
+            raise OSError(28, "No space left on device")
+        _write(state, path, **options)
 
-
-_export = mtkd.runner._export
+    TrainStream.__next__, torch.save = draw, write
 
 
 def _export_and_probe(shop: Workshop, built: BuiltStage, folder: StageDir) -> None:
@@ -79,10 +94,6 @@ def _export_and_probe(shop: Workshop, built: BuiltStage, folder: StageDir) -> No
     model = built.objective.student.model.eval()
     with torch.no_grad():
         logits = model(PROBE).logits
-    if shop.dist.is_main:
-        torch.save(logits, folder.path / "probe.pt")
     _export(shop, built, folder)
-
-
-def student_of(parent: Path, zero_stage: int) -> Path:
-    return folder_of(str(parent), zero_stage) / "runs" / NAME / "stages" / "02-student"
+    if shop.dist.is_main:
+        torch.save({"ids": PROBE, "logits": logits}, folder.path / "probe.pt")

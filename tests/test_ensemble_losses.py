@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mtkd.match import Match
 from mtkd.objective import ensemble_losses
-from mtkd.registry import LOSSES, LossSpec
+from mtkd.registry import LOSSES
 from mtkd.rows import Row
 
 POSITIONS, COLUMNS = 6, 8
@@ -93,19 +93,19 @@ def test_the_mixture_is_the_plain_sum_in_value_and_gradient(loss: str, temperatu
 
 
 def test_the_mixture_looks_at_the_student_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = 0
+    """Counted where the student's softmax is taken: once for any number of teachers, once per teacher otherwise."""
+    calls, plain = 0, torch.log_softmax
 
-    def counted(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    def counted(logits: Tensor, *rest: int) -> Tensor:
         nonlocal calls
-        calls += student.requires_grad
-        return LOSSES["kl"].function(student, teacher, mask)
+        calls += logits.requires_grad
+        return plain(logits, *rest)
 
-    for linear, wanted in ((True, 1), (False, 3)):
+    monkeypatch.setattr(torch, "log_softmax", counted)
+    for loss, wanted in (("kl", 1), ("soft_ce", 1), ("reverse_kl", 3)):
         calls = 0
-        spec = LossSpec("counted", counted, ("logits",), linear_in_teacher=linear)
         student, teachers, weights = problem(3)
-        counted_row = Row(Match(), spec, "0:logits", (((0, 0),),) * 3)
-        ensemble_losses(counted_row, student.requires_grad_(), teachers, weights, MASK)
+        ensemble_losses(row(loss), student.requires_grad_(), teachers, weights, MASK)
         assert calls == wanted
 
 

@@ -74,6 +74,23 @@ def test_several_rows_share_the_pass(tile: int) -> None:
         close(ours, theirs)
 
 
+@pytest.mark.parametrize("logits", [1, 30, 60])  # chunks of 1, 2 and 4 rows: they divide a tile of 5 or do not
+def test_chunks_inside_a_tile(logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem()
+    wanted_loss, wanted_metrics = problem.whole()
+    wanted = torch.autograd.grad(wanted_loss, problem.parts)
+    problem.sizes.clear()
+    monkeypatch.setattr("mtkd.tiles._CHUNK_LOGITS", logits)
+    loss, metrics = problem.in_tiles(5)
+    assert max(problem.sizes) == max(1, logits // COLUMNS)
+    close(loss, wanted_loss)
+    close(metrics, wanted_metrics)
+    for ours, theirs in zip(torch.autograd.grad(loss, problem.parts), wanted, strict=True):
+        close(ours, theirs)
+    with torch.no_grad():
+        close(problem.in_tiles(5)[0], wanted_loss.detach())
+
+
 def test_gradients_are_scaled_by_what_comes_after() -> None:
     problem = Problem()
     found = torch.autograd.grad(3 * problem.in_tiles()[0] ** 2, problem.parts)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,40 +18,51 @@ from mtkd.features import DenseLogits, Logits
 from mtkd.models.taps import TappedModel
 
 WANTS = frozenset({"logits"})
+WholeHead = Callable[[], AbstractContextManager[None]]
 
 
 @torch.no_grad()
 def mixture_log_probs(
-    models: Sequence[TappedModel], batch: Batch, dtype: torch.dtype, tile: int
+    models: Sequence[TappedModel], batch: Batch, dtype: torch.dtype, tile: int, whole_head: WholeHead = nullcontext
 ) -> Iterable[tuple[Tensor, Tensor]]:
     """Tiles (flat positions [m], log of the models' mean probability [m,V]) over the batch's targets.
 
     A regression model (one column) gives its mean output instead of a log-probability.
+
+    Args:
+        whole_head: gathers a sharded output head; entered after the forward pass, whose own end shards it again.
     """
-    logits: list[Logits] = []
+    values: list[Tensor | Logits] = []
     for model in models:
         with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            value = model(batch, WANTS)["logits"]
-        logits.append((DenseLogits(value) if isinstance(value, Tensor) else value).in_dtype(dtype))
+            values.append(model(batch, WANTS)["logits"])
     index = batch.target_mask.reshape(-1).nonzero().squeeze(-1)
-    for positions in index.split(tile):
-        if batch.targets.is_floating_point():
-            yield positions, torch.stack([x.rows(positions) for x in logits]).mean(0)
-        else:
-            logs = [torch.log_softmax(x.rows(positions), -1) for x in logits]
-            mixed = logs[0] if len(logs) == 1 else torch.stack(logs).logsumexp(0) - math.log(len(logs))
-            yield positions, mixed
+    with whole_head():
+        logits = [(DenseLogits(value) if isinstance(value, Tensor) else value).in_dtype(dtype) for value in values]
+        for positions in index.split(tile):
+            if batch.targets.is_floating_point():
+                yield positions, torch.stack([x.rows(positions) for x in logits]).mean(0)
+            else:
+                logs = [torch.log_softmax(x.rows(positions), -1) for x in logits]
+                mixed = logs[0] if len(logs) == 1 else torch.stack(logs).logsumexp(0) - math.log(len(logs))
+                yield positions, mixed
 
 
 def mean_loss(
-    model: TappedModel, batches: Iterable[Batch], device: torch.device, dtype: torch.dtype, dist: Dist, tile: int
+    model: TappedModel,
+    batches: Iterable[Batch],
+    device: torch.device,
+    dtype: torch.dtype,
+    dist: Dist,
+    tile: int,
+    whole_head: WholeHead = nullcontext,
 ) -> float:
     """Mean negative log-likelihood (nats per target) or squared error over all ranks' batches."""
     total, count = 0.0, 0
     for batch in batches:
         batch = batch.to(device)
         targets = batch.targets.reshape(-1)
-        for positions, values in mixture_log_probs([model], batch, dtype, tile):
+        for positions, values in mixture_log_probs([model], batch, dtype, tile, whole_head):
             total += float(_losses(values, targets[positions]).sum())
             count += len(positions)
     total, count = dist.sum([total, count])

@@ -16,7 +16,17 @@ from mtkd.registry import loss
 LOGITS = ("logits", "nsp_logits")
 
 
-@loss("kl", inputs=LOGITS, linear_in_teacher=True)
+def negative_entropy(log_probs: Tensor) -> Tensor:
+    """``sum_v p(v) log p(v)`` of log-probabilities [n,V] -> [n], nats; columns with p = 0 count 0."""
+    return (log_probs.exp() * log_probs.clamp_min(torch.finfo(log_probs.dtype).min)).sum(-1)
+
+
+def no_term(log_probs: Tensor) -> Tensor:
+    """0 for every position, [n]."""
+    return log_probs.new_zeros(log_probs.shape[0])
+
+
+@loss("kl", inputs=LOGITS, teacher_term=negative_entropy)
 def kl(student: Tensor, teacher: Tensor, mask: Tensor, *, temperature: float = 1.0, scale: bool = True) -> Tensor:
     """Forward Kullback-Leibler divergence KL(teacher || student), T^2-scaled.
 
@@ -75,7 +85,7 @@ def jsd(
     return _scaled(beta * to_teacher + (1 - beta) * to_student, temperature, scale)
 
 
-@loss("soft_ce", inputs=LOGITS, zero_at_equality=False, linear_in_teacher=True)
+@loss("soft_ce", inputs=LOGITS, zero_at_equality=False, teacher_term=no_term)
 def soft_ce(student: Tensor, teacher: Tensor, mask: Tensor, *, temperature: float = 1.0, scale: bool = True) -> Tensor:
     """Cross entropy of the student against the teacher's soft targets, T^2-scaled.
 

@@ -32,7 +32,12 @@ def test_every_loss_keeps_the_laws(name: str, options: dict[str, object]) -> Non
 
 
 @pytest.mark.parametrize(("name", "options"), [case for case in CASES if "logits" in LOSSES[case[0]].inputs])
-def test_every_loss_on_logits_is_the_same_in_tiles(name: str, options: dict[str, object]) -> None:
+@pytest.mark.parametrize("chunk", [None, 2 * 37])  # logits: chunks of two rows of the law's 37 columns
+def test_every_loss_on_logits_is_the_same_in_tiles(
+    name: str, options: dict[str, object], chunk: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if chunk is not None:
+        monkeypatch.setattr("mtkd.tiles._CHUNK_LOGITS", chunk)
     check_tiled(name, options)
 
 
