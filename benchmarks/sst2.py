@@ -57,12 +57,18 @@ def main() -> None:
         for name, model in models.items():
             found.setdefault(name, []).append(100 * model["overall"]["accuracy"])
         pair = result.results["comparisons"][0]
-        print(f"seed {seed}: " + "  ".join(f"{n} {v[-1]:.2f}" for n, v in found.items()), f"  McNemar p = {pair['p']:.3f}")
+        print(
+            f"seed {seed}: " + "  ".join(f"{n} {v[-1]:.2f}" for n, v in found.items()), f"  McNemar p = {pair['p']:.3f}"
+        )
     print(f"\n{'model':20s}{'dev accuracy, mean':>20s}{'lowest .. highest':>22s}")
     for name, values in found.items():
         print(f"{name:20s}{statistics.mean(values):20.2f}{min(values):14.2f} .. {max(values):.2f}")
     gains = [s - b for s, b in zip(found["student"], found["labels-only"], strict=True)]
-    print("student - labels-only per seed:", ", ".join(f"{g:+.2f}" for g in gains), f"  mean {statistics.mean(gains):+.2f}")
+    print(
+        "student - labels-only per seed:",
+        ", ".join(f"{g:+.2f}" for g in gains),
+        f"  mean {statistics.mean(gains):+.2f}",
+    )
 
 
 if __name__ == "__main__":

@@ -201,7 +201,9 @@ def compare(rounds: int, steps: int) -> None:
                 result = json.loads(output.stdout.splitlines()[-1])
                 found.setdefault((side, pages), []).append(result)
                 print(f"round {round_} THP={pages} {side:5s}", {k: round(v, 6) for k, v in result.items()}, flush=True)
-    print(f"\n{'':12s}{'s/step (median, min..max over rounds)':>44s}{'peak MB':>10s}{'step MB':>10s}{'first loss':>12s}")
+    print(
+        f"\n{'':12s}{'s/step (median, min..max over rounds)':>44s}{'peak MB':>10s}{'step MB':>10s}{'first loss':>12s}"
+    )
     for (side, pages), results in found.items():
         times = sorted(r["seconds"] for r in results)
         spread = f"{statistics.median(times):.3f} ({times[0]:.3f}..{times[-1]:.3f})"

@@ -1,9 +1,9 @@
 """A weighting of one's own: `plugins: [custom_weighting.py]` in the YAML beside this file makes its name known.
 
-    mtkd run configs/custom_weighting.yaml
-    mtkd ls weightings --plugin configs/custom_weighting.py
-    python -c "from mtkd.registry import load_plugins; from mtkd.laws import check_weighting
-    load_plugins(('configs/custom_weighting.py',)); check_weighting('softmax_ce')"
+mtkd run configs/custom_weighting.yaml
+mtkd ls weightings --plugin configs/custom_weighting.py
+python -c "from mtkd.registry import load_plugins; from mtkd.laws import check_weighting
+load_plugins(('configs/custom_weighting.py',)); check_weighting('softmax_ce')"
 """
 
 import torch

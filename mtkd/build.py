@@ -129,8 +129,13 @@ class Workshop:
         for stage in self.config.stages.values():
             for model in (*(t.model for t in stage.teachers), stage.student):
                 if model.path is not None and stage_of(model.path) is None:
-                    return load_tokenizer(str(self.resolve(model.path)), model.revision)
-        raise UserError("no model brings a tokenizer", where="tokenizer", todo="set tokenizer.path or tokenizer.train_on")
+                    folder = self.resolve(model.path)
+                    if isinstance(folder, Path):
+                        check_folder(folder, weights=False)
+                    return load_tokenizer(str(folder), model.revision)
+        raise UserError(
+            "no model brings a tokenizer", where="tokenizer", todo="set tokenizer.path or tokenizer.train_on"
+        )
 
     def _trained_tokenizer(self, name: str, vocab_size: int) -> PreTrainedTokenizerBase:
         folder = self.run.path / "tokenizer"
@@ -195,7 +200,10 @@ class Workshop:
             assert record is not None, "earlier stages are done before later ones start"
             return str(record["fingerprint"])
         folder = self.resolve(model.path)
-        return weights_digest(model, folder) if isinstance(folder, Path) else f"{folder}@{model.revision}"
+        if not isinstance(folder, Path):
+            return f"{folder}@{model.revision}"
+        check_folder(folder)  # a link in it could lead the digest to a file outside
+        return weights_digest(model, folder)
 
     def model(self, model: ModelConfig, data: LoadedData, seed: int) -> TappedModel:
         """A model for the data's task, with taps; checked against its own logits."""
@@ -221,6 +229,9 @@ class Workshop:
         own = load_tokenizer(str(folder), teacher.model.revision)
         check_same_tokenizer(self.tokenizer, own, where)
         model = self.model(teacher.model, data, seed=0)
+        broken = [name for name, weight in model.model.named_parameters() if not weight.isfinite().all()]
+        if broken:
+            raise DataError("the teacher's weights are not finite", where=where, found=", ".join(broken[:5]))
         model.verify()
         return model
 

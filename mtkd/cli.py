@@ -103,7 +103,9 @@ def status(folder: Run, as_json: Json = False) -> None:
     if as_json:
         _print_json(found)
         return
-    table = Table("stage", "state", "step", "seconds", "checkpoint", title=f"{found['run']}  held by: {found['held_by']}")
+    table = Table(
+        "stage", "state", "step", "seconds", "checkpoint", title=f"{found['run']}  held by: {found['held_by']}"
+    )
     for row in found["stages"]:
         table.add_row(*(str(row[key]) for key in ("stage", "state", "step", "seconds", "checkpoint")))
     _print_tables([table])
@@ -161,7 +163,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
 ) -> None:
     pass
 

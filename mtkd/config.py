@@ -20,7 +20,9 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
 def check_name(name: str) -> str:
     """A name that is safe as a folder: no separators, no '..', no leading '-' or '.', one line, at most 100 characters."""
     if not _NAME.fullmatch(name) or ".." in name:
-        raise ValueError("a name has 1 to 100 of the characters A-Z a-z 0-9 _ . + -, starts with a letter, digit or _, and has no '..'")
+        raise ValueError(
+            "a name has 1 to 100 of the characters A-Z a-z 0-9 _ . + -, starts with a letter, digit or _, and has no '..'"
+        )
     return name
 
 
@@ -51,7 +53,9 @@ class TokenizerConfig(Config):
     """The one tokenizer of the run: loaded, or trained on the train split of a data entry."""
 
     path: str | None = Field(None, description="folder or hub id")
-    train_on: str | None = Field(None, description="name of a `data` entry; a byte-level BPE is trained on its train split")
+    train_on: str | None = Field(
+        None, description="name of a `data` entry; a byte-level BPE is trained on its train split"
+    )
     vocab_size: Positive = Field(4096, description="ids of a trained tokenizer, special tokens included")
 
     @model_validator(mode="after")
@@ -80,9 +84,14 @@ class DataConfig(Config):
     text_pair: str | None = Field(None, description="column of the second text, classify only")
     label: str = Field("label", description="column of the label, classify only")
     labels: tuple[str, ...] = Field((), description="class names in order; default: sorted values of the train split")
-    max_length: Positive = Field(128, description="tokens per example, special tokens included; causal-lm and masked-lm cut longer documents into blocks")
+    max_length: Positive = Field(
+        128,
+        description="tokens per example, special tokens included; causal-lm and masked-lm cut longer documents into blocks",
+    )
     mask_share: Share = Field(0.15, description="masked-lm: share of tokens selected as targets")
-    validation_share: Share = Field(0.0, description="share of the train split held out as validation when the source has none")
+    validation_share: Share = Field(
+        0.0, description="share of the train split held out as validation when the source has none"
+    )
     limit: dict[Literal["train", "validation", "test"], Positive] = Field(
         default_factory=dict, description="at most this many documents or rows per split, chosen by the seed"
     )
@@ -102,10 +111,16 @@ class ModelConfig(Config):
     width: Positive | None = Field(None, description="fresh: hidden width")
     heads: Positive | None = Field(None, description="fresh: attention heads; must divide the width")
     kv_heads: Positive | None = Field(None, description="fresh llama, qwen2: key/value heads; default: heads")
-    intermediate: Positive | None = Field(None, description="fresh: feed-forward width; default 4 x width (llama, qwen2: 8/3 x width)")
-    max_positions: Positive | None = Field(None, description="fresh: longest sequence in tokens; default: the data's max_length")
+    intermediate: Positive | None = Field(
+        None, description="fresh: feed-forward width; default 4 x width (llama, qwen2: 8/3 x width)"
+    )
+    max_positions: Positive | None = Field(
+        None, description="fresh: longest sequence in tokens; default: the data's max_length"
+    )
     tie_embeddings: bool = Field(True, description="fresh: output head shares the embedding matrix")
-    dropout: Share | None = Field(None, description="dropout share while training; default: the model's own (fresh: 0.0)")
+    dropout: Share | None = Field(
+        None, description="dropout share while training; default: the model's own (fresh: 0.0)"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -114,7 +129,9 @@ class ModelConfig(Config):
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelConfig:
-        shape = [n for n in ("layers", "width", "heads", "kv_heads", "intermediate", "max_positions") if getattr(self, n)]
+        shape = [
+            n for n in ("layers", "width", "heads", "kv_heads", "intermediate", "max_positions") if getattr(self, n)
+        ]
         if (self.path is None) == (self.architecture is None):
             raise ValueError("give either `path` (loaded) or `architecture` (fresh)")
         if self.path is not None and shape:
@@ -135,9 +152,15 @@ class ModelConfig(Config):
 class TeacherConfig(Config):
     """One teacher of the pool."""
 
-    name: Name = Field("", description="name in metrics and options; default: the last part of the model's path", validate_default=False)
+    name: Name = Field(
+        "",
+        description="name in metrics and options; default: the last part of the model's path",
+        validate_default=False,
+    )
     model: ModelConfig = Field(description="a folder, hub id, card or stage:NAME")
-    backend: Literal["resident"] = Field("resident", description="where its weights live: resident = loaded beside the student")
+    backend: Literal["resident"] = Field(
+        "resident", description="where its weights live: resident = loaded beside the student"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -156,7 +179,9 @@ class BatchConfig(Config):
     """How many examples make one optimizer step, over all ranks and accumulation together."""
 
     sequences: Positive | None = Field(None, description="sequences per optimizer step")
-    tokens: Positive | None = Field(None, description="token budget per optimizer step, padding included; batches are grouped by length")
+    tokens: Positive | None = Field(
+        None, description="token budget per optimizer step, padding included; batches are grouped by length"
+    )
     accumulate: Positive = Field(1, description="micro-batches per rank and optimizer step")
 
     @model_validator(mode="after")
@@ -170,11 +195,15 @@ class OptimizerConfig(Config):
     """AdamW and its schedule; what DeepSpeed would default differently is written out from here."""
 
     lr: Annotated[float, Field(gt=0)] = Field(5e-4, description="peak learning rate")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="decoupled; matrices only, not biases and norms")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.01, description="decoupled; matrices only, not biases and norms"
+    )
     betas: tuple[Share, Share] = Field((0.9, 0.999), description="Adam's decay rates")
     eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="Adam's epsilon")
     warmup: Share = Field(0.1, description="share of the steps with linearly rising learning rate")
-    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="after warm-up; linear and cosine end at final_lr")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "linear", description="after warm-up; linear and cosine end at final_lr"
+    )
     final_lr: Share = Field(0.0, description="learning rate at the end, as a share of the peak")
     clip: Annotated[float, Field(ge=0)] = Field(1.0, description="largest norm of the whole gradient; 0 = no clipping")
 
@@ -203,8 +232,12 @@ class StageConfig(Config):
     batch: BatchConfig = Field(BatchConfig(sequences=16), description="batch size")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="optimizer and schedule")
     seed: int | None = Field(None, description="of initialisation, order and dropout; default: the run's seed")
-    evaluate_every: Annotated[int, Field(ge=0)] = Field(0, description="optimizer steps between validation losses; 0 = only at the end")
-    save_every: Annotated[int, Field(ge=0)] = Field(0, description="optimizer steps between checkpoints; 0 = only at the end")
+    evaluate_every: Annotated[int, Field(ge=0)] = Field(
+        0, description="optimizer steps between validation losses; 0 = only at the end"
+    )
+    save_every: Annotated[int, Field(ge=0)] = Field(
+        0, description="optimizer steps between checkpoints; 0 = only at the end"
+    )
     keep: Positive = Field(2, description="newest sealed checkpoints kept")
 
     @field_validator("teachers")
@@ -236,11 +269,17 @@ class EngineConfig(Config):
     """What runs the optimizer."""
 
     kind: Literal["torch", "deepspeed"] = Field("torch", description="torch: one process; deepspeed: everything else")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; parameters, losses and optimizer stay float32")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="bf16: autocast; parameters, losses and optimizer stay float32"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU when there is one")
     processes: Positive = Field(1, description="deepspeed: processes that `mtkd run` starts on this node")
-    zero_stage: Literal[0, 1, 2, 3] = Field(0, description="deepspeed: what is sharded (1 optimizer, 2 gradients, 3 parameters)")
-    activation_checkpointing: bool = Field(False, description="recompute layers in the backward pass (non-reentrant): less memory, more time")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        0, description="deepspeed: what is sharded (1 optimizer, 2 gradients, 3 parameters)"
+    )
+    activation_checkpointing: bool = Field(
+        False, description="recompute layers in the backward pass (non-reentrant): less memory, more time"
+    )
     tile: Positive = Field(128, description="token positions whose vocabulary-size logits exist at one time")
     threads: Annotated[int, Field(ge=0)] = Field(0, description="CPU threads per process; 0 = cores / processes")
 
@@ -266,8 +305,12 @@ class EvaluateConfig(Config):
     data: str = Field("", description="name of a `data` entry; may be left out when there is only one")
     split: Literal["validation", "test"] = Field("test", description="split that is scored")
     stages: tuple[str, ...] = Field((), description="stages scored; default: all of them")
-    ensembles: tuple[str, ...] = Field((), description="stages whose teachers are also scored as a uniform mixture of probabilities")
-    comparisons: tuple[Comparison, ...] = Field((), description="paired tests; their p-values are Holm-corrected together")
+    ensembles: tuple[str, ...] = Field(
+        (), description="stages whose teachers are also scored as a uniform mixture of probabilities"
+    )
+    comparisons: tuple[Comparison, ...] = Field(
+        (), description="paired tests; their p-values are Holm-corrected together"
+    )
     batch: BatchConfig = Field(BatchConfig(sequences=32), description="batch size of scoring")
     resamples: Positive = Field(10_000, description="bootstrap and permutation resamples")
     confidence: Annotated[float, Field(gt=0, lt=1)] = Field(0.95, description="level of the confidence intervals")
@@ -280,7 +323,9 @@ class RunConfig(Config):
     seed: int = Field(0, description="default seed of every stage")
     output: str = Field("runs", description="folder of all runs, relative to the working directory")
     plugins: tuple[str, ...] = Field((), description="Python files with losses, weightings, ..., relative to this file")
-    tokenizer: TokenizerConfig | None = Field(None, description="the run's tokenizer; default: that of the first loaded model")
+    tokenizer: TokenizerConfig | None = Field(
+        None, description="the run's tokenizer; default: that of the first loaded model"
+    )
     data: dict[Name, DataConfig] = Field(min_length=1, description="named data")
     stages: dict[Name, StageConfig] = Field(min_length=1, description="stages in order")
     engine: EngineConfig = Field(EngineConfig(), description="torch or deepspeed")
@@ -308,10 +353,14 @@ class RunConfig(Config):
             used = [(f"{where}.student", stage.student.path)]
             used += [(f"{where}.teachers[{i}]", t.model.path) for i, t in enumerate(stage.teachers)]
             if stage.equal_time:
-                used += [(f"{where}.equal_time", STAGE_PREFIX + s) for s in (stage.equal_time.to, stage.equal_time.rate_of)]
+                used += [
+                    (f"{where}.equal_time", STAGE_PREFIX + s) for s in (stage.equal_time.to, stage.equal_time.rate_of)
+                ]
             for place, path in used:
                 if path and path.startswith(STAGE_PREFIX) and path.removeprefix(STAGE_PREFIX) not in earlier:
-                    raise ValueError(f"{place}: {path!r} is not an earlier stage; earlier are: {', '.join(earlier) or 'none'}")
+                    raise ValueError(
+                        f"{place}: {path!r} is not an earlier stage; earlier are: {', '.join(earlier) or 'none'}"
+                    )
         self._known_scored()
         return self
 
@@ -332,7 +381,9 @@ class RunConfig(Config):
         for i, pair in enumerate(self.evaluate.comparisons):
             for side in (pair.candidate, pair.baseline):
                 if side not in scored:
-                    raise ValueError(f"evaluate.comparisons[{i}]: {side!r} is not scored; scored are: {', '.join(sorted(scored))}")
+                    raise ValueError(
+                        f"evaluate.comparisons[{i}]: {side!r} is not scored; scored are: {', '.join(sorted(scored))}"
+                    )
 
     def _known_data(self, name: str, where: str) -> None:
         if name and name not in self.data:

@@ -9,6 +9,7 @@ from typing import Any
 
 from mtkd.rundir import versions
 
+
 def examine() -> dict[str, Any]:
     """Versions, devices, compiler, DeepSpeed and disk."""
     import torch

@@ -142,7 +142,9 @@ class _Planner:
             for model in (*(t.model for t in stage.teachers), stage.student):
                 if model.path is not None and stage_of(model.path) is None:
                     return load_tokenizer(str(resolve_path(model.path, self.config.base)), model.revision)
-        raise UserError("no model brings a tokenizer", where="tokenizer", todo="set tokenizer.path or tokenizer.train_on")
+        raise UserError(
+            "no model brings a tokenizer", where="tokenizer", todo="set tokenizer.path or tokenizer.train_on"
+        )
 
     def stage(self, name: str) -> PlannedStage:
         stage, where = self.config.stages[name], f"stages.{name}"
@@ -251,5 +253,3 @@ def _row_text(weight: float, key: str, pairs: tuple[tuple[tuple[int, int], ...],
 
 def _number(value: int | None) -> str:
     return "?" if value is None else f"{value:,}"
-
-

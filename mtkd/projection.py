@@ -20,7 +20,9 @@ def projection_key(row: Row, position: int, teacher: int, pair: int) -> str:
     return f"row{position}_teacher{teacher}{suffix}"
 
 
-def make_projections(rows: Sequence[Row], student: ModelInfo, teachers: Sequence[ModelInfo], seed: int) -> nn.ModuleDict:
+def make_projections(
+    rows: Sequence[Row], student: ModelInfo, teachers: Sequence[ModelInfo], seed: int
+) -> nn.ModuleDict:
     """One bias-free linear map H_S -> H_T per (row, teacher) [and layer pair] whose widths differ.
 
     MT-BERT's per-layer projections exist at equal width too (Wu et al. 2021, equation 4: W_ij for every teacher and layer).

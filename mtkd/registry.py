@@ -134,7 +134,8 @@ class LossSpec:
         """
         if mask is None:
             every = student.new_ones(student.shape[0], dtype=bool)
-            return self.function(student.float(), teacher, every, **dict(options or {}))
+            teacher = teacher if self.labels else teacher.float()
+            return self._shaped(self.function(student.float(), teacher, every, **dict(options or {})), every)
         padded = ~mask
         student = student.float().masked_fill(_over(padded, student), 0)
         if self.labels:
@@ -142,11 +143,15 @@ class LossSpec:
         else:
             teacher = teacher.float().masked_fill(_over(padded, teacher), 0)
         values = self.function(student, teacher, mask, **dict(options or {}))
-        if values.shape != mask.shape:  # or a mean over positions would silently be spread over them again
+        return self._shaped(values, mask).masked_fill(padded, 0)
+
+    def _shaped(self, values: Any, mask: Any) -> Any:
+        """`values`, refused unless there is one per position: a mean would silently be spread over them again."""
+        if values.shape != mask.shape:
             raise ValueError(
                 f"loss '{self.name}' returns shape {list(values.shape)}; one value per position is {list(mask.shape)}"
             )
-        return values.masked_fill(padded, 0)
+        return values
 
 
 @dataclass(frozen=True)
@@ -298,7 +303,8 @@ def load_plugins(paths: tuple[str, ...] = (), base: Path | None = None) -> None:
 def _import_file(file: Path) -> None:
     name = f"mtkd_plugin_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)

@@ -19,8 +19,7 @@ def status(path: Path) -> dict[str, Any]:
         if "loss" in line:
             logged[line["stage"]] = line
     stages = [
-        _stage(name, run.stage(position, name), logged.get(name, {}))
-        for position, name in enumerate(config.stages, 1)
+        _stage(name, run.stage(position, name), logged.get(name, {})) for position, name in enumerate(config.stages, 1)
     ]
     return {"run": str(path), "held_by": _holder(run), "stages": stages}
 

@@ -195,7 +195,9 @@ def _validate(built: BuiltStage, run: RunDir, step: int) -> None:
     loss = mean_loss(student, batches, engine.device, objective.dtype, dist, objective.tile, engine.whole_head)
     built.objective.train()
     if dist.is_main:
-        append_jsonl(run.metrics_file, {"stage": built.name, "step": step, "time": time.time(), "validation/loss": loss})
+        append_jsonl(
+            run.metrics_file, {"stage": built.name, "step": step, "time": time.time(), "validation/loss": loss}
+        )
 
 
 def _save(built: BuiltStage, folder: StageDir, state: TrainState, meter: _Meter) -> None:

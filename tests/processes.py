@@ -126,9 +126,7 @@ def _server() -> ForkServerContext:
     return context
 
 
-def _command(
-    arguments: tuple[str, ...], settings: tuple[str, dict[str, str], Callable[[], None] | None, bool]
-) -> None:
+def _command(arguments: tuple[str, ...], settings: tuple[str, dict[str, str], Callable[[], None] | None, bool]) -> None:
     gc.freeze()  # what the server imported need not be searched by every collection
     file, environment, prepare, report = settings
     descriptor = os.open(file, os.O_WRONLY | os.O_APPEND)

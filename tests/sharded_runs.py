@@ -29,6 +29,7 @@ class Job:
         stop: rank 1 alone gets SIGTERM before this step of the student.
         kill: fault point of `mtkd.seal` at which the main rank dies.
         full_disk: rank 1 cannot write its files.
+        lr: learning rate of the first stage, which stops being finite when it is huge.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Job:
     stop: int = 0
     kill: str = ""
     full_disk: bool = False
+    lr: float = 1e-2
 
 
 def write_runs(parent: Path, jobs: Sequence[Job]) -> str:
@@ -43,7 +45,8 @@ def write_runs(parent: Path, jobs: Sequence[Job]) -> str:
     for job in jobs:
         (parent / job.name).mkdir(parents=True)
         engine = {"kind": "deepspeed", "processes": 2, "zero_stage": job.zero_stage}
-        write_yaml(parent / job.name, engine=engine, stages={"teacher": {"student": {"tie_embeddings": False}}})
+        teacher = {"student": {"tie_embeddings": False}, "optimizer": {"lr": job.lr}}
+        write_yaml(parent / job.name, engine=engine, stages={"teacher": teacher})
     return str(parent)
 
 

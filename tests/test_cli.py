@@ -201,7 +201,9 @@ def test_mistakes_are_told_before_anything_is_trained(tmp_path, monkeypatch, cap
 
 
 def test_help_does_not_wait_for_torch():
-    code = "import sys, mtkd.cli; sys.exit(bool({'torch', 'transformers', 'deepspeed', 'matplotlib'} & set(sys.modules)))"
+    code = (
+        "import sys, mtkd.cli; sys.exit(bool({'torch', 'transformers', 'deepspeed', 'matplotlib'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -221,8 +223,16 @@ def test_mtkd_run_starts_the_launcher_itself(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert time.monotonic() - begun < 240
     results = json.loads((tmp_path / "runs/tiny/results.json").read_text())
-    torch_run = tiny_config(tmp_path / "torch", stages={n: {"student": {"dropout": 0.0}} for n in ("teacher", "student")})
+    torch_run = tiny_config(
+        tmp_path / "torch", stages={n: {"student": {"dropout": 0.0}} for n in ("teacher", "student")}
+    )
     assert set(results["models"]) == {"teacher", "student", "ensemble:student"}
     assert torch_run.engine.kind == "torch"
-    broken = subprocess.run([*command, "-o", "name=other", "-o", "stages.student.optimizer.lr=1e30"], capture_output=True, text=True, timeout=240, check=False)
+    broken = subprocess.run(
+        [*command, "-o", "name=other", "-o", "stages.student.optimizer.lr=1e30"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
     assert broken.returncode == 64, broken.stdout + broken.stderr

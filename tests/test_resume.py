@@ -38,7 +38,8 @@ def losses(folder: Path) -> dict[tuple[str, int, bool], dict[str, Any]]:
     """The last metrics line of each kind, step and stage, without clock times."""
     lines = read_jsonl(folder / "runs" / NAME / "metrics.jsonl")
     return {
-        (line["stage"], line["step"], "loss" in line): {k: v for k, v in line.items() if k not in CLOCK} for line in lines
+        (line["stage"], line["step"], "loss" in line): {k: v for k, v in line.items() if k not in CLOCK}
+        for line in lines
     }
 
 
@@ -145,7 +146,12 @@ def test_kills_while_saving_fall_back_to_the_last_sealed_checkpoint(whole: Path,
 
 # DeepSpeed: two processes. Starting them is what costs time, so each pair does several runs.
 
-JOBS = [Job("zero-0", 0, stop=4), Job("zero-2", 2, stop=6), Job("zero-3", 3, stop=4), Job("killed", 3, kill="after-rename@6")]
+JOBS = [
+    Job("zero-0", 0, stop=4),
+    Job("zero-2", 2, stop=6),
+    Job("zero-3", 3, stop=4),
+    Job("killed", 3, kill="after-rename@6"),
+]
 UNDISTURBED = {"zero-0": "zero-0", "zero-2": "zero-2", "zero-3": "zero-3", "killed": "zero-3"}
 
 

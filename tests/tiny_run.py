@@ -110,7 +110,9 @@ def undisturbed(temporary: Callable[[str], Path]) -> Path:
         temporary: makes a folder: `tmp_path_factory.mktemp`.
     """
     folder = temporary("undisturbed")
-    code, output = processes.run(folder, "run", str(write_yaml(folder)), prepare=partial(processes.watch, ids_file(folder)))
+    code, output = processes.run(
+        folder, "run", str(write_yaml(folder)), prepare=partial(processes.watch, ids_file(folder))
+    )
     assert code == 0, output
     return folder
 

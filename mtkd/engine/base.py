@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import random
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from mtkd.config import OptimizerConfig
 from mtkd.data.batch import Batch
 from mtkd.engine.dist import Dist
+from mtkd.errors import DataError
 from mtkd.features import Features
 
 
@@ -120,3 +122,21 @@ def set_random_state(state: dict[str, Any]) -> None:
     np.random.set_state(("MT19937", numbers.numpy().astype(np.uint32), *rest))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def load_plain(file: Path) -> dict[str, Any]:
+    """What `torch.save` wrote, if it is tensors and plain values: nothing in the file is executed.
+
+    Raises:
+        DataError: when it is anything else.
+    """
+    try:
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise DataError(
+            "the checkpoint holds more than tensors and plain values; it was not executed",
+            where=str(file),
+            found=(str(error).strip().splitlines() or [""])[0],
+            todo="remove this checkpoint; mtkd did not write it",
+        ) from None
+    return state

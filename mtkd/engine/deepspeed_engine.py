@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mtkd.config import OptimizerConfig
 from mtkd.data.batch import Batch
-from mtkd.engine.base import learning_rate, make_adamw, random_state, set_random_state
+from mtkd.engine.base import learning_rate, load_plain, make_adamw, random_state, set_random_state
 from mtkd.engine.dist import Dist
 from mtkd.errors import DataError
 from mtkd.features import Features
@@ -38,10 +38,10 @@ def init_distributed(device: str) -> Dist:
         if alone:
             os.environ["MASTER_PORT"] = "0"
             store = torch.distributed.TCPStore("127.0.0.1", 0, 1, is_master=True)
-            torch.distributed.init_process_group("gloo" if device == "cpu" else "nccl", store=store, rank=0, world_size=1)
-        deepspeed.init_distributed(
-            "gloo" if device == "cpu" else "nccl", auto_mpi_discovery=False, verbose=False
-        )
+            torch.distributed.init_process_group(
+                "gloo" if device == "cpu" else "nccl", store=store, rank=0, world_size=1
+            )
+        deepspeed.init_distributed("gloo" if device == "cpu" else "nccl", auto_mpi_discovery=False, verbose=False)
     return Dist.current()
 
 
@@ -125,9 +125,7 @@ class DeepSpeedEngine:
         self._config, self._steps, self._accumulate = config, steps, accumulate
         self.objective = objective.to(device)
         self._register_head(zero_stage)
-        settings = deepspeed_config(
-            config, zero_stage=zero_stage, accumulate=accumulate, world_size=dist.world_size
-        )
+        settings = deepspeed_config(config, zero_stage=zero_stage, accumulate=accumulate, world_size=dist.world_size)
         self._zero_stage = zero_stage
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=objective, optimizer=make_adamw(objective, config), config=settings, dist_init_required=False
@@ -177,8 +175,7 @@ class DeepSpeedEngine:
         path, _ = self.engine.load_checkpoint(str(folder), tag=_TAG)
         if path is None:
             raise DataError("DeepSpeed found no checkpoint", where=str(folder))
-        state = torch.load(folder / f"random-rank-{self.dist.rank}.pt", map_location="cpu", weights_only=True)
-        set_random_state(state)
+        set_random_state(load_plain(folder / f"random-rank-{self.dist.rank}.pt"))
 
     def student_state(self) -> dict[str, Tensor] | None:
         model = self.objective.student.model

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mtkd.config import OptimizerConfig
 from mtkd.data.batch import Batch
-from mtkd.engine.base import learning_rate, make_adamw, random_state, set_random_state
+from mtkd.engine.base import learning_rate, load_plain, make_adamw, random_state, set_random_state
 from mtkd.engine.dist import Dist
 from mtkd.features import Features
 
@@ -61,7 +61,7 @@ class TorchEngine:
         torch.save(state, folder / _STATE)
 
     def load(self, folder: Path) -> None:
-        state = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
+        state = load_plain(folder / _STATE)
         self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
         set_random_state(state["random"])

@@ -77,7 +77,9 @@ def _scores(shop: Workshop, model: str, key: str, data_name: str) -> Scores | No
     data = shop.data(data_name)
     split = data.splits.get(shop.config.evaluate.split)
     if split is None:
-        raise DataError("there is no such split to evaluate on", where=f"data.{data_name}", found=shop.config.evaluate.split)
+        raise DataError(
+            "there is no such split to evaluate on", where=f"data.{data_name}", found=shop.config.evaluate.split
+        )
     models = [m.to(shop.device).eval() for m in _models(shop, model, data)]
     batches = evaluation_batches(split, shop.config.evaluate.batch, shop.dist.rank, shop.dist.world_size)
     records = score(models, data, split, batches, shop.device, shop.dtype, shop.dist, shop.config.engine.tile)
@@ -101,7 +103,10 @@ def _results(shop: Workshop, settings: EvaluateConfig, data: str, scores: dict[s
     for model, records in scores.items():
         facts: dict[str, Any] = {"overall": summarise(task, records), "domains": by_domain(task, records)}
         if model.startswith(ENSEMBLE):
-            facts |= {"kind": "ensemble", "members": [t.name for t in shop.config.stages[model.removeprefix(ENSEMBLE)].teachers]}
+            facts |= {
+                "kind": "ensemble",
+                "members": [t.name for t in shop.config.stages[model.removeprefix(ENSEMBLE)].teachers],
+            }
         else:
             done = shop.folder(model).done() or {}
             facts |= {key: done[key] for key in ("kind", "parameters", "steps", "seconds", "tokens")}
@@ -119,5 +124,3 @@ def _results(shop: Workshop, settings: EvaluateConfig, data: str, scores: dict[s
             seed=shop.config.seed,
         )
     return {"task": task, "split": settings.split, "data": data, "models": models, "comparisons": correct(comparisons)}
-
-

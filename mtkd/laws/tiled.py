@@ -1,4 +1,4 @@
-"""Laws of losses on logits in tiles: the same value and gradients as over all positions at once."""
+"""Laws of losses on logits: in tiles and with several teachers, the same value and gradients as the plain form."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from torch import Tensor
 from mtkd.features import HeadLogits
 from mtkd.laws.broken import TOLERANCE, LawBroken, difference
 from mtkd.laws.losses import NUMERIC_LABELS, Options
+from mtkd.match import Match
+from mtkd.objective import ensemble_losses
 from mtkd.registry import LOSSES, LossSpec
+from mtkd.rows import Row
 from mtkd.tiles import tiled
 
 
 def check_tiled(loss: str | LossSpec, options: Options | None = None) -> None:
-    """A loss on logits is the same in tiles as over all positions at once: value and every gradient.
+    """A loss on logits is the same in tiles as over all positions at once, and with several teachers as their sum.
 
     In float32 to 1e-6 of the largest entry, beside the loss's own rounding. With bfloat16 products the error against
     float32 is at most twice (values) and three times (gradients) that of plain autocast: flash-attention's rule.
@@ -152,4 +155,26 @@ def _bfloat16_law(spec: LossSpec, options: Options) -> None:
             raise LawBroken("tiled in bfloat16", spec.name, found_text)
 
 
-TILED_LAWS = (_same_in_tiles_law, _empty_law, _bfloat16_law)
+def _ensemble_law(spec: LossSpec, options: Options) -> None:
+    """Several teachers, through `teacher_term` where declared, are the plain sum, in value and gradients.
+
+    With and without a mask. The tolerance is ten times the usual one: values near 0 are differences of entropies.
+    """
+    if spec.labels:
+        return
+    generator = torch.Generator().manual_seed(0)
+    student, *teachers = 2 * torch.randn(4, 12, 37, generator=generator)
+    leaves = (student.requires_grad_(), torch.rand(3, 12, generator=generator).requires_grad_())
+    row = Row(Match(loss=spec.name, options=dict(options)), spec, spec.name, (((0, 0),),) * 3)
+    for mask in (torch.arange(12) % 5 != 3, None):
+        every = torch.ones(12, dtype=torch.bool) if mask is None else mask
+        found = ensemble_losses(row, student, teachers, leaves[1], mask)
+        plain = torch.stack([w * spec(student, t, every, options) for w, t in zip(leaves[1], teachers, strict=True)])
+        sides = [(x, *_gradients(x.sum(), leaves)) for x in (found, plain.sum(0))]
+        for what, ours, theirs in zip(("values", "student's gradient", "weights' gradient"), *sides, strict=True):
+            gap = difference(ours.detach(), theirs.detach())
+            if not gap <= 10 * TOLERANCE:
+                raise LawBroken("ensemble", spec.name, f"{what} of three teachers are off by {gap:.1e} of their size")
+
+
+TILED_LAWS = (_same_in_tiles_law, _empty_law, _bfloat16_law, _ensemble_law)

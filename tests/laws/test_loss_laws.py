@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 import mtkd.laws.tiled
 from mtkd.errors import UserError
 from mtkd.laws import LawBroken, check_loss, check_tiled
+from mtkd.losses.distributions import negative_entropy
 from mtkd.registry import LOSSES, LossSpec, load_plugins
 
 OPTIONS = {
@@ -173,6 +175,25 @@ def test_tiled_law_catches_a_loss_that_mixes_positions() -> None:
     with pytest.raises(LawBroken, match="in tiles of 1") as caught:
         check_tiled(LossSpec("mine", centred, ("logits",)))
     assert caught.value.law == "tiled"
+
+
+@pytest.mark.parametrize("term", [lambda logs: logs.new_zeros(len(logs)), lambda logs: 1.1 * negative_entropy(logs)])
+def test_ensemble_law_catches_a_teacher_term_of_another_loss(term: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(LawBroken, match="values of three teachers") as caught:
+        check_tiled(replace(LOSSES["kl"], name="mine", teacher_term=term))
+    assert caught.value.law == "ensemble"
+
+
+def test_ensemble_law_catches_a_loss_that_is_not_of_the_declared_form() -> None:
+    with pytest.raises(LawBroken) as caught:
+        check_tiled(replace(LOSSES["reverse_kl"], name="mine", teacher_term=negative_entropy))
+    assert caught.value.law == "ensemble"
+
+
+def test_a_mean_over_positions_is_refused_without_a_mask_too() -> None:
+    logits = torch.zeros(3, 4)
+    with pytest.raises(ValueError, match="one value per position"):
+        LossSpec("mine", mean_of_all, ("logits",))(logits, logits, None)
 
 
 def faulty_pass(monkeypatch: pytest.MonkeyPatch, change: object) -> None:
