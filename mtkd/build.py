@@ -1,4 +1,4 @@
-"""The wiring: a stage of the configuration -> objective, teacher pool, data stream and engine. The only place that knows all."""
+"""The wiring: a stage of the configuration -> objective, pool, data stream and engine. The only place that knows all."""
 
 from __future__ import annotations
 
@@ -172,7 +172,8 @@ class Workshop:
     def _equal_time_steps(self, stage: StageConfig) -> int:
         assert stage.equal_time is not None
         target, rate = (self.folder(n).done() for n in (stage.equal_time.to, stage.equal_time.rate_of))
-        assert target is not None and rate is not None, "earlier stages are done before later ones start"
+        assert target, "earlier stages are done before later ones start"
+        assert rate, "earlier stages are done before later ones start"
         return max(1, math.ceil(target["seconds"] / (rate["seconds"] / rate["steps"])))
 
     def identity(self, name: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
 
 
 def check_name(name: str) -> str:
-    """A name that is safe as a folder: no separators, no '..', no leading '-' or '.', one line, at most 100 characters."""
+    """A name that is safe as a folder: no separators, no leading '-' or '.', no '..', at most 100 characters."""
     if not _NAME.fullmatch(name) or ".." in name:
         raise ValueError(
             "a name has 1 to 100 of the characters A-Z a-z 0-9 _ . + -, starts with a letter, digit or _, and has no '..'"

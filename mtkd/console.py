@@ -1,4 +1,4 @@
-"""What a person sees while a run works: progress bars on a terminal, plain lines elsewhere. Only the main rank speaks."""
+"""What a person sees while a run works: progress bars on a terminal, plain lines elsewhere; the main rank alone speaks."""
 
 from __future__ import annotations
 
@@ -63,8 +63,9 @@ class StageProgress:
         now = time.monotonic()
         rate = (step - self._first) / max(now - self._begun, 1e-9)
         if self._bar:
-            fields = {"note": f"loss {loss:.3f}  {rate:.1f} steps/s"} if loss is not None else {}
-            self._bar.update(self._task, completed=step, **fields)
+            if loss is not None:
+                self._bar.update(self._task, note=f"loss {loss:.3f}  {rate:.1f} steps/s")
+            self._bar.update(self._task, completed=step)
         elif loss is not None and (now - self._spoke > _PLAIN_INTERVAL or step == self._steps):
             self._spoke = now
             left = (self._steps - step) / max(rate, 1e-9)

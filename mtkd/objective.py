@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mtkd.data.batch import Batch
+from mtkd.engine.base import Trainable
 from mtkd.features import DenseLogits, Features, HeadLogits, Logits
 from mtkd.models.taps import TappedModel
 from mtkd.projection import projection_key
@@ -25,7 +26,7 @@ from mtkd.weightings.traits import Traits
 Counts = Mapping[str, int]
 
 
-class Objective(nn.Module):
+class Objective(Trainable):
     """Student + projections + weighting; `forward` gives the loss and its metrics.
 
     Args:
@@ -139,7 +140,8 @@ class Objective(nn.Module):
             weight = self._row_weights(weights, batch)[k] if row.match.weighted else None
             for pair, (student_layer, teacher_layer) in enumerate(row.pairs[k]):
                 ours, theirs = student[row.feature_key(student_layer)], teacher[row.feature_key(teacher_layer)]
-                assert isinstance(ours, Tensor) and isinstance(theirs, Tensor)
+                assert isinstance(ours, Tensor)
+                assert isinstance(theirs, Tensor)
                 key = projection_key(row, position, k, pair)
                 if key in self.projections:
                     ours = self.projections[key](ours.float())
@@ -253,7 +255,7 @@ def _soft_target_losses(
     mask: Tensor | None,
     options: Mapping[str, object],
 ) -> Tensor:
-    """``T^2 (sum_k w_k c(p_k) - <sum_k w_k p_k, log p_S>)``, [m]: the student is read once for any number of teachers."""
+    """``T^2 (sum_k w_k c(p_k) - <sum_k w_k p_k, log p_S>)``, [m]: the student is read once for any T."""
     temperature, factor = _temperature(spec, options)
     mixed: Tensor | None = None
     constant = student.new_zeros(student.shape[0])

@@ -42,7 +42,7 @@ class PlannedModel:
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A stage as it would run; `steps` and `tokens` (upper bound) are None while they depend on data or other stages."""
+    """A stage as it would run; `steps` and `tokens` (upper bound) are None while they depend on data or stages."""
 
     name: str
     kind: str
@@ -129,7 +129,8 @@ class _Planner:
         if self._trains_tokenizer:
             assert settings is not None
             # A stand-in with the special tokens of the one to come, which has at most `vocab_size` ids.
-            self._tokenizer, self._num_ids = train_tokenizer(["stand-in"], settings.vocab_size), settings.vocab_size
+            self._tokenizer: PreTrainedTokenizerBase = train_tokenizer(["stand-in"], settings.vocab_size)
+            self._num_ids = settings.vocab_size
         else:
             self._tokenizer = self._own_tokenizer()
             self._num_ids = num_real_ids(self._tokenizer)

@@ -25,7 +25,7 @@ def make_projections(
 ) -> nn.ModuleDict:
     """One bias-free linear map H_S -> H_T per (row, teacher) [and layer pair] whose widths differ.
 
-    MT-BERT's per-layer projections exist at equal width too (Wu et al. 2021, equation 4: W_ij for every teacher and layer).
+    MT-BERT's per-layer projections exist at equal width too (Wu et al. 2021, equation 4: W_ij per teacher and layer).
 
     Args: seed: of their initialisation, independent of the global random state.
     """

@@ -13,6 +13,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -297,7 +298,7 @@ def load_plugins(paths: tuple[str, ...] = (), base: Path | None = None) -> None:
         file = (base or Path.cwd()) / path
         if file.suffix != ".py" or not file.is_file():
             raise UserError("a plug-in must be an existing .py file", where="plugins", found=str(path))
-        _import_plugin(str(path), lambda file=file: _import_file(file.resolve()), key=str(file.resolve()))
+        _import_plugin(str(path), partial(_import_file, file.resolve()), key=str(file.resolve()))
 
 
 def _import_file(file: Path) -> None:

@@ -75,6 +75,8 @@ def reopen(path: Path) -> RunConfig:
     """
     path = path.resolve()
     folder = RunDir.open(path)
+    if not folder.environment_file.is_file():  # any folder may hold a user's own run.yaml
+        raise UserError("not the folder of a run: it has no env.json", where=str(path))
     config = load_config(folder.config_file).model_copy(update={"output": str(path.parent)})
     config._base = Path(json.loads(folder.environment_file.read_text()).get(_BASE, Path.cwd()))
     stages = [folder.stage(i, name) for i, name in enumerate(config.stages, 1)]
@@ -100,15 +102,15 @@ Value = TypeVar("Value")
 
 def on_main(dist: Dist, action: Callable[[], Value]) -> Value:
     """Do something on the main rank; every rank gets its result, or raises its UserError."""
-    outcome: tuple[Value | None, UserError | None] = (None, None)
+    outcome: list[Value | UserError] = []
     if dist.is_main:
         try:
-            outcome = (action(), None)
+            outcome = [action()]
         except UserError as error:
-            outcome = (None, error)
-    value, error = dist.broadcast_object(outcome)
-    if error is not None:
-        raise error
+            outcome = [error]
+    value = dist.broadcast_object(outcome)[0]
+    if isinstance(value, UserError):
+        raise value
     return value
 
 

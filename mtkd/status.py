@@ -12,7 +12,7 @@ from mtkd.seal import newest_sealed, read_jsonl
 
 
 def status(path: Path) -> dict[str, Any]:
-    """Stages with their state (done, started, waiting), last logged step, newest sealed checkpoint; who holds the run."""
+    """Stages with their state (done, started, waiting), last step, newest sealed checkpoint; who holds the run."""
     config, run = load_config(path / "run.yaml"), RunDir.open(path)
     logged: dict[str, dict[str, Any]] = {}
     for line in read_jsonl(run.metrics_file):

@@ -121,7 +121,7 @@ class _Meter:
     def __init__(self, built: BuiltStage, run: RunDir, dist: Dist, state: TrainState) -> None:
         self._name, self._run, self._dist = built.name, run, dist
         self._micro_batches = built.stage.batch.accumulate
-        before = state.meters[dist.rank] if state.meters else {"sums": {}, "seen": 0}
+        before: dict[str, Any] = state.meters[dist.rank] if state.meters else {"sums": {}, "seen": 0}
         self._sums = {
             name: torch.tensor(value, dtype=torch.float64, device=built.engine.device)
             for name, value in before["sums"].items()

@@ -99,8 +99,8 @@ def run(
     return command.wait(), command.output
 
 
-def watch(ids: str, stop: int = 0) -> None:
-    """For `prepare`: write the example numbers of every step to the file `ids`; SIGTERM before the step number `stop`."""
+def watch(ids: str, stop: int = 0, number: signal.Signals = signal.SIGTERM) -> None:
+    """For `prepare`: write the example numbers of every step to the file `ids`; a signal before the step `stop`."""
     from tiny_run import EPOCH_STEPS
 
     from mtkd.data.sampler import TrainStream
@@ -113,7 +113,7 @@ def watch(ids: str, stop: int = 0) -> None:
             file.write(json.dumps([batch.ids.tolist() for batch in batches]) + "\n")
         state = stream.state()
         if state["epoch"] * EPOCH_STEPS + state["position"] == stop:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return batches
 
     TrainStream.__next__ = follow  # type: ignore[method-assign]

@@ -83,7 +83,7 @@ def tiny_values(folder: Path) -> dict[str, Any]:
 
 
 def write_yaml(folder: Path, **changes: Any) -> Path:
-    """Data and ``run.yaml`` in `folder`; `changes` are merged into the values, e.g. ``stages={"student": {...}}``."""
+    """Data and ``run.yaml`` in `folder`; `changes` are merged into the values, None removes one: ``stages={"student": {...}}``."""
     if not (folder / "data").exists():
         write_data(folder / "data")
     file = folder / "run.yaml"
@@ -99,7 +99,8 @@ def tiny_config(folder: Path, **changes: Any) -> RunConfig:
 def _merged(values: Any, changes: Any) -> Any:
     if not (isinstance(values, dict) and isinstance(changes, dict)):
         return changes
-    return {**values, **{key: _merged(values.get(key), change) for key, change in changes.items()}}
+    merged = {**values, **{key: _merged(values.get(key), change) for key, change in changes.items()}}
+    return {key: value for key, value in merged.items() if value is not None}
 
 
 @cache

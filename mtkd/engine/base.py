@@ -18,6 +18,13 @@ from mtkd.data.batch import Batch
 from mtkd.engine.dist import Dist
 from mtkd.errors import DataError
 from mtkd.features import Features
+from mtkd.models.taps import TappedModel
+
+
+class Trainable(nn.Module):
+    """What an engine trains: a module whose forward returns (loss, metrics), with the student inside it."""
+
+    student: TappedModel
 
 
 class Engine(Protocol):
@@ -37,7 +44,7 @@ class Engine(Protocol):
         ...
 
     def step(self, step: int) -> float:
-        """Clip, update at the learning rate of `step`, clear gradients; the norm of the whole gradient before clipping."""
+        """Clip, update at the learning rate of `step`, clear gradients; returns the gradient's norm before clipping."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -103,6 +110,7 @@ def seed_everything(seed: int) -> None:
 def random_state() -> dict[str, Any]:
     """Every random state a training step may read, as tensors and plain values (no pickled classes)."""
     _, numbers, *rest = np.random.get_state(legacy=True)
+    assert isinstance(numbers, np.ndarray)
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "python": [*random.getstate()],

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: several processes, ZeRO 0 to 3. Every default of DeepSpeed that changes numbers is written out."""
+"""The DeepSpeed engine: several processes, ZeRO 0 to 3. Every default that changes numbers is written out."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mtkd.config import OptimizerConfig
 from mtkd.data.batch import Batch
-from mtkd.engine.base import learning_rate, load_plain, make_adamw, random_state, set_random_state
+from mtkd.engine.base import Trainable, learning_rate, load_plain, make_adamw, random_state, set_random_state
 from mtkd.engine.dist import Dist
 from mtkd.errors import DataError
 from mtkd.features import Features
@@ -37,7 +37,7 @@ def init_distributed(device: str) -> Dist:
             os.environ.setdefault(name, value)
         if alone:
             os.environ["MASTER_PORT"] = "0"
-            store = torch.distributed.TCPStore("127.0.0.1", 0, 1, is_master=True)
+            store = torch.distributed.TCPStore("127.0.0.1", 0, 1, is_master=True)  # type: ignore[attr-defined]
             torch.distributed.init_process_group(
                 "gloo" if device == "cpu" else "nccl", store=store, rank=0, world_size=1
             )
@@ -110,7 +110,7 @@ class DeepSpeedEngine:
 
     def __init__(
         self,
-        objective: nn.Module,
+        objective: Trainable,
         config: OptimizerConfig,
         steps: int,
         device: torch.device,
@@ -132,7 +132,7 @@ class DeepSpeedEngine:
         )
 
     def _register_head(self, zero_stage: int) -> None:
-        """The tiled loss reads the output head outside the head's own module; ZeRO-3 must gather it for the objective."""
+        """The tiled loss reads the output head outside its module: ZeRO-3 must gather it for the objective."""
         head = self.objective.student.output_head
         if zero_stage == 3 and head is not None:
             from deepspeed.runtime.zero import register_external_parameter

@@ -6,11 +6,11 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mtkd.config import OptimizerConfig
 from mtkd.data.batch import Batch
-from mtkd.engine.base import learning_rate, load_plain, make_adamw, random_state, set_random_state
+from mtkd.engine.base import Trainable, learning_rate, load_plain, make_adamw, random_state, set_random_state
 from mtkd.engine.dist import Dist
 from mtkd.features import Features
 
@@ -27,7 +27,7 @@ class TorchEngine:
         device: where it runs.
     """
 
-    def __init__(self, objective: nn.Module, config: OptimizerConfig, steps: int, device: torch.device) -> None:
+    def __init__(self, objective: Trainable, config: OptimizerConfig, steps: int, device: torch.device) -> None:
         self.dist, self.device = Dist(), device
         self.objective = objective.to(device)
         self._config, self._steps = config, steps

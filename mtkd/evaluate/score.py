@@ -58,7 +58,7 @@ def mean_loss(
     whole_head: WholeHead = nullcontext,
 ) -> float:
     """Mean negative log-likelihood (nats per target) or squared error over all ranks' batches."""
-    total, count = 0.0, 0
+    total, count = 0.0, 0.0
     for batch in batches:
         batch = batch.to(device)
         targets = batch.targets.reshape(-1)
