@@ -1,9 +1,15 @@
-"""A weighting of one's own: `plugins: [custom_weighting.py]` in the YAML beside this file makes its name known.
+"""A weighting of one's own. `plugins: [custom_weighting.py]` in the YAML beside this file makes its name known.
 
-mtkd run configs/custom_weighting.yaml
-mtkd ls weightings --plugin configs/custom_weighting.py
-python -c "from mtkd.registry import load_plugins; from mtkd.laws import check_weighting
-load_plugins(('configs/custom_weighting.py',)); check_weighting('softmax_ce')"
+    mtkd run configs/custom_weighting.yaml
+    mtkd ls weightings --plugin configs/custom_weighting.py
+
+Its laws, the same that the built-in ones keep:
+
+    from mtkd.laws import check_weighting
+    from mtkd.registry import load_plugins
+
+    load_plugins(("configs/custom_weighting.py",))
+    check_weighting("softmax_ce")
 """
 
 import torch
@@ -14,14 +20,14 @@ import mtkd
 
 @mtkd.weighting("softmax_ce", needs_labels=True)
 class SoftmaxCE(mtkd.Weighting):
-    """``w = softmax_k(-CE(y, t_k) / tau)``: the teacher that predicts the labels best counts most; `tau` in nats."""
+    """``w = softmax_k(-CE(y, t_k) / tau)``: the teacher that predicts the labels best counts most. `tau` in nats."""
 
-    def __init__(self, tau: float = 1.0) -> None:  # parameters of the constructor are the options of the YAML
+    def __init__(self, tau: float = 1.0) -> None:  # the constructor's parameters are the options of the YAML
         super().__init__()
         if tau <= 0:
-            raise ValueError(f"tau must be positive; found {tau}")  # shown to the user with its place in the YAML
+            raise ValueError(f"tau must be positive; found {tau}")  # the user sees it with its place in the YAML
         self.tau = tau
 
     def forward(self, traits: mtkd.Traits) -> Tensor:
-        """Weights, [T,B,L]: L = tokens under `per: token`, 1 under `per: example`; every trait has that shape."""
+        """Weights, [T,B,L]; L is 1 under `per: example`, the tokens under `per: token`. Every trait has that shape."""
         return torch.softmax(-traits.ce / self.tau, 0)

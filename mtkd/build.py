@@ -1,4 +1,4 @@
-"""The wiring: a stage of the configuration -> objective, pool, data stream and engine. The only place that knows all."""
+"""Wiring: a stage of the configuration -> objective, pool, data stream, engine. The only place that knows all."""
 
 from __future__ import annotations
 

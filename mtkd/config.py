@@ -21,7 +21,7 @@ def check_name(name: str) -> str:
     """A name that is safe as a folder: no separators, no leading '-' or '.', no '..', at most 100 characters."""
     if not _NAME.fullmatch(name) or ".." in name:
         raise ValueError(
-            "a name has 1 to 100 of the characters A-Z a-z 0-9 _ . + -, starts with a letter, digit or _, and has no '..'"
+            "a name has 1 to 100 characters A-Z a-z 0-9 _ . + -, starts with a letter, digit or _, has no '..'"
         )
     return name
 
@@ -86,7 +86,7 @@ class DataConfig(Config):
     labels: tuple[str, ...] = Field((), description="class names in order; default: sorted values of the train split")
     max_length: Positive = Field(
         128,
-        description="tokens per example, special tokens included; causal-lm and masked-lm cut longer documents into blocks",
+        description="tokens per example, special ones included; language-model tasks cut longer documents into blocks",
     )
     mask_share: Share = Field(0.15, description="masked-lm: share of tokens selected as targets")
     validation_share: Share = Field(

@@ -1,4 +1,4 @@
-"""What a person sees while a run works: progress bars on a terminal, plain lines elsewhere; the main rank alone speaks."""
+"""What a person sees during a run: progress bars on a terminal, plain lines elsewhere; only the main rank speaks."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def launch_command(config: EngineConfig, arguments: Sequence[str], port: int | N
 
 
 def launch(config: EngineConfig, arguments: Sequence[str]) -> int:
-    """Run it; a signal that reaches us is handed on to the whole group. Returns the exit code of the ranks."""
+    """Run it; a signal that reaches us is handed on to the ranks. Returns their exit code."""
     environment = dict(os.environ)
     if config.device == "cpu" or (config.device == "auto" and not _has_gpu()):
         environment.setdefault("DS_ACCELERATOR", "cpu")
@@ -41,11 +41,26 @@ def launch(config: EngineConfig, arguments: Sequence[str]) -> int:
     process = subprocess.Popen(launch_command(config, arguments, port), env=environment, start_new_session=True)
 
     def forward(number: int, frame: FrameType | None) -> None:
-        os.killpg(process.pid, number)
+        # To the ranks alone, so that they save: DeepSpeed's two launching processes would end at once and take the
+        # exit code with them.
+        ranks = _ranks(process.pid)
+        for pid in ranks:
+            os.kill(pid, number)
+        if not ranks:
+            os.killpg(process.pid, number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, forward)
-    return process.wait()
+    code = process.wait()
+    return code if code >= 0 else 128 - code  # as a shell tells that a signal ended it
+
+
+def _ranks(launcher: int) -> list[int]:
+    """Process ids of the ranks: the launcher starts one process for the node, and that one starts them."""
+    import psutil
+
+    node = psutil.Process(launcher).children()
+    return [rank.pid for process in node for rank in process.children()]
 
 
 def _has_gpu() -> bool:

@@ -101,7 +101,7 @@ def check(config: RunConfig) -> None:
 
 
 def plan(config: RunConfig) -> Plan:
-    """Resolve and check a run: models from their configurations, rows against both sides, tokenizers against each other.
+    """Resolve and check a run: models from their configurations, rows against both sides, tokenizers against another.
 
     Raises:
         UserError: whatever would fail later for a reason that can be known now.

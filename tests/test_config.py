@@ -137,10 +137,10 @@ BAD_NAMES = ["a/b", "..", "a..b", "../../etc", "-rf", ".hidden", "two\nlines", "
 def test_bad_run_and_stage_names_are_refused(name: str, refused: Refused) -> None:
     quoted = '"' + name.replace("\\", "\\\\").replace("\n", "\\n") + '"'
     as_run = refused(changed("name: demo", f"name: {quoted}"))
-    assert as_run.startswith("run.yaml:1: name: a name has 1 to 100 of the characters")
+    assert as_run.startswith("run.yaml:1: name: a name has 1 to 100 characters")
     as_stage = refused(changed("  prose:\n", f"  {quoted}:\n"))
     assert as_stage.startswith("run.yaml:5: stages.")
-    assert "a name has 1 to 100 of the characters" in as_stage
+    assert "a name has 1 to 100 characters" in as_stage
     assert len(as_run.splitlines()) == 1  # a name with a line break must not break the message
 
 

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import processes
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_run import NAME, ids_file, undisturbed, with_teacher, write_data, write_yaml
 
-from mtkd.seal import MANIFEST, seal
+from mtkd.seal import MANIFEST, newest_sealed, seal
 
 pytestmark = pytest.mark.xdist_group("runs")  # they share an undisturbed run
 
@@ -398,3 +399,23 @@ def test_exit_codes_of_the_real_command(tmp_path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == code, done.stderr
         assert text in done.stderr
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_launcher_stops_every_rank_after_a_save(whole: Path, tmp_path: Path) -> None:
+    """F09: `mtkd run` of two ranks is told to stop: one sealed checkpoint, exit code 75, no process left."""
+    shutil.copytree(whole / "data", tmp_path / "data")
+    engine = {"kind": "deepspeed", "processes": 2, "zero_stage": 2}
+    file = write_yaml(tmp_path, engine=engine, stages={"teacher": {"steps": 100_000, "save_every": 3}})
+    command = processes.start(tmp_path, "run", str(file))
+    assert command.process.pid is not None
+    checkpoints = tmp_path / TEACHER / "checkpoints"
+    command.wait_for(lambda: (checkpoints / "step-000003").exists())
+    started = psutil.Process(command.process.pid).children(recursive=True)
+    assert len(started) >= 4  # the launcher, the node's starter, two ranks
+    command.send(signal.SIGTERM)
+    assert command.wait() == 75, command.output
+    assert [process for process in started if process.is_running()] == []
+    found = newest_sealed(checkpoints)
+    assert found.skipped == []
+    assert f"stopped and saved at step {found.manifest['step']} of 100000" in command.output
