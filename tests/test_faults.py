@@ -402,9 +402,8 @@ def test_exit_codes_of_the_real_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_signal_to_the_launcher_stops_every_rank_after_a_save(whole: Path, tmp_path: Path) -> None:
+def test_a_signal_to_the_launcher_stops_every_rank_after_a_save(tmp_path: Path) -> None:
     """F09: `mtkd run` of two ranks is told to stop: one sealed checkpoint, exit code 75, no process left."""
-    shutil.copytree(whole / "data", tmp_path / "data")
     engine = {"kind": "deepspeed", "processes": 2, "zero_stage": 2}
     file = write_yaml(tmp_path, engine=engine, stages={"teacher": {"steps": 100_000, "save_every": 3}})
     command = processes.start(tmp_path, "run", str(file))

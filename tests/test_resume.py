@@ -165,13 +165,15 @@ class Sharded:
     """Runs of each ZeRO stage: undisturbed, stopped, and resumed in fresh processes.
 
     Attributes:
-        held, full: what each rank was told when another process held the run, and when rank 1 had no disk space.
+        held, huge, full: what each rank was told when another process held the run, when the learning rate was 1e30,
+            and when rank 1 had no disk space.
         stopped: per job the steps of its checkpoints when it was stopped or killed.
     """
 
     whole: Path
     disturbed: Path
     held: list[str]
+    huge: list[str]
     full: list[str]
     stopped: dict[str, list[int]]
 
@@ -179,7 +181,8 @@ class Sharded:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Sharded:
     whole, disturbed = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("disturbed")
-    jobs = [Job("held", 0), *(Job(job.name, job.zero_stage) for job in JOBS[:3]), Job("full", 2, full_disk=True)]
+    jobs = [Job("held", 0), *(Job(job.name, job.zero_stage) for job in JOBS[:3]), Job("huge", 2, lr=1e30)]
+    jobs.append(Job("full", 2, full_disk=True))
     write_runs(whole, jobs)
     config = load_config(whole / "held" / "run.yaml")
     with RunDir.create(config, base=Path(config.output)).lock():
@@ -192,7 +195,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Sharded:
     stopped = {job.name: saved_steps(disturbed / job.name) for job in JOBS}
     again = [Job(job.name, job.zero_stage) for job in JOBS]
     assert run_distributed(do, 2, str(disturbed), again, timeout=240) == [["done"] * 4] * 2
-    return Sharded(whole, disturbed, [rank[0] for rank in ends], [rank[4] for rank in ends], stopped)
+    return Sharded(whole, disturbed, *([rank[i] for rank in ends] for i in (0, 4, 5)), stopped)
 
 
 @sharded
@@ -222,27 +225,35 @@ def test_a_full_disk_on_one_rank_stops_every_rank(runs: Sharded) -> None:
 PLAIN = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
-probe = torch.load(sys.argv[2], weights_only=True)
-with torch.no_grad():
-    difference = (model.eval()(probe["ids"]).logits - probe["logits"]).abs().max()
-tied = model.lm_head.weight is model.transformer.wte.weight
-tokens = AutoTokenizer.from_pretrained(sys.argv[1])("the teacher")["input_ids"]
-problems = [str(value) for value in info.values() if value]
-print(json.dumps([problems, float(difference), tied, len(tokens) > 0, "mtkd" in sys.modules]))
+answers = []
+for folder in sys.argv[1:]:
+    model, info = AutoModelForCausalLM.from_pretrained(f"{folder}/export", output_loading_info=True)
+    probe = torch.load(f"{folder}/probe.pt", weights_only=True)
+    with torch.no_grad():
+        difference = float((model.eval()(probe["ids"]).logits - probe["logits"]).abs().max())
+    tied = model.lm_head.weight is model.transformer.wte.weight
+    tokens = AutoTokenizer.from_pretrained(f"{folder}/export")("the teacher")["input_ids"]
+    answers.append([[str(value) for value in info.values() if value], difference, tied, len(tokens) > 0])
+print(json.dumps([answers, "mtkd" in sys.modules]))
 """
 
 
 @sharded
-@pytest.mark.parametrize("stage", ["01-teacher", "02-student"])
-def test_a_sharded_export_loads_in_plain_transformers(runs: Sharded, stage: str) -> None:
-    """F20: tied (student) and untied (teacher) heads trained under ZeRO-3; nothing missing, the same logits."""
-    folder = student_of(runs.whole, "zero-3").parent / stage
-    command = [sys.executable, "-c", PLAIN, str(folder / "export"), str(folder / "probe.pt")]
+def test_sharded_exports_load_in_plain_transformers(runs: Sharded) -> None:
+    """F20: untied (teacher) and tied (student) heads trained under ZeRO-3; nothing missing, the same logits."""
+    student = student_of(runs.whole, "zero-3")
+    command = [sys.executable, "-c", PLAIN, str(student.parent / "01-teacher"), str(student)]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    problems, difference, tied, tokenizer_works, mtkd_imported = json.loads(answer.splitlines()[-1])
-    assert problems == []
-    assert difference <= 1e-5
-    assert tied is (stage == "02-student")
-    assert tokenizer_works
+    answers, mtkd_imported = json.loads(answer.splitlines()[-1])
     assert not mtkd_imported
+    for expected_tied, (problems, difference, tied, tokenizer_works) in zip((False, True), answers, strict=True):
+        assert problems == []
+        assert difference <= 1e-5
+        assert tied is expected_tied
+        assert tokenizer_works
+
+
+@sharded
+def test_numbers_that_are_not_finite_stop_every_rank(runs: Sharded) -> None:
+    for told in runs.huge:
+        assert told.startswith("NonFiniteError: stage 'teacher': a loss or gradient is not finite at step 2")

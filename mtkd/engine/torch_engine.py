@@ -31,7 +31,7 @@ class TorchEngine:
         self.dist, self.device = Dist(), device
         self.objective = objective.to(device)
         self._config, self._steps = config, steps
-        self.optimizer = make_adamw(objective, config)
+        self.optimizer = make_adamw(objective, config, fused=True)
         self._trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def forward(
