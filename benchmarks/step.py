@@ -142,7 +142,9 @@ def trl_step() -> Callable[[], float]:
     )
     model = trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1  # set by `train()`, which is not called here
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0, fused=True)  # the trainer's default
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, weight_decay=0, fused=True
+    )  # the trainer's default
     ids = token_ids()
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone(), "prompts": ids[:, :1]}
     inputs["prompt_attention_mask"] = torch.ones_like(inputs["prompts"])

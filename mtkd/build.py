@@ -41,7 +41,7 @@ from mtkd.models.taps import TappedModel
 from mtkd.objective import Objective
 from mtkd.pool import ResidentTeacher, TeacherPool
 from mtkd.projection import make_projections
-from mtkd.registry import TASKS, WEIGHTINGS, check_options
+from mtkd.registry import LOSSES, TASKS, WEIGHTINGS, check_options
 from mtkd.rows import compile_rows
 from mtkd.rundir import RunDir, StageDir
 from mtkd.weightings.base import Weighting
@@ -339,7 +339,8 @@ def start_processes(config: EngineConfig) -> tuple[Dist, torch.device]:
     dist = init_distributed(kind) if config.kind == "deepspeed" else Dist()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size))
-    torch.set_num_threads(config.threads or max(1, cores // local))
+    given = int(os.environ.get("OMP_NUM_THREADS") or 0)
+    torch.set_num_threads(config.threads or given or max(1, cores // local))
     device = torch.device(kind, dist.local_rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(device)
@@ -356,5 +357,7 @@ def check_registered(config: RunConfig) -> None:
         TASKS.find(data.task, f"data.{name}.task")
     for name, stage in config.stages.items():
         where = f"stages.{name}"
-        stage_rows(stage, where)
+        for position, row in enumerate(stage_rows(stage, where)):
+            spec = LOSSES.find(row.loss, f"{where}.match[{position}].loss")
+            check_options(row.options, spec.options(), f"{where}.match[{position}]")
         make_weighting(stage.weighting, tuple(t.name for t in stage.teachers), f"{where}.weighting")

@@ -163,6 +163,7 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(
+    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True, help="given by the DeepSpeed launcher")] = 0,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
     ] = False,

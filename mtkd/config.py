@@ -281,7 +281,9 @@ class EngineConfig(Config):
         False, description="recompute layers in the backward pass (non-reentrant): less memory, more time"
     )
     tile: Positive = Field(128, description="token positions whose vocabulary-size logits exist at one time")
-    threads: Annotated[int, Field(ge=0)] = Field(0, description="CPU threads per process; 0 = cores / processes")
+    threads: Annotated[int, Field(ge=0)] = Field(
+        0, description="CPU threads per process; 0 = $OMP_NUM_THREADS if set, else cores / processes"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> EngineConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rich.table import Table
@@ -22,6 +22,7 @@ from mtkd.registry import TASKS, load_plugins
 from mtkd.rows import compile_rows
 from mtkd.rundir import RunDir
 
+SKIPPED = "done, skipped"
 _FLOAT = 4  # bytes of a float32
 # Float32 copies of a trainable parameter in training: weight, gradient, two Adam moments.
 _COPIES = {"weight": 1, "gradient": 1, "optimizer": 2}
@@ -85,7 +86,8 @@ class Plan:
         for stage in self.stages:
             for row in stage.rows:
                 rows.add_row(stage.name, row)
-        return [table, rows, Table(f"started by: {self.command}")]
+        table.caption = f"started by: {self.command}"
+        return [table, rows]
 
 
 def check(config: RunConfig) -> None:
@@ -108,7 +110,7 @@ def plan(config: RunConfig) -> Plan:
     """
     check(config)
     planner = _Planner(config)
-    stages = [planner.stage(name) for name in config.stages]
+    stages = _with_consequences([planner.stage(name) for name in config.stages])
     engine = config.engine
     command = ["mtkd", "run", "FILE"]
     if engine.kind == "deepspeed" and engine.processes > 1:
@@ -118,6 +120,17 @@ def plan(config: RunConfig) -> Plan:
     if engine.kind == "deepspeed":
         kind += f", ZeRO {engine.zero_stage}"
     return Plan(config.name, str(config.folder), kind, " ".join(command), stages)
+
+
+def _with_consequences(stages: list[PlannedStage]) -> list[PlannedStage]:
+    """A stage is not skipped when one that it uses is to be made: its teacher will be another."""
+    found: dict[str, PlannedStage] = {}
+    for stage in stages:
+        stale = [need for need in stage.needs if found[need].state != SKIPPED]
+        if stage.state == SKIPPED and stale:
+            stage = replace(stage, state=f"done, but {stale[0]} is not")
+        found[stage.name] = stage
+    return list(found.values())
 
 
 class _Planner:
@@ -219,7 +232,7 @@ class _Planner:
             return "to do"
         dumped = self.config.stages[name].model_dump(mode="json", exclude=set())
         same = all(record["identity"]["stage"].get(k, v) == v for k, v in json.loads(json.dumps(dumped)).items())
-        return "done, skipped" if same else "done, but differs"
+        return SKIPPED if same else "done, but differs"
 
     def _tokens(self, stage: StageConfig, max_length: int) -> int | None:
         if stage.steps is None:

@@ -316,6 +316,8 @@ def _import_plugin(origin: str, load: Callable[[], object], key: str = "") -> No
     key = key or f"entry point {origin}"
     if key in _loaded_plugins:
         return
+    for registry in (LOSSES, WEIGHTINGS, METHODS, SOURCES, TASKS):
+        registry._load()  # a plug-in's own import of a built-in module must not make that module's names the plug-in's
     _origin = origin
     try:
         load()

@@ -13,11 +13,12 @@ from typing import Any, TypeVar
 from mtkd.build import BuiltStage, Workshop, start_processes
 from mtkd.chain import finished
 from mtkd.config import RunConfig
-from mtkd.configfile import fingerprint, load_config
+from mtkd.configfile import config_digest, fingerprint, load_config
 from mtkd.console import say
 from mtkd.engine.dist import Dist
 from mtkd.errors import DataError, UserError
 from mtkd.evaluate.judge import judge
+from mtkd.models.load import quiet
 from mtkd.planner import check
 from mtkd.report import write_report
 from mtkd.rundir import RunDir, StageDir
@@ -59,7 +60,7 @@ def run(config: RunConfig) -> RunResult:
     with ExitStack() as held:
         # On the main rank alone, and told to the others: they would wait for it in their first collective.
         on_main(dist, lambda: held.enter_context(folder.lock()))
-        on_main(dist, lambda: _remember_base(config, folder))
+        on_main(dist, lambda: _remember(config, folder))
         shop = Workshop(config, folder, dist, device)
         records = {name: _stage(shop, name, folder) for name in config.stages}
         results = judge(shop)
@@ -89,8 +90,10 @@ def reopen(path: Path) -> RunConfig:
     return config
 
 
-def _remember_base(config: RunConfig, folder: RunDir) -> None:
-    """Note where relative paths of the configuration start from, for `reopen`."""
+def _remember(config: RunConfig, folder: RunDir) -> None:
+    """Keep run.yaml and the folder that its relative paths start from up to date, for `reopen` and `status`."""
+    if config_digest(load_config(folder.config_file)) != config_digest(config):
+        folder.write_config(config)  # finished stages are compared with it one by one
     environment = json.loads(folder.environment_file.read_text())
     write_atomic(folder.environment_file, json.dumps({**environment, _BASE: str(config.base.resolve())}, indent=1))
 
@@ -148,7 +151,8 @@ def _export(shop: Workshop, built: BuiltStage, folder: StageDir) -> None:
 
     def write(path: Path) -> None:
         assert state is not None
-        built.objective.student.model.save_pretrained(path, state_dict=state)
+        with quiet():
+            built.objective.student.model.save_pretrained(path, state_dict=state)
         shop.tokenizer.save_pretrained(path)
 
     facts = {"stage": built.name, "identity": built.identity}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -66,7 +65,7 @@ def invoke(*arguments: str) -> str:
 
 
 def test_a_run_through_the_library(made):
-    folder, result = made
+    _, result = made
     assert set(result.stages) == {"teacher", "student"}
     assert set(result.results["models"]) == {"teacher", "student", "ensemble:student"}
     assert result.report.read_text().startswith("<!DOCTYPE html>")
@@ -167,6 +166,24 @@ def test_doctor():
     assert facts["torch"].startswith("2.")
 
 
+def test_a_plugin_does_not_become_the_origin_of_what_it_imports(tmp_path):
+    """In a fresh process: the plug-in is what imports the built-in weightings, and then fails."""
+    (tmp_path / "late.py").write_text("import mtkd\nmtkd.Weighting\nraise RuntimeError('too late')\n")
+    code = (
+        "import mtkd, mtkd.registry as r\n"
+        "try: r.load_plugins(('late.py',))\n"
+        "except mtkd.UserError: print(sorted(mtkd.WEIGHTINGS)[:1], mtkd.WEIGHTINGS.origin('uniform'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "['confidence'] mtkd", done.stdout + done.stderr
+
+
+def test_plan_follows_a_changed_teacher(made):
+    folder, _ = made
+    plan = json.loads(invoke("plan", folder / "run.yaml", "--json", "-o", "stages.teacher.steps=9"))
+    assert [s["state"] for s in plan["stages"]] == ["done, but differs", "done, but teacher is not"]
+
+
 def test_plugin_cannot_shadow_a_builtin(tmp_path):
     (tmp_path / "bad.py").write_text("import mtkd\n\n@mtkd.loss('kl')\ndef kl(student, teacher, mask):\n    return 0\n")
     config = tiny_config(tmp_path, plugins=["bad.py"])
@@ -208,7 +225,7 @@ def test_help_does_not_wait_for_torch():
 
 
 def test_public_names_survive_any_import_order():
-    code = "import mtkd.weightings, mtkd.runner, mtkd.planner, mtkd; assert callable(mtkd.weighting) and mtkd.run and mtkd.plan; mtkd.LOSSES"
+    code = "import mtkd.weightings, mtkd.runner, mtkd.planner; assert callable(mtkd.weighting) and callable(mtkd.run)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -218,21 +235,10 @@ def test_mtkd_run_starts_the_launcher_itself(tmp_path):
     """Two processes under ZeRO 2 through the command line; the export is one model, and the exit code the ranks'."""
     file = write_yaml(tmp_path, engine={"kind": "deepspeed", "processes": 2, "zero_stage": 2})
     command = [sys.executable, "-m", "mtkd", "run", str(file)]
-    begun = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert time.monotonic() - begun < 240
     results = json.loads((tmp_path / "runs/tiny/results.json").read_text())
-    torch_run = tiny_config(
-        tmp_path / "torch", stages={n: {"student": {"dropout": 0.0}} for n in ("teacher", "student")}
-    )
     assert set(results["models"]) == {"teacher", "student", "ensemble:student"}
-    assert torch_run.engine.kind == "torch"
-    broken = subprocess.run(
-        [*command, "-o", "name=other", "-o", "stages.student.optimizer.lr=1e30"],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    diverging = [*command, "-o", "name=other", "-o", "stages.student.optimizer.lr=1e30"]
+    broken = subprocess.run(diverging, capture_output=True, text=True, timeout=240, check=False)
     assert broken.returncode == 64, broken.stdout + broken.stderr

@@ -209,7 +209,7 @@ def _load(folder: Path, config: PretrainedConfig, request: _Request, seed: int) 
 
     new_head = request.auto_class == CLASSIFIER and not _is_classifier(config)
     try:
-        with seeded(seed), _quiet():
+        with seeded(seed), quiet():
             model, report = getattr(transformers, request.auto_class).from_pretrained(
                 folder,
                 config=config,
@@ -330,7 +330,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence transformers' loading report and bar: what it would say is checked, and raised if it matters."""
     from transformers.utils import logging as hub_logging
 
