@@ -13,12 +13,15 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import get_context
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import psutil
 
 if TYPE_CHECKING:
     from mtkd.data.batch import Batch
@@ -29,6 +32,7 @@ _PRELOADED = (
     *("datasets.io.json", "deepspeed", "scipy.stats", "scipy.io", "torch._dynamo", "accelerate"),
 )
 _TIMEOUT = 120  # seconds; far more than any of these runs takes
+_started: list[ForkServerProcess] = []
 
 
 @dataclass
@@ -84,6 +88,7 @@ def start(
     settings = (str(file), dict(environment or {}), prepare, report)
     process = _server().Process(target=_command, args=(arguments, settings))
     process.start()
+    _started.append(process)
     return Command(process, file)
 
 
@@ -97,6 +102,15 @@ def run(
     """Exit code and output of ``mtkd ARGUMENTS``; see `start`."""
     command = start(folder, *arguments, environment=environment, prepare=prepare, report=report)
     return command.wait(), command.output
+
+
+def assert_refused(folder: Path, command: tuple[str, ...], code: int, *texts: str) -> None:
+    """The command ends with this exit code and these texts, and without a traceback."""
+    found, output = run(folder, *command)
+    assert found == code, output
+    assert "Traceback" not in output
+    for text in texts:
+        assert text in output, output
 
 
 def watch(ids: str, stop: int = 0, number: signal.Signals = signal.SIGTERM) -> None:
@@ -117,6 +131,18 @@ def watch(ids: str, stop: int = 0, number: signal.Signals = signal.SIGTERM) -> N
         return batches
 
     TrainStream.__next__ = follow  # type: ignore[method-assign]
+
+
+def kill_all() -> None:
+    """Kill what a failed test has left running, with everything it started itself."""
+    while _started:
+        process = _started.pop()
+        if process.exitcode is not None:
+            continue
+        with suppress(psutil.NoSuchProcess):
+            for below in psutil.Process(process.pid).children(recursive=True):
+                below.kill()
+        process.kill()
 
 
 @cache

@@ -1,4 +1,4 @@
-"""What a run must survive or refuse: broken checkpoints, changed inputs, hostile files, two runs on one folder."""
+"""What a run must survive or refuse: broken checkpoints, hostile files, kills, signals, two runs on one folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_run import NAME, ids_file, undisturbed, with_teacher, write_data, write_yaml
+from tiny_run import NAME, ids_file, student_of_folder, undisturbed, with_teacher, write_yaml
 
 from mtkd.seal import MANIFEST, newest_sealed, seal
 
@@ -32,6 +32,12 @@ TEACHER, STUDENT = f"{RUN}/stages/01-teacher", f"{RUN}/stages/02-student"
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return undisturbed(tmp_path_factory.mktemp)
+
+
+@pytest.fixture(autouse=True)
+def _no_process_stays() -> Iterator[None]:
+    yield
+    processes.kill_all()
 
 
 def unfinished(whole: Path, folder: Path) -> tuple[str, Path]:
@@ -106,16 +112,8 @@ def test_resume_with_nothing_usable_is_an_error(whole: Path, tmp_path: Path) -> 
     with_teacher(whole, tmp_path)
     (tmp_path / TEACHER / "DONE").unlink()
     shutil.rmtree(tmp_path / TEACHER / "checkpoints")
-    assert_refused(tmp_path, ("resume", str(tmp_path / RUN)), 3, "nothing to resume")
-    assert_refused(tmp_path, ("resume", str(tmp_path)), 2, "not the folder of a run")
-
-
-def assert_refused(folder: Path, command: tuple[str, ...], code: int, *texts: str) -> None:
-    found, output = processes.run(folder, *command)
-    assert found == code, output
-    assert "Traceback" not in output
-    for text in texts:
-        assert text in output, output
+    processes.assert_refused(tmp_path, ("resume", str(tmp_path / RUN)), 3, "nothing to resume")
+    processes.assert_refused(tmp_path, ("resume", str(tmp_path)), 2, "not the folder of a run")
 
 
 class Payload:
@@ -134,103 +132,10 @@ def test_a_pickle_in_a_checkpoint_is_not_executed(whole: Path, tmp_path: Path) -
     torch.save({"objective": Payload(marker)}, newest / "state-rank-0.pt")
     manifest = json.loads((newest / MANIFEST).read_bytes())
     seal(newest, {key: value for key, value in manifest.items() if key not in ("format", "files")})
-    assert_refused(tmp_path, ("run", file), 3, "more than tensors and plain values; it was not executed")
+    processes.assert_refused(tmp_path, ("run", file), 3, "more than tensors and plain values; it was not executed")
     assert not marker.exists()
     pickle.loads(pickle.dumps(Payload(marker)))
     assert marker.exists()  # it would have worked
-
-
-# Inputs that changed (F18)
-
-
-def student_of_folder(folder: Path, **student: Any) -> str:
-    """The YAML file of a run of the student alone, whose teacher is the local folder ``model/teacher``."""
-    stages = {"teacher": None, "student": {"teachers": ["model/teacher"], **student}}
-    return str(write_yaml(folder, stages=stages, evaluate={"comparisons": []}))
-
-
-@pytest.fixture(scope="module")
-def halfway(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the student alone, stopped at step 4."""
-    folder = tmp_path_factory.mktemp("halfway")
-    shutil.copytree(whole / "data", folder / "data")
-    shutil.copytree(whole / TEACHER / "export", folder / "model" / "teacher")
-    code, output = processes.run(
-        folder, "run", student_of_folder(folder), prepare=partial(processes.watch, ids_file(folder), 4)
-    )
-    assert code == 75, output
-    return folder
-
-
-def other_field(folder: Path) -> str:
-    return student_of_folder(folder, optimizer={"lr": 0.02})
-
-
-def other_teacher(folder: Path) -> str:
-    file = folder / "model/teacher/model.safetensors"
-    weights = load_file(file)
-    weights["transformer.ln_f.bias"][0] += 1e-6
-    save_file(weights, file, metadata={"format": "pt"})
-    return student_of_folder(folder)
-
-
-def other_data(folder: Path) -> str:
-    file = folder / "data/validation.jsonl"
-    file.write_text(file.read_text().replace("the", "one", 1))
-    return student_of_folder(folder)
-
-
-def other_tokenizer(folder: Path) -> str:
-    """The same ids, but another rule for text, in the run's tokenizer and in the teacher's."""
-    for tokenizer in (folder / RUN / "tokenizer", folder / "model/teacher"):
-        file = tokenizer / "tokenizer_config.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), "add_prefix_space": True}))
-        backend = tokenizer / "tokenizer.json"
-        rules = json.loads(backend.read_text())
-        rules["normalizer"] = {"type": "Lowercase"}
-        backend.write_text(json.dumps(rules))
-    return student_of_folder(folder)
-
-
-@pytest.mark.parametrize(
-    ("change", "difference"),
-    [
-        (other_field, "stage.optimizer.lr: 0.01 -> 0.02"),
-        (other_teacher, "models.'teacher teacher': "),
-        (other_data, "data.fingerprint: "),
-        (other_tokenizer, "tokenizer: "),
-    ],
-)
-def test_resume_with_another_input_is_refused(
-    halfway: Path, tmp_path: Path, change: Callable[[Path], str], difference: str
-) -> None:
-    shutil.copytree(halfway, tmp_path, dirs_exist_ok=True)
-    before = metrics(tmp_path)
-    assert_refused(tmp_path, ("run", change(tmp_path)), 3, "the checkpoint belongs to another", difference)
-    assert metrics(tmp_path) == before
-
-
-def test_bookkeeping_may_change_between_sessions(halfway: Path, whole: Path, tmp_path: Path) -> None:
-    """The student of the local folder's teacher is also the student of the same teacher made by a stage."""
-    shutil.copytree(halfway, tmp_path, dirs_exist_ok=True)
-    student_of_folder(tmp_path, save_every=2, keep=1, evaluate_every=3)
-    code, output = processes.run(tmp_path, "run", str(tmp_path / "run.yaml"), "-o", "log_every=1")
-    assert (code, "resumed at step 4" in output) == (0, True), output
-    weights = "model.safetensors"
-    alone = tmp_path / RUN / "stages/01-student/export"
-    assert (alone / weights).read_bytes() == exported(whole)[weights]
-
-
-def test_a_finished_stage_with_another_fingerprint_is_an_error(whole: Path, tmp_path: Path) -> None:
-    with_teacher(whole, tmp_path)
-    teacher = {"optimizer": {"lr": 0.02}, "student": {"dropout": 0.2}}
-    file = write_yaml(tmp_path, stages={"teacher": teacher})
-    differences = ("stage.optimizer.lr: 0.01 -> 0.02", "stage.student.dropout: 0.1 -> 0.2")
-    assert_refused(tmp_path, ("run", str(file)), 3, "this stage is finished, but with another", *differences)
-    shutil.rmtree(tmp_path / "data")
-    write_data(tmp_path / "data", seed=1)
-    file = write_yaml(tmp_path)
-    assert_refused(tmp_path, ("run", str(file)), 3, "data.fingerprint: ", "tokenizer: ")
 
 
 # The end of a stage (F19)
@@ -346,7 +251,7 @@ def test_two_runs_on_one_folder(whole: Path, tmp_path: Path) -> None:
 
 def test_numbers_that_are_not_finite_end_the_run(whole: Path, tmp_path: Path) -> None:
     file = with_teacher(whole, tmp_path, stages={"student": {"optimizer": {"lr": 1e30}, "save_every": 1}})
-    assert_refused(tmp_path, ("run", str(file)), 64, "not finite at step 2", "stage 'student'")
+    processes.assert_refused(tmp_path, ("run", str(file)), 64, "not finite at step 2", "stage 'student'")
     newest = tmp_path / STUDENT / "checkpoints"
     assert [path.name for path in newest.iterdir()] == ["step-000001"]
     weights = torch.load(newest / "step-000001/state-rank-0.pt", weights_only=True)["objective"]
@@ -387,7 +292,7 @@ def test_a_harmful_teacher_folder_is_refused(whole: Path, tmp_path: Path, harm: 
     outside = tmp_path / "outside"
     os.mkfifo(outside)  # whoever opens it waits for ever
     text = harm(tmp_path / "model/teacher", outside)
-    assert_refused(tmp_path, ("run", student_of_folder(tmp_path)), 3, text)
+    processes.assert_refused(tmp_path, ("run", student_of_folder(tmp_path)), 3, text)
 
 
 def test_exit_codes_of_the_real_command(tmp_path: Path) -> None:

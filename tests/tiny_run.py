@@ -128,6 +128,12 @@ def with_teacher(whole: Path, folder: Path, **changes: Any) -> Path:
     return write_yaml(folder, **changes)
 
 
+def student_of_folder(folder: Path, **student: Any) -> str:
+    """The YAML file of a run of the student alone, whose teacher is the local folder ``model/teacher``."""
+    stages = {"teacher": None, "student": {"teachers": ["model/teacher"], **student}}
+    return str(write_yaml(folder, stages=stages, evaluate={"comparisons": []}))
+
+
 def ids_file(folder: Path) -> str:
     """Where `processes.watch` writes for the run in `folder`."""
     return str(folder / "ids.jsonl")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from mtkd.registry import weighting
@@ -26,3 +27,18 @@ class MTBert(Weighting):
     def forward(self, traits: Traits) -> Tensor:
         weights = 1 / (1 + traits.ce)
         return weights / weights.sum(0) if self.normalise else weights
+
+
+@weighting("ca_mkd", needs_labels=True)
+class CAMKD(Weighting):
+    """``w_k = (1 - softmax_k(CE(y, t_k))) / (T - 1)``: sharper than mt_bert, sums to 1; T = 1 gives 1.
+
+    Two teachers: exactly ``softmax(-CE)``.
+
+    Source: Zhang et al. 2022, Confidence-Aware Multi-Teacher Knowledge Distillation, arXiv 2201.00007, equation 3.
+    """
+
+    def forward(self, traits: Traits) -> Tensor:
+        if traits.num_teachers == 1:
+            return traits.full(1.0)
+        return (1 - torch.softmax(traits.ce, 0)) / (traits.num_teachers - 1)

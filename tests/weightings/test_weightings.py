@@ -232,3 +232,17 @@ def test_weightings_without_labels_ignore_them() -> None:
     for name in ("uniform", "entropy", "confidence"):
         assert torch.equal(weights(name, LOGITS, TARGETS), weights(name, LOGITS, other))
     assert not torch.equal(weights("mt_bert", LOGITS, TARGETS), weights("mt_bert", LOGITS, other))
+
+
+def test_ca_mkd_of_two_teachers_is_the_softmax_of_minus_ce() -> None:
+    import torch
+
+    from mtkd.features import DenseLogits
+    from mtkd.weightings import Traits
+    from mtkd.weightings.labels import CAMKD
+
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 5, 4), torch.randint(0, 4, (5,))
+    traits = Traits([DenseLogits(x) for x in logits], labels, torch.ones(5, dtype=torch.bool), "example", 3)
+    ce = torch.stack([-torch.log_softmax(x, -1)[torch.arange(5), labels] for x in logits])
+    torch.testing.assert_close(CAMKD()(traits)[..., 0], torch.softmax(-ce, 0))
