@@ -91,7 +91,10 @@ def validate(file: File, override: Override = None) -> None:
 @app.command()
 def report(folder: Run, as_json: Json = False) -> None:
     """Write report.html of a run (finished or not) and print its tables."""
-    _finish(_run_folder(folder), as_json)
+    from mtkd.report import write_report
+
+    write_report(_run_folder(folder))
+    _finish(folder, as_json)
 
 
 @app.command()
@@ -178,19 +181,18 @@ def _run_folder(folder: Path) -> Path:
 
 
 def _finish(folder: Path, as_json: bool) -> None:
-    """Tables of a run, and its report; only the main rank of several speaks."""
+    """Tables of a run whose report is written; only the main rank of several speaks."""
     import os
 
     if os.environ.get("RANK", "0") != "0":
         return
-    from mtkd.report import summary, terminal_tables, write_report
+    from mtkd.report import summary, terminal_tables
 
-    path = write_report(folder)
     if as_json:
         _print_json(summary(folder))
         return
     _print_tables(terminal_tables(folder))
-    typer.echo(f"report: {path}")
+    typer.echo(f"report: {folder / 'report.html'}")
 
 
 def _print_json(value: Any) -> None:

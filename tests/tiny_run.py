@@ -83,7 +83,11 @@ def tiny_values(folder: Path) -> dict[str, Any]:
 
 
 def write_yaml(folder: Path, **changes: Any) -> Path:
-    """Data and ``run.yaml`` in `folder`; `changes` are merged into the values, None removes one: ``stages={"student": {...}}``."""
+    """Data and ``run.yaml`` in `folder`, with changes: ``stages={"teacher": None, "student": {"steps": 5}}``.
+
+    Args:
+        changes: merged into `tiny_values`; None removes a key.
+    """
     if not (folder / "data").exists():
         write_data(folder / "data")
     file = folder / "run.yaml"
