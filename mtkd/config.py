@@ -280,7 +280,7 @@ class EngineConfig(Config):
     activation_checkpointing: bool = Field(
         False, description="recompute layers in the backward pass (non-reentrant): less memory, more time"
     )
-    tile: Positive = Field(128, description="token positions whose vocabulary-size logits exist at one time")
+    tile: Positive = Field(256, description="token positions whose vocabulary-size logits exist at one time")
     threads: Annotated[int, Field(ge=0)] = Field(
         0, description="CPU threads per process; 0 = $OMP_NUM_THREADS if set, else cores / processes"
     )

@@ -51,7 +51,7 @@ class Objective(Trainable):
         *,
         per: str = "example",
         token_level: bool,
-        tile: int = 128,
+        tile: int = 256,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()

@@ -20,9 +20,9 @@ from mtkd.features import HeadLogits
 TileLoss = Callable[[Tensor, Tensor, slice], tuple[Tensor, Tensor]]
 """(student logits [m,V], teacher weights [T,m], their positions) -> (scalar loss, metrics [M])."""
 
-# On a CPU the elementwise work of a tile goes in chunks of about this many logits (1 MB in float32): its dozen
+# On a CPU the elementwise work of a tile goes in chunks of about this many logits (2 MB in float32): its dozen
 # temporaries then stay in the cache, while the matrix products keep the size of the tile.
-_CHUNK_LOGITS = 2**18
+_CHUNK_LOGITS = 2**19
 
 
 @dataclass

@@ -6,8 +6,6 @@ by temperature^2, which keeps the gradient's size independent of the temperature
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -78,10 +76,14 @@ def jsd(
     if not 0 < beta < 1:
         raise ValueError(f"beta must be between 0 and 1, both excluded; found {beta}")
     log_s, log_t = _log_probs(student, temperature), _log_probs(teacher, temperature)
-    # m is formed in log space: p_T and p_S may both underflow where the other does not.
-    log_m = torch.logaddexp(log_t + math.log(beta), log_s + math.log1p(-beta))
-    to_teacher = (log_t.exp() * (log_t - log_m)).sum(-1)
-    to_student = (log_s.exp() * (log_s - log_m)).sum(-1)
+    probs_s, probs_t = log_s.exp(), log_t.exp()
+    # The derivative through m is the same for every column and vanishes in the softmax, so m needs no graph. Where both
+    # sides underflow their terms are 0 whatever log m is, as long as it is finite.
+    with torch.no_grad():
+        mixture = torch.lerp(probs_s, probs_t, beta)
+        log_m = mixture.clamp_min_(torch.finfo(mixture.dtype).tiny).log_()
+    to_teacher = (probs_t * (log_t - log_m)).sum(-1)
+    to_student = (probs_s * (log_s - log_m)).sum(-1)
     return _scaled(beta * to_teacher + (1 - beta) * to_student, temperature, scale)
 
 
