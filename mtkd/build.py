@@ -124,18 +124,7 @@ class Workshop:
         settings = self.config.tokenizer
         if settings is not None and settings.train_on is not None:
             return self._trained_tokenizer(settings.train_on, settings.vocab_size)
-        if settings is not None and settings.path is not None:
-            return load_tokenizer(str(self.resolve(settings.path)))
-        for stage in self.config.stages.values():
-            for model in (*(t.model for t in stage.teachers), stage.student):
-                if model.path is not None and stage_of(model.path) is None:
-                    folder = self.resolve(model.path)
-                    if isinstance(folder, Path):
-                        check_folder(folder, weights=False)
-                    return load_tokenizer(str(folder), model.revision)
-        raise UserError(
-            "no model brings a tokenizer", where="tokenizer", todo="set tokenizer.path or tokenizer.train_on"
-        )
+        return given_tokenizer(self.config)
 
     def _trained_tokenizer(self, name: str, vocab_size: int) -> PreTrainedTokenizerBase:
         folder = self.run.path / "tokenizer"
@@ -224,10 +213,7 @@ class Workshop:
     def teacher(self, teacher: TeacherConfig, data: LoadedData, where: str) -> TappedModel:
         """A teacher whose tokenizer is the run's."""
         assert teacher.model.path is not None
-        folder = self.resolve(teacher.model.path)
-        if isinstance(folder, Path):
-            check_folder(folder, weights=False)  # before any file of it is opened
-        own = load_tokenizer(str(folder), teacher.model.revision)
+        own = read_tokenizer(self.resolve(teacher.model.path), teacher.model.revision)
         check_same_tokenizer(self.tokenizer, own, where)
         model = self.model(teacher.model, data, seed=0)
         broken = [name for name, weight in model.model.named_parameters() if not weight.isfinite().all()]
@@ -291,6 +277,25 @@ def resolve_path(path: str, base: Path) -> Path | str:
             return candidate
     card = load_cards().get(path)
     return card.source if card else path
+
+
+def given_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a run that does not train one: the given one, or that of the first loaded model."""
+    settings = config.tokenizer
+    if settings is not None and settings.path is not None:
+        return read_tokenizer(resolve_path(settings.path, config.base))
+    for stage in config.stages.values():
+        for model in (*(t.model for t in stage.teachers), stage.student):
+            if model.path is not None and stage_of(model.path) is None:
+                return read_tokenizer(resolve_path(model.path, config.base), model.revision)
+    raise UserError("no model brings a tokenizer", where="tokenizer", todo="set tokenizer.path or tokenizer.train_on")
+
+
+def read_tokenizer(folder: Path | str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id; a folder is checked before any file of it is opened."""
+    if isinstance(folder, Path):
+        check_folder(folder, weights=False)
+    return load_tokenizer(str(folder), revision)
 
 
 def make_weighting(named: Named, teachers: tuple[str, ...], where: str) -> Weighting:

@@ -9,12 +9,11 @@ from typing import Any
 from rich.table import Table
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from mtkd.build import check_registered, resolve_path
+from mtkd.build import check_registered, given_tokenizer, read_tokenizer, resolve_path
 from mtkd.chain import stage_of, stage_rows, used_stages
 from mtkd.config import ModelConfig, RunConfig, StageConfig
 from mtkd.data.sources import check_source
-from mtkd.data.tokenizers import check_same_tokenizer, load_tokenizer, num_real_ids, train_tokenizer
-from mtkd.errors import UserError
+from mtkd.data.tokenizers import check_same_tokenizer, num_real_ids, train_tokenizer
 from mtkd.launcher import launch_command
 from mtkd.models.info import ModelInfo, count_parameters, model_info
 from mtkd.models.load import load_config as load_model_config
@@ -145,20 +144,8 @@ class _Planner:
             self._tokenizer: PreTrainedTokenizerBase = train_tokenizer(["stand-in"], settings.vocab_size)
             self._num_ids = settings.vocab_size
         else:
-            self._tokenizer = self._own_tokenizer()
+            self._tokenizer = given_tokenizer(config)
             self._num_ids = num_real_ids(self._tokenizer)
-
-    def _own_tokenizer(self) -> PreTrainedTokenizerBase:
-        settings = self.config.tokenizer
-        if settings is not None and settings.path is not None:
-            return load_tokenizer(str(resolve_path(settings.path, self.config.base)))
-        for stage in self.config.stages.values():
-            for model in (*(t.model for t in stage.teachers), stage.student):
-                if model.path is not None and stage_of(model.path) is None:
-                    return load_tokenizer(str(resolve_path(model.path, self.config.base)), model.revision)
-        raise UserError(
-            "no model brings a tokenizer", where="tokenizer", todo="set tokenizer.path or tokenizer.train_on"
-        )
 
     def stage(self, name: str) -> PlannedStage:
         stage, where = self.config.stages[name], f"stages.{name}"
@@ -219,7 +206,7 @@ class _Planner:
     def _check_tokenizer(self, model: ModelConfig, where: str) -> None:
         """Token -> id of the teacher and of the run, where both exist before anything is trained."""
         if stage_of(model.path) is None and not self._trains_tokenizer and model.path is not None:
-            own = load_tokenizer(str(resolve_path(model.path, self.config.base)), model.revision)
+            own = read_tokenizer(resolve_path(model.path, self.config.base), model.revision)
             check_same_tokenizer(self._tokenizer, own, where)
 
     def _state(self, name: str) -> str:
