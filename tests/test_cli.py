@@ -155,6 +155,27 @@ def test_ls(what, made):
         assert names["twice_kl"]["from"].endswith("plugin.py")
 
 
+RECIPES = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_recipes_can_be_read(file):
+    assert mtkd.load_config(file).stages
+
+
+def test_the_quickstart_is_a_chain_with_two_controls(tmp_path):
+    stages = {
+        s["name"]: s for s in json.loads(invoke("plan", RECIPES[-1], "--json", "-o", f"output={tmp_path}"))["stages"]
+    }
+    assert stages["assistant"]["needs"] == ["prose-teacher", "code-teacher"]
+    assert stages["student"]["needs"] == ["assistant", "prose-teacher", "code-teacher"]
+    student, control = stages["student"], stages["labels-only"]
+    assert student["models"][0] == control["models"][0]
+    assert (student["steps"], student["tokens"]) == (control["steps"], control["tokens"])
+    sizes = {name: stage["models"][0]["parameters"] for name, stage in stages.items()}
+    assert sizes["prose-teacher"] > sizes["code-teacher"] > sizes["assistant"] > sizes["student"]
+
+
 def test_schema_is_json_schema():
     schema = json.loads(invoke("schema"))
     assert schema["additionalProperties"] is False
