@@ -64,8 +64,17 @@ def run(config: RunConfig) -> RunResult:
         shop = Workshop(config, folder, dist, device)
         records = {name: _stage(shop, name, folder) for name in config.stages}
         results = judge(shop)
-        report = on_main(dist, lambda: write_report(folder.path))
+        report = on_main(dist, lambda: _report(folder))
     return RunResult(folder.path, report, records, results)
+
+
+def _report(folder: RunDir) -> Path:
+    """The report, written unless nothing that it shows has changed since (drawing takes seconds)."""
+    report = folder.report_file
+    shown = (folder.config_file, folder.metrics_file, folder.path / "results.json")
+    if report.exists() and all(report.stat().st_mtime_ns > f.stat().st_mtime_ns for f in shown if f.exists()):
+        return report
+    return write_report(folder.path)
 
 
 def reopen(path: Path) -> RunConfig:

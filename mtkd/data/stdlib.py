@@ -19,6 +19,7 @@ import tokenize
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from mtkd.errors import DataError
@@ -69,28 +70,36 @@ def stdlib_documents(domains: tuple[str, ...] = DOMAINS, folder: Path | None = N
     Raises:
         DataError: when this Python installation comes without the sources of its library.
     """
-    folder = folder or Path(sysconfig.get_paths()["stdlib"])
-    prose: dict[str, list[str]] = dict(_topics()) if "prose" in domains else {}
-    code: dict[str, list[str]] = {}
-    with _no_garbage_collection():
-        for module, source in _sources(folder):
-            parsed = _parse(source)
-            if parsed is None:
-                continue
-            if "prose" in domains:
-                prose[module] = docstrings(parsed)
-            if "code" in domains:
-                code[module] = strip_docstrings(source, parsed).split("\n\n")
-    documents = [d for domain, texts in (("prose", prose), ("code", code)) for d in _documents(domain, texts)]
+    texts = _installed_texts() if folder is None else _texts(folder)
+    documents = [d for domain in DOMAINS if domain in domains for d in _documents(domain, texts[domain])]
     missing = [domain for domain in domains if not any(d.domain == domain for d in documents)]
     if missing:
         raise DataError(
             "this Python installation comes without the sources of its standard library",
             where="data source python-stdlib",
-            found=f"no {' and no '.join(missing)} documents in {folder.name}",
+            found=f"no {' and no '.join(missing)} documents",
             todo="install the full Python package of your system, or use another data source",
         )
     return documents
+
+
+@cache
+def _installed_texts() -> dict[str, dict[str, list[str]]]:
+    """`_texts` of this installation, read once: the `data` entries of a run often differ in their domains only."""
+    return _texts(Path(sysconfig.get_paths()["stdlib"]))
+
+
+def _texts(folder: Path) -> dict[str, dict[str, list[str]]]:
+    """Domain -> module (or topic) -> its paragraphs in source order."""
+    prose: dict[str, list[str]] = dict(_topics())
+    code: dict[str, list[str]] = {}
+    with _no_garbage_collection():
+        for module, source in _sources(folder):
+            parsed = _parse(source)
+            if parsed is not None:
+                prose[module] = docstrings(parsed)
+                code[module] = strip_docstrings(source, parsed).split("\n\n")
+    return {"prose": prose, "code": code}
 
 
 def docstrings(module: ast.Module) -> list[str]:
