@@ -52,6 +52,11 @@ def stage_rows(stage: StageConfig, where: str, regression: bool = False) -> tupl
     return (*rows, *stage.match)
 
 
+def stage_values(stage: StageConfig) -> dict[str, Any]:
+    """The fields of a stage that determine what it makes, as plain values."""
+    return stage.model_dump(mode="json", exclude=_BOOKKEEPING)
+
+
 def stage_seed(config: RunConfig, stage: StageConfig) -> int:
     """The stage's seed, or the run's."""
     return config.seed if stage.seed is None else stage.seed
@@ -69,7 +74,7 @@ def identity(
     """
     stage = config.stages[name]
     return {
-        "stage": stage.model_dump(mode="json", exclude=_BOOKKEEPING),
+        "stage": stage_values(stage),
         "seed": stage_seed(config, stage),
         "steps": steps,
         "precision": config.engine.precision,

@@ -79,7 +79,9 @@ class Objective(Trainable):
         """
         with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             features = self.student(batch, self.student_wants)
-        weights = self._weights(batch, teachers)
+        # cast once for the weights and the rows together
+        logits = [_as_logits(teacher["logits"]).in_dtype(self.dtype) for teacher in teachers]
+        weights = self._weights(batch, logits)
         metrics = self._weight_metrics(weights, batch, counts)
         total = torch.zeros((), device=batch.input_ids.device)
         for position, row in enumerate(self.rows):
@@ -88,7 +90,7 @@ class Objective(Trainable):
                 total = total + row.match.weight * value
                 metrics[f"row/{row.key}"] = value.detach()
         if self.logit_rows:
-            loss, values = self._logit_rows(features["logits"], teachers, weights, batch, counts)
+            loss, values = self._logit_rows(features["logits"], logits, weights, batch, counts)
             total = total + loss
             for row, value in zip(self.logit_rows, values.unbind(), strict=True):
                 metrics[f"row/{row.key}"] = value
@@ -102,11 +104,10 @@ class Objective(Trainable):
     def _count(self, row: Row, counts: Counts) -> int:
         return max(counts[row.counted(self.token_level)], 1)
 
-    def _weights(self, batch: Batch, teachers: Sequence[Features]) -> Tensor:
+    def _weights(self, batch: Batch, logits: Sequence[Logits]) -> Tensor:
         """[T,B,L], L = 1 for one weight per example."""
-        if not teachers:
+        if not logits:
             return torch.zeros(0, len(batch.ids), 1, device=batch.input_ids.device)
-        logits = [_as_logits(features["logits"]).in_dtype(self.dtype) for features in teachers]
         traits = Traits(logits, batch.targets, batch.target_mask, self.per, self.tile)
         return self.weighting(traits)
 
@@ -160,10 +161,9 @@ class Objective(Trainable):
         return (weights * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp_min(1)
 
     def _logit_rows(
-        self, student: Tensor | Logits, teachers: Sequence[Features], weights: Tensor, batch: Batch, counts: Counts
+        self, student: Tensor | Logits, logits: Sequence[Logits], weights: Tensor, batch: Batch, counts: Counts
     ) -> tuple[Tensor, Tensor]:
         """All logits rows in one pass: tiled over a vocabulary, whole over classes. (loss [], row values [R])."""
-        logits = [_as_logits(features["logits"]).in_dtype(self.dtype) for features in teachers]
         everywhere = not self.token_level or any(row.match.positions == "all" for row in self.logit_rows)
         at = batch.token_mask if self.token_level else batch.real
         index = (at if everywhere else batch.target_mask).reshape(-1).nonzero().squeeze(-1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -10,7 +9,7 @@ from rich.table import Table
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from mtkd.build import check_registered, given_tokenizer, read_tokenizer, resolve_path
-from mtkd.chain import stage_of, stage_rows, used_stages
+from mtkd.chain import stage_of, stage_rows, stage_values, used_stages
 from mtkd.config import ModelConfig, RunConfig, StageConfig
 from mtkd.data.sources import check_source
 from mtkd.data.tokenizers import check_same_tokenizer, num_real_ids, train_tokenizer
@@ -217,8 +216,7 @@ class _Planner:
         record = stage.done()
         if record is None:
             return "to do"
-        dumped = self.config.stages[name].model_dump(mode="json", exclude=set())
-        same = all(record["identity"]["stage"].get(k, v) == v for k, v in json.loads(json.dumps(dumped)).items())
+        same = record["identity"]["stage"] == stage_values(self.config.stages[name])
         return SKIPPED if same else "done, but differs"
 
     def _tokens(self, stage: StageConfig, max_length: int) -> int | None:
