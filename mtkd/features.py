@@ -26,6 +26,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mtkd.products import product
+
 NO_LABEL = -100
 """A target with this id is not a target (the convention of torch's cross entropy)."""
 
@@ -102,9 +104,11 @@ class HeadLogits:
         return self.columns
 
     def rows(self, index: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias[: self.columns]
         hidden = self.hidden.reshape(-1, self.hidden.shape[-1])[index]
-        logits = torch.nn.functional.linear(hidden, self.weight[: self.columns], bias).float()
+        logits = product(hidden, self.weight[: self.columns])
+        if self.bias is not None:
+            logits = logits + self.bias[: self.columns]
+        logits = logits.float()
         return logits if self.transform is None else self.transform(logits)
 
     def in_dtype(self, dtype: torch.dtype) -> HeadLogits:

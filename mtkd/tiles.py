@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mtkd.features import HeadLogits
+from mtkd.products import product
 
 TileLoss = Callable[[Tensor, Tensor, slice], tuple[Tensor, Tensor]]
 """(student logits [m,V], teacher weights [T,m], their positions) -> (scalar loss, metrics [M])."""
@@ -109,15 +110,17 @@ class _Folded:
         self.weight = weight[: plan.columns].to(plan.dtype)
         self.bias = None if bias is None else bias[: plan.columns].float()
         self.grad_hidden = torch.zeros_like(hidden) if needs[0] else None
-        self.grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[1] else None
+        # [H,V]: the products that add to it are twice as fast this way round
+        self.grad_weight = weight.new_zeros(weight.shape[::-1], dtype=torch.float32) if needs[1] else None
         self.grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs[2] else None
         self.grad_weights = torch.zeros_like(weights) if needs[3] else None
-        self.grads: list[Tensor | None] = [self.grad_hidden, self.grad_weight, self.grad_bias, self.grad_weights]
+        head = None if self.grad_weight is None else self.grad_weight.t()
+        self.grads: list[Tensor | None] = [self.grad_hidden, head, self.grad_bias, self.grad_weights]
 
     def step(self, positions: slice, differentiate: bool) -> tuple[Tensor, Tensor]:
         """Loss and metrics of one tile; its gradient is folded in."""
         hidden = self.hidden[positions]
-        logits = (hidden @ self.weight.t()).float()
+        logits = product(hidden, self.weight).float()
         if self.bias is not None:
             logits += self.bias
         size = max(len(hidden), 1)
@@ -159,10 +162,6 @@ class _Folded:
             self.grad_bias[:columns] += grad.sum(0)
         grad = grad.to(self.plan.dtype)
         if self.grad_hidden is not None:
-            self.grad_hidden[positions] = (grad @ self.weight).to(self.grad_hidden.dtype)
-        if self.grad_weight is None:
-            return
-        if grad.dtype == torch.float32:
-            self.grad_weight[:columns].addmm_(grad.t(), hidden)
-        else:
-            self.grad_weight[:columns] += grad.t() @ hidden
+            self.grad_hidden[positions] = product(grad, self.weight.t()).to(self.grad_hidden.dtype)
+        if self.grad_weight is not None:
+            self.grad_weight[:, :columns] += product(hidden.t(), grad.t())

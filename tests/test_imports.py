@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "mtkd"
 
 # A unit is a module or a package directly below mtkd/. It may import units of its own row and of the rows above it.
 ORDER = (
-    ("errors", "registry", "features", "yamlfile", "console"),
+    ("errors", "registry", "products", "features", "yamlfile", "console"),
     ("match", "methods", "config", "configfile", "launcher"),
     ("losses", "weightings", "models", "data", "engine"),
     ("rows", "tiles", "pool", "projection", "objective"),
