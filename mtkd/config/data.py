@@ -1,0 +1,58 @@
+"""Where examples come from and how they become ids: the tokenizer and the `data` blocks."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from mtkd.config.base import Config, Positive, Share
+
+
+class TokenizerConfig(Config):
+    """The one tokenizer of the run: loaded, or trained on the train split of a data entry."""
+
+    path: str | None = Field(None, description="folder or hub id")
+    train_on: str | None = Field(
+        None, description="name of a `data` entry; a byte-level BPE is trained on its train split"
+    )
+    vocab_size: Positive = Field(4096, description="ids of a trained tokenizer, special tokens included")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> TokenizerConfig:
+        if (self.path is None) == (self.train_on is None):
+            raise ValueError("give either `path` or `train_on`")
+        return self
+
+
+class DataConfig(Config):
+    """Where examples come from, what is asked of them, and how they become batches of ids."""
+
+    source: str = Field(description="registered source (`mtkd ls sources`): python-stdlib, files, hub")
+    path: str | None = Field(None, description="hub: dataset id; files: folder that the file names are relative to")
+    subset: str | None = Field(None, description="hub: configuration name, e.g. sst2")
+    revision: str | None = Field(None, description="hub: branch, tag or commit")
+    files: dict[Literal["train", "validation", "test"], str] = Field(
+        default_factory=dict, description="files: path per split; .jsonl .json .csv .tsv .parquet .txt"
+    )
+    splits: dict[Literal["train", "validation", "test"], str] = Field(
+        default_factory=dict, description="hub: the source's own split name per split of ours"
+    )
+    domains: tuple[str, ...] = Field((), description="python-stdlib: prose, code (default: both)")
+    task: str = Field("causal-lm", description="registered task (`mtkd ls tasks`): causal-lm, masked-lm, classify")
+    text: str = Field("text", description="column of the (first) text")
+    text_pair: str | None = Field(None, description="column of the second text, classify only")
+    label: str = Field("label", description="column of the label, classify only")
+    labels: tuple[str, ...] = Field((), description="class names in order; default: sorted values of the train split")
+    max_length: Positive = Field(
+        128,
+        description="tokens per example, special ones included; language-model tasks cut longer documents into blocks",
+    )
+    mask_share: Share = Field(0.15, description="masked-lm: share of tokens selected as targets")
+    validation_share: Share = Field(
+        0.0, description="share of the train split held out as validation when the source has none"
+    )
+    limit: dict[Literal["train", "validation", "test"], Positive] = Field(
+        default_factory=dict, description="at most this many documents or rows per split, chosen by the seed"
+    )
+    seed: int = Field(0, description="of hold-out, limit and masking of evaluation data")

@@ -1,0 +1,86 @@
+"""Models: loaded, cut from a loaded one, or fresh; and the teachers of a pool."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from mtkd.config.base import STAGE_PREFIX, Config, Name, Positive, Share
+
+
+class ModelConfig(Config):
+    """A model: loaded from `path`, cut from a loaded model's layers, or fresh from a short description."""
+
+    path: str | None = Field(None, description="folder, hub id, card name in teachers/, or stage:NAME")
+    revision: str | None = Field(None, description="hub: branch, tag or commit")
+    keep_layers: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+        None, description="with path: copy only these layers (counted from 1) of the loaded model"
+    )
+    architecture: str | None = Field(None, description="fresh: bert, roberta, distilbert, gpt2, llama, qwen2")
+    layers: Positive | None = Field(None, description="fresh: number of layers")
+    width: Positive | None = Field(None, description="fresh: hidden width")
+    heads: Positive | None = Field(None, description="fresh: attention heads; must divide the width")
+    kv_heads: Positive | None = Field(None, description="fresh llama, qwen2: key/value heads; default: heads")
+    intermediate: Positive | None = Field(
+        None, description="fresh: feed-forward width; default 4 x width (llama, qwen2: 8/3 x width)"
+    )
+    max_positions: Positive | None = Field(
+        None, description="fresh: longest sequence in tokens; default: the data's max_length"
+    )
+    tie_embeddings: bool = Field(True, description="fresh: output head shares the embedding matrix")
+    dropout: Share | None = Field(
+        None, description="dropout share while training; default: the model's own (fresh: 0.0)"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelConfig:
+        shape = [
+            n for n in ("layers", "width", "heads", "kv_heads", "intermediate", "max_positions") if getattr(self, n)
+        ]
+        if (self.path is None) == (self.architecture is None):
+            raise ValueError("give either `path` (loaded) or `architecture` (fresh)")
+        if self.path is not None and shape:
+            raise ValueError(f"a loaded model has its own {', '.join(shape)}; use keep_layers to cut it")
+        if self.architecture is not None:
+            missing = [n for n in ("layers", "width", "heads") if getattr(self, n) is None]
+            if missing:
+                raise ValueError(f"a fresh model needs {', '.join(missing)}")
+            if self.keep_layers is not None:
+                raise ValueError("keep_layers goes with path")
+            if self.width % self.heads:  # type: ignore[operator]
+                raise ValueError(f"{self.heads} heads do not divide a width of {self.width}")
+            if self.kv_heads and self.heads % self.kv_heads:  # type: ignore[operator]
+                raise ValueError(f"{self.kv_heads} key/value heads do not divide {self.heads} heads")
+        return self
+
+
+class TeacherConfig(Config):
+    """One teacher of the pool."""
+
+    name: Name = Field(
+        "",
+        description="name in metrics and options; default: the last part of the model's path",
+        validate_default=False,
+    )
+    model: ModelConfig = Field(description="a folder, hub id, card or stage:NAME")
+    backend: Literal["resident"] = Field(
+        "resident", description="where its weights live: resident = loaded beside the student"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"model": value}
+        if isinstance(value, dict) and not value.get("name"):
+            model = value.get("model")
+            path = model.get("path") if isinstance(model, dict) else model
+            if isinstance(path, str):
+                value = {**value, "name": path.removeprefix(STAGE_PREFIX).rstrip("/").split("/")[-1]}
+        return value

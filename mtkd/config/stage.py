@@ -1,0 +1,101 @@
+"""A stage: what is trained, on what, from whom, for how long."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from mtkd.config.base import Config, Name, Named, Positive, Share
+from mtkd.config.model import ModelConfig, TeacherConfig
+from mtkd.match import Match
+
+
+class BatchConfig(Config):
+    """How many examples make one optimizer step, over all ranks and accumulation together."""
+
+    sequences: Positive | None = Field(None, description="sequences per optimizer step")
+    tokens: Positive | None = Field(
+        None, description="token budget per optimizer step, padding included; batches are grouped by length"
+    )
+    accumulate: Positive = Field(1, description="micro-batches per rank and optimizer step")
+
+    @model_validator(mode="after")
+    def _one_size(self) -> BatchConfig:
+        if (self.sequences is None) == (self.tokens is None):
+            raise ValueError("give either `sequences` or `tokens`")
+        return self
+
+
+class OptimizerConfig(Config):
+    """AdamW and its schedule; what DeepSpeed would default differently is written out from here."""
+
+    lr: Annotated[float, Field(gt=0)] = Field(5e-4, description="peak learning rate")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.01, description="decoupled; matrices only, not biases and norms"
+    )
+    betas: tuple[Share, Share] = Field((0.9, 0.999), description="Adam's decay rates")
+    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="Adam's epsilon")
+    warmup: Share = Field(0.1, description="share of the steps with linearly rising learning rate")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "linear", description="after warm-up; linear and cosine end at final_lr"
+    )
+    final_lr: Share = Field(0.0, description="learning rate at the end, as a share of the peak")
+    clip: Annotated[float, Field(ge=0)] = Field(1.0, description="largest norm of the whole gradient; 0 = no clipping")
+
+
+class EqualTime(Config):
+    """Steps such that this stage trains as many seconds as another one did."""
+
+    to: Name = Field(description="stage whose training seconds are matched")
+    rate_of: Name = Field(description="stage with the same work per step, whose measured seconds per step are used")
+
+
+class StageConfig(Config):
+    """One thing the run makes: a fine-tuned or a distilled model that later stages use as stage:NAME."""
+
+    kind: Literal["finetune", "distill"] = Field(description="finetune: labels only; distill: from teachers")
+    data: str = Field("", description="name of a `data` entry; may be left out when there is only one")
+    student: ModelConfig = Field(description="the model that is trained")
+    teachers: tuple[TeacherConfig, ...] = Field((), description="the pool, in order")
+    method: Named | None = Field(None, description="a method of the table; its rows come first")
+    match: tuple[Match, ...] = Field((), description="further rows")
+    weighting: Named = Field(Named(name="uniform"), description="how much each teacher counts")
+    per: Literal["example", "token"] = Field("example", description="one weight per example or per token (token tasks)")
+    steps: Positive | None = Field(None, description="optimizer steps")
+    epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="passes over the train split")
+    equal_time: EqualTime | None = Field(None, description="instead of steps: train as long as another stage")
+    batch: BatchConfig = Field(BatchConfig(sequences=16), description="batch size")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="optimizer and schedule")
+    seed: int | None = Field(None, description="of initialisation, order and dropout; default: the run's seed")
+    evaluate_every: Annotated[int, Field(ge=0)] = Field(
+        0, description="optimizer steps between validation losses; 0 = only at the end"
+    )
+    save_every: Annotated[int, Field(ge=0)] = Field(
+        0, description="optimizer steps between checkpoints; 0 = only at the end"
+    )
+    keep: Positive = Field(2, description="newest sealed checkpoints kept")
+
+    @field_validator("teachers")
+    @classmethod
+    def _unique_teachers(cls, teachers: tuple[TeacherConfig, ...]) -> tuple[TeacherConfig, ...]:
+        names = [t.name for t in teachers]
+        double = sorted({n for n in names if names.count(n) > 1})
+        if double:
+            raise ValueError(f"teacher name {double[0]!r} is used twice; give each its own `name`")
+        return teachers
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StageConfig:
+        if sum(x is not None for x in (self.steps, self.epochs, self.equal_time)) != 1:
+            raise ValueError("give exactly one of `steps`, `epochs`, `equal_time`")
+        if self.kind == "distill":
+            if not self.teachers:
+                raise ValueError("a distill stage needs `teachers`")
+            if self.method is None and not self.match:
+                raise ValueError("a distill stage needs a `method` or `match` rows")
+        else:
+            given = [n for n in ("teachers", "method", "match") if getattr(self, n)]
+            if given or "weighting" in self.model_fields_set:
+                raise ValueError(f"a finetune stage trains on labels alone; drop {', '.join(given or ['weighting'])}")
+        return self
