@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from mtkd.chain import identity, stage_of, stage_rows, stage_seed, weights_digest
+from mtkd.chain import identity, member_of, stage_of, stage_rows, stage_seed, weights_digest
+from mtkd.cofinetune import CoFinetuning, check_members
 from mtkd.config import EngineConfig, ModelConfig, Named, RunConfig, StageConfig, TeacherConfig
 from mtkd.configfile import differences
 from mtkd.data.collate import LoadedData, load_data
@@ -29,7 +30,7 @@ from mtkd.data.tokenizers import (
     tokenizer_fingerprint,
     train_tokenizer,
 )
-from mtkd.engine.base import Engine, seed_everything
+from mtkd.engine.base import Engine, Trainable, seed_everything
 from mtkd.engine.deepspeed_engine import DeepSpeedEngine, init_distributed
 from mtkd.engine.dist import Dist
 from mtkd.engine.torch_engine import TorchEngine
@@ -53,7 +54,7 @@ class BuiltStage:
 
     name: str
     stage: StageConfig
-    objective: Objective
+    objective: Trainable
     pool: TeacherPool
     engine: Engine
     stream: TrainStream
@@ -62,10 +63,10 @@ class BuiltStage:
     identity: dict[str, Any]
     layout: dict[str, Any]
 
-    @property
-    def num_parameters(self) -> int:
-        """Parameters of the exported student, tied ones once."""
-        return sum(getattr(p, "ds_numel", p.numel()) for p in self.objective.student.model.parameters())
+    def num_parameters(self, member: str | None = None) -> int:
+        """Parameters of the exported models, or of one of them; tied and shared ones once."""
+        models = torch.nn.ModuleList(m.model for n, m in self.objective.models.items() if member in (None, n))
+        return sum(getattr(p, "ds_numel", p.numel()) for p in models.parameters())
 
     def close(self) -> None:
         """Free teachers, engine and graphs before the next stage."""
@@ -143,10 +144,10 @@ class Workshop:
         return load_tokenizer(str(folder))
 
     def resolve(self, path: str) -> Path | str:
-        """stage:NAME -> its export, a local folder -> its path, a card -> its source; else the hub id as it is."""
+        """stage:NAME[/MEMBER] -> its export, a folder -> its path, a card -> its source; else the hub id as it is."""
         stage = stage_of(path)
         if stage is not None:
-            return self.folder(stage).export
+            return self.folder(stage).export / member_of(path)
         return resolve_path(path, self.base)
 
     def steps(self, stage: StageConfig, data: LoadedData) -> int:
@@ -169,7 +170,7 @@ class Workshop:
         """What determines the model this stage makes; see `chain.identity`. Earlier stages must be done."""
         stage = self.config.stages[name]
         steps = self._equal_time_steps(stage) if stage.equal_time else stage.steps or 0
-        models = {"student": self.digest(stage.student)}
+        models = {name: self.digest(model) for name, model in stage.trained.items()}
         models |= {f"teacher {t.name}": self.digest(t.model) for t in stage.teachers}
         return identity(
             self.config,
@@ -188,7 +189,7 @@ class Workshop:
         if stage is not None:
             record = self.folder(stage).done()
             assert record is not None, "earlier stages are done before later ones start"
-            return str(record["fingerprint"])
+            return str(record["fingerprint"]) + member_of(model.path)
         folder = self.resolve(model.path)
         if not isinstance(folder, Path):
             return f"{folder}@{model.revision}"
@@ -230,10 +231,27 @@ class Workshop:
         """
         stage, where = self.config.stages[name], f"stages.{name}"
         data, seed = self.data(self.config.data_name(stage.data)), stage_seed(self.config, stage)
-        student = self.model(stage.student, data, seed)
+        # models trained together are initialised differently, like teachers of different seeds
+        models = {n: self.model(m, data, seed + i) for i, (n, m) in enumerate(stage.trained.items())}
         if self.config.engine.activation_checkpointing:
-            student.enable_activation_checkpointing()
-        names = [t.name for t in stage.teachers]
+            for model in models.values():
+                model.enable_activation_checkpointing()
+        if stage.kind == "cofinetune":
+            objective, pool = self._cofinetuning(models, data, f"{where}.members"), TeacherPool([], [])
+        else:
+            objective, pool = self._distillation(stage, models["student"], data, where)
+        return self._built(name, objective, pool, data)
+
+    def _cofinetuning(self, models: dict[str, TappedModel], data: LoadedData, where: str) -> Trainable:
+        check_members({name: model.info for name, model in models.items()}, where)
+        tile = self.config.engine.tile
+        return CoFinetuning(models, regression=data.num_labels == 1, tile=tile, dtype=self.dtype)
+
+    def _distillation(
+        self, stage: StageConfig, student: TappedModel, data: LoadedData, where: str
+    ) -> tuple[Trainable, TeacherPool]:
+        """Objective and pool of a stage with one student; without teachers it learns from the labels alone."""
+        names, seed = [t.name for t in stage.teachers], stage_seed(self.config, stage)
         models = [self.teacher(t, data, f"{where}.teachers[{i}]") for i, t in enumerate(stage.teachers)]
         rows = compile_rows(
             stage_rows(stage, where, data.num_labels == 1),
@@ -255,8 +273,11 @@ class Workshop:
             dtype=self.dtype,
         )
         teachers = [ResidentTeacher(n, m, self.device, self.dtype) for n, m in zip(names, models, strict=True)]
-        pool = TeacherPool(teachers, [objective.teacher_wants(k) for k in range(len(teachers))])
-        steps = self.steps(stage, data)
+        return objective, TeacherPool(teachers, [objective.teacher_wants(k) for k in range(len(teachers))])
+
+    def _built(self, name: str, objective: Trainable, pool: TeacherPool, data: LoadedData) -> BuiltStage:
+        stage, steps = self.config.stages[name], self.steps(self.config.stages[name], data)
+        seed = stage_seed(self.config, stage)
         split = data.splits["train"]
         order = Order(split.lengths, stage.batch, seed)
         stream = TrainStream(split, order, self.dist.rank, self.dist.world_size, stage.batch.accumulate)
@@ -285,7 +306,7 @@ def given_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     if settings is not None and settings.path is not None:
         return read_tokenizer(resolve_path(settings.path, config.base))
     for stage in config.stages.values():
-        for model in (*(t.model for t in stage.teachers), stage.student):
+        for model in (*(t.model for t in stage.teachers), *stage.trained.values()):
             if model.path is not None and stage_of(model.path) is None:
                 return read_tokenizer(resolve_path(model.path, config.base), model.revision)
     raise UserError("no model brings a tokenizer", where="tokenizer", todo="set tokenizer.path or tokenizer.train_on")
@@ -316,7 +337,7 @@ def make_weighting(named: Named, teachers: tuple[str, ...], where: str) -> Weigh
 
 
 def make_engine(
-    config: EngineConfig, objective: Objective, stage: StageConfig, steps: int, device: torch.device, dist: Dist
+    config: EngineConfig, objective: Trainable, stage: StageConfig, steps: int, device: torch.device, dist: Dist
 ) -> Engine:
     """The engine the configuration names."""
     if config.kind == "torch":

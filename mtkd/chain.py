@@ -23,23 +23,28 @@ _SAMPLES, _SAMPLE_BYTES = 64, 65_536
 
 
 def stage_of(path: str | None) -> str | None:
-    """ "stage:x" -> "x"; None for any other path."""
-    return path.removeprefix(STAGE_PREFIX) if path and path.startswith(STAGE_PREFIX) else None
+    """ "stage:x" and "stage:x/member" -> "x"; None for any other path."""
+    return path.removeprefix(STAGE_PREFIX).partition("/")[0] if path and path.startswith(STAGE_PREFIX) else None
+
+
+def member_of(path: str | None) -> str:
+    """ "stage:x/member" -> "member"; empty for any other path."""
+    return path.partition("/")[2] if path and path.startswith(STAGE_PREFIX) else ""
 
 
 def used_stages(stage: StageConfig) -> list[str]:
     """Names of the earlier stages whose models this one loads."""
-    paths = [stage.student.path, *(teacher.model.path for teacher in stage.teachers)]
-    return [name for name in map(stage_of, paths) if name is not None]
+    models = [*stage.trained.values(), *(teacher.model for teacher in stage.teachers)]
+    return list(dict.fromkeys(name for name in (stage_of(model.path) for model in models) if name is not None))
 
 
 def stage_rows(stage: StageConfig, where: str, regression: bool = False) -> tuple[Match, ...]:
-    """The Match rows of a stage: its method's, then its own; for a finetune stage the label row alone.
+    """The Match rows of a stage: its method's, then its own; without teachers the label row alone.
 
     Raises:
         UserError: unknown method or option.
     """
-    if stage.kind == "finetune":
+    if stage.kind != "distill":
         return (Match(feature="logits", loss="label_mse" if regression else "ce", target="labels"),)
     if stage.method is None:
         return stage.match

@@ -61,6 +61,10 @@ class Objective(Trainable):
         self.student_wants = frozenset().union(*(row.student_wants() for row in self.rows))
         self.logit_rows = [row for row in self.rows if row.is_logits]
 
+    @property
+    def models(self) -> dict[str, TappedModel]:
+        return {"student": self.student}
+
     def teacher_wants(self, k: int) -> frozenset[str]:
         """Feature keys asked of teacher k. Its logits are always among them: they cost nothing until they are read."""
         return frozenset({"logits"}).union(*(row.teacher_wants(k) for row in self.rows))

@@ -10,7 +10,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from mtkd.build import check_registered, given_tokenizer, read_tokenizer, resolve_path
 from mtkd.chain import stage_of, stage_rows, stage_values, used_stages
-from mtkd.config import ModelConfig, RunConfig, StageConfig
+from mtkd.cofinetune import check_members
+from mtkd.config import STAGE_PREFIX, ModelConfig, RunConfig, StageConfig
 from mtkd.data.sources import check_source
 from mtkd.data.tokenizers import check_same_tokenizer, num_real_ids, train_tokenizer
 from mtkd.launcher import launch_command
@@ -150,9 +151,9 @@ class _Planner:
         stage, where = self.config.stages[name], f"stages.{name}"
         data = self.config.data[self.config.data_name(stage.data)]
         task = TASKS.find(data.task, f"data.{stage.data}.task")
-        student = self._model_config(stage, stage.student, f"{where}.student")
-        self._made[name] = student
-        models = [("student", stage.student, student)]
+        models = [(role, m, self._model_config(stage, m, f"{where}.{role}")) for role, m in stage.trained.items()]
+        own = len(models)
+        self._made |= {f"{name}/{role}" if stage.members else name: made for role, _, made in models}
         for i, teacher in enumerate(stage.teachers):
             place = f"{where}.teachers[{i}]"
             models.append((teacher.name, teacher.model, self._model_config(stage, teacher.model, place)))
@@ -162,10 +163,12 @@ class _Planner:
             info = model_info(config, task.auto_class)
             infos.append(info)
             planned.append(_planned(role, model, info, count_parameters(config, task.auto_class)))
+        if stage.members:
+            check_members({role: info for (role, _, _), info in zip(models, infos, strict=True)}, f"{where}.members")
         rows = compile_rows(
             stage_rows(stage, where),
             infos[0],
-            {role: info for (role, _, _), info in zip(models[1:], infos[1:], strict=True)},
+            {role: info for (role, _, _), info in zip(models[own:], infos[own:], strict=True)},
             token_level=task.token_level,
             regression=False,
             where=f"{where}.match",
@@ -180,13 +183,13 @@ class _Planner:
             texts,
             stage.steps,
             self._tokens(stage, data.max_length),
-            self._memory(planned, infos[0]),
+            self._memory(planned[:own], planned[own:], infos[0]),
         )
 
     def _model_config(self, stage: StageConfig, model: ModelConfig, where: str) -> PretrainedConfig:
         earlier = stage_of(model.path)
         if earlier is not None:
-            made = self._made[earlier]
+            made = self._made[str(model.path).removeprefix(STAGE_PREFIX)]
             if model.keep_layers:
                 made = type(made).from_dict({**made.to_dict(), "num_hidden_layers": len(model.keep_layers)})
             return made
@@ -225,16 +228,16 @@ class _Planner:
         per_step = stage.batch.tokens or (stage.batch.sequences or 0) * max_length
         return stage.steps * per_step
 
-    def _memory(self, models: list[PlannedModel], student: ModelInfo) -> float:
+    def _memory(self, trained: list[PlannedModel], teachers: list[PlannedModel], student: ModelInfo) -> float:
         """GB (1e9 bytes) per rank of weights, gradients, Adam's moments and one vocabulary tile; no activations."""
         engine = self.config.engine
         ranks, shard = engine.processes, engine.zero_stage
-        own = models[0].parameters * _FLOAT
+        own = sum(m.parameters for m in trained) * _FLOAT
         total = own * _COPIES["optimizer"] / (ranks if shard >= 1 else 1)
         total += own * _COPIES["gradient"] / (ranks if shard >= 2 else 1)
         total += own * _COPIES["weight"] / (ranks if shard >= 3 else 1)
-        total += sum(m.parameters for m in models[1:]) * _FLOAT
-        total += engine.tile * student.vocabulary * _FLOAT * (2 + len(models))
+        total += sum(m.parameters for m in teachers) * _FLOAT
+        total += engine.tile * student.vocabulary * _FLOAT * (3 + len(teachers))
         return total / 1e9
 
 

@@ -42,8 +42,9 @@ class RunResult:
     results: dict[str, Any]
 
     def export(self, stage: str) -> Path:
-        """Folder of a stage's model, for plain `AutoModel*.from_pretrained`."""
-        return RunDir(self.folder).stage(list(self.stages).index(stage) + 1, stage).export
+        """Folder of the model STAGE, or STAGE/MEMBER of several, for plain `AutoModel*.from_pretrained`."""
+        name, _, member = stage.partition("/")
+        return RunDir(self.folder).stage(list(self.stages).index(name) + 1, name).export / member
 
 
 def run(config: RunConfig) -> RunResult:
@@ -140,7 +141,8 @@ def _stage(shop: Workshop, name: str, run: RunDir) -> dict[str, Any]:
     record = {
         "stage": name,
         "kind": built.stage.kind,
-        "parameters": built.num_parameters,
+        "parameters": built.num_parameters(),
+        "members": {member: built.num_parameters(member) for member in built.stage.members},
         "teachers": [t.name for t in built.stage.teachers],
         **facts,
         "fingerprint": fingerprint(wanted),
@@ -155,14 +157,17 @@ def _stage(shop: Workshop, name: str, run: RunDir) -> dict[str, Any]:
 
 
 def _export(shop: Workshop, built: BuiltStage, folder: StageDir) -> None:
-    """Write the student so that plain transformers loads it, tokenizer included."""
-    state = built.engine.student_state()
+    """Write every model so that plain transformers loads it, tokenizer included; members in folders of their own."""
+    states = {name: built.engine.model_state(name) for name in built.objective.models}
 
     def write(path: Path) -> None:
-        assert state is not None
-        with quiet():
-            built.objective.student.model.save_pretrained(path, state_dict=state)
-        shop.tokenizer.save_pretrained(path)
+        for name, model in built.objective.models.items():
+            state = states[name]
+            assert state is not None
+            folder = path / name if built.stage.members else path
+            with quiet():
+                model.model.save_pretrained(folder, state_dict=state)
+            shop.tokenizer.save_pretrained(folder)
 
     facts = {"stage": built.name, "identity": built.identity}
     on_main(shop.dist, lambda: folder.sealed_export(write, json.loads(json.dumps(facts))))

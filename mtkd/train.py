@@ -188,12 +188,22 @@ def _validate(built: BuiltStage, run: RunDir, step: int) -> None:
     split = built.data.splits.get("validation")
     if split is None:
         return
-    dist, student = built.engine.dist, built.objective.student
-    student.eval()
-    batches = evaluation_batches(split, built.stage.batch, dist.rank, dist.world_size)
-    engine, objective = built.engine, built.objective
-    loss = mean_loss(student, batches, engine.device, objective.dtype, dist, objective.tile, engine.whole_head)
-    built.objective.train()
+    engine, objective, dist = built.engine, built.objective, built.engine.dist
+    objective.eval()
+    losses = [
+        mean_loss(
+            model,
+            evaluation_batches(split, built.stage.batch, dist.rank, dist.world_size),
+            engine.device,
+            objective.dtype,
+            dist,
+            objective.tile,
+            engine.whole_head,
+        )
+        for model in objective.models.values()
+    ]
+    objective.train()
+    loss = sum(losses) / len(losses)  # of models that train together, the mean
     if dist.is_main:
         append_jsonl(
             run.metrics_file, {"stage": built.name, "step": step, "time": time.time(), "validation/loss": loss}

@@ -17,7 +17,7 @@ ORDER = (
     ("errors", "registry", "products", "features", "yamlfile", "console"),
     ("match", "methods", "config", "configfile", "launcher"),
     ("losses", "weightings", "models", "data", "engine"),
-    ("rows", "tiles", "pool", "projection", "objective"),
+    ("rows", "tiles", "pool", "projection", "objective", "cofinetune"),
     ("chain", "seal", "rundir", "build", "planner"),
     ("train", "evaluate"),
     ("report", "runner", "status", "listing", "doctor", "laws", "testing"),

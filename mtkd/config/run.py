@@ -53,7 +53,7 @@ class EvaluateConfig(Config):
 
     data: str = Field("", description="name of a `data` entry; may be left out when there is only one")
     split: Literal["validation", "test"] = Field("test", description="split that is scored")
-    stages: tuple[str, ...] = Field((), description="stages scored; default: all of them")
+    stages: tuple[str, ...] = Field((), description="stages (or NAME/MEMBER) scored; default: all of them")
     ensembles: tuple[str, ...] = Field(
         (), description="stages whose teachers are also scored as a uniform mixture of probabilities"
     )
@@ -99,17 +99,15 @@ class RunConfig(Config):
             where = f"stages.{name}"
             self._known_data(stage.data, f"{where}.data")
             earlier = names[:position]
-            used = [(f"{where}.student", stage.student.path)]
+            used = [(f"{where}.{name}", model.path) for name, model in stage.trained.items()]
             used += [(f"{where}.teachers[{i}]", t.model.path) for i, t in enumerate(stage.teachers)]
             if stage.equal_time:
                 used += [
                     (f"{where}.equal_time", STAGE_PREFIX + s) for s in (stage.equal_time.to, stage.equal_time.rate_of)
                 ]
             for place, path in used:
-                if path and path.startswith(STAGE_PREFIX) and path.removeprefix(STAGE_PREFIX) not in earlier:
-                    raise ValueError(
-                        f"{place}: {path!r} is not an earlier stage; earlier are: {', '.join(earlier) or 'none'}"
-                    )
+                if path and path.startswith(STAGE_PREFIX):
+                    self._known_stage(path.removeprefix(STAGE_PREFIX), earlier, place)
         self._known_scored()
         return self
 
@@ -118,10 +116,40 @@ class RunConfig(Config):
         """Folder of this run."""
         return Path(self.output) / self.name
 
+    def _known_stage(self, reference: str, earlier: list[str], where: str) -> None:
+        """`reference` is NAME of an earlier stage, or NAME/MEMBER of one that makes several models."""
+        stage, slash, _ = reference.partition("/")
+        if stage not in earlier:
+            raise ValueError(
+                f"{where}: '{STAGE_PREFIX}{reference}' is not an earlier stage; earlier are: "
+                f"{', '.join(earlier) or 'none'}"
+            )
+        if where.rpartition(".")[2] == "equal_time":
+            return
+        members = [f"{stage}/{name}" for name in self.stages[stage].members]
+        if (members and reference not in members) or (slash and not members):
+            raise ValueError(
+                f"{where}: '{STAGE_PREFIX}{reference}' is not a model of that stage; its models are: "
+                f"{', '.join(STAGE_PREFIX + m for m in members or [stage])}"
+            )
+
+    @property
+    def models(self) -> list[str]:
+        """Every model the run makes: NAME, or NAME/MEMBER where a stage makes several."""
+        return [m for name, stage in self.stages.items() for m in ([f"{name}/{k}" for k in stage.members] or [name])]
+
+    @property
+    def scored(self) -> list[str]:
+        """The models that are scored at the end, ensembles aside."""
+        chosen = self.evaluate.stages or tuple(self.stages)
+        return [m for c in chosen for m in self.models if m == c or m.startswith(f"{c}/")]
+
     def _known_scored(self) -> None:
-        scored = set(self.evaluate.stages or self.stages)
-        scored |= {f"ensemble:{s}" for s in self.evaluate.ensembles}
-        for stage in (*self.evaluate.stages, *self.evaluate.ensembles):
+        for stage in self.evaluate.stages:
+            if stage not in self.stages and stage not in self.models:
+                raise ValueError(f"evaluate: {stage!r} is not a stage; stages are: {', '.join(self.stages)}")
+        scored = {*self.scored, *(f"ensemble:{s}" for s in self.evaluate.ensembles)}
+        for stage in self.evaluate.ensembles:
             if stage not in self.stages:
                 raise ValueError(f"evaluate: {stage!r} is not a stage; stages are: {', '.join(self.stages)}")
         for stage in self.evaluate.ensembles:

@@ -52,11 +52,17 @@ class EqualTime(Config):
 
 
 class StageConfig(Config):
-    """One thing the run makes: a fine-tuned or a distilled model that later stages use as stage:NAME."""
+    """One thing the run makes: a model that later stages use as stage:NAME, or several, used as stage:NAME/MEMBER."""
 
-    kind: Literal["finetune", "distill"] = Field(description="finetune: labels only; distill: from teachers")
+    kind: Literal["finetune", "cofinetune", "distill"] = Field(
+        description="finetune: labels only; cofinetune: several models on labels that share their pooling and "
+        "prediction layers; distill: from teachers"
+    )
     data: str = Field("", description="name of a `data` entry; may be left out when there is only one")
-    student: ModelConfig = Field(description="the model that is trained")
+    student: ModelConfig | None = Field(None, description="the model that is trained (finetune, distill)")
+    members: dict[Name, ModelConfig] = Field(
+        default_factory=dict, description="cofinetune: the models trained together, by name; used as stage:NAME/MEMBER"
+    )
     teachers: tuple[TeacherConfig, ...] = Field((), description="the pool, in order")
     method: Named | None = Field(None, description="a method of the table; its rows come first")
     match: tuple[Match, ...] = Field((), description="further rows")
@@ -89,6 +95,13 @@ class StageConfig(Config):
     def _consistent(self) -> StageConfig:
         if sum(x is not None for x in (self.steps, self.epochs, self.equal_time)) != 1:
             raise ValueError("give exactly one of `steps`, `epochs`, `equal_time`")
+        if self.kind == "cofinetune":
+            if self.student is not None:
+                raise ValueError("a cofinetune stage trains its `members`; drop student")
+            if len(self.members) < 2:
+                raise ValueError("a cofinetune stage needs at least two `members`; one alone is kind: finetune")
+        elif self.student is None or self.members:
+            raise ValueError(f"a {self.kind} stage trains one model: give `student`, and no `members`")
         if self.kind == "distill":
             if not self.teachers:
                 raise ValueError("a distill stage needs `teachers`")
@@ -97,5 +110,12 @@ class StageConfig(Config):
         else:
             given = [n for n in ("teachers", "method", "match") if getattr(self, n)]
             if given or "weighting" in self.model_fields_set:
-                raise ValueError(f"a finetune stage trains on labels alone; drop {', '.join(given or ['weighting'])}")
+                raise ValueError(
+                    f"a {self.kind} stage trains on labels alone; drop {', '.join(given or ['weighting'])}"
+                )
         return self
+
+    @property
+    def trained(self) -> dict[str, ModelConfig]:
+        """What the stage trains, by name: "student", or the members."""
+        return dict(self.members) if self.student is None else {"student": self.student}

@@ -22,9 +22,19 @@ from mtkd.models.taps import TappedModel
 
 
 class Trainable(nn.Module):
-    """What an engine trains: a module whose forward returns (loss, metrics), with the student inside it."""
+    """What an engine trains: a module whose forward returns (loss, metrics), with the models inside it.
 
-    student: TappedModel
+    Attributes:
+        tile, dtype: as the engine configuration has them, for validations.
+    """
+
+    tile: int
+    dtype: torch.dtype
+
+    @property
+    def models(self) -> dict[str, TappedModel]:
+        """The models that train, by name; they are exported."""
+        raise NotImplementedError
 
 
 class Engine(Protocol):
@@ -55,12 +65,12 @@ class Engine(Protocol):
         """Restore what `save` wrote, bitwise."""
         ...
 
-    def student_state(self) -> dict[str, Tensor] | None:
-        """The student's whole state dict on the main rank, None elsewhere. A collective."""
+    def model_state(self, name: str) -> dict[str, Tensor] | None:
+        """The whole state dict of one of the objective's models on the main rank, None elsewhere. A collective."""
         ...
 
     def whole_head(self) -> AbstractContextManager[None]:
-        """Within it the student's output head is whole on every rank and may be read outside its module."""
+        """Within it the models' output heads are whole on every rank and may be read outside their modules."""
         ...
 
     def close(self) -> None:

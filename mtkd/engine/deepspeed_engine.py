@@ -133,13 +133,16 @@ class DeepSpeedEngine:
 
     def _register_head(self, zero_stage: int) -> None:
         """The tiled loss reads the output head outside its module: ZeRO-3 must gather it for the objective."""
-        head = self.objective.student.output_head
-        if zero_stage == 3 and head is not None:
+        if zero_stage == 3:
             from deepspeed.runtime.zero import register_external_parameter
 
-            for parameter in head:
-                if parameter is not None:
-                    register_external_parameter(self.objective, parameter)
+            for parameter in self._heads():
+                register_external_parameter(self.objective, parameter)
+
+    def _heads(self) -> list[torch.nn.Parameter]:
+        """Weights and biases of the models' token-level output heads."""
+        heads = [model.output_head for model in self.objective.models.values()]
+        return [p for head in heads if head is not None for p in head if p is not None]
 
     def forward(
         self, batch: Batch, teachers: list[Features], counts: dict[str, int]
@@ -177,8 +180,8 @@ class DeepSpeedEngine:
             raise DataError("DeepSpeed found no checkpoint", where=str(folder))
         set_random_state(load_plain(folder / f"random-rank-{self.dist.rank}.pt"))
 
-    def student_state(self) -> dict[str, Tensor] | None:
-        model = self.objective.student.model
+    def model_state(self, name: str) -> dict[str, Tensor] | None:
+        model = self.objective.models[name].model
         if self._zero_stage < 3:
             state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
             return state if self.dist.is_main else None
@@ -197,12 +200,12 @@ class DeepSpeedEngine:
         return {**whole, **buffers}
 
     def whole_head(self) -> AbstractContextManager[None]:
-        head = self.objective.student.output_head
-        if self._zero_stage < 3 or head is None:
+        heads = self._heads()
+        if self._zero_stage < 3 or not heads:
             return nullcontext()
         import deepspeed
 
-        return deepspeed.zero.GatheredParameters([p for p in head if p is not None])
+        return deepspeed.zero.GatheredParameters(heads)
 
     def close(self) -> None:
         self.engine.destroy()

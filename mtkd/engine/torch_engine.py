@@ -21,7 +21,7 @@ class TorchEngine:
     """AdamW on the objective.
 
     Args:
-        objective: its forward returns (loss, metrics); an attribute `student.model` is what is exported.
+        objective: its forward returns (loss, metrics); its `models` are what is exported.
         config: optimizer and schedule.
         steps: of the whole stage, for the schedule.
         device: where it runs.
@@ -66,8 +66,9 @@ class TorchEngine:
         self.optimizer.load_state_dict(state["optimizer"])
         set_random_state(state["random"])
 
-    def student_state(self) -> dict[str, Tensor]:
-        return {name: value.detach().cpu() for name, value in self.objective.student.model.state_dict().items()}
+    def model_state(self, name: str) -> dict[str, Tensor]:
+        state = self.objective.models[name].model.state_dict()
+        return {name: value.detach().cpu() for name, value in state.items()}
 
     def whole_head(self) -> AbstractContextManager[None]:
         return nullcontext()

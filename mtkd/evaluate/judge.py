@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from mtkd.build import Workshop
-from mtkd.config import EvaluateConfig, ModelConfig
+from mtkd.config import STAGE_PREFIX, EvaluateConfig, ModelConfig
 from mtkd.configfile import fingerprint
 from mtkd.console import say
 from mtkd.data.collate import LoadedData
@@ -32,7 +32,7 @@ def judge(shop: Workshop) -> dict[str, Any]:
     """
     settings = shop.config.evaluate
     name = shop.config.data_name(settings.data)
-    wanted = [*(settings.stages or shop.config.stages), *(ENSEMBLE + s for s in settings.ensembles)]
+    wanted = [*shop.config.scored, *(ENSEMBLE + s for s in settings.ensembles)]
     context = {
         "data": shop.raw(name).fingerprint,
         "config": shop.config.data[name].model_dump(mode="json"),
@@ -59,9 +59,7 @@ def judge(shop: Workshop) -> dict[str, Any]:
 def _fingerprints(shop: Workshop, model: str) -> list[str]:
     """The DONE fingerprints of the models behind a name."""
     if not model.startswith(ENSEMBLE):
-        record = shop.folder(model).done()
-        assert record is not None
-        return [record["fingerprint"]]
+        return [shop.digest(ModelConfig(path=STAGE_PREFIX + model))]
     stage = shop.config.stages[model.removeprefix(ENSEMBLE)]
     return [shop.digest(teacher.model) for teacher in stage.teachers]
 
@@ -69,7 +67,8 @@ def _fingerprints(shop: Workshop, model: str) -> list[str]:
 def _scores(shop: Workshop, model: str, key: str, data_name: str) -> Scores | None:
     """Scores of one model, from its file when that was made from the same inputs; on the main rank."""
     stage = model.removeprefix(ENSEMBLE)
-    stem = "ensemble-scores" if model.startswith(ENSEMBLE) else "scores"
+    stage, _, member = stage.partition("/")
+    stem = "ensemble-scores" if model.startswith(ENSEMBLE) else f"scores-{member}" if member else "scores"
     file, note = (shop.folder(stage).path / f"{stem}{end}" for end in (".jsonl", ".key"))
     if shop.dist.broadcast_object(note.exists() and file.exists() and note.read_text() == key):
         return read_jsonl(file)
@@ -91,7 +90,7 @@ def _scores(shop: Workshop, model: str, key: str, data_name: str) -> Scores | No
 
 def _models(shop: Workshop, model: str, data: LoadedData) -> list[TappedModel]:
     if not model.startswith(ENSEMBLE):
-        return [shop.model(ModelConfig(path=f"stage:{model}"), data, seed=0)]
+        return [shop.model(ModelConfig(path=STAGE_PREFIX + model), data, seed=0)]
     stage = model.removeprefix(ENSEMBLE)
     where = f"stages.{stage}.teachers"
     return [shop.teacher(t, data, where) for t in shop.config.stages[stage].teachers]
@@ -108,7 +107,10 @@ def _results(shop: Workshop, settings: EvaluateConfig, data: str, scores: dict[s
                 "members": [t.name for t in shop.config.stages[model.removeprefix(ENSEMBLE)].teachers],
             }
         else:
-            done = shop.folder(model).done() or {}
+            stage, _, member = model.partition("/")
+            done = shop.folder(stage).done() or {}
+            if member:
+                done["parameters"] = done["members"][member]
             facts |= {key: done[key] for key in ("kind", "parameters", "steps", "seconds", "tokens")}
         models[model] = facts
     comparisons: list[dict[str, Any]] = []

@@ -75,7 +75,7 @@ def _engine_losses(kind: str, zero_stage: int, tied: bool, accumulate: int) -> l
         norm = engine.step(step)
         assert norm > 0
         losses += dist.sum([total])
-    state = engine.student_state()
+    state = engine.model_state("student")
     if state is not None:
         losses.append(sum(float(v.double().abs().sum()) for v in state.values()))
     return losses
