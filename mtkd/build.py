@@ -42,7 +42,7 @@ from mtkd.models.taps import TappedModel
 from mtkd.objective import Objective
 from mtkd.pool import ResidentTeacher, TeacherPool
 from mtkd.projection import make_projections
-from mtkd.registry import LOSSES, TASKS, WEIGHTINGS, check_options
+from mtkd.registry import WEIGHTINGS, check_options
 from mtkd.rows import compile_rows
 from mtkd.rundir import RunDir, StageDir
 from mtkd.weightings.base import Weighting
@@ -371,19 +371,3 @@ def start_processes(config: EngineConfig) -> tuple[Dist, torch.device]:
     if kind == "cuda":
         torch.cuda.set_device(device)
     return dist, device
-
-
-def check_registered(config: RunConfig) -> None:
-    """Every registered name and option a run uses, before anything is loaded.
-
-    Raises:
-        UserError: at the first unknown name or option.
-    """
-    for name, data in config.data.items():
-        TASKS.find(data.task, f"data.{name}.task")
-    for name, stage in config.stages.items():
-        where = f"stages.{name}"
-        for position, row in enumerate(stage_rows(stage, where)):
-            spec = LOSSES.find(row.loss, f"{where}.match[{position}].loss")
-            check_options(row.options, spec.options(), f"{where}.match[{position}]")
-        make_weighting(stage.weighting, tuple(t.name for t in stage.teachers), f"{where}.weighting")

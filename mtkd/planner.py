@@ -8,16 +8,17 @@ from typing import Any
 from rich.table import Table
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from mtkd.build import check_registered, given_tokenizer, read_tokenizer, resolve_path
+from mtkd.build import given_tokenizer, make_weighting, read_tokenizer, resolve_path
 from mtkd.chain import stage_of, stage_rows, stage_values, used_stages
 from mtkd.cofinetune import check_members
 from mtkd.config import STAGE_PREFIX, ModelConfig, RunConfig, StageConfig
 from mtkd.data.sources import check_source
 from mtkd.data.tokenizers import check_same_tokenizer, num_real_ids, train_tokenizer
+from mtkd.errors import UserError
 from mtkd.launcher import launch_command
 from mtkd.models.info import ModelInfo, count_parameters, model_info
 from mtkd.models.load import load_config as load_model_config
-from mtkd.registry import TASKS, load_plugins
+from mtkd.registry import LOSSES, TASKS, WEIGHTINGS, check_options, load_plugins
 from mtkd.rows import compile_rows
 from mtkd.rundir import RunDir
 
@@ -96,9 +97,43 @@ def check(config: RunConfig) -> None:
         UserError: at the first thing that is wrong.
     """
     load_plugins(config.plugins, config.base)
-    check_registered(config)
+    _check_registered(config)
     for name, data in config.data.items():
         check_source(data, config.base, f"data.{name}")
+
+
+def _check_registered(config: RunConfig) -> None:
+    """Every registered name and option a run uses, before anything is loaded.
+
+    Raises:
+        UserError: at the first unknown name or option.
+    """
+    for name, data in config.data.items():
+        TASKS.find(data.task, f"data.{name}.task")
+    for name, stage in config.stages.items():
+        where = f"stages.{name}"
+        _check_labels(config, stage, where)
+        for position, row in enumerate(stage_rows(stage, where)):
+            spec = LOSSES.find(row.loss, f"{where}.match[{position}].loss")
+            check_options(row.options, spec.options(), f"{where}.match[{position}]")
+        make_weighting(stage.weighting, tuple(t.name for t in stage.teachers), f"{where}.weighting")
+
+
+def _check_labels(config: RunConfig, stage: StageConfig, where: str) -> None:
+    """Refuse whatever reads the labels of made-up texts."""
+    name = config.data_name(stage.data)
+    if config.data[name].labelled:
+        return
+    readers = [f"row {row.feature}:{row.loss}" for row in stage_rows(stage, where) if row.target == "labels"]
+    if WEIGHTINGS.find(stage.weighting.name, f"{where}.weighting.name").needs_labels:
+        readers.append(f"weighting '{stage.weighting.name}'")
+    if readers:
+        raise UserError(
+            f"the tokens of data '{name}' are made up: its labels mean nothing",
+            where=where,
+            found=", ".join(readers),
+            todo="distil without label rows (method options: {hard: 0}) and with a weighting that needs no labels",
+        )
 
 
 def plan(config: RunConfig) -> Plan:

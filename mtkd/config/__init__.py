@@ -4,12 +4,13 @@ Read by `mtkd.configfile.load_config`, printed as JSON Schema by `mtkd schema`. 
 """
 
 from mtkd.config.base import STAGE_PREFIX, Config, Name, Named, Positive, Share, check_name
-from mtkd.config.data import DataConfig, TokenizerConfig
+from mtkd.config.data import RANDOM_TOKENS, DataConfig, TokenizerConfig, TransferConfig
 from mtkd.config.model import ModelConfig, TeacherConfig
 from mtkd.config.run import Comparison, EngineConfig, EvaluateConfig, RunConfig
 from mtkd.config.stage import BatchConfig, EqualTime, OptimizerConfig, StageConfig
 
 __all__ = [
+    "RANDOM_TOKENS",
     "STAGE_PREFIX",
     "BatchConfig",
     "Comparison",
@@ -28,5 +29,6 @@ __all__ = [
     "StageConfig",
     "TeacherConfig",
     "TokenizerConfig",
+    "TransferConfig",
     "check_name",
 ]

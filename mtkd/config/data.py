@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from mtkd.config.base import Config, Positive, Share
 
+RANDOM_TOKENS = "random-tokens"
+"""The data source that reads nothing: every token of its texts is sampled."""
+
 
 class TokenizerConfig(Config):
     """The one tokenizer of the run: loaded, or trained on the train split of a data entry."""
@@ -25,10 +28,20 @@ class TokenizerConfig(Config):
         return self
 
 
+class TransferConfig(Config):
+    """Training tokens that are made up: a transfer set for teachers, with less or no real data."""
+
+    tokens: Literal["uniform", "frequency", "shuffled"] = Field(
+        description="uniform: any id equally likely; frequency: ids as often as in the train split; shuffled: each "
+        "text's own tokens in another order"
+    )
+    share: Share = Field(1.0, description="share of the ordinary tokens that is replaced, or takes part in the shuffle")
+
+
 class DataConfig(Config):
     """Where examples come from, what is asked of them, and how they become batches of ids."""
 
-    source: str = Field(description="registered source (`mtkd ls sources`): python-stdlib, files, hub")
+    source: str = Field(description="registered source (`mtkd ls sources`): python-stdlib, files, hub, random-tokens")
     path: str | None = Field(None, description="hub: dataset id; files: folder that the file names are relative to")
     subset: str | None = Field(None, description="hub: configuration name, e.g. sst2")
     revision: str | None = Field(None, description="hub: branch, tag or commit")
@@ -39,6 +52,12 @@ class DataConfig(Config):
         default_factory=dict, description="hub: the source's own split name per split of ours"
     )
     domains: tuple[str, ...] = Field((), description="python-stdlib: prose, code (default: both)")
+    documents: Positive | None = Field(
+        None, description="random-tokens: number of texts of about max_length tokens; all ids equally likely"
+    )
+    transfer: TransferConfig | None = Field(
+        None, description="replace or shuffle the tokens of the train split (validation and test stay real)"
+    )
     task: str = Field("causal-lm", description="registered task (`mtkd ls tasks`): causal-lm, masked-lm, classify")
     text: str = Field("text", description="column of the (first) text")
     text_pair: str | None = Field(None, description="column of the second text, classify only")
@@ -56,3 +75,14 @@ class DataConfig(Config):
         default_factory=dict, description="at most this many documents or rows per split, chosen by the seed"
     )
     seed: int = Field(0, description="of hold-out, limit and masking of evaluation data")
+
+    @property
+    def noise(self) -> TransferConfig | None:
+        """How the train split's tokens are replaced; None where they are read."""
+        return TransferConfig(tokens="uniform") if self.source == RANDOM_TOKENS else self.transfer
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the train split's labels mean anything: not where every token was sampled."""
+        noise = self.noise
+        return noise is None or noise.share < 1 or (noise.tokens == "shuffled" and self.task == "classify")

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PrivateAttr, model_validator
 
 from mtkd.config.base import STAGE_PREFIX, Config, Name, Positive
-from mtkd.config.data import DataConfig, TokenizerConfig
+from mtkd.config.data import RANDOM_TOKENS, DataConfig, TokenizerConfig
 from mtkd.config.stage import BatchConfig, StageConfig
 
 
@@ -94,6 +94,8 @@ class RunConfig(Config):
         names = list(self.stages)
         if self.tokenizer and self.tokenizer.train_on is not None:
             self._known_data(self.tokenizer.train_on, "tokenizer.train_on")
+            if self.data[self.tokenizer.train_on].source == RANDOM_TOKENS:
+                raise ValueError("tokenizer.train_on: random tokens are nothing to learn a vocabulary from")
         self._known_data(self.evaluate.data, "evaluate.data")
         for position, (name, stage) in enumerate(self.stages.items()):
             where = f"stages.{name}"

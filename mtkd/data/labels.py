@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mtkd.config import RANDOM_TOKENS
 from mtkd.data.files import require_column
 from mtkd.errors import DataError, UserError, nearest
+from mtkd.features import NO_LABEL
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -56,9 +58,13 @@ def find_labels(config: DataConfig, raw: Raw) -> tuple[tuple[str, ...], int]:
 def read_labels(config: DataConfig, rows: Dataset, origin: Origin, names: tuple[str, ...]) -> np.ndarray:
     """The label of every row: class numbers int64, or float32 when there are no names (regression).
 
+    Made-up texts have none: NO_LABEL.
+
     Raises:
         DataError: naming the file and row of a missing, unknown or non-numeric label.
     """
+    if config.source == RANDOM_TOKENS:
+        return np.full(len(rows), NO_LABEL, np.int64)
     require_column(rows, config.label, origin, "label")
     declared = getattr(rows.features[config.label], "names", None)
     numbers = {name: number for number, name in enumerate(names)}

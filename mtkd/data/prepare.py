@@ -11,6 +11,7 @@ from mtkd.data.collate import Documents, Split
 from mtkd.data.files import read_texts
 from mtkd.data.labels import read_labels
 from mtkd.data.tokenizers import num_real_ids
+from mtkd.data.transfer import transfer_tokens
 from mtkd.errors import DataError, UserError
 from mtkd.features import NO_LABEL
 
@@ -114,7 +115,7 @@ def prepare_causal(request: PrepareRequest) -> Split:
     flat: list[np.ndarray] = []
     counts = np.zeros(len(texts), np.int64)
     scored = np.array([len(text.encode()) for text in texts], np.int64)
-    for number, ids in enumerate(_tokenize(tokenizer, texts)):
+    for number, ids in enumerate(_tokenized(request, texts)):
         document = np.array([*before, *ids, *after], np.int32)
         if len(document) < 2:
             raise DataError(
@@ -141,7 +142,7 @@ def prepare_masked(request: PrepareRequest) -> Split:
     texts, rows = _texts(request)
     flat: list[np.ndarray] = []
     of_example: list[int] = []
-    for number, ids in enumerate(_tokenize(tokenizer, texts)):
+    for number, ids in enumerate(_tokenized(request, texts)):
         for start in range(0, len(ids), room):
             flat.append(np.array([*before, *ids[start : start + room], *after], np.int32))
             of_example.append(number)
@@ -160,7 +161,7 @@ def prepare_classify(request: PrepareRequest) -> Split:
     if config.text_pair:
         columns.append(_column(request, config.text_pair, "text_pair"))
     with_types = "token_type_ids" in tokenizer.model_input_names
-    flat: list[int] = []
+    encoded_rows: list[list[int]] = []
     types: list[int] = []
     lengths = np.zeros(len(request.rows), np.int64)
     for begin in range(0, len(request.rows), _TOKENIZED_AT_ONCE):
@@ -174,15 +175,14 @@ def prepare_classify(request: PrepareRequest) -> Split:
         for row, ids in enumerate(encoded["input_ids"], start=begin):
             if not ids:
                 raise DataError("the text has no tokens", where=origin.where(row), found=columns[0][row])
-            flat += ids
+            encoded_rows.append(ids)
             lengths[row] = len(ids)
         if with_types:
             types += [kind for kinds in encoded["token_type_ids"] for kind in kinds]
     scored = np.array([sum(len(text.encode()) for text in row) for row in zip(*columns, strict=True)], np.int64)
     every_row = np.arange(len(request.rows))
-    examples = ClassifyExamples(
-        np.array(flat, np.int32), np.array(types, np.int32) if with_types else None, lengths, labels
-    )
+    flat = np.concatenate(transfer_tokens(encoded_rows, config, tokenizer, request.split)).astype(np.int32)
+    examples = ClassifyExamples(flat, np.array(types, np.int32) if with_types else None, lengths, labels)
     return Split(
         examples,
         _documents(request, every_row, every_row, scored),
@@ -203,6 +203,11 @@ def _texts(request: PrepareRequest) -> tuple[list[str], np.ndarray]:
 
 def _column(request: PrepareRequest, column: str, option: str) -> list[str]:
     return read_texts(request.rows, column, request.origin, option)
+
+
+def _tokenized(request: PrepareRequest, texts: list[str]) -> list[np.ndarray]:
+    """Ids of every text without special tokens, replaced where the `data` block makes a transfer set of them."""
+    return transfer_tokens(list(_tokenize(request.tokenizer, texts)), request.config, request.tokenizer, request.split)
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Iterator[list[int]]:

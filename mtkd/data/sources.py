@@ -1,4 +1,5 @@
-"""Data sources: functions from a `data` block to datasets per split. Registered: python-stdlib, files, hub.
+"""Data sources: functions from a `data` block to datasets per split. Registered: python-stdlib, files, hub,
+random-tokens.
 
 A source knows nothing of tasks and tokenizers. What all of them share happens once, in `load_raw`: the hold-out of a
 validation split and the choice of at most `limit` rows, both by the seed of the `data` block.
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mtkd.config import DataConfig
+from mtkd.config import RANDOM_TOKENS, DataConfig
 from mtkd.data.files import Origin, columns_of, file_digest, find_files, read_file, read_texts
 from mtkd.data.stdlib import DOMAINS, SPLITS, stdlib_documents
 from mtkd.data.tasks import check_task
@@ -25,11 +26,12 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 # The fields of a `data` block that only some sources read.
-_SOURCE_FIELDS = ("path", "subset", "revision", "files", "splits", "domains")
+_SOURCE_FIELDS = ("path", "subset", "revision", "files", "splits", "domains", "documents")
 _READ_BY: dict[str, tuple[str, ...]] = {
     "python-stdlib": ("domains",),
     "files": ("path", "files"),
     "hub": ("path", "subset", "revision", "splits"),
+    RANDOM_TOKENS: ("documents",),
 }
 
 
@@ -105,6 +107,8 @@ def check_source(config: DataConfig, base: Path, where: str = "data") -> None:
             raise UserError("unknown domain", where=f"{where}.domains", found=domain, allowed=DOMAINS, todo=todo)
     if config.source == "hub" and not config.path:
         raise UserError("source 'hub' needs `path`", where=f"{where}.path", allowed="a dataset id, e.g. nyu-mll/glue")
+    if config.source == RANDOM_TOKENS:
+        _check_random_tokens(config, where)
     if config.source == "python-stdlib" and config.validation_share:
         raise _two_validations(where)
     if config.source == "files":
@@ -112,6 +116,21 @@ def check_source(config: DataConfig, base: Path, where: str = "data") -> None:
             raise _two_validations(where)
         for split, file in find_files(config, base, where).items():
             _check_columns(config, split, columns_of(file))
+
+
+def _check_random_tokens(config: DataConfig, where: str) -> None:
+    if config.documents is None:
+        raise UserError("source 'random-tokens' needs `documents`", where=f"{where}.documents", allowed="a number")
+    if config.transfer is not None:
+        raise UserError("its tokens are sampled already", where=f"{where}.transfer", todo="drop transfer")
+    if config.validation_share:
+        raise UserError(
+            "made-up tokens are nothing to validate on", where=f"{where}.validation_share", todo="drop validation_share"
+        )
+    if config.task == "classify" and not config.labels:
+        raise UserError(
+            "made-up texts have no labels to find the classes in", where=f"{where}.labels", todo="name them in order"
+        )
 
 
 def _read_columns(config: DataConfig) -> tuple[str, ...]:
@@ -200,6 +219,21 @@ def _hub_source(config: DataConfig, base: Path) -> Raw:
     return Raw(splits, digest.hexdigest(), description, origins)
 
 
+def _random_tokens_source(config: DataConfig, base: Path) -> Raw:
+    """No data at all: a train split of texts whose every token is sampled from the vocabulary."""
+    from datasets import Dataset
+
+    check_source(config, base)
+    assert config.documents is not None
+    # Placeholders of the right length; `transfer_tokens` replaces every one of their tokens.
+    text = " ".join(["a"] * max(config.max_length - 2, 1))
+    columns = [c for c in (config.text, config.text_pair) if c]
+    rows = Dataset.from_dict({column: [text] * config.documents for column in columns})
+    digest = hashlib.sha256(f"random-tokens {config.documents} {config.max_length} {config.seed}".encode())
+    origins = {"train": Origin("random tokens", np.arange(config.documents))}
+    return Raw({"train": rows}, digest.hexdigest(), f"{config.documents} texts of random tokens", origins)
+
+
 def _hold_out(raw: Raw, config: DataConfig) -> Raw:
     if not config.validation_share:
         return raw
@@ -240,3 +274,4 @@ def _random(seed: int, purpose: str) -> np.random.Generator:
 SOURCES.add("python-stdlib", _stdlib_source)
 SOURCES.add("files", _files_source)
 SOURCES.add("hub", _hub_source)
+SOURCES.add(RANDOM_TOKENS, _random_tokens_source)
