@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from mtkd.chain import identity, stage_of, stage_rows, stage_seed, weights_digest
+from mtkd.chain import identity, stage_of, stage_seed, weights_digest
 from mtkd.config import EngineConfig, ModelConfig, Named, RunConfig, StageConfig, TeacherConfig
 from mtkd.configfile import differences
 from mtkd.data.collate import LoadedData, load_data
@@ -34,6 +34,7 @@ from mtkd.engine.deepspeed_engine import DeepSpeedEngine, init_distributed
 from mtkd.engine.dist import Dist
 from mtkd.engine.torch_engine import TorchEngine
 from mtkd.errors import DataError, UserError
+from mtkd.mix import stage_rows
 from mtkd.models.cards import load_cards
 from mtkd.models.folder import check_folder
 from mtkd.models.load import build_model
@@ -197,9 +198,10 @@ class Workshop:
 
     def model(self, model: ModelConfig, data: LoadedData, seed: int) -> TappedModel:
         """A model for the data's task, with taps; checked against its own logits."""
+        auto_class = data.task.class_for(data.config)
         built = build_model(
             model,
-            data.task.auto_class,
+            auto_class,
             num_ids=num_real_ids(self.tokenizer),
             max_positions=data.config.max_length,
             num_labels=data.num_labels,
@@ -208,7 +210,7 @@ class Workshop:
             seed=seed,
             resolve=self.resolve,
         )
-        return TappedModel(built, data.task.auto_class, num_real_ids(self.tokenizer))
+        return TappedModel(built, auto_class, num_real_ids(self.tokenizer))
 
     def teacher(self, teacher: TeacherConfig, data: LoadedData, where: str) -> TappedModel:
         """A teacher whose tokenizer is the run's."""
@@ -236,7 +238,7 @@ class Workshop:
         names = [t.name for t in stage.teachers]
         models = [self.teacher(t, data, f"{where}.teachers[{i}]") for i, t in enumerate(stage.teachers)]
         rows = compile_rows(
-            stage_rows(stage, where, data.num_labels == 1),
+            stage_rows(stage, data.config, where, data.num_labels == 1),
             student.info,
             {name: model.info for name, model in zip(names, models, strict=True)},
             token_level=data.task.token_level,
@@ -362,7 +364,7 @@ def check_registered(config: RunConfig) -> None:
         TASKS.find(data.task, f"data.{name}.task")
     for name, stage in config.stages.items():
         where = f"stages.{name}"
-        for position, row in enumerate(stage_rows(stage, where)):
+        for position, row in enumerate(stage_rows(stage, config.data[config.data_name(stage.data)], where)):
             spec = LOSSES.find(row.loss, f"{where}.match[{position}].loss")
             check_options(row.options, spec.options(), f"{where}.match[{position}]")
         make_weighting(stage.weighting, tuple(t.name for t in stage.teachers), f"{where}.weighting")

@@ -9,12 +9,14 @@ from rich.table import Table
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from mtkd.build import check_registered, given_tokenizer, read_tokenizer, resolve_path
-from mtkd.chain import stage_of, stage_rows, stage_values, used_stages
+from mtkd.chain import check_evaluation, stage_of, stage_values, used_stages
 from mtkd.config import ModelConfig, RunConfig, StageConfig
 from mtkd.data.sources import check_source
 from mtkd.data.tokenizers import check_same_tokenizer, num_real_ids, train_tokenizer
+from mtkd.errors import UserError
 from mtkd.launcher import launch_command
-from mtkd.models.info import ModelInfo, count_parameters, model_info
+from mtkd.mix import stage_rows
+from mtkd.models.info import CLASSIFIER, ModelInfo, count_parameters, model_info
 from mtkd.models.load import load_config as load_model_config
 from mtkd.registry import TASKS, load_plugins
 from mtkd.rows import compile_rows
@@ -96,6 +98,7 @@ def check(config: RunConfig) -> None:
     """
     load_plugins(config.plugins, config.base)
     check_registered(config)
+    check_evaluation(config)
     for name, data in config.data.items():
         check_source(data, config.base, f"data.{name}")
 
@@ -150,6 +153,7 @@ class _Planner:
         stage, where = self.config.stages[name], f"stages.{name}"
         data = self.config.data[self.config.data_name(stage.data)]
         task = TASKS.find(data.task, f"data.{stage.data}.task")
+        auto_class = task.class_for(data)
         student = self._model_config(stage, stage.student, f"{where}.student")
         self._made[name] = student
         models = [("student", stage.student, student)]
@@ -159,11 +163,11 @@ class _Planner:
             self._check_tokenizer(teacher.model, place)
         planned, infos = [], []
         for role, model, config in models:
-            info = model_info(config, task.auto_class)
+            info = model_info(config, auto_class)
             infos.append(info)
-            planned.append(_planned(role, model, info, count_parameters(config, task.auto_class)))
+            planned.append(_planned(role, model, info, count_parameters(config, auto_class)))
         rows = compile_rows(
-            stage_rows(stage, where),
+            stage_rows(stage, data, where),
             infos[0],
             {role: info for (role, _, _), info in zip(models[1:], infos[1:], strict=True)},
             token_level=task.token_level,
@@ -189,11 +193,11 @@ class _Planner:
             made = self._made[earlier]
             if model.keep_layers:
                 made = type(made).from_dict({**made.to_dict(), "num_hidden_layers": len(model.keep_layers)})
-            return made
+            return self._for_task(made, stage, where)
         data = self.config.data[self.config.data_name(stage.data)]
         return load_model_config(
             model,
-            TASKS.find(data.task).auto_class,
+            TASKS.find(data.task).class_for(data),
             num_ids=self._num_ids,
             max_positions=data.max_length,
             num_labels=len(data.labels) or 2,
@@ -201,6 +205,24 @@ class _Planner:
             tokenizer=self._tokenizer,
             resolve=lambda path: resolve_path(path, self.config.base),
         )
+
+    def _for_task(self, made: PretrainedConfig, stage: StageConfig, where: str) -> PretrainedConfig:
+        """An earlier stage's model as this stage will load it: the head of its task, the length of its data."""
+        data = self.config.data[self.config.data_name(stage.data)]
+        auto_class = TASKS.find(data.task).class_for(data)
+        made = type(made).from_dict(made.to_dict())
+        if auto_class == CLASSIFIER:
+            made.num_labels = len(data.labels) or 2
+        longest = model_info(made, auto_class).max_positions
+        if longest < data.max_length:
+            raise UserError(
+                "the data's examples are longer than the longest sequence of the earlier stage's model",
+                where=where,
+                found=f"{data.max_length} tokens",
+                allowed=f"at most {longest}",
+                todo="give the model of that stage more max_positions, or this data a smaller max_length",
+            )
+        return made
 
     def _check_tokenizer(self, model: ModelConfig, where: str) -> None:
         """Token -> id of the teacher and of the run, where both exist before anything is trained."""
