@@ -45,7 +45,9 @@ _WIDE = 140  # columns of a terminal that hold the method table without breaking
 
 
 def _table(title: str, columns: list[str], rows: list[list[str]], style: box.Box = box.HEAVY_HEAD) -> Table:
-    table = Table(*columns, title=title or None, box=style)
+    table = Table(title=title or None, box=style)
+    for column in columns:
+        table.add_column(column, overflow="fold")  # a long option goes on in the next line, never ends in dots
     for row in rows:
         table.add_row(*row)
     return table
