@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from mtkd.chain import identity, member_of, stage_of, stage_rows, stage_seed, weights_digest
+from mtkd.chain import identity, member_of, stage_of, stage_seed, weights_digest
 from mtkd.cofinetune import CoFinetuning, check_members
 from mtkd.config import EngineConfig, ModelConfig, Named, RunConfig, StageConfig, TeacherConfig
 from mtkd.configfile import differences
@@ -35,6 +35,7 @@ from mtkd.engine.deepspeed_engine import DeepSpeedEngine, init_distributed
 from mtkd.engine.dist import Dist
 from mtkd.engine.torch_engine import TorchEngine
 from mtkd.errors import DataError, UserError
+from mtkd.mix import stage_rows
 from mtkd.models.cards import load_cards
 from mtkd.models.folder import check_folder
 from mtkd.models.load import build_model
@@ -198,9 +199,10 @@ class Workshop:
 
     def model(self, model: ModelConfig, data: LoadedData, seed: int) -> TappedModel:
         """A model for the data's task, with taps; checked against its own logits."""
+        auto_class = data.task.class_for(data.config)
         built = build_model(
             model,
-            data.task.auto_class,
+            auto_class,
             num_ids=num_real_ids(self.tokenizer),
             max_positions=data.config.max_length,
             num_labels=data.num_labels,
@@ -209,7 +211,7 @@ class Workshop:
             seed=seed,
             resolve=self.resolve,
         )
-        return TappedModel(built, data.task.auto_class, num_real_ids(self.tokenizer))
+        return TappedModel(built, auto_class, num_real_ids(self.tokenizer))
 
     def teacher(self, teacher: TeacherConfig, data: LoadedData, where: str) -> TappedModel:
         """A teacher whose tokenizer is the run's."""
@@ -254,7 +256,7 @@ class Workshop:
         names, seed = [t.name for t in stage.teachers], stage_seed(self.config, stage)
         models = [self.teacher(t, data, f"{where}.teachers[{i}]") for i, t in enumerate(stage.teachers)]
         rows = compile_rows(
-            stage_rows(stage, where, data.num_labels == 1),
+            stage_rows(stage, data.config, where, data.num_labels == 1),
             student.info,
             {name: model.info for name, model in zip(names, models, strict=True)},
             token_level=data.task.token_level,

@@ -9,9 +9,8 @@ from typing import Any
 
 from mtkd.config import STAGE_PREFIX, ModelConfig, RunConfig, StageConfig
 from mtkd.configfile import differences, fingerprint
-from mtkd.errors import DataError
-from mtkd.match import Match
-from mtkd.registry import METHODS, check_options
+from mtkd.errors import DataError, UserError
+from mtkd.registry import TASKS
 from mtkd.rundir import StageDir
 
 # Fields that change when a stage is looked at or saved, not what it makes.
@@ -38,23 +37,52 @@ def used_stages(stage: StageConfig) -> list[str]:
     return list(dict.fromkeys(name for name in (stage_of(model.path) for model in models) if name is not None))
 
 
-def stage_rows(stage: StageConfig, where: str, regression: bool = False) -> tuple[Match, ...]:
-    """The Match rows of a stage: its method's, then its own; without teachers the label row alone.
+def scored_models(config: RunConfig) -> list[str]:
+    """The models that are scored at the end: those that `evaluate` names, else all that can do its task."""
+    if config.evaluate.stages:
+        return config.scored
+    return [model for model in config.models if _does_task(config, model)]
+
+
+def check_evaluation(config: RunConfig) -> None:
+    """Refuse to score a model on a task that its stage gave it no head for.
 
     Raises:
-        UserError: unknown method or option.
+        UserError: naming the stage and its data.
     """
-    if stage.kind != "distill":
-        return (Match(feature="logits", loss="label_mse" if regression else "ce", target="labels"),)
-    if stage.method is None:
-        return stage.match
-    spec = METHODS.find(stage.method.name, f"{where}.method")
-    check_options(stage.method.options, spec.options(), f"{where}.method")
-    try:
-        rows = spec.function(**stage.method.options)
-    except ValueError as error:
-        raise DataError(str(error), where=f"{where}.method.options") from error
-    return (*rows, *stage.match)
+    settings = config.evaluate
+    name = config.data_name(settings.data)
+    named = [("stages", s) for s in settings.stages] + [("ensembles", s) for s in settings.ensembles]
+    for place, stage in named:
+        if not _does_task(config, stage):
+            raise UserError(
+                f"the models of stage '{stage}' cannot be scored on data '{name}' (task {config.data[name].task})",
+                where=f"evaluate.{place}",
+                found=f"trained on data '{config.data_name(config.stages[stage].data)}'",
+                allowed=[s for s in config.stages if _does_task(config, s)] or "no stage of this run",
+                todo="drop the stage, or set evaluate.data to data of its task",
+            )
+    scored = scored_models(config)
+    if not scored:
+        raise UserError(f"no stage of this run does the task of data '{name}'", where="evaluate.data", found=name)
+    for i, pair in enumerate(settings.comparisons):
+        for side in (pair.candidate, pair.baseline):
+            if side.partition("/")[0] in config.stages and side not in scored:
+                raise UserError(
+                    f"'{side}' is not scored: its task is not that of evaluate.data",
+                    where=f"evaluate.comparisons[{i}]",
+                    allowed=scored,
+                )
+
+
+def _does_task(config: RunConfig, stage: str) -> bool:
+    """Whether a stage's models have the head for the data of `evaluate`."""
+    heads = []
+    for name in (config.stages[stage.partition("/")[0]].data, config.evaluate.data):
+        data = config.data[config.data_name(name)]
+        heads.append(TASKS.find(data.task, f"data.{name}.task").class_for(data))
+    # A model with both heads of pre-training has the one for masked tokens.
+    return heads[0] == heads[1] or heads == ["AutoModelForPreTraining", "AutoModelForMaskedLM"]
 
 
 def stage_values(stage: StageConfig) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def list_names(
     as_json: Json = False,
 ) -> None:
     """List what a configuration can name, and where each name comes from."""
-    from mtkd.listing import listing
+    from mtkd.listing import listing, tables
 
     if what not in LISTS:
         raise UserError("nothing to list under this name", found=what, allowed=LISTS, todo=nearest(what, LISTS))
@@ -129,10 +129,7 @@ def list_names(
     if as_json:
         _print_json(rows)
         return
-    table = Table(*rows[0], title=what)
-    for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    _print_tables([table])
+    _print_tables(tables(what, rows, _console().width))
 
 
 @app.command()
@@ -200,10 +197,14 @@ def _print_json(value: Any) -> None:
 
 
 def _print_tables(tables: list[Table]) -> None:
-    # A file or a pipe has no width: wide enough that nothing is cut there.
-    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console = _console()
     for table in tables:
         console.print(table)
+
+
+def _console() -> Console:
+    # A file or a pipe has no width: wide enough that nothing is cut there.
+    return Console() if sys.stdout.isatty() else Console(width=160)
 
 
 def main() -> None:

@@ -6,7 +6,11 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from rich import box
+from rich.table import Table
+
 from mtkd.registry import LOSSES, METHODS, SOURCES, TASKS, WEIGHTINGS, load_plugins
+from mtkd.table import COLUMNS, FEATURES, method_table
 
 
 def listing(what: str, plugins: tuple[str, ...] = ()) -> list[dict[str, Any]]:
@@ -23,6 +27,40 @@ def listing(what: str, plugins: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     return rows[what]()
 
 
+def tables(what: str, rows: list[dict[str, Any]], width: int) -> list[Table]:
+    """The rows of a listing for a terminal of `width` columns; methods are the table, then labels and options."""
+    if what != "methods":
+        return [_table(what, [*rows[0]], [[*map(str, row.values())] for row in rows])]
+    keys = ("name", "from", "options", "source")
+    details = [[*(row[key] for key in keys[:2]), _labels(row["rows"]), *(row[key] for key in keys[2:])] for row in rows]
+    more = _table("", ["name", "from", "labels of rows, per step", "options", "source"], details)
+    if width >= _WIDE:
+        return [_table(what, [*COLUMNS], [[row[c] for c in COLUMNS] for row in rows], box.SIMPLE), more]
+    # Too narrow for a column per feature: the same cells one after the other.
+    short = [[row["name"], row["stages"], _cells(row), row["must be equal"]] for row in rows]
+    return [_table(what, ["name", "stages", "features", "must be equal"], short, box.SIMPLE), more]
+
+
+_WIDE = 140  # columns of a terminal that hold the method table without breaking words
+
+
+def _table(title: str, columns: list[str], rows: list[list[str]], style: box.Box = box.HEAVY_HEAD) -> Table:
+    table = Table(title=title or None, box=style)
+    for column in columns:
+        table.add_column(column, overflow="fold")  # a long option goes on in the next line, never ends in dots
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _cells(row: dict[str, Any]) -> str:
+    return ", ".join(f"{feature} {row[feature]}" for feature in FEATURES if row[feature])
+
+
+def _labels(rows: dict[str, list[str]]) -> str:
+    return "; ".join(f"{step}: {', '.join(labels)}" for step, labels in rows.items())
+
+
 def _options(parameters: dict[str, inspect.Parameter]) -> str:
     empty = inspect.Parameter.empty
     return ", ".join(n if p.default is empty else f"{n}={p.default}" for n, p in parameters.items()) or "-"
@@ -33,17 +71,16 @@ def _first_line(thing: object) -> str:
 
 
 def _methods() -> list[dict[str, Any]]:
+    """The method table, with the labels of each method's rows, its options and its source."""
     return [
         {
-            "name": name,
-            "stages": ", ".join(spec.stages),
-            "rows": "; ".join(f"{r.feature}:{r.loss} x{r.weight:g}" for r in spec.function()),
-            "must be equal": ", ".join(spec.must_be_equal) or "-",
-            "options": _options(spec.options()),
-            "source": spec.source,
-            "from": METHODS.origin(name),
+            **cells,
+            "rows": {step: list(METHODS[cells["name"]].rows({}, step)) for step in METHODS[cells["name"]].steps},
+            "options": _options(METHODS[cells["name"]].options()),
+            "source": METHODS[cells["name"]].source,
+            "from": METHODS.origin(cells["name"]),
         }
-        for name, spec in METHODS.items()
+        for cells in method_table()
     ]
 
 

@@ -51,6 +51,11 @@ class Match(BaseModel):
         "shared", description="width adapters where widths differ: one per (row, teacher), or one more per layer pair"
     )
     options: dict[str, Any] = Field(default_factory=dict, description="keyword parameters of the loss")
+    replace: str | None = Field(
+        None,
+        description="label of a row of the stage's method (`mtkd ls methods`) that this row takes the place of, whole; "
+        "with weight 0 the method's row is dropped",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Match:

@@ -90,7 +90,11 @@ class Objective(Trainable):
         total = torch.zeros((), device=batch.input_ids.device)
         for position, row in enumerate(self.rows):
             if not row.is_logits:
-                value = self._dense_row(row, position, features, teachers, weights, batch) / self._count(row, counts)
+                if row.match.feature == "nsp_logits":
+                    found = self._next_sentence_row(row, features, teachers, weights, batch)
+                else:
+                    found = self._dense_row(row, position, features, teachers, weights, batch)
+                value = found / self._count(row, counts)
                 total = total + row.match.weight * value
                 metrics[f"row/{row.key}"] = value.detach()
         if self.logit_rows:
@@ -156,6 +160,18 @@ class Objective(Trainable):
                 share = len(row.pairs[k]) if row.match.layer_reduction == "mean" else 1
                 total = total + values.sum() / share
         return total
+
+    def _next_sentence_row(
+        self, row: Row, student: Features, teachers: Sequence[Features], weights: Tensor, batch: Batch
+    ) -> Tensor:
+        """Sum over sequences of a row on next-sentence logits, []."""
+        index = batch.real.nonzero().squeeze(-1)
+        ours = _as_logits(student["nsp_logits"]).rows(index)
+        if row.from_labels:
+            assert batch.nsp_targets is not None, "the task says that there are next-sentence labels"
+            return row.spec(ours, batch.nsp_targets[index], None, row.match.options).sum()
+        theirs = [_as_logits(teacher["nsp_logits"]).rows(index) for teacher in teachers]
+        return ensemble_losses(row, ours, theirs, self._row_weights(weights, batch)[:, index, 0], None).sum()
 
     def _row_weights(self, weights: Tensor, batch: Batch) -> Tensor:
         """Weights for rows over tokens or sequences; token weights exist at targets only, so others use their mean."""
@@ -233,7 +249,8 @@ def ensemble_losses(
     spec, options, ensemble = row.spec, row.match.options, row.match.ensemble
     if len(teachers) == 1:
         return weights[0] * spec(student, teachers[0], mask, options)
-    if ensemble == "losses" and spec.teacher_term is not None:
+    if ensemble == "losses" and spec.mixes(options):
+        assert spec.teacher_term is not None
         return _soft_target_losses(spec, spec.teacher_term, student, teachers, weights, mask, options)
     if ensemble == "losses":
         losses = [w * spec(student, t, mask, options) for w, t in zip(weights, teachers, strict=True)]

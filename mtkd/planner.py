@@ -9,14 +9,15 @@ from rich.table import Table
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from mtkd.build import given_tokenizer, make_weighting, read_tokenizer, resolve_path
-from mtkd.chain import stage_of, stage_rows, stage_values, used_stages
+from mtkd.chain import check_evaluation, stage_of, stage_values, used_stages
 from mtkd.cofinetune import check_members
 from mtkd.config import STAGE_PREFIX, ModelConfig, RunConfig, StageConfig
 from mtkd.data.sources import check_source
 from mtkd.data.tokenizers import check_same_tokenizer, num_real_ids, train_tokenizer
 from mtkd.errors import UserError
 from mtkd.launcher import launch_command
-from mtkd.models.info import ModelInfo, count_parameters, model_info
+from mtkd.mix import stage_rows
+from mtkd.models.info import CLASSIFIER, ModelInfo, count_parameters, model_info
 from mtkd.models.load import load_config as load_model_config
 from mtkd.registry import LOSSES, TASKS, WEIGHTINGS, check_options, load_plugins
 from mtkd.rows import compile_rows
@@ -98,6 +99,7 @@ def check(config: RunConfig) -> None:
     """
     load_plugins(config.plugins, config.base)
     _check_registered(config)
+    check_evaluation(config)
     for name, data in config.data.items():
         check_source(data, config.base, f"data.{name}")
 
@@ -113,7 +115,7 @@ def _check_registered(config: RunConfig) -> None:
     for name, stage in config.stages.items():
         where = f"stages.{name}"
         _check_labels(config, stage, where)
-        for position, row in enumerate(stage_rows(stage, where)):
+        for position, row in enumerate(stage_rows(stage, config.data[config.data_name(stage.data)], where)):
             spec = LOSSES.find(row.loss, f"{where}.match[{position}].loss")
             check_options(row.options, spec.options(), f"{where}.match[{position}]")
         make_weighting(stage.weighting, tuple(t.name for t in stage.teachers), f"{where}.weighting")
@@ -122,9 +124,10 @@ def _check_registered(config: RunConfig) -> None:
 def _check_labels(config: RunConfig, stage: StageConfig, where: str) -> None:
     """Refuse whatever reads the labels of made-up texts."""
     name = config.data_name(stage.data)
-    if config.data[name].labelled:
+    data = config.data[name]
+    if data.labelled:
         return
-    readers = [f"row {row.feature}:{row.loss}" for row in stage_rows(stage, where) if row.target == "labels"]
+    readers = [f"row {row.feature}:{row.loss}" for row in stage_rows(stage, data, where) if row.target == "labels"]
     if WEIGHTINGS.find(stage.weighting.name, f"{where}.weighting.name").needs_labels:
         readers.append(f"weighting '{stage.weighting.name}'")
     if readers:
@@ -186,6 +189,7 @@ class _Planner:
         stage, where = self.config.stages[name], f"stages.{name}"
         data = self.config.data[self.config.data_name(stage.data)]
         task = TASKS.find(data.task, f"data.{stage.data}.task")
+        auto_class = task.class_for(data)
         models = [(role, m, self._model_config(stage, m, f"{where}.{role}")) for role, m in stage.trained.items()]
         own = len(models)
         self._made |= {f"{name}/{role}" if stage.members else name: made for role, _, made in models}
@@ -195,13 +199,13 @@ class _Planner:
             self._check_tokenizer(teacher.model, place)
         planned, infos = [], []
         for role, model, config in models:
-            info = model_info(config, task.auto_class)
+            info = model_info(config, auto_class)
             infos.append(info)
-            planned.append(_planned(role, model, info, count_parameters(config, task.auto_class)))
+            planned.append(_planned(role, model, info, count_parameters(config, auto_class)))
         if stage.members:
             check_members({role: info for (role, _, _), info in zip(models, infos, strict=True)}, f"{where}.members")
         rows = compile_rows(
-            stage_rows(stage, where),
+            stage_rows(stage, data, where),
             infos[0],
             {role: info for (role, _, _), info in zip(models[own:], infos[own:], strict=True)},
             token_level=task.token_level,
@@ -227,11 +231,11 @@ class _Planner:
             made = self._made[str(model.path).removeprefix(STAGE_PREFIX)]
             if model.keep_layers:
                 made = type(made).from_dict({**made.to_dict(), "num_hidden_layers": len(model.keep_layers)})
-            return made
+            return self._for_task(made, stage, where)
         data = self.config.data[self.config.data_name(stage.data)]
         return load_model_config(
             model,
-            TASKS.find(data.task).auto_class,
+            TASKS.find(data.task).class_for(data),
             num_ids=self._num_ids,
             max_positions=data.max_length,
             num_labels=len(data.labels) or 2,
@@ -239,6 +243,24 @@ class _Planner:
             tokenizer=self._tokenizer,
             resolve=lambda path: resolve_path(path, self.config.base),
         )
+
+    def _for_task(self, made: PretrainedConfig, stage: StageConfig, where: str) -> PretrainedConfig:
+        """An earlier stage's model as this stage will load it: the head of its task, the length of its data."""
+        data = self.config.data[self.config.data_name(stage.data)]
+        auto_class = TASKS.find(data.task).class_for(data)
+        made = type(made).from_dict(made.to_dict())
+        if auto_class == CLASSIFIER:
+            made.num_labels = len(data.labels) or 2
+        longest = model_info(made, auto_class).max_positions
+        if longest < data.max_length:
+            raise UserError(
+                "the data's examples are longer than the longest sequence of the earlier stage's model",
+                where=where,
+                found=f"{data.max_length} tokens",
+                allowed=f"at most {longest}",
+                todo="give the model of that stage more max_positions, or this data a smaller max_length",
+            )
+        return made
 
     def _check_tokenizer(self, model: ModelConfig, where: str) -> None:
         """Token -> id of the teacher and of the run, where both exist before anything is trained."""

@@ -122,6 +122,10 @@ class LossSpec:
         """The keyword-only parameters a row may set under ``options``."""
         return keyword_parameters(self.function)
 
+    def mixes(self, options: Mapping[str, Any]) -> bool:
+        """Whether teachers may meet in one mixture: not where each has its own support (option ``top``)."""
+        return self.teacher_term is not None and not options.get("top")
+
     def __call__(self, student: Any, teacher: Any, mask: Any, options: Mapping[str, Any] | None = None) -> Any:
         """The loss per position, 0 where `mask` is False whatever stands there (NaN and infinity included).
 
@@ -171,19 +175,43 @@ class WeightingSpec:
         return {n: p for n, p in parameters.items() if n != "teachers" and p.kind in given}
 
 
+STEPS = ("pre-train", "fine-tune", "prediction")
+"""The distillations a method may consist of, in their order: on plain text; on the task's data; the task's labels."""
+
+
 @dataclass(frozen=True)
 class MethodSpec:
-    """A method of the literature: a function from its options to the rows it is made of."""
+    """A method of the literature: a function from its options to the rows it is made of.
+
+    Attributes:
+        function: ``(**options) -> {label: Match}``; a method of several steps has an option ``step``.
+        steps: those of `STEPS` that its paper distils at.
+        must_be_equal: what its paper needs equal on both sides.
+        variants: option sets that the paper tries side by side; the method table unites their rows.
+    """
 
     name: str
     function: Callable[..., Any]
-    stages: tuple[str, ...]
+    steps: tuple[str, ...]
     source: str
     must_be_equal: tuple[str, ...] = field(default=())
+    variants: tuple[Mapping[str, Any], ...] = field(default=({},))
 
     def options(self) -> dict[str, inspect.Parameter]:
         """The keyword parameters a stage may set under ``method.options``."""
         return dict(inspect.signature(self.function).parameters)
+
+    def rows(self, options: Mapping[str, Any], step: str = "") -> dict[str, Any]:
+        """Label -> Match row, at a step ("": the one that the options name, or the first).
+
+        Raises:
+            ValueError: a step the method does not have, or a value its function refuses.
+        """
+        step = step or options.get("step", self.steps[0])
+        if step not in self.steps:
+            raise ValueError(f"step is one of {', '.join(self.steps)}; found {step!r}")
+        named = {"step": step} if "step" in self.options() else {}
+        return dict(self.function(**{**options, **named}))
 
 
 def _over(mask: Any, values: Any) -> Any:
@@ -232,12 +260,26 @@ def weighting(name: str, *, sums_to_one: bool = True, needs_labels: bool = False
 
 
 def method(
-    name: str, *, stages: tuple[str, ...], source: str, must_be_equal: tuple[str, ...] = ()
+    name: str,
+    *,
+    steps: tuple[str, ...],
+    source: str,
+    must_be_equal: tuple[str, ...] = (),
+    variants: tuple[Mapping[str, Any], ...] = ({},),
 ) -> Callable[[Decorated], Decorated]:
-    """Register a function ``(**options) -> tuple[Match, ...]`` as a method."""
+    """Register a function ``(**options) -> {label: Match}`` as a method; see `MethodSpec`.
+
+    Raises:
+        ValueError: steps that are none of `STEPS`, or several of them and no option ``step`` to choose one by.
+    """
 
     def decorate(function: Decorated) -> Decorated:
-        METHODS.add(name, MethodSpec(name, function, stages, source, must_be_equal))
+        spec = MethodSpec(name, function, steps, source, must_be_equal, variants)
+        if not steps or not set(steps) <= set(STEPS) or (len(steps) > 1 and "step" not in spec.options()):
+            raise ValueError(
+                f"method '{name}': steps are of {', '.join(STEPS)}, and several need an option `step`; found {steps}"
+            )
+        METHODS.add(name, spec)
         return function
 
     return decorate

@@ -17,10 +17,10 @@ ORDER = (
     ("errors", "registry", "products", "features", "yamlfile", "console"),
     ("match", "methods", "config", "configfile", "launcher"),
     ("losses", "weightings", "models", "data", "engine"),
-    ("rows", "tiles", "pool", "projection", "objective", "cofinetune"),
+    ("rows", "mix", "tiles", "pool", "projection", "objective", "cofinetune"),
     ("chain", "seal", "rundir", "build", "planner"),
     ("train", "evaluate"),
-    ("report", "runner", "status", "listing", "doctor", "laws", "testing"),
+    ("report", "runner", "status", "table", "listing", "doctor", "laws", "testing"),
     ("cli",),
     ("__main__",),
 )

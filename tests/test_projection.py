@@ -40,7 +40,7 @@ EACH = {"feature": "hidden", "loss": "mse", "student_layer": "each", "teacher_la
 
 
 def test_one_adapter_per_row_and_teacher_of_another_width() -> None:
-    found = projections(*METHODS["tinybert"].function())  # embedding, hidden, scores
+    found = projections(*METHODS["tinybert"].rows({}).values())  # embedding, hidden, scores
     assert sorted(found) == ["row0_teacher1", "row1_teacher1"]
     for linear in found.values():
         assert (linear.in_features, linear.out_features, linear.bias) == (8, 12, None)

@@ -31,9 +31,9 @@ from mtkd.registry import loss, method
 def absolute(student, teacher, mask, *, power: float = 1.0):
     return (student - teacher).abs().pow(power).mean(-1)
 
-@method("test-method", stages=("distill",), source="nobody")
+@method("test-method", steps=("fine-tune",), source="nobody")
 def rows():
-    return ()
+    return {}
 """
 
 

@@ -68,6 +68,11 @@ class DataConfig(Config):
         description="tokens per example, special ones included; language-model tasks cut longer documents into blocks",
     )
     mask_share: Share = Field(0.15, description="masked-lm: share of tokens selected as targets")
+    next_sentence: bool = Field(
+        False,
+        description="masked-lm: pairs of segments, half of them from another document, with the label which; the model "
+        "gets a next-sentence head (bert) and rows may read nsp_logits",
+    )
     validation_share: Share = Field(
         0.0, description="share of the train split held out as validation when the source has none"
     )

@@ -65,7 +65,7 @@ class StageConfig(Config):
     )
     teachers: tuple[TeacherConfig, ...] = Field((), description="the pool, in order")
     method: Named | None = Field(None, description="a method of the table; its rows come first")
-    match: tuple[Match, ...] = Field((), description="further rows")
+    match: tuple[Match, ...] = Field((), description="further rows, or with `replace` in place of the method's")
     weighting: Named = Field(Named(name="uniform"), description="how much each teacher counts")
     per: Literal["example", "token"] = Field("example", description="one weight per example or per token (token tasks)")
     steps: Positive | None = Field(None, description="optimizer steps")

@@ -23,6 +23,8 @@ class Batch:
         targets: token tasks: [B,L] int64, the id that position l must predict, `NO_LABEL` where nothing is asked
             (already shifted for causal models); classification: [B] int64; regression: [B] float32.
         token_type_ids: [B,L] int64 or None.
+        nsp_targets: 0 where the second segment follows the first, 1 where it is another document's, `NO_LABEL` in
+            filler rows; [B] int64, or None when nothing is asked.
     """
 
     ids: Tensor  # [B]
@@ -30,6 +32,7 @@ class Batch:
     attention_mask: Tensor  # [B,L]
     targets: Tensor  # [B,L] or [B]
     token_type_ids: Tensor | None = None  # [B,L]
+    nsp_targets: Tensor | None = None  # [B]
 
     @property
     def real(self) -> Tensor:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -51,6 +51,8 @@ class Documents:
 class Examples(Protocol):
     """The examples of one split, tokenised.
 
+    `lengths` may be upper bounds where inputs change with the epoch.
+
     `read` returns the inputs of example `index` and what they are to predict: int64 [L] for token tasks, a number for
     classification; the third item is token types [L] or None. `epoch` matters only where inputs change with it.
     """
@@ -58,6 +60,13 @@ class Examples(Protocol):
     lengths: np.ndarray  # tokens per example, [examples] int64
 
     def read(self, index: int, epoch: int) -> tuple[np.ndarray, np.ndarray | float, np.ndarray | None]: ...
+
+
+@runtime_checkable
+class Pairs(Protocol):
+    """Examples that also ask whether their second segment follows the first: 0 = it does, 1 = it is another's."""
+
+    def next_sentence(self, index: int, epoch: int) -> int: ...
 
 
 class Split:
@@ -131,6 +140,7 @@ class Split:
         attention[len(indices) :, 0] = True  # a filler row without a single token would give softmax over nothing
         types = np.zeros((num_rows, length), np.int64) if self._token_types else None
         targets = self._no_targets(num_rows, length)
+        follows = np.full(num_rows, NO_LABEL, np.int64) if isinstance(self._examples, Pairs) else None
         for row, index in enumerate(indices):
             tokens, target, token_types = self._examples.read(int(index), epoch)
             ids[row] = index
@@ -142,12 +152,15 @@ class Split:
                 targets[row] = target
             if types is not None and token_types is not None:
                 types[row, : len(tokens)] = token_types
+            if follows is not None and isinstance(self._examples, Pairs):
+                follows[row] = self._examples.next_sentence(int(index), epoch)
         return Batch(
             ids=torch.from_numpy(ids),
             input_ids=torch.from_numpy(inputs),
             attention_mask=torch.from_numpy(attention),
             targets=torch.from_numpy(targets),
             token_type_ids=torch.from_numpy(types) if types is not None else None,
+            nsp_targets=torch.from_numpy(follows) if follows is not None else None,
         )
 
     def _no_targets(self, num_rows: int, length: int) -> np.ndarray:

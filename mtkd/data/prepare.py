@@ -10,10 +10,10 @@ import numpy as np
 from mtkd.data.collate import Documents, Split
 from mtkd.data.files import read_texts
 from mtkd.data.labels import read_labels
-from mtkd.data.tokenizers import num_real_ids
+from mtkd.data.masking import Masking
+from mtkd.data.pairs import PairExamples, around_pair
 from mtkd.data.transfer import transfer_tokens
 from mtkd.errors import DataError, UserError
-from mtkd.features import NO_LABEL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,10 +21,6 @@ if TYPE_CHECKING:
     from mtkd.data.tasks import PrepareRequest
 
 _TOKENIZED_AT_ONCE = 1_000  # texts
-
-# Devlin et al. 2019, BERT, arXiv 1810.04805, section 3.1: of the selected tokens 80% become the mask token, 10% a
-# random token, 10% stay as they are.
-_MASKED_SHARE, _RANDOM_SHARE = 0.8, 0.1
 
 
 class CausalExamples:
@@ -63,42 +59,6 @@ class ClassifyExamples:
         start, end = int(self._starts[index]), int(self._starts[index] + self.lengths[index])
         types = self._types[start:end] if self._types is not None else None
         return self._tokens[start:end], self._labels[index].item(), types
-
-
-class Masking:
-    """BERT's masking with a seed: 80% mask token, 10% random token, 10% unchanged, special tokens never.
-
-    Raises:
-        UserError: for a tokenizer without a mask token.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, share: float, seed: int) -> None:
-        if tokenizer.mask_token_id is None:
-            raise UserError(
-                "the tokenizer has no mask token", where="data.task", found="masked-lm", allowed="causal-lm"
-            )
-        self._mask_id = int(tokenizer.mask_token_id)
-        self._special = np.array(sorted(tokenizer.all_special_ids))
-        self._ordinary = np.setdiff1d(np.arange(num_real_ids(tokenizer)), self._special)
-        self._share = share
-        self._seed = seed % 2**64  # seeds of numpy are not negative
-
-    def apply(self, tokens: np.ndarray, example: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Masked inputs and targets of one example, [L] each; at least one target where a token is ordinary."""
-        random = np.random.default_rng([self._seed, epoch, example])
-        inputs, targets = tokens.astype(np.int64), np.full(len(tokens), NO_LABEL, np.int64)
-        open_to_choice = np.flatnonzero(~np.isin(tokens, self._special))
-        if not len(open_to_choice):
-            return inputs, targets
-        chosen = open_to_choice[random.random(len(open_to_choice)) < self._share]
-        if not len(chosen):
-            chosen = random.choice(open_to_choice, 1)
-        targets[chosen] = tokens[chosen]
-        fate = random.random(len(chosen))
-        substitutes = random.choice(self._ordinary, len(chosen))
-        replaced = np.where(fate < _MASKED_SHARE + _RANDOM_SHARE, substitutes, inputs[chosen])
-        inputs[chosen] = np.where(fate < _MASKED_SHARE, self._mask_id, replaced)
-        return inputs, targets
 
 
 def prepare_causal(request: PrepareRequest) -> Split:
@@ -140,6 +100,8 @@ def prepare_masked(request: PrepareRequest) -> Split:
     if room < 1:
         raise UserError("no room for a token", where="data.max_length", found=config.max_length, allowed="a longer one")
     texts, rows = _texts(request)
+    if config.next_sentence:
+        return _paired(request, texts, rows, masking)
     flat: list[np.ndarray] = []
     of_example: list[int] = []
     for number, ids in enumerate(_tokenized(request, texts)):
@@ -151,6 +113,26 @@ def prepare_masked(request: PrepareRequest) -> Split:
     scored = np.array([len(text.encode()) for text in texts], np.int64)
     documents = _documents(request, rows, np.array(of_example, np.int64), scored)
     return Split(MaskedExamples(np.concatenate(flat), starts, lengths, masking), documents, pad_id=_pad_id(tokenizer))
+
+
+def _paired(request: PrepareRequest, texts: list[str], rows: np.ndarray, masking: Masking) -> Split:
+    """Pairs of segments; every document is cut into equal stretches of at most `max_length` tokens."""
+    tokenizer, config = request.tokenizer, request.config
+    documents = [ids.astype(np.int32) for ids in _tokenized(request, texts)]
+    for number, ids in enumerate(documents):
+        if len(ids) < 2:
+            where = request.origin.where(rows[number])
+            raise DataError("the text has only one token, which makes no pair", where=where, found=texts[number])
+    if len(documents) < 2:
+        raise DataError("pairs need a second document to draw from", where=request.origin.name, found="1 document")
+    around = around_pair(tokenizer)
+    room = config.max_length - sum(map(len, around))
+    if room < 3:  # then every stretch has two tokens
+        raise UserError("no room for a pair", where="data.max_length", found=config.max_length, allowed="a longer one")
+    examples = PairExamples(documents, room, around, masking, config.seed)
+    scored = np.array([len(text.encode()) for text in texts], np.int64)
+    described = _documents(request, rows, examples.of_example, scored)
+    return Split(examples, described, pad_id=_pad_id(tokenizer), token_types=True)
 
 
 def prepare_classify(request: PrepareRequest) -> Split:

@@ -59,6 +59,10 @@ class TaskSpec:
     regression_metrics: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()
 
+    def class_for(self, config: DataConfig) -> str:
+        """The auto class of a `data` block's models: with next-sentence labels the one that has both heads."""
+        return "AutoModelForPreTraining" if config.next_sentence else self.auto_class
+
     def metrics_for(self, num_labels: int) -> tuple[str, ...]:
         """The metrics of this task: a single output is a regression."""
         return self.regression_metrics if self.regression_metrics and num_labels == 1 else self.metrics
@@ -128,7 +132,7 @@ TASKS.add(
         ("perplexity", "accuracy"),
         _masked,
         _no_labels,
-        fields=("mask_share",),
+        fields=("mask_share", "next_sentence"),
     ),
 )
 TASKS.add(

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from mtkd.build import Workshop
+from mtkd.chain import scored_models
 from mtkd.config import STAGE_PREFIX, EvaluateConfig, ModelConfig
 from mtkd.configfile import fingerprint
 from mtkd.console import say
@@ -32,7 +33,7 @@ def judge(shop: Workshop) -> dict[str, Any]:
     """
     settings = shop.config.evaluate
     name = shop.config.data_name(settings.data)
-    wanted = [*shop.config.scored, *(ENSEMBLE + s for s in settings.ensembles)]
+    wanted = [*scored_models(shop.config), *(ENSEMBLE + s for s in settings.ensembles)]
     context = {
         "data": shop.raw(name).fingerprint,
         "config": shop.config.data[name].model_dump(mode="json"),

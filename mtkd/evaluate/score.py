@@ -142,7 +142,10 @@ def _score_examples(
         for positions, values in mixture_log_probs(models, batch, dtype, tile):
             for row, value in zip(positions.tolist(), values.cpu(), strict=True):
                 example = int(batch.ids[row])
-                record: dict[str, Any] = {"document": split.document_names[split.documents[example]]}
+                document = split.documents[example]
+                record: dict[str, Any] = {"document": split.document_names[document]}
+                if split.document_domains[document]:  # names may be unique within a domain only
+                    record["domain"] = split.document_domains[document]
                 record["label"] = batch.targets[row].item()
                 if batch.targets.is_floating_point():
                     record["prediction"] = float(value[0])

@@ -25,17 +25,35 @@ def no_term(log_probs: Tensor) -> Tensor:
 
 
 @loss("kl", inputs=LOGITS, teacher_term=negative_entropy)
-def kl(student: Tensor, teacher: Tensor, mask: Tensor, *, temperature: float = 1.0, scale: bool = True) -> Tensor:
+def kl(
+    student: Tensor, teacher: Tensor, mask: Tensor, *, temperature: float = 1.0, scale: bool = True, top: int = 0
+) -> Tensor:
     """Forward Kullback-Leibler divergence KL(teacher || student), T^2-scaled.
 
     ``T^2 * sum_v p_T(v) (log p_T(v) - log p_S(v))`` with p = softmax(logits / T); includes the teacher's entropy, so
     identical models give exactly 0. Gradient with respect to the student's logits: ``T (p_S - p_T)``.
 
+    With ``top: n`` the teacher's n most probable columns are compared one by one and all others as one bucket, the
+    tail: a divergence of n + 1 outcomes. Nothing is renormalised: without the tail a student could move mass outside
+    the teacher's support for free.
+
     Returns: [n], nats.
+    Raises: ValueError for a temperature that is not positive or a negative `top`.
     Source: Hinton et al. 2015, Distilling the Knowledge in a Neural Network, arXiv 1503.02531, section 2.
     """
+    if top < 0:
+        raise ValueError(f"top is a number of columns, 0 for all of them; found {top}")
     log_s, log_t = _log_probs(student, temperature), _log_probs(teacher, temperature)
+    if 0 < top < log_t.shape[-1]:
+        columns = log_t.topk(top, -1).indices
+        log_s, log_t = _with_tail(log_s, columns), _with_tail(log_t, columns)
     return _scaled((log_t.exp() * (log_t - log_s)).sum(-1), temperature, scale)
+
+
+def _with_tail(log_probs: Tensor, columns: Tensor) -> Tensor:
+    """Log-probabilities [n,V] at some columns [n,k], and of all others together: [n,k+1]."""
+    others = log_probs.scatter(-1, columns, -torch.inf)
+    return torch.cat([log_probs.gather(-1, columns), others.logsumexp(-1, keepdim=True)], -1)
 
 
 @loss("reverse_kl", inputs=LOGITS)

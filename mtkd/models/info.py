@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
 CAUSAL_LM = "AutoModelForCausalLM"
 MASKED_LM = "AutoModelForMaskedLM"
 CLASSIFIER = "AutoModelForSequenceClassification"
-TOKEN_LEVEL = (CAUSAL_LM, MASKED_LM)
+PRE_TRAINING = "AutoModelForPreTraining"
+TOKEN_LEVEL = (CAUSAL_LM, MASKED_LM, PRE_TRAINING)
 
 TAP = "mtkd_tap"
 """Name of the attention function that records query, key and value; see `mtkd.models.attention`."""
@@ -77,7 +79,7 @@ def model_info(config: PretrainedConfig, auto_class: str) -> ModelInfo:
     check_head(config, auto_class)
     heads = config.num_attention_heads
     width = config.hidden_size
-    taps = {"logits", "hidden", "embedding", "cls"}
+    taps = {"logits", "hidden", "embedding", "cls"} | ({"nsp_logits"} if auto_class == PRE_TRAINING else set())
     if attention_implementation(config, auto_class) == TAP:
         taps.update(ATTENTION)
     return ModelInfo(
@@ -137,9 +139,17 @@ def check_head(config: PretrainedConfig, auto_class: str) -> None:
     """Refuse an encoder where a causal model is asked for: its tokens would see the ones they must predict.
 
     Raises:
-        UserError: also when the architecture has no head of this kind.
+        UserError: also when the architecture has no head of this kind, or none for the next sentence.
     """
-    model_class(config, auto_class)
+    cls = model_class(config, auto_class)
+    # "For pre-training" means BERT's two heads to some architectures and the language model alone to the others.
+    if auto_class == PRE_TRAINING and "next_sentence_label" not in inspect.signature(cls.forward).parameters:
+        raise UserError(
+            f"architecture '{config.model_type}' has no next-sentence head",
+            where="model",
+            found=cls.__name__,
+            todo="use bert, or drop data.next_sentence",
+        )
     if auto_class == CAUSAL_LM and not is_causal(config):
         raise UserError(
             f"architecture '{config.model_type}' attends in both directions and cannot be a causal model",

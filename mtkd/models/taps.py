@@ -21,7 +21,7 @@ from mtkd.data.batch import Batch
 from mtkd.errors import UserError, nearest
 from mtkd.features import ATTENTION, NO_LABEL, DenseLogits, Features, HeadLogits, split_key
 from mtkd.models.attention import AttentionCall, Recorder, active_recorder, recording
-from mtkd.models.info import TAP, TOKEN_LEVEL, model_info
+from mtkd.models.info import PRE_TRAINING, TAP, TOKEN_LEVEL, model_info
 
 VERIFY_TOLERANCE = 1e-3
 """Largest difference between our logits and the model's own, relative to its largest logit."""
@@ -54,6 +54,7 @@ class TappedModel(nn.Module):
             self.info = dataclasses.replace(self.info, taps=self.info.taps - set(ATTENTION))
         self.num_ids = num_ids
         self.token_level = auto_class in TOKEN_LEVEL
+        self._two_heads = auto_class == PRE_TRAINING
         self._transform = head_transform(model.config)
         parameters = inspect.signature(model.forward).parameters
         # GPT-2 would add token types to the *word* embeddings; RoBERTa has a table of one row.
@@ -100,6 +101,8 @@ class TappedModel(nn.Module):
         for key, (name, layer) in keys.items():
             if name == "logits":
                 features[key] = self._logits(recorder, output)
+            elif name == "nsp_logits":
+                features[key] = DenseLogits(output.seq_relationship_logits)
             elif name in _HIDDEN:
                 hidden = output.hidden_states[self._depth(name, layer)]
                 features[key] = hidden[:, 0] if name == "cls" else hidden
@@ -152,7 +155,9 @@ class TappedModel(nn.Module):
             wants = {"logits", f"hidden.{self.info.num_layers}"}
             wants |= {f"query.{self.info.num_layers}"} if "query" in self.info.taps else set()
             ours = self(batch, frozenset(wants))["logits"]
-            theirs = self.model(**self._inputs(batch)).logits.float().reshape(-1, self._columns())[:, : self._real()]
+            output = self.model(**self._inputs(batch))
+            whole = output.prediction_logits if self._two_heads else output.logits
+            theirs = whole.float().reshape(-1, self._columns())[:, : self._real()]
             assert not isinstance(ours, Tensor)
             index = torch.arange(theirs.shape[0], device=theirs.device)
             difference = float((ours.rows(index) - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))

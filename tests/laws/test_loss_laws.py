@@ -17,7 +17,7 @@ from mtkd.losses.distributions import negative_entropy
 from mtkd.registry import LOSSES, LossSpec, load_plugins
 
 OPTIONS = {
-    "kl": [{"temperature": 3.0}, {"temperature": 0.5, "scale": False}],
+    "kl": [{"temperature": 3.0}, {"temperature": 0.5, "scale": False}, {"top": 3, "temperature": 2.0}],
     "reverse_kl": [{"temperature": 3.0}],
     "soft_ce": [{"temperature": 3.0}],
     "jsd": [{"beta": 0.1}, {"beta": 0.9, "temperature": 2.0}],
