@@ -14,6 +14,7 @@ from mtkd.config import ModelConfig, RunConfig, StageConfig
 from mtkd.data.sources import check_source
 from mtkd.data.tokenizers import check_same_tokenizer, num_real_ids, train_tokenizer
 from mtkd.launcher import launch_command
+from mtkd.models.cut import cut_config
 from mtkd.models.info import ModelInfo, count_parameters, model_info
 from mtkd.models.load import load_config as load_model_config
 from mtkd.registry import TASKS, load_plugins
@@ -186,10 +187,7 @@ class _Planner:
     def _model_config(self, stage: StageConfig, model: ModelConfig, where: str) -> PretrainedConfig:
         earlier = stage_of(model.path)
         if earlier is not None:
-            made = self._made[earlier]
-            if model.keep_layers:
-                made = type(made).from_dict({**made.to_dict(), "num_hidden_layers": len(model.keep_layers)})
-            return made
+            return cut_config(self._made[earlier], model)
         data = self.config.data[self.config.data_name(stage.data)]
         return load_model_config(
             model,
@@ -242,6 +240,8 @@ def _planned(role: str, model: ModelConfig, info: ModelInfo, parameters: int) ->
     origin = model.path or "fresh"
     if model.keep_layers:
         origin += f" layers {','.join(map(str, model.keep_layers))}"
+    if model.slice:
+        origin += ", sliced"
     return PlannedModel(role, origin, info.architecture, info.num_layers, info.width, info.num_heads, parameters)
 
 
