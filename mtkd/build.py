@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mtkd.chain import identity, stage_of, stage_rows, stage_seed, weights_digest
 from mtkd.config import EngineConfig, ModelConfig, Named, RunConfig, StageConfig, TeacherConfig
-from mtkd.configfile import differences
+from mtkd.configfile import differences, fingerprint
 from mtkd.data.collate import LoadedData, load_data
 from mtkd.data.sampler import Order, TrainStream
 from mtkd.data.sources import Raw, load_raw
@@ -36,8 +36,9 @@ from mtkd.engine.torch_engine import TorchEngine
 from mtkd.errors import DataError, UserError
 from mtkd.models.cards import load_cards
 from mtkd.models.folder import check_folder
-from mtkd.models.load import build_model
-from mtkd.models.taps import TappedModel
+from mtkd.models.load import build_model, compress_model
+from mtkd.models.taps import TappedModel, input_table
+from mtkd.models.vocabulary import VocabularyMap, compressed_teacher, compressed_twice, make_vocabulary, read_vocabulary
 from mtkd.objective import Objective
 from mtkd.pool import ResidentTeacher, TeacherPool
 from mtkd.projection import make_projections
@@ -170,6 +171,10 @@ class Workshop:
         stage = self.config.stages[name]
         steps = self._equal_time_steps(stage) if stage.equal_time else stage.steps or 0
         models = {"student": self.digest(stage.student)}
+        if stage.student.vocabulary is not None:
+            counted = self.config.data_name(stage.student.vocabulary.counts)
+            texts = self.config.data[counted].model_dump(mode="json")
+            models["vocabulary"] = fingerprint([self.raw(counted).fingerprint, texts])
         models |= {f"teacher {t.name}": self.digest(t.model) for t in stage.teachers}
         return identity(
             self.config,
@@ -195,27 +200,53 @@ class Workshop:
         check_folder(folder)  # a link in it could lead the digest to a file outside
         return weights_digest(model, folder)
 
-    def model(self, model: ModelConfig, data: LoadedData, seed: int) -> TappedModel:
-        """A model for the data's task, with taps; checked against its own logits."""
+    def vocabulary(self, model: ModelConfig, where: str) -> VocabularyMap | None:
+        """The map that comes with a model's folder; None for a model with a whole vocabulary."""
+        return read_vocabulary(self.resolve(model.path), self.tokenizer, where) if model.path else None
+
+    def model(
+        self, model: ModelConfig, data: LoadedData, seed: int, teacher: TappedModel | None = None, where: str = "model"
+    ) -> TappedModel:
+        """A model for the data's task, with taps.
+
+        Args:
+            teacher: whose embedding tells which ids are alike, for a fresh student with a compressed vocabulary.
+        """
+        num_ids, task = num_real_ids(self.tokenizer), data.task.auto_class
+        vocabulary = self.vocabulary(model, where)
+        tables = [] if teacher is None else [teacher.embedding_table]
         built = build_model(
             model,
-            data.task.auto_class,
-            num_ids=num_real_ids(self.tokenizer),
+            task,
+            num_ids=num_ids if vocabulary is None else vocabulary.num_kept,
             max_positions=data.config.max_length,
             num_labels=data.num_labels,
             label_names=data.label_names,
             tokenizer=self.tokenizer,
             seed=seed,
             resolve=self.resolve,
+            on_loaded=lambda whole: tables.insert(0, input_table(whole)),
         )
-        return TappedModel(built, data.task.auto_class, num_real_ids(self.tokenizer))
+        if model.vocabulary is not None:
+            if vocabulary is not None:
+                raise compressed_twice(f"{where}.vocabulary")
+            name = self.config.data_name(model.vocabulary.counts)
+            made = make_vocabulary(
+                model.vocabulary, self.config.data[name], self.raw(name), self.tokenizer, built.config, tables[0]
+            )
+            vocabulary = self.dist.broadcast_object(made)  # near ties could be rounded differently elsewhere
+            built = compress_model(built, task, vocabulary, seed)
+        return TappedModel(built, task, num_ids, vocabulary)
 
     def teacher(self, teacher: TeacherConfig, data: LoadedData, where: str) -> TappedModel:
         """A teacher whose tokenizer is the run's."""
         assert teacher.model.path is not None
-        own = read_tokenizer(self.resolve(teacher.model.path), teacher.model.revision)
-        check_same_tokenizer(self.tokenizer, own, where)
-        model = self.model(teacher.model, data, seed=0)
+        if self.vocabulary(teacher.model, where) is None:
+            own = read_tokenizer(self.resolve(teacher.model.path), teacher.model.revision)
+            check_same_tokenizer(self.tokenizer, own, where)
+        elif data.task.token_level:
+            raise compressed_teacher(teacher.model.path, where)
+        model = self.model(teacher.model, data, seed=0, where=where)
         broken = [name for name, weight in model.model.named_parameters() if not weight.isfinite().all()]
         if broken:
             raise DataError("the teacher's weights are not finite", where=where, found=", ".join(broken[:5]))
@@ -230,11 +261,11 @@ class Workshop:
         """
         stage, where = self.config.stages[name], f"stages.{name}"
         data, seed = self.data(self.config.data_name(stage.data)), stage_seed(self.config, stage)
-        student = self.model(stage.student, data, seed)
-        if self.config.engine.activation_checkpointing:
-            student.enable_activation_checkpointing()
         names = [t.name for t in stage.teachers]
         models = [self.teacher(t, data, f"{where}.teachers[{i}]") for i, t in enumerate(stage.teachers)]
+        student = self.model(stage.student, data, seed, models[0] if models else None, f"{where}.student")
+        if self.config.engine.activation_checkpointing:
+            student.enable_activation_checkpointing()
         rows = compile_rows(
             stage_rows(stage, where, data.num_labels == 1),
             student.info,

@@ -11,6 +11,7 @@ from mtkd.config import STAGE_PREFIX, ModelConfig, RunConfig, StageConfig
 from mtkd.configfile import differences, fingerprint
 from mtkd.errors import DataError
 from mtkd.match import Match
+from mtkd.models.folder import MAP_FILE
 from mtkd.registry import METHODS, check_options
 from mtkd.rundir import StageDir
 
@@ -108,8 +109,10 @@ def finished(folder: StageDir, name: str, wanted: dict[str, Any]) -> dict[str, A
 
 
 def weights_digest(model: ModelConfig, folder: Path) -> str:
-    """Digest of a model folder: config.json whole, and size and samples of every safetensors file."""
+    """Digest of a model folder: config.json and vocabulary map whole, size and samples of every safetensors file."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
+    if (folder / MAP_FILE).is_file():
+        digest.update((folder / MAP_FILE).read_bytes())
     for file in sorted(folder.glob("*.safetensors")):
         size = file.stat().st_size
         digest.update(f"{file.name}:{size}".encode())

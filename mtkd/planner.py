@@ -14,9 +14,10 @@ from mtkd.config import ModelConfig, RunConfig, StageConfig
 from mtkd.data.sources import check_source
 from mtkd.data.tokenizers import check_same_tokenizer, num_real_ids, train_tokenizer
 from mtkd.launcher import launch_command
-from mtkd.models.cut import cut_config
 from mtkd.models.info import ModelInfo, count_parameters, model_info
 from mtkd.models.load import load_config as load_model_config
+from mtkd.models.load import smaller_config
+from mtkd.models.vocabulary import compressed_teacher, compressed_twice, read_vocabulary
 from mtkd.registry import TASKS, load_plugins
 from mtkd.rows import compile_rows
 from mtkd.rundir import RunDir
@@ -97,8 +98,24 @@ def check(config: RunConfig) -> None:
     """
     load_plugins(config.plugins, config.base)
     check_registered(config)
+    _check_vocabularies(config)
     for name, data in config.data.items():
         check_source(data, config.base, f"data.{name}")
+
+
+def _check_vocabularies(config: RunConfig) -> None:
+    """A model that a stage made with a compressed vocabulary is not compressed again, and teaches no tokens."""
+    compressed: set[str | None] = set()
+    for name, stage in config.stages.items():
+        task = TASKS.find(config.data[config.data_name(stage.data)].task)
+        for i, teacher in enumerate(stage.teachers):
+            if task.token_level and stage_of(teacher.model.path) in compressed:
+                raise compressed_teacher(teacher.model.path or "", f"stages.{name}.teachers[{i}]")
+        goes_on = stage_of(stage.student.path) in compressed
+        if goes_on and stage.student.vocabulary is not None:
+            raise compressed_twice(f"stages.{name}.student.vocabulary")
+        if goes_on or stage.student.vocabulary is not None:
+            compressed.add(name)
 
 
 def plan(config: RunConfig) -> Plan:
@@ -136,6 +153,7 @@ class _Planner:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self._made: dict[str, PretrainedConfig] = {}
+        self._compressed: dict[str, int] = {}  # stages whose model has a compressed vocabulary: its ids
         settings = config.tokenizer
         self._trains_tokenizer = settings is not None and settings.train_on is not None
         if self._trains_tokenizer:
@@ -153,11 +171,13 @@ class _Planner:
         task = TASKS.find(data.task, f"data.{stage.data}.task")
         student = self._model_config(stage, stage.student, f"{where}.student")
         self._made[name] = student
+        if stage.student.vocabulary is not None or self._vocabulary(stage.student) is not None:
+            self._compressed[name] = student.vocab_size
         models = [("student", stage.student, student)]
         for i, teacher in enumerate(stage.teachers):
             place = f"{where}.teachers[{i}]"
             models.append((teacher.name, teacher.model, self._model_config(stage, teacher.model, place)))
-            self._check_tokenizer(teacher.model, place)
+            self._check_tokenizer(teacher.model, place, task.token_level)
         planned, infos = [], []
         for role, model, config in models:
             info = model_info(config, task.auto_class)
@@ -185,14 +205,17 @@ class _Planner:
         )
 
     def _model_config(self, stage: StageConfig, model: ModelConfig, where: str) -> PretrainedConfig:
+        vocabulary = self._vocabulary(model)
+        if model.vocabulary is not None and vocabulary is not None:
+            raise compressed_twice(f"{where}.vocabulary")
         earlier = stage_of(model.path)
         if earlier is not None:
-            return cut_config(self._made[earlier], model)
+            return smaller_config(self._made[earlier], model, self._tokenizer, self._num_ids)
         data = self.config.data[self.config.data_name(stage.data)]
         return load_model_config(
             model,
             TASKS.find(data.task).auto_class,
-            num_ids=self._num_ids,
+            num_ids=vocabulary or self._num_ids,
             max_positions=data.max_length,
             num_labels=len(data.labels) or 2,
             label_names=data.labels,
@@ -200,8 +223,20 @@ class _Planner:
             resolve=lambda path: resolve_path(path, self.config.base),
         )
 
-    def _check_tokenizer(self, model: ModelConfig, where: str) -> None:
+    def _vocabulary(self, model: ModelConfig) -> int | None:
+        """Ids of a model that comes with a vocabulary map; None for a whole vocabulary."""
+        earlier = stage_of(model.path)
+        if earlier is not None or model.path is None:
+            return self._compressed.get(earlier or "")
+        found = read_vocabulary(resolve_path(model.path, self.config.base), self._tokenizer, "model.path")
+        return None if found is None else found.num_kept
+
+    def _check_tokenizer(self, model: ModelConfig, where: str, token_level: bool) -> None:
         """Token -> id of the teacher and of the run, where both exist before anything is trained."""
+        if self._vocabulary(model) is not None:
+            if token_level:
+                raise compressed_teacher(model.path or "", where)
+            return
         if stage_of(model.path) is None and not self._trains_tokenizer and model.path is not None:
             own = read_tokenizer(resolve_path(model.path, self.config.base), model.revision)
             check_same_tokenizer(self._tokenizer, own, where)

@@ -5,7 +5,7 @@ Read by `mtkd.configfile.load_config`, printed as JSON Schema by `mtkd schema`. 
 
 from mtkd.config.base import STAGE_PREFIX, Config, Name, Named, Positive, Share, check_name
 from mtkd.config.data import DataConfig, TokenizerConfig
-from mtkd.config.model import ModelConfig, SliceConfig, TeacherConfig
+from mtkd.config.model import ModelConfig, SliceConfig, TeacherConfig, VocabularyConfig
 from mtkd.config.run import Comparison, EngineConfig, EvaluateConfig, RunConfig
 from mtkd.config.stage import BatchConfig, EqualTime, OptimizerConfig, StageConfig
 
@@ -29,5 +29,6 @@ __all__ = [
     "StageConfig",
     "TeacherConfig",
     "TokenizerConfig",
+    "VocabularyConfig",
     "check_name",
 ]

@@ -9,6 +9,21 @@ from pydantic import Field, model_validator
 from mtkd.config.base import STAGE_PREFIX, Config, Name, Positive, Share
 
 
+class VocabularyConfig(Config):
+    """A student with a part of the ids: the most frequent are kept, the others are read as the kept one most alike."""
+
+    keep: Annotated[float, Field(gt=0, le=1)] = Field(
+        description="share of the tokenizer's ids that stay, special ones included"
+    )
+    counts: str = Field(
+        "",
+        description="name of the `data` entry whose train split the ids are counted in; may be left out when only one",
+    )
+    always: tuple[str, ...] = Field(
+        (), description="words whose ids stay however rare they are; those of class names of `counts` always do"
+    )
+
+
 class SliceConfig(Config):
     """The shape of a narrower model cut from a loaded one; see mtkd/models/cut.py for what is kept."""
 
@@ -41,6 +56,11 @@ class ModelConfig(Config):
     )
     slice: SliceConfig | None = Field(
         None, description="with path: cut the loaded model (after keep_layers) to a smaller width, fewer heads"
+    )
+    vocabulary: VocabularyConfig | None = Field(
+        None,
+        description="keep a part of the ids; alike are ids in the input embedding of the loaded model, for a fresh one "
+        "in that of its stage's first teacher",
     )
     architecture: str | None = Field(None, description="fresh: bert, roberta, distilbert, gpt2, llama, qwen2")
     layers: Positive | None = Field(None, description="fresh: number of layers")
@@ -117,3 +137,9 @@ class TeacherConfig(Config):
             if isinstance(path, str):
                 value = {**value, "name": path.removeprefix(STAGE_PREFIX).rstrip("/").split("/")[-1]}
         return value
+
+    @model_validator(mode="after")
+    def _whole_vocabulary(self) -> TeacherConfig:
+        if self.model.vocabulary is not None:
+            raise ValueError("vocabulary is for students: a teacher predicts the whole vocabulary")
+        return self

@@ -98,6 +98,13 @@ class RunConfig(Config):
         for position, (name, stage) in enumerate(self.stages.items()):
             where = f"stages.{name}"
             self._known_data(stage.data, f"{where}.data")
+            if stage.student.vocabulary is not None:
+                self._known_data(stage.student.vocabulary.counts, f"{where}.student.vocabulary.counts")
+                if stage.student.path is None and not stage.teachers:
+                    raise ValueError(
+                        f"{where}.student.vocabulary: a fresh student's ids are compared by its first teacher's "
+                        "embedding, and this stage has no teachers"
+                    )
             earlier = names[:position]
             used = [(f"{where}.student", stage.student.path)]
             used += [(f"{where}.teachers[{i}]", t.model.path) for i, t in enumerate(stage.teachers)]

@@ -19,6 +19,7 @@ from mtkd.models.cut import cut_config, cut_weights
 from mtkd.models.folder import find_folder
 from mtkd.models.fresh import fresh_config, set_dropout
 from mtkd.models.info import CLASSIFIER, attention_implementation, check_head, model_info
+from mtkd.models.vocabulary import VocabularyMap, compressed_config, compressed_weights, planned_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,6 +59,7 @@ def build_model(
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     resolve: Resolve,
+    on_loaded: Callable[[PreTrainedModel], None] | None = None,
 ) -> PreTrainedModel:
     """A model in float32 on the CPU, in eval mode.
 
@@ -71,6 +73,7 @@ def build_model(
         tokenizer: gives the special ids of a fresh model.
         seed: of everything that is newly initialised; the global random state is neither read nor changed.
         resolve: maps ``stage:NAME`` and relative folders to folders; returns anything else as it is.
+        on_loaded: sees a loaded model before anything is cut from it.
 
     Raises:
         UserError: the description does not fit the task, the tokenizer or the data.
@@ -81,6 +84,8 @@ def build_model(
     if folder is None:
         return _from_config(full, auto_class, seed)
     model = _load(folder, full, request, seed)
+    if on_loaded is not None:
+        on_loaded(model)
     if config.is_cut:
         weights = cut_weights(model, config)
         # Built anew rather than by deleting modules: layer numbers inside the modules are then right by construction.
@@ -108,7 +113,30 @@ def load_config(
     """
     request = _Request(auto_class, num_ids, max_positions, num_labels, label_names, tokenizer)
     full, _ = _full_config(config, request, resolve, weights=False)
-    return cut_config(full, config)
+    return smaller_config(full, config, tokenizer, num_ids)
+
+
+def smaller_config(
+    config: PretrainedConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerBase, num_ids: int
+) -> PretrainedConfig:
+    """What is left of a configuration after keep_layers, slice and vocabulary, at plan time; same errors.
+
+    Args:
+        num_ids: ids of the run's tokenizer, for which `tokenizer` may stand in.
+    """
+    config = cut_config(config, model)
+    if model.vocabulary is None:
+        return config
+    return planned_config(config, model.vocabulary, tokenizer, num_ids, "model.vocabulary")
+
+
+def compress_model(model: PreTrainedModel, auto_class: str, vocabulary: VocabularyMap, seed: int) -> PreTrainedModel:
+    """A model with the kept rows of the embedding and the output head, and the rest of its weights."""
+    config = compressed_config(model.config, vocabulary.kept.tolist())
+    small = _from_config(config, auto_class, seed)
+    shapes = {name: value.shape for name, value in small.state_dict().items()}
+    small.load_state_dict(compressed_weights(model.state_dict(), shapes, vocabulary.kept), strict=True)
+    return small
 
 
 def _full_config(
