@@ -277,6 +277,8 @@ def _planned(role: str, model: ModelConfig, info: ModelInfo, parameters: int) ->
         origin += f" layers {','.join(map(str, model.keep_layers))}"
     if model.slice:
         origin += ", sliced"
+    if model.vocabulary:
+        origin += f", {info.vocabulary:,} ids"
     return PlannedModel(role, origin, info.architecture, info.num_layers, info.width, info.num_heads, parameters)
 
 

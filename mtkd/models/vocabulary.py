@@ -27,7 +27,7 @@ from mtkd.data.tokenizers import num_real_ids, tokenizer_fingerprint
 from mtkd.data.vocabulary import count_ids, shareable_ids
 from mtkd.errors import DataError, UserError
 from mtkd.features import NO_LABEL
-from mtkd.models.folder import MAP_FILE
+from mtkd.models.folder import MAP_FILE, check_folder
 from mtkd.models.info import OFFSET_POSITIONS
 from mtkd.registry import TASKS
 
@@ -102,6 +102,7 @@ def read_vocabulary(folder: Path | str, tokenizer: PreTrainedTokenizerBase, wher
     file = Path(folder) / MAP_FILE
     if not isinstance(folder, Path) or not file.is_file():
         return None
+    check_folder(folder, weights=False)  # a link could lead to a file outside
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         kept, to_kept, counts = (torch.tensor(values[n], dtype=torch.int64) for n in ("kept", "to_kept", "counts"))

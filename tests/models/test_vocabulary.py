@@ -194,6 +194,7 @@ def test_the_rows_of_kept_ids_give_the_same_logits(architecture: str, auto_class
 def test_the_map_beside_an_export(tmp_path: Path) -> None:
     tokenizer = wordpiece()
     found = vocabulary(tokenizer, 0.6)
+    build(description("bert"), MASKED_LM).config.save_pretrained(tmp_path)
     assert read_vocabulary(tmp_path, tokenizer, "here") is None
     found.save(tmp_path)
     again = read_vocabulary(tmp_path, tokenizer, "here")
@@ -216,7 +217,9 @@ def test_special_ids_have_new_numbers() -> None:
     config.pad_token_id, config.bos_token_id, config.eos_token_id = 7, 9, [9, 12]
     found = VocabularyMap(torch.tensor([2, 7, 9, 12]), torch.zeros(61, dtype=torch.int64), torch.zeros(61), "x")
     found.to_kept[found.kept] = torch.arange(4)
-    small = compress_model(whole, CAUSAL_LM, found, seed=0).config
+    model = compress_model(whole, CAUSAL_LM, found, seed=0)
+    small = model.config
+    assert (model.generation_config.bos_token_id, model.generation_config.eos_token_id) == (2, [2, 3])
     assert (small.vocab_size, small.pad_token_id, small.bos_token_id, small.eos_token_id) == (4, 1, 2, [2, 3])
 
 
