@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from mtkd.chain import identity, member_of, stage_of, stage_seed, weights_digest
 from mtkd.cofinetune import CoFinetuning, check_members
 from mtkd.config import EngineConfig, ModelConfig, Named, RunConfig, StageConfig, TeacherConfig
-from mtkd.configfile import differences
+from mtkd.configfile import differences, fingerprint
 from mtkd.data.collate import LoadedData, load_data
 from mtkd.data.sampler import Order, TrainStream
 from mtkd.data.sources import Raw, load_raw
@@ -38,8 +38,9 @@ from mtkd.errors import DataError, UserError
 from mtkd.mix import stage_rows
 from mtkd.models.cards import load_cards
 from mtkd.models.folder import check_folder
-from mtkd.models.load import build_model
-from mtkd.models.taps import TappedModel
+from mtkd.models.load import build_model, compress_model
+from mtkd.models.taps import TappedModel, input_table
+from mtkd.models.vocabulary import VocabularyMap, compressed_teacher, compressed_twice, make_vocabulary, read_vocabulary
 from mtkd.objective import Objective
 from mtkd.pool import ResidentTeacher, TeacherPool
 from mtkd.projection import make_projections
@@ -172,6 +173,11 @@ class Workshop:
         stage = self.config.stages[name]
         steps = self._equal_time_steps(stage) if stage.equal_time else stage.steps or 0
         models = {name: self.digest(model) for name, model in stage.trained.items()}
+        for role, model in stage.trained.items():
+            if model.vocabulary is not None:
+                counted = self.config.data_name(model.vocabulary.counts)
+                texts = self.config.data[counted].model_dump(mode="json")
+                models[f"{role} vocabulary"] = fingerprint([self.raw(counted).fingerprint, texts])
         models |= {f"teacher {t.name}": self.digest(t.model) for t in stage.teachers}
         return identity(
             self.config,
@@ -197,28 +203,53 @@ class Workshop:
         check_folder(folder)  # a link in it could lead the digest to a file outside
         return weights_digest(model, folder)
 
-    def model(self, model: ModelConfig, data: LoadedData, seed: int) -> TappedModel:
-        """A model for the data's task, with taps; checked against its own logits."""
-        auto_class = data.task.class_for(data.config)
+    def vocabulary(self, model: ModelConfig, where: str) -> VocabularyMap | None:
+        """The map that comes with a model's folder; None for a model with a whole vocabulary."""
+        return read_vocabulary(self.resolve(model.path), self.tokenizer, where) if model.path else None
+
+    def model(
+        self, model: ModelConfig, data: LoadedData, seed: int, teacher: TappedModel | None = None, where: str = "model"
+    ) -> TappedModel:
+        """A model for the data's task, with taps.
+
+        Args:
+            teacher: whose embedding tells which ids are alike, for a fresh student with a compressed vocabulary.
+        """
+        num_ids, task = num_real_ids(self.tokenizer), data.task.class_for(data.config)
+        vocabulary = self.vocabulary(model, where)
+        tables = [] if teacher is None else [teacher.embedding_table]
         built = build_model(
             model,
-            auto_class,
-            num_ids=num_real_ids(self.tokenizer),
+            task,
+            num_ids=num_ids if vocabulary is None else vocabulary.num_kept,
             max_positions=data.config.max_length,
             num_labels=data.num_labels,
             label_names=data.label_names,
             tokenizer=self.tokenizer,
             seed=seed,
             resolve=self.resolve,
+            on_loaded=lambda whole: tables.insert(0, input_table(whole)),
         )
-        return TappedModel(built, auto_class, num_real_ids(self.tokenizer))
+        if model.vocabulary is not None:
+            if vocabulary is not None:
+                raise compressed_twice(f"{where}.vocabulary")
+            name = self.config.data_name(model.vocabulary.counts)
+            made = make_vocabulary(
+                model.vocabulary, self.config.data[name], self.raw(name), self.tokenizer, built.config, tables[0]
+            )
+            vocabulary = self.dist.broadcast_object(made)  # near ties could be rounded differently elsewhere
+            built = compress_model(built, task, vocabulary, seed)
+        return TappedModel(built, task, num_ids, vocabulary)
 
     def teacher(self, teacher: TeacherConfig, data: LoadedData, where: str) -> TappedModel:
         """A teacher whose tokenizer is the run's."""
         assert teacher.model.path is not None
-        own = read_tokenizer(self.resolve(teacher.model.path), teacher.model.revision)
-        check_same_tokenizer(self.tokenizer, own, where)
-        model = self.model(teacher.model, data, seed=0)
+        if self.vocabulary(teacher.model, where) is None:
+            own = read_tokenizer(self.resolve(teacher.model.path), teacher.model.revision)
+            check_same_tokenizer(self.tokenizer, own, where)
+        elif data.task.token_level:
+            raise compressed_teacher(teacher.model.path, where)
+        model = self.model(teacher.model, data, seed=0, where=where)
         broken = [name for name, weight in model.model.named_parameters() if not weight.isfinite().all()]
         if broken:
             raise DataError("the teacher's weights are not finite", where=where, found=", ".join(broken[:5]))
@@ -232,29 +263,31 @@ class Workshop:
             UserError: whatever the plan could not see without weights.
         """
         stage, where = self.config.stages[name], f"stages.{name}"
-        data, seed = self.data(self.config.data_name(stage.data)), stage_seed(self.config, stage)
-        # models trained together are initialised differently, like teachers of different seeds
-        models = {n: self.model(m, data, seed + i) for i, (n, m) in enumerate(stage.trained.items())}
-        if self.config.engine.activation_checkpointing:
-            for model in models.values():
-                model.enable_activation_checkpointing()
+        data = self.data(self.config.data_name(stage.data))
         if stage.kind == "cofinetune":
-            objective, pool = self._cofinetuning(models, data, f"{where}.members"), TeacherPool([], [])
+            objective, pool = self._cofinetuning(stage, data, f"{where}.members"), TeacherPool([], [])
         else:
-            objective, pool = self._distillation(stage, models["student"], data, where)
+            objective, pool = self._distillation(stage, data, where)
+        if self.config.engine.activation_checkpointing:
+            for model in objective.models.values():
+                model.enable_activation_checkpointing()
         return self._built(name, objective, pool, data)
 
-    def _cofinetuning(self, models: dict[str, TappedModel], data: LoadedData, where: str) -> Trainable:
+    def _cofinetuning(self, stage: StageConfig, data: LoadedData, where: str) -> Trainable:
+        seed, tile = stage_seed(self.config, stage), self.config.engine.tile
+        # models trained together are initialised differently, like teachers of different seeds
+        models = {
+            name: self.model(model, data, seed + i, where=f"{where}.{name}")
+            for i, (name, model) in enumerate(stage.members.items())
+        }
         check_members({name: model.info for name, model in models.items()}, where)
-        tile = self.config.engine.tile
         return CoFinetuning(models, regression=data.num_labels == 1, tile=tile, dtype=self.dtype)
 
-    def _distillation(
-        self, stage: StageConfig, student: TappedModel, data: LoadedData, where: str
-    ) -> tuple[Trainable, TeacherPool]:
+    def _distillation(self, stage: StageConfig, data: LoadedData, where: str) -> tuple[Trainable, TeacherPool]:
         """Objective and pool of a stage with one student; without teachers it learns from the labels alone."""
         names, seed = [t.name for t in stage.teachers], stage_seed(self.config, stage)
         models = [self.teacher(t, data, f"{where}.teachers[{i}]") for i, t in enumerate(stage.teachers)]
+        student = self.model(stage.trained["student"], data, seed, models[0] if models else None, f"{where}.student")
         rows = compile_rows(
             stage_rows(stage, data.config, where, data.num_labels == 1),
             student.info,

@@ -10,6 +10,7 @@ from typing import Any
 from mtkd.config import STAGE_PREFIX, ModelConfig, RunConfig, StageConfig
 from mtkd.configfile import differences, fingerprint
 from mtkd.errors import DataError, UserError
+from mtkd.models.folder import MAP_FILE
 from mtkd.registry import TASKS
 from mtkd.rundir import StageDir
 
@@ -141,8 +142,10 @@ def finished(folder: StageDir, name: str, wanted: dict[str, Any]) -> dict[str, A
 
 
 def weights_digest(model: ModelConfig, folder: Path) -> str:
-    """Digest of a model folder: config.json whole, and size and samples of every safetensors file."""
+    """Digest of a model folder: config.json and vocabulary map whole, size and samples of every safetensors file."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
+    if (folder / MAP_FILE).is_file():
+        digest.update((folder / MAP_FILE).read_bytes())
     for file in sorted(folder.glob("*.safetensors")):
         size = file.stat().st_size
         digest.update(f"{file.name}:{size}".encode())

@@ -59,6 +59,10 @@ class Logits(Protocol):
         """Logits of the flat positions `index` [n] -> [n,V], float32."""
         ...
 
+    def select(self, columns: Tensor) -> Logits:
+        """The logits of some columns only, [K] int64: a softmax over them does not know the others."""
+        ...
+
     def in_dtype(self, dtype: torch.dtype) -> Logits:
         """The same logits with matrix products in `dtype`; casts the head once instead of once per tile."""
         ...
@@ -76,6 +80,9 @@ class DenseLogits:
 
     def rows(self, index: Tensor) -> Tensor:
         return self.values.reshape(-1, self.num_columns)[index].float()
+
+    def select(self, columns: Tensor) -> DenseLogits:
+        return DenseLogits(self.values.index_select(-1, columns))
 
     def in_dtype(self, dtype: torch.dtype) -> DenseLogits:
         return self
@@ -110,6 +117,11 @@ class HeadLogits:
             logits = logits + self.bias[: self.columns]
         logits = logits.float()
         return logits if self.transform is None else self.transform(logits)
+
+    def select(self, columns: Tensor) -> HeadLogits:
+        # the rows of the head are chosen, not those of the product: the others are never computed
+        bias = None if self.bias is None else self.bias.index_select(0, columns)
+        return HeadLogits(self.hidden, self.weight.index_select(0, columns), bias, len(columns), self.transform)
 
     def in_dtype(self, dtype: torch.dtype) -> HeadLogits:
         bias = None if self.bias is None else self.bias.to(dtype)

@@ -8,6 +8,7 @@ valid positions of its kind, so micro-batches and ranks add up to the same gradi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -83,8 +84,13 @@ class Objective(Trainable):
         """
         with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             features = self.student(batch, self.student_wants)
+        logits = [_as_logits(teacher["logits"]) for teacher in teachers]
+        vocabulary = self.student.vocabulary
+        if vocabulary is not None and self.token_level:  # from here on targets and logits have the kept columns only
+            batch = replace(batch, targets=vocabulary.targets(batch.targets))
+            logits = [x.select(vocabulary.kept) for x in logits]
         # cast once for the weights and the rows together
-        logits = [_as_logits(teacher["logits"]).in_dtype(self.dtype) for teacher in teachers]
+        logits = [x.in_dtype(self.dtype) for x in logits]
         weights = self._weights(batch, logits)
         metrics = self._weight_metrics(weights, batch, counts)
         total = torch.zeros((), device=batch.input_ids.device)

@@ -19,6 +19,8 @@ from mtkd.launcher import launch_command
 from mtkd.mix import stage_rows
 from mtkd.models.info import CLASSIFIER, ModelInfo, count_parameters, model_info
 from mtkd.models.load import load_config as load_model_config
+from mtkd.models.load import smaller_config
+from mtkd.models.vocabulary import compressed_teacher, compressed_twice, read_vocabulary
 from mtkd.registry import LOSSES, TASKS, WEIGHTINGS, check_options, load_plugins
 from mtkd.rows import compile_rows
 from mtkd.rundir import RunDir
@@ -100,6 +102,7 @@ def check(config: RunConfig) -> None:
     load_plugins(config.plugins, config.base)
     _check_registered(config)
     check_evaluation(config)
+    _check_vocabularies(config)
     for name, data in config.data.items():
         check_source(data, config.base, f"data.{name}")
 
@@ -139,6 +142,22 @@ def _check_labels(config: RunConfig, stage: StageConfig, where: str) -> None:
         )
 
 
+def _check_vocabularies(config: RunConfig) -> None:
+    """A model that a stage made with a compressed vocabulary is not compressed again, and teaches no tokens."""
+    compressed: set[str | None] = set()
+    for name, stage in config.stages.items():
+        task = TASKS.find(config.data[config.data_name(stage.data)].task)
+        for i, teacher in enumerate(stage.teachers):
+            if task.token_level and stage_of(teacher.model.path) in compressed:
+                raise compressed_teacher(teacher.model.path or "", f"stages.{name}.teachers[{i}]")
+        for role, model in stage.trained.items():
+            goes_on = stage_of(model.path) in compressed
+            if goes_on and model.vocabulary is not None:
+                raise compressed_twice(f"stages.{name}.{role}.vocabulary")
+            if goes_on or model.vocabulary is not None:
+                compressed.add(name)
+
+
 def plan(config: RunConfig) -> Plan:
     """Resolve and check a run: models from their configurations, rows against both sides, tokenizers against another.
 
@@ -174,6 +193,7 @@ class _Planner:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self._made: dict[str, PretrainedConfig] = {}
+        self._compressed: dict[str, int] = {}  # stages whose model has a compressed vocabulary: its ids
         settings = config.tokenizer
         self._trains_tokenizer = settings is not None and settings.train_on is not None
         if self._trains_tokenizer:
@@ -193,10 +213,13 @@ class _Planner:
         models = [(role, m, self._model_config(stage, m, f"{where}.{role}")) for role, m in stage.trained.items()]
         own = len(models)
         self._made |= {f"{name}/{role}" if stage.members else name: made for role, _, made in models}
+        for _, model, made in models:
+            if model.vocabulary is not None or self._vocabulary(model) is not None:
+                self._compressed[name] = made.vocab_size
         for i, teacher in enumerate(stage.teachers):
             place = f"{where}.teachers[{i}]"
             models.append((teacher.name, teacher.model, self._model_config(stage, teacher.model, place)))
-            self._check_tokenizer(teacher.model, place)
+            self._check_tokenizer(teacher.model, place, task.token_level)
         planned, infos = [], []
         for role, model, config in models:
             info = model_info(config, auto_class)
@@ -226,17 +249,18 @@ class _Planner:
         )
 
     def _model_config(self, stage: StageConfig, model: ModelConfig, where: str) -> PretrainedConfig:
+        vocabulary = self._vocabulary(model)
+        if model.vocabulary is not None and vocabulary is not None:
+            raise compressed_twice(f"{where}.vocabulary")
         earlier = stage_of(model.path)
         if earlier is not None:
             made = self._made[str(model.path).removeprefix(STAGE_PREFIX)]
-            if model.keep_layers:
-                made = type(made).from_dict({**made.to_dict(), "num_hidden_layers": len(model.keep_layers)})
-            return self._for_task(made, stage, where)
+            return self._for_task(smaller_config(made, model, self._tokenizer, self._num_ids), stage, where)
         data = self.config.data[self.config.data_name(stage.data)]
         return load_model_config(
             model,
             TASKS.find(data.task).class_for(data),
-            num_ids=self._num_ids,
+            num_ids=vocabulary or self._num_ids,
             max_positions=data.max_length,
             num_labels=len(data.labels) or 2,
             label_names=data.labels,
@@ -262,8 +286,20 @@ class _Planner:
             )
         return made
 
-    def _check_tokenizer(self, model: ModelConfig, where: str) -> None:
+    def _vocabulary(self, model: ModelConfig) -> int | None:
+        """Ids of a model that comes with a vocabulary map; None for a whole vocabulary."""
+        earlier = stage_of(model.path)
+        if earlier is not None or model.path is None:
+            return self._compressed.get(earlier or "")
+        found = read_vocabulary(resolve_path(model.path, self.config.base), self._tokenizer, "model.path")
+        return None if found is None else found.num_kept
+
+    def _check_tokenizer(self, model: ModelConfig, where: str, token_level: bool) -> None:
         """Token -> id of the teacher and of the run, where both exist before anything is trained."""
+        if self._vocabulary(model) is not None:
+            if token_level:
+                raise compressed_teacher(model.path or "", where)
+            return
         if stage_of(model.path) is None and not self._trains_tokenizer and model.path is not None:
             own = read_tokenizer(resolve_path(model.path, self.config.base), model.revision)
             check_same_tokenizer(self._tokenizer, own, where)
@@ -302,6 +338,10 @@ def _planned(role: str, model: ModelConfig, info: ModelInfo, parameters: int) ->
     origin = model.path or "fresh"
     if model.keep_layers:
         origin += f" layers {','.join(map(str, model.keep_layers))}"
+    if model.slice:
+        origin += ", sliced"
+    if model.vocabulary:
+        origin += f", {info.vocabulary:,} ids"
     return PlannedModel(role, origin, info.architecture, info.num_layers, info.width, info.num_heads, parameters)
 
 

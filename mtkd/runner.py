@@ -15,6 +15,7 @@ from mtkd.chain import finished
 from mtkd.config import RunConfig
 from mtkd.configfile import config_digest, fingerprint, load_config
 from mtkd.console import say
+from mtkd.data.vocabulary import compress_tokenizer
 from mtkd.engine.dist import Dist
 from mtkd.errors import DataError, UserError
 from mtkd.evaluate.judge import judge
@@ -168,6 +169,9 @@ def _export(shop: Workshop, built: BuiltStage, folder: StageDir) -> None:
             with quiet():
                 model.model.save_pretrained(folder, state_dict=state)
             shop.tokenizer.save_pretrained(folder)
+            if model.vocabulary is not None:
+                compress_tokenizer(folder, model.vocabulary.kept.tolist(), model.vocabulary.to_kept.tolist())
+                model.vocabulary.save(folder)
 
     facts = {"stage": built.name, "identity": built.identity}
     on_main(shop.dist, lambda: folder.sealed_export(write, json.loads(json.dumps(facts))))

@@ -5,7 +5,7 @@ Read by `mtkd.configfile.load_config`, printed as JSON Schema by `mtkd schema`. 
 
 from mtkd.config.base import STAGE_PREFIX, Config, Name, Named, Positive, Share, check_name
 from mtkd.config.data import RANDOM_TOKENS, DataConfig, TokenizerConfig, TransferConfig
-from mtkd.config.model import ModelConfig, TeacherConfig
+from mtkd.config.model import ModelConfig, SliceConfig, TeacherConfig, VocabularyConfig
 from mtkd.config.run import Comparison, EngineConfig, EvaluateConfig, RunConfig
 from mtkd.config.stage import BatchConfig, EqualTime, OptimizerConfig, StageConfig
 
@@ -26,9 +26,11 @@ __all__ = [
     "Positive",
     "RunConfig",
     "Share",
+    "SliceConfig",
     "StageConfig",
     "TeacherConfig",
     "TokenizerConfig",
     "TransferConfig",
+    "VocabularyConfig",
     "check_name",
 ]

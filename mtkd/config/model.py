@@ -9,13 +9,58 @@ from pydantic import Field, model_validator
 from mtkd.config.base import STAGE_PREFIX, Config, Name, Positive, Share
 
 
+class VocabularyConfig(Config):
+    """A student with a part of the ids: the most frequent are kept, the others are read as the kept one most alike."""
+
+    keep: Annotated[float, Field(gt=0, le=1)] = Field(
+        description="share of the tokenizer's ids that stay, special ones included"
+    )
+    counts: str = Field(
+        "",
+        description="name of the `data` entry whose train split the ids are counted in; may be left out when only one",
+    )
+    always: tuple[str, ...] = Field(
+        (), description="words whose ids stay however rare they are; those of class names of `counts` always do"
+    )
+
+
+class SliceConfig(Config):
+    """The shape of a narrower model cut from a loaded one; see mtkd/models/cut.py for what is kept."""
+
+    width: Positive | None = Field(None, description="hidden width, the first columns; default: the loaded model's")
+    heads: Positive | None = Field(
+        None,
+        description="attention heads, evenly spaced; must divide the width; default: as many as keep the head width",
+    )
+    kv_heads: Positive | None = Field(
+        None, description="llama, qwen2: key/value heads; default: groups as large as the loaded model's"
+    )
+    intermediate: Positive | None = Field(
+        None, description="feed-forward units, the first ones; default: in proportion to the width"
+    )
+
+    @model_validator(mode="after")
+    def _something(self) -> SliceConfig:
+        if not self.model_fields_set:
+            raise ValueError("a slice needs width, heads or intermediate")
+        return self
+
+
 class ModelConfig(Config):
-    """A model: loaded from `path`, cut from a loaded model's layers, or fresh from a short description."""
+    """A model: loaded from `path`, cut from a loaded model, or fresh from a short description."""
 
     path: str | None = Field(None, description="folder, hub id, card name in teachers/, or stage:NAME")
     revision: str | None = Field(None, description="hub: branch, tag or commit")
     keep_layers: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
         None, description="with path: copy only these layers (counted from 1) of the loaded model"
+    )
+    slice: SliceConfig | None = Field(
+        None, description="with path: cut the loaded model (after keep_layers) to a smaller width, fewer heads"
+    )
+    vocabulary: VocabularyConfig | None = Field(
+        None,
+        description="keep a part of the ids; alike are ids in the input embedding of the loaded model, for a fresh one "
+        "in that of its stage's first teacher",
     )
     architecture: str | None = Field(None, description="fresh: bert, roberta, distilbert, gpt2, llama, qwen2")
     layers: Positive | None = Field(None, description="fresh: number of layers")
@@ -46,18 +91,26 @@ class ModelConfig(Config):
         if (self.path is None) == (self.architecture is None):
             raise ValueError("give either `path` (loaded) or `architecture` (fresh)")
         if self.path is not None and shape:
-            raise ValueError(f"a loaded model has its own {', '.join(shape)}; use keep_layers to cut it")
+            raise ValueError(
+                f"a loaded model has its own {', '.join(shape)}; cut it with keep_layers and slice: "
+                "{width, heads, kv_heads, intermediate}"
+            )
         if self.architecture is not None:
             missing = [n for n in ("layers", "width", "heads") if getattr(self, n) is None]
             if missing:
                 raise ValueError(f"a fresh model needs {', '.join(missing)}")
-            if self.keep_layers is not None:
-                raise ValueError("keep_layers goes with path")
+            if self.is_cut:
+                raise ValueError("keep_layers and slice go with path")
             if self.width % self.heads:  # type: ignore[operator]
                 raise ValueError(f"{self.heads} heads do not divide a width of {self.width}")
             if self.kv_heads and self.heads % self.kv_heads:  # type: ignore[operator]
                 raise ValueError(f"{self.kv_heads} key/value heads do not divide {self.heads} heads")
         return self
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether some of a loaded model's layers or width are left out."""
+        return self.keep_layers is not None or self.slice is not None
 
 
 class TeacherConfig(Config):
@@ -84,3 +137,9 @@ class TeacherConfig(Config):
             if isinstance(path, str):
                 value = {**value, "name": path.removeprefix(STAGE_PREFIX).rstrip("/").split("/")[-1]}
         return value
+
+    @model_validator(mode="after")
+    def _whole_vocabulary(self) -> TeacherConfig:
+        if self.model.vocabulary is not None:
+            raise ValueError("vocabulary is for students: a teacher predicts the whole vocabulary")
+        return self

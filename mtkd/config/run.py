@@ -9,6 +9,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from mtkd.config.base import STAGE_PREFIX, Config, Name, Positive
 from mtkd.config.data import RANDOM_TOKENS, DataConfig, TokenizerConfig
+from mtkd.config.model import ModelConfig
 from mtkd.config.stage import BatchConfig, StageConfig
 
 
@@ -102,8 +103,10 @@ class RunConfig(Config):
         for position, (name, stage) in enumerate(self.stages.items()):
             where = f"stages.{name}"
             self._known_data(stage.data, f"{where}.data")
+            for role, model in stage.trained.items():
+                self._known_vocabulary(model, stage, f"{where}.{role}.vocabulary")
             earlier = names[:position]
-            used = [(f"{where}.{name}", model.path) for name, model in stage.trained.items()]
+            used = [(f"{where}.{role}", model.path) for role, model in stage.trained.items()]
             used += [(f"{where}.teachers[{i}]", t.model.path) for i, t in enumerate(stage.teachers)]
             if stage.equal_time:
                 used += [
@@ -119,6 +122,16 @@ class RunConfig(Config):
     def folder(self) -> Path:
         """Folder of this run."""
         return Path(self.output) / self.name
+
+    def _known_vocabulary(self, model: ModelConfig, stage: StageConfig, where: str) -> None:
+        if model.vocabulary is None:
+            return
+        self._known_data(model.vocabulary.counts, f"{where}.counts")
+        if model.path is None and not stage.teachers:
+            raise ValueError(
+                f"{where}: a fresh model's ids are compared by its first teacher's embedding, and this stage has no "
+                "teachers"
+            )
 
     def _known_stage(self, reference: str, earlier: list[str], where: str) -> None:
         """`reference` is NAME of an earlier stage, or NAME/MEMBER of one that makes several models."""

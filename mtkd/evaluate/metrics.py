@@ -3,6 +3,7 @@
 A score record is one line of a scores file. Its fields per task:
     causal-lm    document, domain, nll (nats, summed), tokens (targets), bytes
     masked-lm    document, domain, nll (nats, summed), tokens (targets), correct (targets predicted right)
+                 both, where the vocabulary is compressed: removed (targets without a column of their own)
     classify     document, label, prediction, probabilities; without probabilities it is a regression
 """
 
@@ -41,6 +42,7 @@ def summarise(task: str, scores: Sequence[Score]) -> dict[str, float]:
     Returns:
         causal-lm: bits_per_byte (sum of nll / ln 2 / sum of bytes), perplexity (exp of nats per target), documents,
         bytes, tokens. masked-lm: loss (nats per target), perplexity, accuracy (share of targets), documents, tokens.
+        Both with removed_share where the model's vocabulary is compressed.
         Classification: accuracy, f1 (binary: of class 1; else macro), matthews, documents. Regression: pearson,
         spearman (NaN where one side is constant), documents.
 
@@ -52,12 +54,12 @@ def summarise(task: str, scores: Sequence[Score]) -> dict[str, float]:
     if kind == "causal-lm":
         nll, tokens, size = (column(scores, field).sum() for field in ("nll", "tokens", "bytes"))
         bits = {"bits_per_byte": _ratio(nll, size) / math.log(2), "perplexity": _exp(_ratio(nll, tokens))}
-        return bits | count | {"bytes": float(size), "tokens": float(tokens)}
+        return bits | count | {"bytes": float(size), "tokens": float(tokens)} | _removed_share(scores, tokens)
     if kind == "masked-lm":
         nll, tokens, correct = (column(scores, field).sum() for field in ("nll", "tokens", "correct"))
         loss = _ratio(nll, tokens)
         values = {"loss": loss, "perplexity": _exp(loss), "accuracy": _ratio(correct, tokens)}
-        return values | count | {"tokens": float(tokens)}
+        return values | count | {"tokens": float(tokens)} | _removed_share(scores, tokens)
     label, prediction = column(scores, "label"), column(scores, "prediction")
     if kind == "regression":
         return {"pearson": pearson(label, prediction), "spearman": spearman(label, prediction)} | count
@@ -68,6 +70,13 @@ def summarise(task: str, scores: Sequence[Score]) -> dict[str, float]:
         "f1": f1(label, prediction, binary=classes == 2),
         "matthews": matthews(label, prediction),
     } | count
+
+
+def _removed_share(scores: Sequence[Score], tokens: float) -> dict[str, float]:
+    """{"removed_share"}: targets that a compressed vocabulary has no column for; {} for a whole vocabulary."""
+    if any("removed" not in score for score in scores):
+        return {}
+    return {"removed_share": _ratio(column(scores, "removed").sum(), tokens)}
 
 
 def by_domain(task: str, scores: Sequence[Score]) -> dict[str, dict[str, float]]:

@@ -16,6 +16,7 @@ from mtkd.data.collate import LoadedData, Split
 from mtkd.engine.dist import Dist
 from mtkd.features import DenseLogits, Logits
 from mtkd.models.taps import TappedModel
+from mtkd.models.vocabulary import VocabularyMap
 
 WANTS = frozenset({"logits"})
 WholeHead = Callable[[], AbstractContextManager[None]]
@@ -59,11 +60,12 @@ def mean_loss(
 ) -> float:
     """Mean negative log-likelihood (nats per target) or squared error over all ranks' batches."""
     total, count = 0.0, 0.0
+    vocabulary = model.vocabulary if model.token_level else None
     for batch in batches:
         batch = batch.to(device)
         targets = batch.targets.reshape(-1)
         for positions, values in mixture_log_probs([model], batch, dtype, tile, whole_head):
-            total += float(_losses(values, targets[positions]).sum())
+            total += float(_losses(values, targets[positions], vocabulary).sum())
             count += len(positions)
     total, count = dist.sum([total, count])
     return total / max(count, 1)
@@ -81,7 +83,9 @@ def score(
 ) -> list[dict[str, Any]] | None:
     """One record per document (token tasks) or example (classification), in the split's order, on the main rank.
 
-    Token tasks: {document, domain, nll (nats, summed), tokens (targets), bytes, correct (argmax hits)}.
+    Token tasks: {document, domain, nll (nats, summed), tokens (targets), bytes, correct (argmax hits)}; of a model with
+    a compressed vocabulary also removed (targets without a column of their own), and its nll is that of the ids
+    themselves: class by the model, id within the class by its share of the counts (see `mtkd.models.vocabulary`).
     Classification: {document, label, prediction, probabilities}; regression: {document, label, prediction}.
     """
     if data.task.token_level:
@@ -98,7 +102,8 @@ def _score_documents(
     dist: Dist,
     tile: int,
 ) -> list[dict[str, Any]] | None:
-    sums = np.zeros((3, len(split.document_names)))  # nll, targets, correct
+    sums = np.zeros((4, len(split.document_names)))  # nll, targets, correct, removed
+    vocabulary = _common_vocabulary(models)
     for batch in batches:
         batch = batch.to(device)
         targets = batch.targets.reshape(-1)
@@ -107,10 +112,14 @@ def _score_documents(
             labels = targets[positions]
             rows = (positions // batch.targets.shape[1]).cpu().numpy()
             documents = split.documents[examples[rows]]
-            np.add.at(sums[0], documents, _losses(log_probs, labels).double().cpu().numpy())
+            np.add.at(sums[0], documents, _losses(log_probs, labels, vocabulary).double().cpu().numpy())
             np.add.at(sums[1], documents, 1)
-            np.add.at(sums[2], documents, (log_probs.argmax(-1) == labels).double().cpu().numpy())
-    nll, tokens, correct = np.array(dist.sum(sums.reshape(-1).tolist())).reshape(3, -1)
+            best = log_probs.argmax(-1)
+            if vocabulary is not None:  # a column speaks for its kept id: a removed one is never right
+                best = vocabulary.kept[best]
+                np.add.at(sums[3], documents, vocabulary.is_removed(labels).double().cpu().numpy())
+            np.add.at(sums[2], documents, (best == labels).double().cpu().numpy())
+    nll, tokens, correct, removed = np.array(dist.sum(sums.reshape(-1).tolist())).reshape(4, -1)
     if not dist.is_main:
         return None
     return [
@@ -121,6 +130,7 @@ def _score_documents(
             "tokens": int(tokens[i]),
             "bytes": int(split.document_bytes[i]),
             "correct": int(correct[i]),
+            **({} if vocabulary is None else {"removed": int(removed[i])}),
         }
         for i, name in enumerate(split.document_names)
         if tokens[i] > 0
@@ -160,7 +170,17 @@ def _score_examples(
     return [merged[example] for example in sorted(merged)]
 
 
-def _losses(values: Tensor, labels: Tensor) -> Tensor:
+def _common_vocabulary(models: Sequence[TappedModel]) -> VocabularyMap | None:
+    """That of the only model; a mixture at token level has whole vocabularies (teachers, which must have one)."""
+    vocabulary = models[0].vocabulary
+    assert vocabulary is None or len(models) == 1
+    return vocabulary
+
+
+def _losses(values: Tensor, labels: Tensor, vocabulary: VocabularyMap | None = None) -> Tensor:
+    """Squared error, or negative log-likelihood (nats) of labels; of run ids where the vocabulary is compressed."""
     if labels.is_floating_point():
         return (values.squeeze(-1) - labels).square()
+    if vocabulary is not None:
+        return _losses(values, vocabulary.targets(labels)) - vocabulary.log_share(labels)
     return -values.gather(-1, labels[:, None]).squeeze(-1)

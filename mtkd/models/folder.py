@@ -17,6 +17,8 @@ from mtkd.models.cards import load_cards
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
+MAP_FILE = "vocabulary_map.json"
+"""Beside a model with a compressed vocabulary; see `mtkd.models.vocabulary`."""
 _CONFIGS = ["config.json", "generation_config.json"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")

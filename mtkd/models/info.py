@@ -22,7 +22,7 @@ TAP = "mtkd_tap"
 """Name of the attention function that records query, key and value; see `mtkd.models.attention`."""
 
 # Architectures that number positions from pad_token_id + 1, so that their table holds that many positions fewer.
-_OFFSET_POSITIONS = (
+OFFSET_POSITIONS = (
     *("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text"),
     *("mpnet", "longformer", "luke", "xmod", "ibert"),
 )
@@ -189,4 +189,4 @@ def _max_positions(config: PretrainedConfig) -> int:
     positions = getattr(config, "max_position_embeddings", None)
     if positions is None:  # no limit of its own (ALiBi)
         return 1 << 30
-    return positions - config.pad_token_id - 1 if config.model_type in _OFFSET_POSITIONS else positions
+    return positions - config.pad_token_id - 1 if config.model_type in OFFSET_POSITIONS else positions

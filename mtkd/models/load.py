@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mtkd.config import ModelConfig
-from mtkd.errors import DataError, UserError, nearest
+from mtkd.errors import DataError, UserError
 from mtkd.models import attention  # noqa: F401  registers the tap that the models are built with
+from mtkd.models.cut import cut_config, cut_weights
 from mtkd.models.folder import find_folder
 from mtkd.models.fresh import fresh_config, set_dropout
 from mtkd.models.info import CLASSIFIER, attention_implementation, check_head, model_info
+from mtkd.models.vocabulary import VocabularyMap, compressed_config, compressed_weights, planned_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,6 +59,7 @@ def build_model(
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     resolve: Resolve,
+    on_loaded: Callable[[PreTrainedModel], None] | None = None,
 ) -> PreTrainedModel:
     """A model in float32 on the CPU, in eval mode.
 
@@ -71,6 +73,7 @@ def build_model(
         tokenizer: gives the special ids of a fresh model.
         seed: of everything that is newly initialised; the global random state is neither read nor changed.
         resolve: maps ``stage:NAME`` and relative folders to folders; returns anything else as it is.
+        on_loaded: sees a loaded model before anything is cut from it.
 
     Raises:
         UserError: the description does not fit the task, the tokenizer or the data.
@@ -81,8 +84,13 @@ def build_model(
     if folder is None:
         return _from_config(full, auto_class, seed)
     model = _load(folder, full, request, seed)
-    if config.keep_layers is not None:
-        model = _cut_model(model, auto_class, config.keep_layers, seed)
+    if on_loaded is not None:
+        on_loaded(model)
+    if config.is_cut:
+        weights = cut_weights(model, config)
+        # Built anew rather than by deleting modules: layer numbers inside the modules are then right by construction.
+        model = _from_config(cut_config(model.config, config), auto_class, seed)
+        model.load_state_dict(weights, strict=True)
     return model
 
 
@@ -105,7 +113,30 @@ def load_config(
     """
     request = _Request(auto_class, num_ids, max_positions, num_labels, label_names, tokenizer)
     full, _ = _full_config(config, request, resolve, weights=False)
-    return full if config.keep_layers is None else _cut_config(full, config.keep_layers)
+    return smaller_config(full, config, tokenizer, num_ids)
+
+
+def smaller_config(
+    config: PretrainedConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerBase, num_ids: int
+) -> PretrainedConfig:
+    """What is left of a configuration after keep_layers, slice and vocabulary, at plan time; same errors.
+
+    Args:
+        num_ids: ids of the run's tokenizer, for which `tokenizer` may stand in.
+    """
+    config = cut_config(config, model)
+    if model.vocabulary is None:
+        return config
+    return planned_config(config, model.vocabulary, tokenizer, num_ids, "model.vocabulary")
+
+
+def compress_model(model: PreTrainedModel, auto_class: str, vocabulary: VocabularyMap, seed: int) -> PreTrainedModel:
+    """A model with the kept rows of the embedding and the output head, and the rest of its weights."""
+    config = compressed_config(model.config, vocabulary.kept.tolist())
+    small = _from_config(config, auto_class, seed)
+    shapes = {name: value.shape for name, value in small.state_dict().items()}
+    small.load_state_dict(compressed_weights(model.state_dict(), shapes, vocabulary.kept), strict=True)
+    return small
 
 
 def _full_config(
@@ -130,8 +161,7 @@ def _full_config(
     if request.auto_class == CLASSIFIER:
         _set_labels(full, request)
     _check_fits(full, request)
-    if config.keep_layers is not None:
-        _check_kept(config.keep_layers, full.num_hidden_layers)
+    cut_config(full, config)  # found here, before weights are read
     return full, folder
 
 
@@ -265,60 +295,6 @@ def _check_report(report: dict[str, Any], prefix: str, new_head: bool, folder: P
 def _of_another_head(name: str, prefix: str) -> bool:
     """A weight of another task's head, or of the pooler that this task does not use."""
     return name.removeprefix(f"{prefix}.").split(".")[0] in _OTHER_HEADS
-
-
-def _check_kept(layers: tuple[int, ...], num_layers: int) -> None:
-    if list(layers) != sorted(set(layers)) or not layers or layers[-1] > num_layers or layers[0] < 1:
-        raise UserError(
-            "keep_layers must name different layers of the model, in rising order",
-            where="model.keep_layers",
-            found=list(layers),
-            allowed=f"1 to {num_layers}",
-        )
-
-
-def _cut_config(config: PretrainedConfig, layers: tuple[int, ...]) -> PretrainedConfig:
-    """A copy for these layers only; lists with one entry per layer (``layer_types``) are cut too."""
-    before = config.num_hidden_layers
-    cut = type(config).from_dict(config.to_dict())
-    for name, value in config.to_dict().items():
-        if "layer" in name and isinstance(value, (list, tuple)) and len(value) == before:
-            setattr(cut, name, [value[layer - 1] for layer in layers])
-    cut.num_hidden_layers = len(layers)
-    return cut
-
-
-def _cut_model(model: PreTrainedModel, auto_class: str, layers: tuple[int, ...], seed: int) -> PreTrainedModel:
-    """A model of these layers, with copies of their weights and of everything that is not a layer."""
-    name = _layer_list(model)
-    kept = {str(layer - 1): str(position) for position, layer in enumerate(layers)}
-    weights = {}
-    for key, value in model.state_dict().items():
-        if not key.startswith(f"{name}."):
-            weights[key] = value
-            continue
-        number, _, rest = key.removeprefix(f"{name}.").partition(".")
-        if number in kept:
-            weights[f"{name}.{kept[number]}.{rest}"] = value
-    # Built anew rather than by deleting modules: layer numbers inside the modules are then right by construction.
-    student = _from_config(_cut_config(model.config, layers), auto_class, seed)
-    student.load_state_dict(weights, strict=True)
-    return student
-
-
-def _layer_list(model: PreTrainedModel) -> str:
-    """Name of the list of layers inside a model."""
-    number = model.config.num_hidden_layers
-    lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == number]
-    outer = [n for n in lists if not any(n.startswith(f"{other}.") for other in lists)]
-    if len(outer) != 1:
-        raise UserError(
-            f"architecture '{model.config.model_type}' has no single list of its layers to cut from",
-            where="model.keep_layers",
-            found=outer or "none",
-            todo=nearest(model.config.model_type, ["bert", "roberta", "distilbert", "gpt2", "llama", "qwen2"]),
-        )
-    return outer[0]
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from mtkd.errors import UserError, nearest
 from mtkd.features import ATTENTION, NO_LABEL, DenseLogits, Features, HeadLogits, split_key
 from mtkd.models.attention import AttentionCall, Recorder, active_recorder, recording
 from mtkd.models.info import PRE_TRAINING, TAP, TOKEN_LEVEL, model_info
+from mtkd.models.vocabulary import VocabularyMap
 
 VERIFY_TOLERANCE = 1e-3
 """Largest difference between our logits and the model's own, relative to its largest logit."""
@@ -38,6 +39,7 @@ class TappedModel(nn.Module):
         model: a plain encoder or decoder with a head, as `mtkd.models.load.build_model` makes it.
         auto_class: the auto class of that head, e.g. "AutoModelForMaskedLM".
         num_ids: real token ids; columns of the vocabulary at and after it are padding and never reach a softmax.
+        vocabulary: of a model with a compressed one; batches keep the run's ids, its logits have the kept columns.
 
     Attributes:
         info: shape and capabilities.
@@ -46,13 +48,16 @@ class TappedModel(nn.Module):
         UserError: fewer columns than ids, or an output head that is not linear.
     """
 
-    def __init__(self, model: PreTrainedModel, auto_class: str, num_ids: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, auto_class: str, num_ids: int, vocabulary: VocabularyMap | None = None
+    ) -> None:
         super().__init__()
         self.model = model
+        self.vocabulary = vocabulary
         self.info = model_info(model.config, auto_class)
         if model.config._attn_implementation != TAP:  # built by somebody else: no recorder would ever be called
             self.info = dataclasses.replace(self.info, taps=self.info.taps - set(ATTENTION))
-        self.num_ids = num_ids
+        self.num_ids = num_ids if vocabulary is None else vocabulary.num_kept
         self.token_level = auto_class in TOKEN_LEVEL
         self._two_heads = auto_class == PRE_TRAINING
         self._transform = head_transform(model.config)
@@ -63,12 +68,12 @@ class TappedModel(nn.Module):
         # Heads hand their keyword arguments on to the encoder or decoder, which would fill a cache by default.
         self._takes_cache = "use_cache" in inspect.signature(model.base_model.forward).parameters
         if self.token_level:
-            if self.info.vocabulary < num_ids:
+            if self.info.vocabulary < self.num_ids:
                 raise UserError(
                     "the model has fewer embeddings than the tokenizer has ids",
                     where="model",
                     found=self.info.vocabulary,
-                    allowed=f"at least {num_ids}",
+                    allowed=f"at least {self.num_ids}",
                 )
             self._head().forward = MethodType(_head_forward, self._head())  # type: ignore[method-assign]
 
@@ -119,6 +124,12 @@ class TappedModel(nn.Module):
         head = self._head()
         assert isinstance(head.weight, nn.Parameter)
         return head.weight, head.bias
+
+    @property
+    def embedding_table(self) -> Tensor:
+        """The input embedding by run id, [>= V,H]."""
+        table = input_table(self.model)
+        return table if self.vocabulary is None else table[self.vocabulary.to_kept]
 
     def enable_activation_checkpointing(self) -> None:
         """Recompute each layer in the backward pass.
@@ -196,7 +207,8 @@ class TappedModel(nn.Module):
         return head
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
-        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask.long()}
+        ids = batch.input_ids if self.vocabulary is None else self.vocabulary.inputs(batch.input_ids)
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": batch.attention_mask.long()}
         if self._takes_types and batch.token_type_ids is not None:
             inputs["token_type_ids"] = batch.token_type_ids
         if self._takes_cache:
@@ -241,6 +253,13 @@ def _attention_feature(call: AttentionCall, name: str) -> Tensor:
     if name == "probs":
         return call.probs()
     return {"query": call.query, "key": call.key, "value": call.value}[name]
+
+
+def input_table(model: PreTrainedModel) -> Tensor:
+    """The weight of the input embedding, [V_padded,H]."""
+    table = model.get_input_embeddings().weight
+    assert isinstance(table, Tensor)
+    return table
 
 
 def _head_forward(head: nn.Linear, hidden: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ _SHORT = {
     "perplexity": "ppl",
     "nats per target": "nats",
     "parameters": "params",
+    "share of removed ids": "removed",
     "validation loss": "val loss",
     "difference": "diff.",
     "p (Holm)": "p Holm",

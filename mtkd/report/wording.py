@@ -21,6 +21,7 @@ METRIC_NAMES = {
     "matthews": "Matthews",
     "pearson": "Pearson",
     "spearman": "Spearman",
+    "removed_share": "share of removed ids",
 }
 
 

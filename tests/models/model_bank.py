@@ -42,9 +42,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def description(architecture: str, layers: int = 3, **fields: object) -> ModelConfig:
-    """A fresh model of width 24 with 4 heads; llama and qwen2 group their keys in 2."""
+    """A fresh model, by default of width 24 with 4 heads; llama and qwen2 group their keys in 2."""
     grouped = {"kv_heads": 2} if architecture in ("llama", "qwen2") else {}
-    return ModelConfig(architecture=architecture, layers=layers, width=24, heads=4, **{**grouped, **fields})
+    shape = {"layers": layers, "width": 24, "heads": 4, **grouped, **fields}
+    return ModelConfig.model_validate({"architecture": architecture, **shape})
 
 
 def build(
