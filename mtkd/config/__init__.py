@@ -4,17 +4,20 @@ Read by `mtkd.configfile.load_config`, printed as JSON Schema by `mtkd schema`. 
 """
 
 from mtkd.config.base import STAGE_PREFIX, Config, Name, Named, Positive, Share, check_name
+from mtkd.config.chain import ChainConfig, Rung, Training
 from mtkd.config.data import DataConfig, TokenizerConfig
 from mtkd.config.model import ModelConfig, TeacherConfig
 from mtkd.config.run import Comparison, EngineConfig, EvaluateConfig, RunConfig
-from mtkd.config.stage import BatchConfig, EqualTime, OptimizerConfig, StageConfig
+from mtkd.config.stage import BatchConfig, EarlyStop, EqualTime, OptimizerConfig, StageConfig
 
 __all__ = [
     "STAGE_PREFIX",
     "BatchConfig",
+    "ChainConfig",
     "Comparison",
     "Config",
     "DataConfig",
+    "EarlyStop",
     "EngineConfig",
     "EqualTime",
     "EvaluateConfig",
@@ -24,9 +27,11 @@ __all__ = [
     "OptimizerConfig",
     "Positive",
     "RunConfig",
+    "Rung",
     "Share",
     "StageConfig",
     "TeacherConfig",
     "TokenizerConfig",
+    "Training",
     "check_name",
 ]

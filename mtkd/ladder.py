@@ -1,0 +1,198 @@
+"""Shapes of a chain's models that depend on other models: a geometric ladder of sizes, and layers taken from above."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from mtkd.config import ChainConfig, ModelConfig
+from mtkd.errors import UserError
+from mtkd.models.info import ModelInfo
+
+NEAR = 0.05
+"""Shapes whose log parameters differ by no more than this (5%) are equally near; the more proportionate one is taken."""
+
+# Widths are multiples of about a sixteenth of the largest one, a power of two between these.
+_SMALLEST_UNIT, _LARGEST_UNIT, _WIDTH_STEPS = 8, 128, 16
+
+Count = Callable[[ModelConfig], int]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the chain as others see it: how to load it, its shape, its number of parameters."""
+
+    config: ModelConfig
+    info: ModelInfo
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Every shape between two: layers, widths and heads no further apart than theirs; heads divide the width evenly.
+
+    Args:
+        top: the larger model. student: the smaller one, a description; what is not its shape is kept.
+        count: exact number of parameters of a description.
+        fixed_width: widths and heads are the top's (models made of its layers).
+    """
+
+    top: ModelInfo
+    student: ModelConfig
+    count: Count
+    fixed_width: bool = False
+
+    @cached_property
+    def candidates(self) -> list[tuple[ModelConfig, int]]:
+        """(description, parameters), every one strictly between the two in some dimension or equal to one of them."""
+        assert self.student.layers is not None
+        low, high = sorted((self.student.layers, self.top.num_layers))
+        found = []
+        for width, heads in self._widths():
+            # Layers are alike, so the number of parameters is a straight line in their number.
+            one, two = (self.count(self._shape(n, width, heads)) for n in (1, 2))
+            found += [(self._shape(n, width, heads), one + (n - 1) * (two - one)) for n in range(low, high + 1)]
+        return found
+
+    def nearest(self, target: float, share: float, below: float) -> tuple[ModelConfig, int]:
+        """The shape nearest to `target` parameters in the logarithm, smaller than `below`.
+
+        Args:
+            share: position of the rung between the top (0) and the student (1), for what is proportionate.
+
+        Raises:
+            UserError: there is no smaller shape.
+        """
+        allowed = [found for found in self.candidates if found[1] < below]
+        if not allowed:
+            raise UserError(
+                "there are not so many different shapes between the teacher and the student",
+                where="chain.num_rungs",
+                todo="ask for fewer, or give the shapes as `rungs`",
+            )
+        return min(allowed, key=lambda found: self._distance(found, target, share))
+
+    def _distance(self, found: tuple[ModelConfig, int], target: float, share: float) -> tuple[float, float, float]:
+        shape, parameters = found
+        assert shape.layers and shape.width and self.student.layers and self.student.width  # noqa: PT018
+        apart = abs(math.log(parameters / target))
+        skew = abs(math.log(shape.layers) - _between(self.top.num_layers, self.student.layers, share))
+        skew += abs(math.log(shape.width) - _between(self.top.width, self.student.width, share))
+        return (0.0 if apart <= NEAR else apart, skew, apart)
+
+    def _widths(self) -> list[tuple[int, int]]:
+        """(width, heads), the heads of each width those whose own width is nearest to the proportionate one."""
+        assert self.student.width is not None
+        assert self.student.heads is not None
+        if self.fixed_width:
+            return [(self.top.width, self.top.num_heads)]
+        low, high = sorted((self.student.width, self.top.width))
+        unit = 1 << max(high // _WIDTH_STEPS, 1).bit_length() - 1
+        unit = min(max(unit, _SMALLEST_UNIT), _LARGEST_UNIT)
+        widths = {low, high, *range(-(-low // unit) * unit, high + 1, unit)}
+        fewest, most = sorted((self.student.heads, self.top.num_heads))
+        found = []
+        for width in sorted(widths):
+            share = (math.log(width) - math.log(high)) / (math.log(low) - math.log(high)) if low < high else 1.0
+            wanted = _between(self.top.num_heads, self.student.heads, share)
+            # An even width per head: rotary positions turn pairs.
+            valid = [h for h in range(fewest, most + 1) if width % h == 0 and (width // h) % 2 == 0]
+            valid = [h for h in valid if h % self._grouped == 0]
+            if valid:
+                found.append((width, min(valid, key=lambda h: abs(math.log(h) - wanted))))
+        return found
+
+    @property
+    def _grouped(self) -> int:
+        """Query heads per key/value head, as in the student."""
+        assert self.student.heads is not None
+        return self.student.heads // (self.student.kv_heads or self.student.heads)
+
+    def _shape(self, layers: int, width: int, heads: int) -> ModelConfig:
+        student = self.student
+        assert student.width is not None
+        values = {**student.model_dump(exclude_unset=True), "layers": layers, "width": width, "heads": heads}
+        if student.kv_heads:
+            values["kv_heads"] = heads // self._grouped
+        if student.intermediate:
+            values["intermediate"] = max(8, round(student.intermediate / student.width * width / 8) * 8)
+        return ModelConfig.model_validate(values)
+
+
+def ladder(chain: ChainConfig, top: Model, student_parameters: int, count: Count) -> dict[str, ModelConfig]:
+    """The assistants' shapes of a chain with `num_rungs`, their parameters a geometric series down to the student's.
+
+    ``P_i = P_teacher^(1-s) P_student^s``, ``s = i / (n + 1)``; each rung is the valid shape nearest to its target.
+
+    Raises:
+        UserError: the student is not smaller than the teacher, or there are too few shapes between them.
+    """
+    if student_parameters >= top.parameters:
+        raise UserError(
+            "the student of a chain is smaller than its largest teacher",
+            where="chain.student",
+            found=f"{student_parameters:,} parameters",
+            allowed=f"fewer than {top.parameters:,}",
+        )
+    names = chain.assistants
+    shapes = Shapes(top.info, chain.student, count, any(chain.start_of(n) == "teacher" for n in names))
+    found: dict[str, ModelConfig] = {}
+    below = float(top.parameters)
+    for position, name in enumerate(names, 1):
+        share = position / (len(names) + 1)
+        target = math.exp(_between(top.parameters, student_parameters, share))
+        found[name], parameters = shapes.nearest(target, share, below)
+        if parameters <= student_parameters:
+            raise UserError(
+                "there are not so many different shapes between the teacher and the student",
+                where="chain.num_rungs",
+                found=len(names),
+                todo="ask for fewer, or give the shapes as `rungs`",
+            )
+        below = float(parameters)
+    return found
+
+
+def from_layers(shape: ModelConfig, above: Model, where: str) -> ModelConfig:
+    """A model made of evenly chosen layers of the one above it, the last layer among them.
+
+    Args:
+        shape: the description of what is wanted. above: the model that gives the layers.
+
+    Raises:
+        UserError: it has another architecture, width or heads, or fewer layers.
+    """
+    assert shape.layers is not None
+    info = above.info
+    wanted = {"architecture": shape.architecture, "width": shape.width, "heads": shape.heads}
+    found = {"architecture": info.architecture, "width": info.width, "heads": info.num_heads}
+    if wanted != found or shape.layers > info.num_layers:
+        raise UserError(
+            "cannot begin with layers of the model above it",
+            where=where,
+            found=f"{wanted['architecture']} {shape.layers}x{shape.width}, {shape.heads} heads",
+            allowed=f"{info.architecture} of width {info.width}, {info.num_heads} heads, at most {info.num_layers} layers",
+            todo="make them equal, or set initial: fresh",
+        )
+    before = above.config.keep_layers or range(1, info.num_layers + 1)
+    kept = [before[layer - 1] for layer in even_layers(shape.layers, info.num_layers)]
+    values = {"path": above.config.path, "keep_layers": kept, "dropout": shape.dropout}
+    values |= {"revision": above.config.revision}
+    return ModelConfig.model_validate({key: value for key, value in values.items() if value is not None})
+
+
+def even_layers(count: int, of: int) -> list[int]:
+    """`count` of the layers 1 to `of`, evenly spread, the last one included: 12 -> 6 gives 2, 4, ..., 12."""
+    return [round((i + 1) * of / count) for i in range(count)]
+
+
+def largest(models: Sequence[Model]) -> Model:
+    """The model of most parameters; the first of equals."""
+    return max(models, key=lambda model: model.parameters)
+
+
+def _between(top: float, bottom: float, share: float) -> float:
+    """Log of the geometric mean with weight `share` on the bottom."""
+    return (1 - share) * math.log(top) + share * math.log(bottom)
