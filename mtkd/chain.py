@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mtkd.config import STAGE_PREFIX, ModelConfig, RunConfig, StageConfig
 from mtkd.configfile import differences, fingerprint
-from mtkd.errors import DataError
+from mtkd.errors import DataError, UserError, nearest
 from mtkd.match import Match
 from mtkd.registry import METHODS, check_options
 from mtkd.rundir import StageDir
 
-# Fields that change when a stage is looked at or saved, not what it makes.
-_BOOKKEEPING = {"evaluate_every", "save_every", "keep"}
+# Fields that change when a stage is saved, not what it makes.
+_BOOKKEEPING = {"save_every", "keep"}
 
 # A weight file is identified by its size and this many evenly spread samples of this many bytes: a 20 GB teacher
 # would take a minute to hash whole on every start.
@@ -31,6 +31,47 @@ def used_stages(stage: StageConfig) -> list[str]:
     """Names of the earlier stages whose models this one loads."""
     paths = [stage.student.path, *(teacher.model.path for teacher in stage.teachers)]
     return [name for name in map(stage_of, paths) if name is not None]
+
+
+def needed_stages(stage: StageConfig) -> list[str]:
+    """Names of the earlier stages that this one cannot be made without: their models, or how long they took."""
+    timed = [stage.equal_time.to, stage.equal_time.rate_of] if stage.equal_time else []
+    return list(dict.fromkeys([*used_stages(stage), *timed]))
+
+
+def to_redo(config: RunConfig, names: Sequence[str]) -> list[str]:
+    """These stages and all that depend on them, the last of the run first.
+
+    Raises:
+        UserError: there is no stage of this name.
+    """
+    for name in names:
+        if name not in config.stages:
+            raise UserError(
+                "no stage of this name",
+                where="--redo",
+                found=name,
+                allowed=list(config.stages),
+                todo=nearest(name, config.stages),
+            )
+    stale = set(names)
+    for name, stage in config.stages.items():
+        if stale.intersection(needed_stages(stage)):
+            stale.add(name)
+    return [name for name in reversed(config.stages) if name in stale]
+
+
+def changed_stages(config: RunConfig, folders: Mapping[str, StageDir]) -> list[str]:
+    """Finished stages whose own configuration is another now, without those that go with an earlier one of them."""
+    found: list[str] = []
+    gone: set[str] = set()
+    for name, stage in config.stages.items():
+        record = folders[name].done()
+        if record is None or name in gone or record["identity"]["stage"] == stage_values(stage):
+            continue
+        found.append(name)
+        gone |= set(to_redo(config, [name]))
+    return found
 
 
 def stage_rows(stage: StageConfig, where: str, regression: bool = False) -> tuple[Match, ...]:
@@ -54,7 +95,9 @@ def stage_rows(stage: StageConfig, where: str, regression: bool = False) -> tupl
 
 def stage_values(stage: StageConfig) -> dict[str, Any]:
     """The fields of a stage that determine what it makes, as plain values."""
-    return stage.model_dump(mode="json", exclude=_BOOKKEEPING)
+    # Looking at a stage changes nothing, unless what is seen decides where it ends or which step is kept.
+    looking = set() if stage.selects else {"evaluate_every"}
+    return stage.model_dump(mode="json", exclude=_BOOKKEEPING | looking)
 
 
 def stage_seed(config: RunConfig, stage: StageConfig) -> int:
@@ -87,8 +130,11 @@ def identity(
     }
 
 
-def finished(folder: StageDir, name: str, wanted: dict[str, Any]) -> dict[str, Any] | None:
+def finished(folder: StageDir, name: str, wanted: dict[str, Any], redo: Sequence[str] = ()) -> dict[str, Any] | None:
     """The DONE record of a stage that need not be redone; None when it is not done.
+
+    Args:
+        redo: the stages to name in the error's advice; default: this one.
 
     Raises:
         DataError: it is done, but as something else; the message lists every difference.
@@ -102,9 +148,15 @@ def finished(folder: StageDir, name: str, wanted: dict[str, Any]) -> dict[str, A
             "this stage is finished, but with another configuration, teacher, data set or tokenizer",
             where=f"stage '{name}' in {folder.path}",
             found="\n           ".join(changed),
-            todo="give the run another name, or remove this stage's folder and those of the stages that use it",
+            todo="undo the change, give the run another name, or redo this stage and what depends on it: "
+            + redo_command(redo or [name]),
         )
     return record
+
+
+def redo_command(names: Sequence[str]) -> str:
+    """The command that redoes these stages, for advice."""
+    return " ".join(["mtkd run FILE", *(f"--redo {name}" for name in names)])
 
 
 def weights_digest(model: ModelConfig, folder: Path) -> str:

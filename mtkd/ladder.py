@@ -12,7 +12,7 @@ from mtkd.errors import UserError
 from mtkd.models.info import ModelInfo
 
 NEAR = 0.05
-"""Shapes whose log parameters differ by no more than this (5%) are equally near; the more proportionate one is taken."""
+"""Shapes this near to a target in log parameters (5%) are equally near: the most proportionate one is taken."""
 
 # Widths are multiples of about a sixteenth of the largest one, a power of two between these.
 _SMALLEST_UNIT, _LARGEST_UNIT, _WIDTH_STEPS = 8, 128, 16
@@ -173,7 +173,7 @@ def from_layers(shape: ModelConfig, above: Model, where: str) -> ModelConfig:
             "cannot begin with layers of the model above it",
             where=where,
             found=f"{wanted['architecture']} {shape.layers}x{shape.width}, {shape.heads} heads",
-            allowed=f"{info.architecture} of width {info.width}, {info.num_heads} heads, at most {info.num_layers} layers",
+            allowed=f"{info.architecture} {info.num_layers}x{info.width} or fewer layers, {info.num_heads} heads",
             todo="make them equal, or set initial: fresh",
         )
     before = above.config.keep_layers or range(1, info.num_layers + 1)

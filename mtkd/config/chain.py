@@ -31,8 +31,8 @@ class Training(Config):
     data: str | None = Field(None, description="name of a `data` entry; may be left out when there is only one")
     initial: Initial | None = Field(
         None,
-        description="start of a model: fresh (default) = random; teacher = evenly chosen layers of the model before it, "
-        "which must have the same architecture, width and heads",
+        description="start of a model: fresh (default) = random; teacher = evenly chosen layers of the model above it, "
+        "of equal architecture, width and heads",
     )
     method: Named | None = Field(None, description="a method of the table; default: kd by lam and temperature")
     match: tuple[Match, ...] | None = Field(None, description="further rows")

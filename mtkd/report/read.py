@@ -147,7 +147,7 @@ def _stages(run_dir: Path, config: Mapping[str, Any], problems: list[str]) -> li
         record.planned_steps = _integer(wanted.get("steps"))
         record.teachers = _teachers(wanted.get("teachers"))
     done = {}
-    for folder in sorted((run_dir / "stages").glob("*-*")):
+    for folder in sorted((run_dir / "stages").glob("[0-9]*-*")):
         name = re.sub(r"^\d+-", "", folder.name)
         records.setdefault(name, StageRecord(name))
         if (folder / "DONE").exists():
