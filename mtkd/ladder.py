@@ -11,8 +11,8 @@ from mtkd.config import ChainConfig, ModelConfig
 from mtkd.errors import UserError
 from mtkd.models.info import ModelInfo
 
-NEAR = 0.05
-"""Shapes this near to a target in log parameters (5%) are equally near: the most proportionate one is taken."""
+NEAR = 0.1
+"""Shapes this near to a target in log parameters (10%) are equally near: the most proportionate one is taken."""
 
 # Widths are multiples of about a sixteenth of the largest one, a power of two between these.
 _SMALLEST_UNIT, _LARGEST_UNIT, _WIDTH_STEPS = 8, 128, 16

@@ -292,7 +292,7 @@ def _training(chain: ChainConfig, name: str) -> dict[str, Any]:
 def _default_weighting(chain: ChainConfig, num_teachers: int) -> dict[str, Any]:
     """dgkd drops `drop` teachers per batch, always fewer than there are."""
     number = min(chain.drop, num_teachers - 1) if chain.mode == "dgkd" else 0
-    return {"name": "drop", "options": {"drop": number}} if number else {"name": "uniform"}
+    return {"name": "drop", "options": {"count": number}} if number else {"name": "uniform"}
 
 
 def _default_method(chain: ChainConfig, weighting: Mapping[str, Any], num_teachers: int) -> dict[str, Any]:
@@ -302,6 +302,6 @@ def _default_method(chain: ChainConfig, weighting: Mapping[str, Any], num_teache
     """
     terms = num_teachers if chain.mode == "dgkd" else 1
     if chain.mode == "dgkd" and weighting["name"] == "drop":
-        terms -= int((weighting.get("options") or {}).get("drop", 1))
+        terms = max(terms - int((weighting.get("options") or {}).get("count", 1)), 1)
     options = {"temperature": chain.temperature, "soft": chain.lam * terms, "hard": 1 - chain.lam}
     return {"name": "kd", "options": options}
