@@ -10,7 +10,6 @@ from typing import Any
 
 import processes
 import pytest
-import yaml
 from pydantic import ValidationError
 from tiny_run import NAME, ids_file, undisturbed, with_teacher, write_yaml
 
@@ -99,9 +98,8 @@ def test_a_kill_after_the_end_exports_the_best_step_again(ended: Path, tmp_path:
     student = tmp_path / STUDENT
     (student / "DONE").unlink()
     shutil.rmtree(student / "export")
-    file = yaml.safe_load((tmp_path / "run.yaml").read_text())
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**file, "output": str(tmp_path / "runs")}))
-    code, output = processes.run(tmp_path, "run", str(tmp_path / "run.yaml"))
+    file = str(write_yaml(tmp_path, stages={"student": FIELDS | SELECT}))
+    code, output = processes.run(tmp_path, "run", file)
     assert code == 0, output
     assert weights(tmp_path) == weights(ended)
     assert record(tmp_path)["ended"] == record(ended)["ended"]
@@ -109,7 +107,7 @@ def test_a_kill_after_the_end_exports_the_best_step_again(ended: Path, tmp_path:
     (best / "state.json").write_text("{}")
     (student / "DONE").unlink()
     texts = ("the checkpoint of the best step is not whole", "--redo student")
-    processes.assert_refused(tmp_path, ("run", str(tmp_path / "run.yaml")), 3, *texts)
+    processes.assert_refused(tmp_path, ("run", file), 3, *texts)
 
 
 @runs
