@@ -9,9 +9,10 @@ from typing import Any
 
 from mtkd.config import STAGE_PREFIX, ModelConfig, RunConfig, StageConfig
 from mtkd.configfile import differences, fingerprint
+from mtkd.data.tasks import TaskSpec
 from mtkd.errors import DataError, UserError, nearest
 from mtkd.match import Match
-from mtkd.registry import METHODS, check_options
+from mtkd.registry import METHODS, TASKS, check_options
 from mtkd.rundir import StageDir
 
 # Fields that change when a stage is saved, not what it makes.
@@ -91,6 +92,34 @@ def stage_rows(stage: StageConfig, where: str, regression: bool = False) -> tupl
     except ValueError as error:
         raise DataError(str(error), where=f"{where}.method.options") from error
     return (*rows, *stage.match)
+
+
+def check_selection(config: RunConfig) -> None:
+    """The metric that stops a stage or chooses its step exists, and so does the validation split, as far as known.
+
+    Raises:
+        UserError: naming what is missing.
+    """
+    for name, stage in config.stages.items():
+        if not stage.selects:
+            continue
+        data_name = config.data_name(stage.data)
+        data = config.data[data_name]
+        task: TaskSpec = TASKS.find(data.task, f"data.{data_name}.task")
+        if stage.selects not in (allowed := ("loss", *task.metrics, *task.regression_metrics)):
+            raise UserError(
+                f"task '{data.task}' has no such metric",
+                where=f"stages.{name}.{'early_stop.metric' if stage.early_stop else 'export_metric'}",
+                found=stage.selects,
+                allowed=allowed,
+            )
+        if data.source == "files" and "validation" not in data.files and not data.validation_share:
+            raise UserError(
+                "there is no validation split to choose by",
+                where=f"data.{data_name}.files",
+                found=", ".join(data.files),
+                todo="add files.validation or validation_share, or drop early_stop and export: best",
+            )
 
 
 def stage_values(stage: StageConfig) -> dict[str, Any]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
-from mtkd.config import ChainConfig, ModelConfig
+from pydantic import ValidationError
+from transformers import PretrainedConfig
+
+from mtkd.config import STAGE_PREFIX, ChainConfig, ModelConfig, RunConfig, StageConfig
 from mtkd.errors import UserError
-from mtkd.models.info import ModelInfo
+from mtkd.models.info import ModelInfo, count_parameters, model_info
+from mtkd.registry import TASKS
 
 NEAR = 0.1
 """Shapes this near to a target in log parameters (10%) are equally near: the most proportionate one is taken."""
@@ -121,6 +125,100 @@ class Shapes:
         return ModelConfig.model_validate(values)
 
 
+@dataclass(frozen=True)
+class Look:
+    """What a planner knows of the models of a run, without weights.
+
+    Args:
+        stage: plans a stage, so that those below it know its models.
+        model_config: (stage, model, where) -> its configuration. made: model of a stage -> the same.
+    """
+
+    stage: Callable[[str], object]
+    model_config: Callable[[StageConfig, ModelConfig, str], PretrainedConfig]
+    made: dict[str, PretrainedConfig]
+
+
+def complete(config: RunConfig, planner: Callable[[RunConfig], Look]) -> RunConfig:
+    """The run with the models of all stages of its chain, and so with the stages; as it is when nothing is missing.
+
+    Reads configurations of models and the tokenizer, no weights. The same input gives the same shapes.
+
+    Raises:
+        UserError: a shape cannot be derived, or the stages that result are not valid.
+    """
+    chain = config.chain
+    if chain is None or chain.resolved:
+        return config
+    asked = {name: chain.described(name) for name in chain.names}
+    # Stand-ins under the right names: enough to find the tokenizer and the teachers.
+    stand_in = _with_models(config, {n: chain.models.get(n) or m or chain.student for n, m in asked.items()})
+    sizes = _Sizes(stand_in, planner(stand_in))
+    top = sizes.top()
+    if chain.num_rungs:
+        asked |= ladder(chain, top, sizes.count(chain.student), sizes.count)
+    models, above = dict(chain.models), top
+    for name in chain.names:
+        if name not in models:
+            shape = asked[name]
+            assert shape is not None, "given, or derived above"
+            first = top if name == chain.direct_name else above
+            models[name] = shape if chain.start_of(name) == "fresh" else from_layers(shape, first, f"chain: {name}")
+        above = sizes.of(name, models[name])
+    return _with_models(config, models)
+
+
+def _with_models(config: RunConfig, models: dict[str, ModelConfig]) -> RunConfig:
+    values = config.model_dump(mode="json", exclude_unset=True)
+    values["chain"]["models"] = {n: model.model_dump(mode="json", exclude_unset=True) for n, model in models.items()}
+    try:
+        made = RunConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(str(first.get("ctx", {}).get("error", first["msg"])), where="chain") from None
+    made._base = config._base
+    return made
+
+
+class _Sizes:
+    """Shapes and parameters of the models around a chain."""
+
+    def __init__(self, config: RunConfig, look: Look) -> None:
+        assert config.chain is not None
+        self._config, self._look, self._chain = config, look, config.chain
+        self._first = config.chain.names[0]
+        data = config.data[config.data_name(config.stages[self._first].data)]
+        self._auto_class = str(TASKS.find(data.task).auto_class)
+
+    def top(self) -> Model:
+        """The largest of the models above the chain, the first of equals."""
+        for name in self._config.stages:
+            if name == self._first:  # what the chain uses stands before it
+                break
+            self._look.stage(name)
+        stage = self._config.stages[self._first]
+        found = []
+        for i, teacher in enumerate(self._chain.teachers):
+            found.append(
+                self._sized(teacher.model, self._look.model_config(stage, teacher.model, f"chain.teachers[{i}]"))
+            )
+        return max(found, key=lambda model: model.parameters)
+
+    def of(self, name: str, model: ModelConfig) -> Model:
+        """The model of a stage of the chain, as the next one sees it."""
+        made = self._look.model_config(self._config.stages[name], model, f"chain: {name}")
+        self._look.made[name] = made
+        return self._sized(ModelConfig(path=f"{STAGE_PREFIX}{name}"), made)
+
+    def count(self, model: ModelConfig) -> int:
+        """Parameters of a description."""
+        made = self._look.model_config(self._config.stages[self._first], model, "chain.student")
+        return count_parameters(made, self._auto_class)
+
+    def _sized(self, model: ModelConfig, made: PretrainedConfig) -> Model:
+        return Model(model, model_info(made, self._auto_class), count_parameters(made, self._auto_class))
+
+
 def ladder(chain: ChainConfig, top: Model, student_parameters: int, count: Count) -> dict[str, ModelConfig]:
     """The assistants' shapes of a chain with `num_rungs`, their parameters a geometric series down to the student's.
 
@@ -186,11 +284,6 @@ def from_layers(shape: ModelConfig, above: Model, where: str) -> ModelConfig:
 def even_layers(count: int, of: int) -> list[int]:
     """`count` of the layers 1 to `of`, evenly spread, the last one included: 12 -> 6 gives 2, 4, ..., 12."""
     return [round((i + 1) * of / count) for i in range(count)]
-
-
-def largest(models: Sequence[Model]) -> Model:
-    """The model of most parameters; the first of equals."""
-    return max(models, key=lambda model: model.parameters)
 
 
 def _between(top: float, bottom: float, share: float) -> float:

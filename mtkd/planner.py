@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from pydantic import ValidationError
 from rich.table import Table
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from mtkd.build import check_registered, given_tokenizer, read_tokenizer, resolve_path
-from mtkd.chain import stage_of, stage_rows, stage_values, used_stages
-from mtkd.config import STAGE_PREFIX, ModelConfig, RunConfig, StageConfig
+from mtkd.chain import check_selection, stage_of, stage_rows, stage_values, used_stages
+from mtkd.config import ModelConfig, RunConfig, StageConfig
 from mtkd.data.sources import check_source
-from mtkd.data.tasks import TaskSpec
 from mtkd.data.tokenizers import check_same_tokenizer, num_real_ids, train_tokenizer
-from mtkd.errors import UserError
-from mtkd.ladder import Model, from_layers, ladder, largest
+from mtkd.ladder import Look, complete
 from mtkd.launcher import launch_command
 from mtkd.models.info import ModelInfo, count_parameters, model_info
 from mtkd.models.load import load_config as load_model_config
@@ -103,71 +99,17 @@ def check(config: RunConfig) -> None:
     check_registered(config)
     for name, data in config.data.items():
         check_source(data, config.base, f"data.{name}")
-    for name, stage in config.stages.items():
-        _check_selection(config, stage, f"stages.{name}")
-
-
-def _check_selection(config: RunConfig, stage: StageConfig, where: str) -> None:
-    """The metric that stops a stage or chooses its step exists, and so does the validation split, as far as known."""
-    if not stage.selects:
-        return
-    data_name = config.data_name(stage.data)
-    data = config.data[data_name]
-    task: TaskSpec = TASKS.find(data.task, f"data.{data_name}.task")
-    if stage.selects not in (allowed := ("loss", *task.metrics, *task.regression_metrics)):
-        field = "early_stop.metric" if stage.early_stop else "export_metric"
-        raise UserError(
-            f"task '{data.task}' has no such metric", where=f"{where}.{field}", found=stage.selects, allowed=allowed
-        )
-    if data.source == "files" and "validation" not in data.files and not data.validation_share:
-        raise UserError(
-            "there is no validation split to choose by",
-            where=f"data.{data_name}.files",
-            found=", ".join(data.files),
-            todo="add files.validation or validation_share, or drop early_stop and export: best",
-        )
+    check_selection(config)
 
 
 def resolve(config: RunConfig) -> RunConfig:
     """The run with every stage of its chain: shapes that depend on other models are derived; else as it is.
 
-    Reads configurations of models and the tokenizer, no weights. The same input gives the same shapes.
-
     Raises:
         UserError: a shape cannot be derived, or the stages that result are not valid.
     """
-    chain = config.chain
-    if chain is None or chain.resolved:
-        return config
     load_plugins(config.plugins, config.base)
-    # Stand-ins of the right names: enough to find the tokenizer and the teachers.
-    asked = {name: chain.described(name) for name in chain.names}
-    planner = _Planner(_with_models(config, {n: chain.models.get(n) or m or chain.student for n, m in asked.items()}))
-    top = planner.teachers_of_chain()
-    if chain.num_rungs:
-        count = planner.counter(chain.names[0])
-        asked |= ladder(chain, top, count(chain.student), count)
-    models, above = dict(chain.models), top
-    for name in chain.names:
-        if name not in models:
-            shape = asked[name]
-            assert shape is not None, "given, or derived above"
-            first = top if name == chain.direct_name else above
-            models[name] = shape if chain.start_of(name) == "fresh" else from_layers(shape, first, f"chain: {name}")
-        above = planner.model_of_chain(name, models[name])
-    return _with_models(config, models)
-
-
-def _with_models(config: RunConfig, models: dict[str, ModelConfig]) -> RunConfig:
-    values = config.model_dump(mode="json", exclude_unset=True)
-    values["chain"]["models"] = {n: model.model_dump(mode="json", exclude_unset=True) for n, model in models.items()}
-    try:
-        made = RunConfig.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(str(first.get("ctx", {}).get("error", first["msg"])), where="chain") from None
-    made._base = config._base
-    return made
+    return complete(config, lambda stand_in: _Planner(stand_in).look())
 
 
 def plan(config: RunConfig) -> Plan:
@@ -273,40 +215,9 @@ class _Planner:
             resolve=lambda path: resolve_path(path, self.config.base),
         )
 
-    def teachers_of_chain(self) -> Model:
-        """The largest of the models at the top of the chain."""
-        chain = self.config.chain
-        assert chain is not None
-        first = chain.names[0]
-        for name, stage in self.config.stages.items():
-            if name == first:  # what the chain uses stands before it
-                break
-            self._made[name] = self._model_config(stage, stage.student, f"stages.{name}.student")
-        stage = self.config.stages[first]
-        found = []
-        for i, teacher in enumerate(chain.teachers):
-            made = self._model_config(stage, teacher.model, f"chain.teachers[{i}]")
-            found.append(self._sized(first, teacher.model, made))
-        return largest(found)
-
-    def model_of_chain(self, name: str, model: ModelConfig) -> Model:
-        """The model of a stage of the chain, as the next one sees it."""
-        stage = self.config.stages[name]
-        self._made[name] = self._model_config(stage, model, f"chain: {name}")
-        return self._sized(name, ModelConfig(path=f"{STAGE_PREFIX}{name}"), self._made[name])
-
-    def counter(self, name: str) -> Callable[[ModelConfig], int]:
-        """A function that counts the parameters of a description, for the task of a stage."""
-        stage, auto_class = self.config.stages[name], self._auto_class(name)
-        return lambda model: count_parameters(self._model_config(stage, model, "chain.student"), auto_class)
-
-    def _sized(self, name: str, model: ModelConfig, made: PretrainedConfig) -> Model:
-        auto_class = self._auto_class(name)
-        return Model(model, model_info(made, auto_class), count_parameters(made, auto_class))
-
-    def _auto_class(self, name: str) -> str:
-        data = self.config.data[self.config.data_name(self.config.stages[name].data)]
-        return str(TASKS.find(data.task).auto_class)
+    def look(self) -> Look:
+        """What the ladder of a chain asks about models."""
+        return Look(self.stage, self._model_config, self._made)
 
     def _check_tokenizer(self, model: ModelConfig, where: str) -> None:
         """Token -> id of the teacher and of the run, where both exist before anything is trained."""

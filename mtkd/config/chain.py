@@ -227,10 +227,15 @@ def expand(chain: ChainConfig, stages: Mapping[str, StageConfig]) -> dict[str, S
     kept = {name: stage for name, stage in stages.items() if name not in made}
     paths = [t.model.path for t in chain.teachers]
     paths += [m.path for stage in made.values() for m in (stage.student, *(t.model for t in stage.teachers))]
-    used = [path.removeprefix(STAGE_PREFIX) for path in paths if path and path.startswith(STAGE_PREFIX)]
+    used = [stage_name(path) for path in paths if path and path.startswith(STAGE_PREFIX)]
     after = max((i for i, name in enumerate(kept, 1) if name in used), default=0)
     order = list(kept.items())
     return dict([*order[:after], *made.items(), *order[after:]])
+
+
+def stage_name(path: str) -> str:
+    """The stage in stage:NAME, and in stage:NAME/MEMBER."""
+    return path.removeprefix(STAGE_PREFIX).partition("/")[0]
 
 
 def _stage(chain: ChainConfig, name: str) -> StageConfig:

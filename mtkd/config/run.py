@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PrivateAttr, model_validator
 
 from mtkd.config.base import STAGE_PREFIX, Config, Name, Positive
-from mtkd.config.chain import ChainConfig, expand
+from mtkd.config.chain import ChainConfig, expand, stage_name
 from mtkd.config.data import DataConfig, TokenizerConfig
 from mtkd.config.stage import BatchConfig, StageConfig
 
@@ -107,7 +107,7 @@ class RunConfig(Config):
         """Put the chain's stages among the others, and the comparison with the control among those asked for."""
         for i, teacher in enumerate(chain.teachers):
             path = teacher.model.path or ""
-            if path.startswith(STAGE_PREFIX) and path.removeprefix(STAGE_PREFIX) not in self.stages:
+            if path.startswith(STAGE_PREFIX) and stage_name(path) not in self.stages:
                 raise ValueError(
                     f"chain.teachers[{i}]: {path!r} is not a stage; stages are: {', '.join(self.stages) or 'none'}"
                 )
