@@ -225,8 +225,8 @@ def expand(chain: ChainConfig, stages: Mapping[str, StageConfig]) -> dict[str, S
     if made.keys() <= stages.keys():
         return dict(stages)
     kept = {name: stage for name, stage in stages.items() if name not in made}
-    paths = [t.model.path for t in chain.teachers]
-    paths += [m.path for stage in made.values() for m in (stage.student, *(t.model for t in stage.teachers))]
+    models = [t.model for t in chain.teachers] + [m for m in map(chain.planned_model, made) if m is not None]
+    paths = [model.path for model in models]
     used = [stage_name(path) for path in paths if path and path.startswith(STAGE_PREFIX)]
     after = max((i for i, name in enumerate(kept, 1) if name in used), default=0)
     order = list(kept.items())
