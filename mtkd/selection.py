@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from mtkd.build import BuiltStage
+from mtkd.data.batch import Batch
 from mtkd.data.sampler import evaluation_batches
 from mtkd.errors import DataError, UserError
 from mtkd.evaluate.metrics import LOWER_IS_BETTER, summarise
@@ -74,24 +76,24 @@ def validate(built: BuiltStage, run: RunDir, step: int) -> float:
     split = built.data.splits.get("validation")
     if split is None:
         return float("nan")
-    engine, objective, student = built.engine, built.objective, built.objective.student
-    dist, metric = engine.dist, built.stage.selects or "loss"
-    student.eval()
+    engine, objective, dist = built.engine, built.objective, built.engine.dist
+    models, metric = [objective.student], built.stage.selects or "loss"
+    objective.eval()
 
-    def batches() -> Any:
+    def batches() -> Iterable[Batch]:
         return evaluation_batches(split, built.stage.batch, dist.rank, dist.world_size)
 
     how = (engine.device, objective.dtype, dist, objective.tile, engine.whole_head)
-    values = {"loss": mean_loss(student, batches(), *how)}
+    values = {"loss": _mean([mean_loss(model, batches(), *how) for model in models])}
     if metric != "loss":
-        records = score([student], built.data, split, batches(), *how)
-        if records is not None:
-            values[metric] = summarise(built.data.config.task, records)[metric]
-    built.objective.train()
+        task = built.data.config.task
+        records = [score([model], built.data, split, batches(), *how) for model in models]
+        values |= {metric: _mean([summarise(task, found)[metric] for found in records if found is not None])}
+    objective.train()
     if dist.is_main:
         named = {f"validation/{name}": value for name, value in values.items()}
         append_jsonl(run.metrics_file, {"stage": built.name, "step": step, "time": time.time(), **named})
-    return dist.broadcast_object(values.get(metric, 0.0))
+    return dist.broadcast_object(values[metric])
 
 
 def note_score(built: BuiltStage, state: TrainState, value: float) -> bool:
@@ -147,6 +149,11 @@ def take_best(built: BuiltStage, folder: StageDir, state: TrainState) -> int:
         )
     built.engine.load(best)
     return state.best_step
+
+
+def _mean(values: list[float]) -> float:
+    """NaN of none: only the main rank has scores, and tells the others."""
+    return sum(values) / len(values) if values else float("nan")
 
 
 def _told(value: float | None) -> str:
