@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from mtkd.chain import identity, member_of, stage_of, stage_seed, weights_digest
+from mtkd.chain import identity, member_of, redo_command, stage_of, stage_seed, weights_digest
 from mtkd.cofinetune import CoFinetuning, check_members
 from mtkd.config import EngineConfig, ModelConfig, Named, RunConfig, StageConfig, TeacherConfig
 from mtkd.configfile import differences, fingerprint
@@ -88,7 +88,8 @@ class BuiltStage:
                 "the checkpoint belongs to another configuration, teacher, data set, tokenizer or number of processes",
                 where=f"stage '{self.name}'",
                 found="\n           ".join(changed),
-                todo="undo the change, or give the run another name",
+                todo="undo the change, give the run another name, or begin this stage anew: "
+                + redo_command([self.name]),
             )
 
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mtkd.config import STAGE_PREFIX, ModelConfig, RunConfig, StageConfig
 from mtkd.configfile import differences, fingerprint
-from mtkd.errors import DataError, UserError
+from mtkd.data.tasks import TaskSpec
+from mtkd.errors import DataError, UserError, nearest
 from mtkd.models.folder import MAP_FILE
 from mtkd.registry import TASKS
 from mtkd.rundir import StageDir
 
-# Fields that change when a stage is looked at or saved, not what it makes.
-_BOOKKEEPING = {"evaluate_every", "save_every", "keep"}
+# Fields that change when a stage is saved, not what it makes.
+_BOOKKEEPING = {"save_every", "keep"}
 
 # A weight file is identified by its size and this many evenly spread samples of this many bytes: a 20 GB teacher
 # would take a minute to hash whole on every start.
@@ -36,6 +37,47 @@ def used_stages(stage: StageConfig) -> list[str]:
     """Names of the earlier stages whose models this one loads."""
     models = [*stage.trained.values(), *(teacher.model for teacher in stage.teachers)]
     return list(dict.fromkeys(name for name in (stage_of(model.path) for model in models) if name is not None))
+
+
+def needed_stages(stage: StageConfig) -> list[str]:
+    """Names of the earlier stages that this one cannot be made without: their models, or how long they took."""
+    timed = [stage.equal_time.to, stage.equal_time.rate_of] if stage.equal_time else []
+    return list(dict.fromkeys([*used_stages(stage), *timed]))
+
+
+def to_redo(config: RunConfig, names: Sequence[str]) -> list[str]:
+    """These stages and all that depend on them, the last of the run first.
+
+    Raises:
+        UserError: there is no stage of this name.
+    """
+    for name in names:
+        if name not in config.stages:
+            raise UserError(
+                "no stage of this name",
+                where="--redo",
+                found=name,
+                allowed=list(config.stages),
+                todo=nearest(name, config.stages),
+            )
+    stale = set(names)
+    for name, stage in config.stages.items():
+        if stale.intersection(needed_stages(stage)):
+            stale.add(name)
+    return [name for name in reversed(config.stages) if name in stale]
+
+
+def changed_stages(config: RunConfig, folders: Mapping[str, StageDir]) -> list[str]:
+    """Finished stages whose own configuration is another now, without those that go with an earlier one of them."""
+    found: list[str] = []
+    gone: set[str] = set()
+    for name, stage in config.stages.items():
+        record = folders[name].done()
+        if record is None or name in gone or record["identity"]["stage"] == stage_values(stage):
+            continue
+        found.append(name)
+        gone |= set(to_redo(config, [name]))
+    return found
 
 
 def scored_models(config: RunConfig) -> list[str]:
@@ -86,9 +128,39 @@ def _does_task(config: RunConfig, stage: str) -> bool:
     return heads[0] == heads[1] or heads == ["AutoModelForPreTraining", "AutoModelForMaskedLM"]
 
 
+def check_selection(config: RunConfig) -> None:
+    """The metric that stops a stage or chooses its step exists, and so does the validation split, as far as known.
+
+    Raises:
+        UserError: naming what is missing.
+    """
+    for name, stage in config.stages.items():
+        if not stage.selects:
+            continue
+        data_name = config.data_name(stage.data)
+        data = config.data[data_name]
+        task: TaskSpec = TASKS.find(data.task, f"data.{data_name}.task")
+        if stage.selects not in (allowed := ("loss", *task.metrics, *task.regression_metrics)):
+            raise UserError(
+                f"task '{data.task}' has no such metric",
+                where=f"stages.{name}.{'early_stop.metric' if stage.early_stop else 'export_metric'}",
+                found=stage.selects,
+                allowed=allowed,
+            )
+        if data.source == "files" and "validation" not in data.files and not data.validation_share:
+            raise UserError(
+                "there is no validation split to choose by",
+                where=f"data.{data_name}.files",
+                found=", ".join(data.files),
+                todo="add files.validation or validation_share, or drop early_stop and export: best",
+            )
+
+
 def stage_values(stage: StageConfig) -> dict[str, Any]:
     """The fields of a stage that determine what it makes, as plain values."""
-    return stage.model_dump(mode="json", exclude=_BOOKKEEPING)
+    # Looking at a stage changes nothing, unless what is seen decides where it ends or which step is kept.
+    looking = set() if stage.selects else {"evaluate_every"}
+    return stage.model_dump(mode="json", exclude=_BOOKKEEPING | looking)
 
 
 def stage_seed(config: RunConfig, stage: StageConfig) -> int:
@@ -121,8 +193,11 @@ def identity(
     }
 
 
-def finished(folder: StageDir, name: str, wanted: dict[str, Any]) -> dict[str, Any] | None:
+def finished(folder: StageDir, name: str, wanted: dict[str, Any], redo: Sequence[str] = ()) -> dict[str, Any] | None:
     """The DONE record of a stage that need not be redone; None when it is not done.
+
+    Args:
+        redo: the stages to name in the error's advice; default: this one.
 
     Raises:
         DataError: it is done, but as something else; the message lists every difference.
@@ -136,9 +211,15 @@ def finished(folder: StageDir, name: str, wanted: dict[str, Any]) -> dict[str, A
             "this stage is finished, but with another configuration, teacher, data set or tokenizer",
             where=f"stage '{name}' in {folder.path}",
             found="\n           ".join(changed),
-            todo="give the run another name, or remove this stage's folder and those of the stages that use it",
+            todo="undo the change, give the run another name, or redo this stage and what depends on it: "
+            + redo_command(redo or [name]),
         )
     return record
+
+
+def redo_command(names: Sequence[str]) -> str:
+    """The command that redoes these stages, for advice."""
+    return " ".join(["mtkd run FILE", *(f"--redo {name}" for name in names)])
 
 
 def weights_digest(model: ModelConfig, folder: Path) -> str:

@@ -31,28 +31,33 @@ Override = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 
+Redo = Annotated[
+    list[str] | None,
+    typer.Option("--redo", help="make this stage anew, and all that depend on it", metavar="STAGE"),
+]
+
 LISTS = ("methods", "losses", "weightings", "teachers", "tasks", "sources")
 
 
 @app.command()
-def run(file: File, override: Override = None, as_json: Json = False) -> None:
+def run(file: File, override: Override = None, redo: Redo = None, as_json: Json = False) -> None:
     """Run every stage of FILE that is not done yet, then evaluate and write the report."""
     from mtkd.configfile import load_config
     from mtkd.launcher import launch, needs_launcher
 
     config = load_config(file, override or ())
     if needs_launcher(config.engine):
-        from mtkd.planner import check
+        from mtkd.planner import check, resolve
 
-        check(config)  # before any process is started
+        check(resolve(config))  # before any process is started
         sys.exit(launch(config.engine, sys.argv[1:]))
     from mtkd.runner import run as run_stages
 
-    _finish(run_stages(config).folder, as_json)
+    _finish(run_stages(config, redo or ()).folder, as_json)
 
 
 @app.command()
-def resume(folder: Run, as_json: Json = False) -> None:
+def resume(folder: Run, redo: Redo = None, as_json: Json = False) -> None:
     """Go on with a run that was stopped, from its own copy of the configuration."""
     from mtkd.launcher import launch, needs_launcher
     from mtkd.runner import reopen
@@ -61,7 +66,7 @@ def resume(folder: Run, as_json: Json = False) -> None:
     config = reopen(folder)
     if needs_launcher(config.engine):
         sys.exit(launch(config.engine, sys.argv[1:]))
-    _finish(run_stages(config).folder, as_json)
+    _finish(run_stages(config, redo or ()).folder, as_json)
 
 
 @app.command()
@@ -81,9 +86,9 @@ def plan(file: File, override: Override = None, as_json: Json = False) -> None:
 def validate(file: File, override: Override = None) -> None:
     """Check FILE, its plug-ins, and every name and option in it; load no model and no data."""
     from mtkd.configfile import load_config
-    from mtkd.planner import check
+    from mtkd.planner import check, resolve
 
-    config = load_config(file, override or ())
+    config = resolve(load_config(file, override or ()))
     check(config)
     typer.echo(f"{file}: valid; {len(config.stages)} stages: {', '.join(config.stages)}")
 

@@ -9,12 +9,13 @@ from rich.table import Table
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from mtkd.build import given_tokenizer, make_weighting, read_tokenizer, resolve_path
-from mtkd.chain import check_evaluation, stage_of, stage_values, used_stages
+from mtkd.chain import check_evaluation, check_selection, stage_of, stage_values, used_stages
 from mtkd.cofinetune import check_members
 from mtkd.config import STAGE_PREFIX, ModelConfig, RunConfig, StageConfig
 from mtkd.data.sources import check_source
 from mtkd.data.tokenizers import check_same_tokenizer, num_real_ids, train_tokenizer
 from mtkd.errors import UserError
+from mtkd.ladder import Look, complete
 from mtkd.launcher import launch_command
 from mtkd.mix import stage_rows
 from mtkd.models.info import CLASSIFIER, ModelInfo, count_parameters, model_info
@@ -105,6 +106,17 @@ def check(config: RunConfig) -> None:
     _check_vocabularies(config)
     for name, data in config.data.items():
         check_source(data, config.base, f"data.{name}")
+    check_selection(config)
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """The run with every stage of its chain: shapes that depend on other models are derived; else as it is.
+
+    Raises:
+        UserError: a shape cannot be derived, or the stages that result are not valid.
+    """
+    load_plugins(config.plugins, config.base)
+    return complete(config, lambda stand_in: _Planner(stand_in).look())
 
 
 def _check_registered(config: RunConfig) -> None:
@@ -164,6 +176,7 @@ def plan(config: RunConfig) -> Plan:
     Raises:
         UserError: whatever would fail later for a reason that can be known now.
     """
+    config = resolve(config)
     check(config)
     planner = _Planner(config)
     stages = _with_consequences([planner.stage(name) for name in config.stages])
@@ -293,6 +306,10 @@ class _Planner:
             return self._compressed.get(earlier or "")
         found = read_vocabulary(resolve_path(model.path, self.config.base), self._tokenizer, "model.path")
         return None if found is None else found.num_kept
+
+    def look(self) -> Look:
+        """What the ladder of a chain asks about models."""
+        return Look(self.stage, self._model_config, self._made)
 
     def _check_tokenizer(self, model: ModelConfig, where: str, token_level: bool) -> None:
         """Token -> id of the teacher and of the run, where both exist before anything is trained."""

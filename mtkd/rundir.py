@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from mtkd.seal import (
     Found,
     append_jsonl,
     check_seal,
+    fault_point,
     newest_sealed,
     read_jsonl,
     save_sealed,
@@ -54,6 +56,8 @@ __all__ = [
 ]
 
 PACKAGES = ("mtkd", "torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors", "scipy", "pydantic")
+_STAGE_FOLDER = re.compile(r"\d{2,}-(.+)")
+_ASIDE = ".forgotten-"
 _HIDDEN = "***"
 _SECRET_NAME = re.compile(r"(?<![a-z])(token|password|passwd|secret|api[-_]?key)(?![a-z])", re.IGNORECASE)
 _SECRET_VALUE = re.compile(r"\b(hf_|sk-|gh[pousr]_|github_pat_)[\w-]{8,}|(?<=://)[^/@\s]+(?=@)")
@@ -131,8 +135,55 @@ class RunDir:
         return self.path / "logs" / f"rank-{rank}.log"
 
     def stage(self, index: int, name: str) -> StageDir:
-        """The folder of the stage number `index`, counted from 1."""
-        return StageDir(self.path / "stages" / f"{index:02d}-{check_name(name)}")
+        """The folder of a stage: the one there is under this name, whatever its number; else a new one's.
+
+        Args:
+            index: number of a new folder, counted from 1. It is for readers: a stage that was inserted or moved must
+                not make another one lose its folder.
+
+        Raises:
+            DataError: there are two.
+        """
+        parent = self.path / "stages"
+        found = self._stage_folders().get(check_name(name), [])
+        if len(found) > 1:
+            raise DataError(
+                "a stage has two folders",
+                where=str(parent),
+                found=", ".join(sorted(path.name for path in found)),
+                todo="remove the one that is not wanted",
+            )
+        return StageDir(found[0] if found else parent / f"{index:02d}-{name}")
+
+    def _stage_folders(self) -> dict[str, list[Path]]:
+        """Folders by the name of their stage."""
+        parent, found = self.path / "stages", dict[str, list[Path]]()
+        for path in parent.iterdir() if parent.is_dir() else ():
+            if match := _STAGE_FOLDER.fullmatch(path.name):
+                found.setdefault(match[1], []).append(path)
+        return found
+
+    def forget(self, names: Sequence[str]) -> None:
+        """Remove what these stages made, and what was said about it; under the lock.
+
+        A kill on the way leaves a run that can go on: the stages are in the order in which they go, so name those
+        that use a stage before it. Each folder is renamed aside first. Also sweeps up what a killed call left.
+        """
+        parent = self.path / "stages"
+        if names:
+            for stale in (self.path / "results.json", self.report_file):
+                stale.unlink(missing_ok=True)
+        for name in names:
+            for path in self._stage_folders().get(name, []):
+                path.rename(parent / f"{_ASIDE}{path.name}-{os.getpid()}")
+                fault_point("while-forgetting", 0)
+            shutil.rmtree(self.path / "tensorboard" / check_name(name), ignore_errors=True)
+        if names and self.metrics_file.exists():
+            lines = [line for line in read_jsonl(self.metrics_file) if line.get("stage") not in names]
+            write_atomic(self.metrics_file, "".join(json.dumps(line) + "\n" for line in lines))
+        for path in parent.iterdir() if parent.is_dir() else ():
+            if path.name.startswith(_ASIDE):
+                shutil.rmtree(path)
 
     def write_config(self, config: RunConfig) -> None:
         """Write run.yaml so that `load_config` reads an equal configuration from it."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mtkd.build import BuiltStage, Workshop, start_processes
-from mtkd.chain import finished
+from mtkd.chain import changed_stages, finished, to_redo
 from mtkd.config import RunConfig
 from mtkd.configfile import config_digest, fingerprint, load_config
 from mtkd.console import say
@@ -20,10 +20,10 @@ from mtkd.engine.dist import Dist
 from mtkd.errors import DataError, UserError
 from mtkd.evaluate.judge import judge
 from mtkd.models.load import quiet
-from mtkd.planner import check
+from mtkd.planner import check, resolve
 from mtkd.report import write_report
 from mtkd.rundir import RunDir, StageDir
-from mtkd.seal import newest_sealed, write_atomic
+from mtkd.seal import fault_point, newest_sealed, write_atomic
 from mtkd.train import train
 
 
@@ -48,20 +48,26 @@ class RunResult:
         return RunDir(self.folder).stage(list(self.stages).index(name) + 1, name).export / member
 
 
-def run(config: RunConfig) -> RunResult:
+def run(config: RunConfig, redo: Sequence[str] = ()) -> RunResult:
     """Run every stage that is not done, evaluate, and write the report.
 
     Called again on the same configuration it goes on where it stopped; finished stages are not redone.
 
+    Args:
+        redo: stages that are made anew first of all, with everything that depends on them.
+
     Raises:
         UserError: and its subclasses, whose `exit_code` is that of the command line.
     """
+    config = resolve(config)
     check(config)
+    again = to_redo(config, redo)
     dist, device = start_processes(config.engine)
     folder = on_main(dist, lambda: RunDir.create(config, base=Path(config.output)))
     with ExitStack() as held:
         # On the main rank alone, and told to the others: they would wait for it in their first collective.
         on_main(dist, lambda: held.enter_context(folder.lock()))
+        on_main(dist, lambda: folder.forget(again))
         on_main(dist, lambda: _remember(config, folder))
         shop = Workshop(config, folder, dist, device)
         records = {name: _stage(shop, name, folder) for name in config.stages}
@@ -132,7 +138,8 @@ def _stage(shop: Workshop, name: str, run: RunDir) -> dict[str, Any]:
     """Make a stage, or find it made."""
     folder, main = shop.folder(name), shop.dist.is_main
     wanted = shop.identity(name)
-    record = finished(folder, name, wanted)
+    folders = {other: shop.folder(other) for other in shop.config.stages}
+    record = finished(folder, name, wanted, list(dict.fromkeys([name, *changed_stages(shop.config, folders)])))
     if record is not None:
         say(f"stage {name}: done ({record['steps']} steps, {record['seconds']:.0f} s), skipped", main=main)
         return record
@@ -150,6 +157,7 @@ def _stage(shop: Workshop, name: str, run: RunDir) -> dict[str, Any]:
         "identity": wanted,
     }
     _export(shop, built, folder)
+    fault_point("before-done", facts["steps"])
     on_main(shop.dist, lambda: folder.mark_done(record))
     built.close()
     del built

@@ -180,8 +180,8 @@ def save_sealed(
         parent: folder of the stage's checkpoints.
         step: optimizer steps done.
         write: writes this rank's files into the given folder.
-        facts: for the manifest; `step` is added.
-        keep: newest sealed checkpoints that stay.
+        facts: for the manifest; `step` is added. ``best`` is the step of another checkpoint that this one refers to.
+        keep: newest sealed checkpoints that stay, and those that they refer to.
     Returns:
         The sealed folder ``parent/step-000500``.
     Raises:
@@ -190,9 +190,9 @@ def save_sealed(
     final = parent / f"step-{step:06d}"
     temporary = parent / f"{_TEMPORARY}{final.name}"
     _together(dist, temporary, lambda: _prepare(temporary) if dist.is_main else None)
-    _fault_point("before-shard", step)
+    fault_point("before-shard", step)
     _together(dist, temporary, lambda: write(temporary))
-    _fault_point("after-shard", step)
+    fault_point("after-shard", step)
     _together(dist, temporary, lambda: _finish(temporary, final, {**facts, "step": step}) if dist.is_main else None)
     if dist.is_main:
         _prune(parent, keep)
@@ -255,11 +255,11 @@ def _prepare(temporary: Path) -> None:
 
 def _finish(temporary: Path, final: Path, facts: Mapping[str, Any]) -> None:
     step = _step_of(final)
-    _fault_point("before-manifest", step)
+    fault_point("before-manifest", step)
     seal(temporary, facts)
-    _fault_point("after-manifest", step)
+    fault_point("after-manifest", step)
     _replace(temporary, final)
-    _fault_point("after-rename", step)
+    fault_point("after-rename", step)
 
 
 def _replace(temporary: Path, final: Path) -> None:
@@ -273,25 +273,31 @@ def _replace(temporary: Path, final: Path) -> None:
 
 
 def _prune(parent: Path, keep: int) -> None:
-    """Remove what is older than the newest `keep` sealed checkpoints; a failure to do so does not stop a run."""
+    """Remove what is older than the newest `keep` sealed checkpoints, but for those that they refer to as their best.
+
+    A failure to do so does not stop a run.
+    """
     sealed = 0
+    needed = set()
     for path in _checkpoints(parent):
         if sealed >= keep:
+            if _step_of(path) in needed:
+                continue
             trash = path.with_name(f"{_TRASH}{path.name}")
             try:
                 # Renamed first: half of a removed folder must not look like a checkpoint.
                 path.rename(trash)
-                _fault_point("while-pruning", _step_of(path))
+                fault_point("while-pruning", _step_of(path))
                 _remove(trash)
             except OSError as error:
                 _log.warning("%s could not be removed: %s", path, error)
             continue
         with suppress(DataError):
-            check_seal(path, digests=False)
+            needed.add(check_seal(path, digests=False).get("best"))
             sealed += 1
 
 
-def _fault_point(name: str, step: int) -> None:
+def fault_point(name: str, step: int) -> None:
     """Die here when a test says so: ``MTKD_TEST_KILL_AT=after-shard`` or ``=after-shard@500`` (only at that step).
 
     The promise "a kill at any moment loses nothing that was sealed" can only be tested by real kills at known moments

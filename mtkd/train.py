@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,54 +20,35 @@ from mtkd.build import BuiltStage
 from mtkd.config import RunConfig
 from mtkd.console import StageProgress, say
 from mtkd.data.batch import Batch, position_counts
-from mtkd.data.sampler import evaluation_batches
 from mtkd.engine.base import learning_rate
 from mtkd.engine.dist import Dist
 from mtkd.errors import DataError, NonFiniteError, Preempted
-from mtkd.evaluate.score import mean_loss
 from mtkd.rundir import RunDir, StageDir
 from mtkd.seal import Found, append_jsonl, newest_sealed, save_sealed
+from mtkd.selection import TrainState, check_selection, note_score, take_best, validate
 
 _STATE = "state.json"
-
-
-@dataclass
-class TrainState:
-    """What the loop itself must remember; parameters, optimizer and random states are the engine's.
-
-    Attributes:
-        step: optimizer steps done.
-        stream: position in the data, two integers.
-        seconds: spent training over all sessions.
-        targets: positions with a target seen so far.
-        meters: per rank the metrics of the steps since the last log line; without them the first line after a resume
-            would be the mean of fewer steps.
-    """
-
-    step: int = 0
-    stream: dict[str, int] = field(default_factory=dict)
-    seconds: float = 0.0
-    targets: int = 0
-    meters: list[dict[str, Any]] = field(default_factory=list)
 
 
 def train(built: BuiltStage, config: RunConfig, run: RunDir, folder: StageDir) -> dict[str, Any]:
     """Train a stage to its last step, resuming from its newest sealed checkpoint if there is one.
 
     Returns:
-        Facts for the stage's DONE record: steps, seconds, targets, peak memory of the process.
+        Facts for the stage's DONE record: steps, seconds, targets, peak memory of the process; the step whose model
+        the engine now holds, and why training ended.
     Raises:
         NonFiniteError: a loss or gradient is NaN or infinite; nothing after the last finite step is saved.
         Preempted: SIGTERM or SIGINT arrived; a checkpoint was sealed.
         DataError: a checkpoint belongs to another configuration, teacher, data set or tokenizer.
     """
     stage, engine, dist = built.stage, built.engine, built.engine.dist
+    check_selection(built)
     state = _restore(built, folder)
     meter = _Meter(built, run, dist, state)
     with _stop_flag() as stopped, StageProgress(built.name, built.steps, state.step, dist.is_main) as progress:
         built.objective.train()
         begun = time.monotonic() - state.seconds
-        for step in range(state.step, built.steps):
+        for step in range(state.step, state.step if state.ended else built.steps):
             micro_batches = [batch.to(engine.device) for batch in next(built.stream)]
             counts, stop = global_counts(micro_batches, dist, stopped())
             for batch in micro_batches:
@@ -80,25 +61,31 @@ def train(built: BuiltStage, config: RunConfig, run: RunDir, folder: StageDir) -
             if not math.isfinite(norm):
                 raise _non_finite(built, step, meter.flush())
             last = state.step == built.steps
-            logged = None
-            if last or state.step % config.log_every == 0 or state.step == 1:
+            due = last or bool(stage.evaluate_every and state.step % stage.evaluate_every == 0)
+            logged, better = None, False
+            if last or state.step % config.log_every == 0 or state.step == 1 or (due and stage.early_stop):
                 rate = learning_rate(stage.optimizer, step, built.steps)
                 logged = meter.log(state, {"lr": rate, "grad_norm": norm})
                 if not math.isfinite(logged):
                     raise _non_finite(built, step, {"loss": logged})
             progress.update(state.step, logged)
-            if last or (stage.evaluate_every and state.step % stage.evaluate_every == 0):
-                _validate(built, run, state.step)
+            if due:
+                better = note_score(built, state, validate(built, run, state.step))
                 begun = time.monotonic() - state.seconds  # validation is not training time
-            if stop or last or (stage.save_every and state.step % stage.save_every == 0):
+            done = last or bool(state.ended)
+            if stop or done or better or (stage.save_every and state.step % stage.save_every == 0):
                 _save(built, folder, state, meter)
                 begun = time.monotonic() - state.seconds
             if stop:
                 raise _preempted(built, state)
+            if done:
+                break
         if not dist.all_ok(not stopped()):  # during the last step: saved, but nobody looked at the flag any more
             raise _preempted(built, state)
     return {
         "steps": state.step,
+        "exported_step": take_best(built, folder, state),
+        "ended": state.ended or "all steps",
         "seconds": state.seconds,
         "tokens": state.targets,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -183,33 +170,6 @@ def _tensorboard(run: RunDir, stage: str, step: int, values: dict[str, float]) -
             _writers[key].add_scalar(name, value, step)
 
 
-def _validate(built: BuiltStage, run: RunDir, step: int) -> None:
-    """Label loss on the validation split (nats per target), in eval mode; the student's random state is untouched."""
-    split = built.data.splits.get("validation")
-    if split is None:
-        return
-    engine, objective, dist = built.engine, built.objective, built.engine.dist
-    objective.eval()
-    losses = [
-        mean_loss(
-            model,
-            evaluation_batches(split, built.stage.batch, dist.rank, dist.world_size),
-            engine.device,
-            objective.dtype,
-            dist,
-            objective.tile,
-            engine.whole_head,
-        )
-        for model in objective.models.values()
-    ]
-    objective.train()
-    loss = sum(losses) / len(losses)  # of models that train together, the mean
-    if dist.is_main:
-        append_jsonl(
-            run.metrics_file, {"stage": built.name, "step": step, "time": time.time(), "validation/loss": loss}
-        )
-
-
 def _save(built: BuiltStage, folder: StageDir, state: TrainState, meter: _Meter) -> None:
     state.meters = meter.states()
 
@@ -219,6 +179,8 @@ def _save(built: BuiltStage, folder: StageDir, state: TrainState, meter: _Meter)
             (path / _STATE).write_text(json.dumps(asdict(state)))
 
     facts = {"step": state.step, "identity": built.identity, **built.layout}
+    if built.stage.export == "best":
+        facts["best"] = state.best_step
     save_sealed(folder.checkpoints, state.step, write, facts, dist=built.engine.dist, keep=built.stage.keep)
 
 
@@ -260,7 +222,7 @@ def _preempted(built: BuiltStage, state: TrainState) -> Preempted:
     return Preempted(
         f"stopped and saved at step {state.step} of {built.steps}",
         where=f"stage '{built.name}'",
-        todo="run the same command again to go on from there",
+        todo="run it again (without --redo) to go on from there",
     )
 
 

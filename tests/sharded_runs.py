@@ -30,6 +30,7 @@ class Job:
         kill: fault point of `mtkd.seal` at which the main rank dies.
         full_disk: rank 1 cannot write its files.
         lr: learning rate of the first stage, which stops being finite when it is huge.
+        early: the student ends early, at a learning rate too high for it, and its best step is exported.
     """
 
     name: str
@@ -38,6 +39,16 @@ class Job:
     kill: str = ""
     full_disk: bool = False
     lr: float = 1e-2
+    early: bool = False
+
+
+EARLY = {
+    "steps": 30,
+    "optimizer": {"lr": 0.1, "schedule": "constant", "warmup": 0.0},
+    "evaluate_every": 2,
+    "early_stop": {"metric": "perplexity", "patience": 2},
+    "export": "best",
+}
 
 
 def write_runs(parent: Path, jobs: Sequence[Job]) -> str:
@@ -46,7 +57,7 @@ def write_runs(parent: Path, jobs: Sequence[Job]) -> str:
         (parent / job.name).mkdir(parents=True)
         engine = {"kind": "deepspeed", "processes": 2, "zero_stage": job.zero_stage}
         teacher = {"student": {"tie_embeddings": False}, "optimizer": {"lr": job.lr}}
-        write_yaml(parent / job.name, engine=engine, stages={"teacher": teacher})
+        write_yaml(parent / job.name, engine=engine, stages={"teacher": teacher, "student": EARLY if job.early else {}})
     return str(parent)
 
 

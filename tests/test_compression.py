@@ -220,7 +220,7 @@ def test_another_corpus_is_another_student(made: Path) -> None:
     changes["data"]["counted"]["files"] = {"train": "other.jsonl"}
     config = tiny_config(made, **changes, tokenizer={"train_on": "text"}, evaluate={"data": "text"})
     second = Workshop(config, RunDir(made / "runs" / NAME), Dist(), CPU).identity("student")
-    assert first["models"]["vocabulary"] != second["models"]["vocabulary"]
+    assert first["models"]["student vocabulary"] != second["models"]["student vocabulary"]
     with pytest.raises(DataError, match="finished, but with another") as error:
         mtkd.run(config_of(made, vocabulary={"keep": 0.25}))
     assert "keep" in str(error.value)

@@ -150,6 +150,7 @@ JOBS = [
     Job("zero-0", 0, stop=4),
     Job("zero-2", 2, stop=6),
     Job("zero-3", 3, stop=4),
+    Job("early", 3, stop=7, early=True),
     Job("killed", 3, kill="after-rename@6"),
 ]
 UNDISTURBED = {"zero-0": "zero-0", "zero-2": "zero-2", "zero-3": "zero-3", "killed": "zero-3"}
@@ -181,21 +182,25 @@ class Sharded:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Sharded:
     whole, disturbed = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("disturbed")
-    jobs = [Job("held", 0), *(Job(job.name, job.zero_stage) for job in JOBS[:3]), Job("huge", 2, lr=1e30)]
+    jobs = [
+        Job("held", 0),
+        *(Job(job.name, job.zero_stage, early=job.early) for job in JOBS[:4]),
+        Job("huge", 2, lr=1e30),
+    ]
     jobs.append(Job("full", 2, full_disk=True))
     write_runs(whole, jobs)
     config = load_config(whole / "held" / "run.yaml")
     with RunDir.create(config, base=Path(config.output)).lock():
         ends = run_distributed(do, 2, str(whole), jobs, timeout=240)
-    assert [rank[1:4] for rank in ends] == [["done"] * 3] * 2
+    assert [rank[1:5] for rank in ends] == [["done"] * 4] * 2
 
     write_runs(disturbed, JOBS)
     with pytest.raises(RankError, match="rank 0 ended with exit code -9"):
         run_distributed(do, 2, str(disturbed), JOBS, timeout=240)
     stopped = {job.name: saved_steps(disturbed / job.name) for job in JOBS}
-    again = [Job(job.name, job.zero_stage) for job in JOBS]
-    assert run_distributed(do, 2, str(disturbed), again, timeout=240) == [["done"] * 4] * 2
-    return Sharded(whole, disturbed, *([rank[i] for rank in ends] for i in (0, 4, 5)), stopped)
+    again = [Job(job.name, job.zero_stage, early=job.early) for job in JOBS]
+    assert run_distributed(do, 2, str(disturbed), again, timeout=240) == [["done"] * 5] * 2
+    return Sharded(whole, disturbed, *([rank[i] for rank in ends] for i in (0, 5, 6)), stopped)
 
 
 @sharded
@@ -203,6 +208,21 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Sharded:
 def test_sharded_runs_resume_bit_equal(runs: Sharded, name: str) -> None:
     assert runs.stopped[name] == {"zero-0": [3, 4], "zero-2": [3, 6], "zero-3": [3, 4], "killed": [3, 6]}[name]
     assert_same_run(runs.whole / UNDISTURBED[name], runs.disturbed / name)
+
+
+@sharded
+def test_sharded_runs_end_early_and_export_the_best_step(runs: Sharded) -> None:
+    """One decision for both ranks, by a metric that only the main one has; the same after a resume."""
+    place = student_of(runs.whole, "early")
+    done, again = (json.loads((student_of(f, "early") / "DONE").read_text()) for f in (runs.whole, runs.disturbed))
+    lines = read_jsonl(place.parents[1] / "metrics.jsonl")
+    scores = {line["step"]: line["validation/perplexity"] for line in lines if "validation/perplexity" in line}
+    best = min(scores, key=lambda step: scores[step])
+    assert (done["exported_step"], done["steps"]) == (best, best + 4)
+    assert done["ended"].startswith("early stop: perplexity")
+    assert (again["exported_step"], again["steps"], again["ended"]) == (best, best + 4, done["ended"])
+    models = [(student_of(f, "early") / "export/model.safetensors").read_bytes() for f in (runs.whole, runs.disturbed)]
+    assert models[0] == models[1]
 
 
 @sharded

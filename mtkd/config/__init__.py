@@ -4,18 +4,21 @@ Read by `mtkd.configfile.load_config`, printed as JSON Schema by `mtkd schema`. 
 """
 
 from mtkd.config.base import STAGE_PREFIX, Config, Name, Named, Positive, Share, check_name
+from mtkd.config.chain import ChainConfig, Rung, Training
 from mtkd.config.data import RANDOM_TOKENS, DataConfig, TokenizerConfig, TransferConfig
 from mtkd.config.model import ModelConfig, SliceConfig, TeacherConfig, VocabularyConfig
 from mtkd.config.run import Comparison, EngineConfig, EvaluateConfig, RunConfig
-from mtkd.config.stage import BatchConfig, EqualTime, OptimizerConfig, StageConfig
+from mtkd.config.stage import BatchConfig, EarlyStop, EqualTime, OptimizerConfig, StageConfig
 
 __all__ = [
     "RANDOM_TOKENS",
     "STAGE_PREFIX",
     "BatchConfig",
+    "ChainConfig",
     "Comparison",
     "Config",
     "DataConfig",
+    "EarlyStop",
     "EngineConfig",
     "EqualTime",
     "EvaluateConfig",
@@ -25,11 +28,13 @@ __all__ = [
     "OptimizerConfig",
     "Positive",
     "RunConfig",
+    "Rung",
     "Share",
     "SliceConfig",
     "StageConfig",
     "TeacherConfig",
     "TokenizerConfig",
+    "Training",
     "TransferConfig",
     "VocabularyConfig",
     "check_name",

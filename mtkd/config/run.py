@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PrivateAttr, model_validator
 
 from mtkd.config.base import STAGE_PREFIX, Config, Name, Positive
+from mtkd.config.chain import ChainConfig, expand, stage_name
 from mtkd.config.data import RANDOM_TOKENS, DataConfig, TokenizerConfig
 from mtkd.config.model import ModelConfig
 from mtkd.config.stage import BatchConfig, StageConfig
@@ -79,7 +80,10 @@ class RunConfig(Config):
         None, description="the run's tokenizer; default: that of the first loaded model"
     )
     data: dict[Name, DataConfig] = Field(min_length=1, description="named data")
-    stages: dict[Name, StageConfig] = Field(min_length=1, description="stages in order")
+    stages: dict[Name, StageConfig] = Field(
+        default_factory=dict, description="stages in order; those of `chain` come to them by themselves"
+    )
+    chain: ChainConfig | None = Field(None, description="teacher-assistant chain: stages in a short form")
     engine: EngineConfig = Field(EngineConfig(), description="torch or deepspeed")
     evaluate: EvaluateConfig = Field(EvaluateConfig(), description="final scoring and comparisons")
     log_every: Positive = Field(10, description="optimizer steps between lines of metrics.jsonl")
@@ -94,6 +98,30 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _references(self) -> RunConfig:
+        if self.chain is not None:
+            self._add_chain(self.chain)
+        if not self.stages and self.chain is None:
+            raise ValueError("stages: a run needs at least one stage, or a chain")
+        if self.chain is None or self.chain.resolved:  # else the stages are not all there yet
+            self._check_references()
+        return self
+
+    def _add_chain(self, chain: ChainConfig) -> None:
+        """Put the chain's stages among the others, and the comparison with the control among those asked for."""
+        for i, teacher in enumerate(chain.teachers):
+            path = teacher.model.path or ""
+            if path.startswith(STAGE_PREFIX) and stage_name(path) not in self.stages:
+                raise ValueError(
+                    f"chain.teachers[{i}]: {path!r} is not a stage; stages are: {', '.join(self.stages) or 'none'}"
+                )
+        if not chain.resolved:
+            return
+        # The model is frozen for its users; this is still its construction.
+        object.__setattr__(self, "stages", expand(chain, self.stages))
+        object.__setattr__(self, "evaluate", with_control(self.evaluate, chain, list(self.stages)))
+        self.model_fields_set.update(("stages", "evaluate"))
+
+    def _check_references(self) -> None:
         names = list(self.stages)
         if self.tokenizer and self.tokenizer.train_on is not None:
             self._known_data(self.tokenizer.train_on, "tokenizer.train_on")
@@ -116,7 +144,6 @@ class RunConfig(Config):
                 if path and path.startswith(STAGE_PREFIX):
                     self._known_stage(path.removeprefix(STAGE_PREFIX), earlier, place)
         self._known_scored()
-        return self
 
     @property
     def folder(self) -> Path:
@@ -188,3 +215,19 @@ class RunConfig(Config):
     def data_name(self, name: str) -> str:
         """A `data` reference resolved: the only entry when left out."""
         return name or next(iter(self.data))
+
+
+def with_control(evaluate: EvaluateConfig, chain: ChainConfig, stages: list[str]) -> EvaluateConfig:
+    """The evaluation of a chain: the student against the direct one, and the teachers it is measured by, if not asked.
+
+    The teachers' own score is that of their stage; of several, or of models from elsewhere, that of their ensemble.
+    """
+    scored = evaluate.stages or stages
+    changes: dict[str, object] = {}
+    pair = Comparison(candidate=chain.student_name, baseline=chain.direct_name or "")
+    if chain.direct and {pair.candidate, pair.baseline} <= set(scored) and pair not in evaluate.comparisons:
+        changes["comparisons"] = (*evaluate.comparisons, pair)
+    first = chain.names[0]
+    if chain.teacher_stage is None and first not in evaluate.ensembles:
+        changes["ensembles"] = (*evaluate.ensembles, first)
+    return evaluate.model_copy(update=changes) if changes else evaluate

@@ -51,6 +51,15 @@ class EqualTime(Config):
     rate_of: Name = Field(description="stage with the same work per step, whose measured seconds per step are used")
 
 
+class EarlyStop(Config):
+    """Ends a stage whose validation score no longer gets better."""
+
+    metric: str = Field(
+        "loss", description="validation metric: loss (nats per target), or one of the task's, e.g. accuracy"
+    )
+    patience: Positive = Field(3, description="evaluations in a row without a new best score after which it ends")
+
+
 class StageConfig(Config):
     """One thing the run makes: a model that later stages use as stage:NAME, or several, used as stage:NAME/MEMBER."""
 
@@ -81,6 +90,22 @@ class StageConfig(Config):
         0, description="optimizer steps between checkpoints; 0 = only at the end"
     )
     keep: Positive = Field(2, description="newest sealed checkpoints kept")
+    early_stop: EarlyStop | None = Field(
+        None, description="end before the last step when the validation score stays; counts `evaluate_every` steps"
+    )
+    export: Literal["last", "best"] = Field(
+        "last", description="which step becomes the stage's model: the last, or that of the best validation score"
+    )
+    export_metric: str = Field(
+        "", description="export: best: validation metric as in early_stop.metric; default: that one, else loss"
+    )
+
+    @property
+    def selects(self) -> str:
+        """The one validation metric that decides something in this stage; "" when none does."""
+        if self.early_stop is not None:
+            return self.early_stop.metric
+        return (self.export_metric or "loss") if self.export == "best" else ""
 
     @field_validator("teachers")
     @classmethod
@@ -102,6 +127,7 @@ class StageConfig(Config):
                 raise ValueError("a cofinetune stage needs at least two `members`; one alone is kind: finetune")
         elif self.student is None or self.members:
             raise ValueError(f"a {self.kind} stage trains one model: give `student`, and no `members`")
+        self._check_selection()
         if self.kind == "distill":
             if not self.teachers:
                 raise ValueError("a distill stage needs `teachers`")
@@ -119,3 +145,11 @@ class StageConfig(Config):
     def trained(self) -> dict[str, ModelConfig]:
         """What the stage trains, by name: "student", or the members."""
         return dict(self.members) if self.student is None else {"student": self.student}
+
+    def _check_selection(self) -> None:
+        if self.export_metric and self.export != "best":
+            raise ValueError("export_metric goes with export: best")
+        if self.early_stop and self.export_metric and self.export_metric != self.early_stop.metric:
+            raise ValueError("one metric decides: export_metric and early_stop.metric differ")
+        if self.selects and not self.evaluate_every:
+            raise ValueError("early_stop and export: best need evaluate_every: without it nothing is scored on the way")

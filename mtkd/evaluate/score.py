@@ -80,6 +80,7 @@ def score(
     dtype: torch.dtype,
     dist: Dist,
     tile: int,
+    whole_head: WholeHead = nullcontext,
 ) -> list[dict[str, Any]] | None:
     """One record per document (token tasks) or example (classification), in the split's order, on the main rank.
 
@@ -89,8 +90,8 @@ def score(
     Classification: {document, label, prediction, probabilities}; regression: {document, label, prediction}.
     """
     if data.task.token_level:
-        return _score_documents(models, split, batches, device, dtype, dist, tile)
-    return _score_examples(models, split, batches, device, dtype, dist, tile)
+        return _score_documents(models, split, batches, device, dtype, dist, tile, whole_head)
+    return _score_examples(models, split, batches, device, dtype, dist, tile, whole_head)
 
 
 def _score_documents(
@@ -101,6 +102,7 @@ def _score_documents(
     dtype: torch.dtype,
     dist: Dist,
     tile: int,
+    whole_head: WholeHead = nullcontext,
 ) -> list[dict[str, Any]] | None:
     sums = np.zeros((4, len(split.document_names)))  # nll, targets, correct, removed
     vocabulary = _common_vocabulary(models)
@@ -108,7 +110,7 @@ def _score_documents(
         batch = batch.to(device)
         targets = batch.targets.reshape(-1)
         examples = batch.ids.cpu().numpy()
-        for positions, log_probs in mixture_log_probs(models, batch, dtype, tile):
+        for positions, log_probs in mixture_log_probs(models, batch, dtype, tile, whole_head):
             labels = targets[positions]
             rows = (positions // batch.targets.shape[1]).cpu().numpy()
             documents = split.documents[examples[rows]]
@@ -145,11 +147,12 @@ def _score_examples(
     dtype: torch.dtype,
     dist: Dist,
     tile: int,
+    whole_head: WholeHead = nullcontext,
 ) -> list[dict[str, Any]] | None:
     records: dict[int, dict[str, Any]] = {}
     for batch in batches:
         batch = batch.to(device)
-        for positions, values in mixture_log_probs(models, batch, dtype, tile):
+        for positions, values in mixture_log_probs(models, batch, dtype, tile, whole_head):
             for row, value in zip(positions.tolist(), values.cpu(), strict=True):
                 example = int(batch.ids[row])
                 document = split.documents[example]

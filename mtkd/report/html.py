@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mtkd.evaluate.metrics import COUNTS, HIGHER_IS_BETTER, LOWER_IS_BETTER
+from mtkd.report.ladder import ladder_table, read_ladder
 from mtkd.report.plots import draw_plots
 from mtkd.report.read import RunData, StageRecord, number, read_run
+from mtkd.report.table import Cell, Table, count_cell, exact_text, value_cell
 from mtkd.report.wording import (
     DASH,
     bytes_text,
@@ -29,29 +30,6 @@ from mtkd.report.wording import (
 
 # Candidates' verdicts as style classes of the page.
 _CLASSES = {"better": "good", "worse": "bad"}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One table cell: what is shown, the exact value as its tooltip, and a style class."""
-
-    text: str
-    exact: str = ""
-    style: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows under a header, or under (group, number of columns) over a header."""
-
-    header: list[str]
-    rows: list[list[Cell]]
-    groups: list[tuple[str, int]]
-
-    @property
-    def numeric(self) -> list[bool]:
-        """Which columns hold numbers."""
-        return ["n" in cell.style.split() for cell in self.rows[0]] if self.rows else [False] * len(self.header)
 
 
 def write_report(run_dir: Path) -> Path:
@@ -91,6 +69,7 @@ def render(run: RunData, plots_folder: Path) -> str:
         for position, stage in enumerate(run.stages)
         if (found := [f for f in figures if f[0] == f"weights-{position + 1:02d}"])
     ]
+    ladder = read_ladder(run)
     return environment.get_template("template.html.j2").render(
         run=run,
         headline=[(_CLASSES.get(word, "none"), text) for word, text in headline(run)],
@@ -100,6 +79,7 @@ def render(run: RunData, plots_folder: Path) -> str:
         weighted=weighted,
         comparisons=comparison_table(run.comparisons) if run.comparisons else None,
         differences=[f for f in figures if f[0].startswith("differences-")],
+        ladder=ladder_table(ladder) if ladder else None,
         results=results_table(run.models) if run.models else None,
         scored=_scored(run),
         warnings=[*run.problems, *_non_finite(run.stages)],
@@ -115,6 +95,8 @@ def stages_table(stages: Sequence[StageRecord]) -> Table:
         steps = count_text(stage.steps) if stage.steps is not None else DASH
         if stage.status != "done" and stage.planned_steps is not None:
             steps = f"{stage.steps or 0} of {stage.planned_steps}"
+        elif stage.exported_step not in (None, stage.steps):
+            steps = f"{steps}, exported {count_text(stage.exported_step)}"
         validation = stage.validation.get("loss")
         rows.append(
             [
@@ -122,12 +104,12 @@ def stages_table(stages: Sequence[StageRecord]) -> Table:
                 Cell(stage.kind or DASH),
                 Cell(", ".join(stage.teachers) or DASH, style="wrap"),
                 Cell(stage.status, style=stage.status),
-                _count(stage.parameters),
+                count_cell(stage.parameters),
                 Cell(steps, style="n"),
-                _count(stage.tokens),
-                Cell(seconds_text(stage.seconds), _exact(stage.seconds), "n"),
-                Cell(bytes_text(stage.peak_memory_bytes), _exact(stage.peak_memory_bytes), "n"),
-                _value(validation.last if validation else None),
+                count_cell(stage.tokens),
+                Cell(seconds_text(stage.seconds), exact_text(stage.seconds), "n"),
+                Cell(bytes_text(stage.peak_memory_bytes), exact_text(stage.peak_memory_bytes), "n"),
+                value_cell(validation.last if validation else None),
             ]
         )
     return Table([*header, "validation loss"], rows, [])
@@ -140,21 +122,21 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     cells = []
     for row in rows:
         word = verdict(row)
-        interval = ", ".join(_exact(row.get(key)) for key in ("low", "high"))
+        interval = ", ".join(exact_text(row.get(key)) for key in ("low", "high"))
         cells.append(
             [
                 Cell(str(row.get("candidate")), style="name"),
                 Cell(str(row.get("baseline"))),
                 Cell(str(row.get("domain"))),
                 Cell(word, style=_CLASSES.get(word, "none")),
-                Cell(signed_text(row.get("difference")), _exact(row.get("difference")), "n"),
+                Cell(signed_text(row.get("difference")), exact_text(row.get("difference")), "n"),
                 Cell(interval_text(row), interval, "n"),
-                Cell(p_text(row.get("p")), _exact(row.get("p")), "n"),
-                Cell(p_text(row.get("p_holm")), _exact(row.get("p_holm")), "n"),
-                _value(row.get("candidate_value")),
-                _value(row.get("baseline_value")),
+                Cell(p_text(row.get("p")), exact_text(row.get("p")), "n"),
+                Cell(p_text(row.get("p_holm")), exact_text(row.get("p_holm")), "n"),
+                value_cell(row.get("candidate_value")),
+                value_cell(row.get("baseline_value")),
                 Cell(metric_name(row.get("metric"))),
-                _count(row.get("n")),
+                count_cell(row.get("n")),
                 Cell(str(row.get("test") or DASH)),
             ]
         )
@@ -173,14 +155,14 @@ def results_table(models: Mapping[str, Mapping[str, Any]]) -> Table:
         facts = [
             Cell(name, style="name"),
             Cell(str(model.get("kind") or DASH)),
-            _count(model.get("parameters")),
-            _count(model.get("steps")),
-            Cell(seconds_text(model.get("seconds")), _exact(model.get("seconds")), "n"),
+            count_cell(model.get("parameters")),
+            count_cell(model.get("steps")),
+            Cell(seconds_text(model.get("seconds")), exact_text(model.get("seconds")), "n"),
         ]
         for part, metric in columns:
             value = result_value(model, part, metric)
             style = "n best" if value is not None and value == best[part, metric] else "n"
-            facts.append(Cell(value_text(value), _exact(value), style))
+            facts.append(Cell(value_text(value), exact_text(value), style))
         rows.append(facts)
     header = ["model", "kind", "parameters", "steps", "time", *(metric_name(metric) for _, metric in columns)]
     return Table(header, rows, groups if len(groups) > 2 else [])
@@ -243,15 +225,3 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
             listed = ", ".join(map(str, inner)) if isinstance(inner, list) else str(inner)
             pairs.append((f"{prefix}{key}", listed))
     return pairs
-
-
-def _count(value: Any) -> Cell:
-    return Cell(count_text(value), _exact(value), "n")
-
-
-def _value(value: Any) -> Cell:
-    return Cell(value_text(value), _exact(value), "n")
-
-
-def _exact(value: Any) -> str:
-    return "" if number(value) is None else repr(value)

@@ -47,6 +47,7 @@ class StageRecord:
     Attributes:
         status: ``planned``, ``running`` or ``done``.
         steps: optimizer steps made so far; `planned_steps` what the configuration asks for (None: epochs or seconds).
+        exported_step: the step that became the stage's model.
         curves: metric name -> curve, without the ``validation/`` ones.
         validation: metric name without ``validation/`` -> curve.
     """
@@ -56,6 +57,7 @@ class StageRecord:
     status: str = "planned"
     steps: int | None = None
     planned_steps: int | None = None
+    exported_step: int | None = None
     parameters: int | None = None
     tokens: int | None = None
     seconds: float | None = None
@@ -147,7 +149,7 @@ def _stages(run_dir: Path, config: Mapping[str, Any], problems: list[str]) -> li
         record.planned_steps = _integer(wanted.get("steps"))
         record.teachers = _teachers(wanted.get("teachers"))
     done = {}
-    for folder in sorted((run_dir / "stages").glob("*-*")):
+    for folder in sorted((run_dir / "stages").glob("[0-9]*-*")):
         name = re.sub(r"^\d+-", "", folder.name)
         records.setdefault(name, StageRecord(name))
         if (folder / "DONE").exists():
@@ -167,6 +169,7 @@ def _finish(record: StageRecord, done: Mapping[str, Any]) -> None:
     record.steps = _integer(done.get("steps")) if "steps" in done else record.steps
     record.seconds = number(done.get("seconds")) if "seconds" in done else record.seconds
     record.tokens = _integer(done.get("tokens")) if "tokens" in done else record.tokens
+    record.exported_step = _integer(done.get("exported_step"))
     record.parameters = _integer(done.get("parameters"))
     record.peak_memory_bytes = _integer(done.get("peak_memory_bytes"))
     record.teachers = _teachers(done.get("teachers")) or record.teachers

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtkd.report.html import Table, comparison_table, results_table, stages_table
+from mtkd.report.html import comparison_table, results_table, stages_table
+from mtkd.report.ladder import ladder_table, read_ladder
 from mtkd.report.read import Curve, RunData, StageRecord, read_run
+from mtkd.report.table import Table
 from mtkd.report.wording import headline, nothing_to_compare
 
 if TYPE_CHECKING:
@@ -26,6 +29,7 @@ _STYLES = {
 _LEFT_OUT = {
     "Stages": {"kind", "target tokens", "peak memory"},
     "Results": {"kind", "parameters", "steps", "time"},
+    "Ladder": {"learned from"},
     "Comparisons": {"value", "of baseline", "metric", "test", "p", "documents"},
 }
 _SHORT = {
@@ -37,6 +41,8 @@ _SHORT = {
     "validation loss": "val loss",
     "difference": "diff.",
     "p (Holm)": "p Holm",
+    "with its assistants": "with assistants",
+    "gain over direct": "gain",
 }
 # Characters of a column of words that are kept together on a narrow terminal: of the first column, of the others.
 _FIRST_WIDTH, _WIDTH = 16, 10
@@ -54,6 +60,8 @@ def terminal_tables(run_dir: Path) -> list[RichTable]:
         tables.append(_rich("Stages", stages_table(run.stages)))
     if run.models:
         tables.append(_rich("Results", results_table(run.models)))
+    if ladder := read_ladder(run):
+        tables.append(_rich("Ladder", ladder_table(ladder)))
     if run.comparisons:
         tables.append(_rich("Comparisons", comparison_table(run.comparisons)))
     if headline(run):
@@ -66,7 +74,7 @@ def summary(run_dir: Path) -> dict[str, Any]:
 
     Returns:
         run, state (training, evaluating or done), headline (sentences), stages, models and comparisons as in
-        results.json, problems. Raises DataError when `run_dir` is not a folder.
+        results.json, the ladder of a chain, problems. Raises DataError when `run_dir` is not a folder.
     """
     run = read_run(Path(run_dir))
     found: dict[str, Any] = _strict(
@@ -76,6 +84,7 @@ def summary(run_dir: Path) -> dict[str, Any]:
             "headline": _sentences(run),
             "stages": [_stage(stage) for stage in run.stages],
             "models": run.models,
+            "ladder": asdict(ladder) if (ladder := read_ladder(run)) else None,
             "comparisons": run.comparisons,
             "problems": run.problems,
         }
@@ -112,7 +121,14 @@ def _rich(title: str, data: Table) -> RichTable:
 
     left_out = _LEFT_OUT[title]
     table = RichTable(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        caption=data.note or None,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     groups = [name for name, columns in data.groups for _ in range(columns)] or [""] * len(data.header)
     shown = [i for i, name in enumerate(data.header) if name not in left_out]

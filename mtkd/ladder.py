@@ -1,0 +1,291 @@
+"""Shapes of a chain's models that depend on other models: a geometric ladder of sizes, and layers taken from above."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from pydantic import ValidationError
+from transformers import PretrainedConfig
+
+from mtkd.config import STAGE_PREFIX, ChainConfig, ModelConfig, RunConfig, StageConfig
+from mtkd.errors import UserError
+from mtkd.models.info import ModelInfo, count_parameters, model_info
+from mtkd.registry import TASKS
+
+NEAR = 0.1
+"""Shapes this near to a target in log parameters (10%) are equally near: the most proportionate one is taken."""
+
+# Widths are multiples of about a sixteenth of the largest one, a power of two between these.
+_SMALLEST_UNIT, _LARGEST_UNIT, _WIDTH_STEPS = 8, 128, 16
+
+Count = Callable[[ModelConfig], int]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the chain as others see it: how to load it, its shape, its number of parameters."""
+
+    config: ModelConfig
+    info: ModelInfo
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Every shape between two: layers, widths and heads no further apart than theirs; heads divide the width evenly.
+
+    Args:
+        top: the larger model. student: the smaller one, a description; what is not its shape is kept.
+        count: exact number of parameters of a description.
+        fixed_width: widths and heads are the top's (models made of its layers).
+    """
+
+    top: ModelInfo
+    student: ModelConfig
+    count: Count
+    fixed_width: bool = False
+
+    @cached_property
+    def candidates(self) -> list[tuple[ModelConfig, int]]:
+        """(description, parameters), every one strictly between the two in some dimension or equal to one of them."""
+        assert self.student.layers is not None
+        low, high = sorted((self.student.layers, self.top.num_layers))
+        found = []
+        for width, heads in self._widths():
+            # Layers are alike, so the number of parameters is a straight line in their number.
+            one, two = (self.count(self._shape(n, width, heads)) for n in (1, 2))
+            found += [(self._shape(n, width, heads), one + (n - 1) * (two - one)) for n in range(low, high + 1)]
+        return found
+
+    def nearest(self, target: float, share: float, below: float) -> tuple[ModelConfig, int]:
+        """The shape nearest to `target` parameters in the logarithm, smaller than `below`.
+
+        Args:
+            share: position of the rung between the top (0) and the student (1), for what is proportionate.
+
+        Raises:
+            UserError: there is no smaller shape.
+        """
+        allowed = [found for found in self.candidates if found[1] < below]
+        if not allowed:
+            raise UserError(
+                "there are not so many different shapes between the teacher and the student",
+                where="chain.num_rungs",
+                todo="ask for fewer, or give the shapes as `rungs`",
+            )
+        return min(allowed, key=lambda found: self._distance(found, target, share))
+
+    def _distance(self, found: tuple[ModelConfig, int], target: float, share: float) -> tuple[float, float, float]:
+        shape, parameters = found
+        assert shape.layers and shape.width and self.student.layers and self.student.width  # noqa: PT018
+        apart = abs(math.log(parameters / target))
+        skew = abs(math.log(shape.layers) - _between(self.top.num_layers, self.student.layers, share))
+        skew += abs(math.log(shape.width) - _between(self.top.width, self.student.width, share))
+        return (0.0 if apart <= NEAR else apart, skew, apart)
+
+    def _widths(self) -> list[tuple[int, int]]:
+        """(width, heads), the heads of each width those whose own width is nearest to the proportionate one."""
+        assert self.student.width is not None
+        assert self.student.heads is not None
+        if self.fixed_width:
+            return [(self.top.width, self.top.num_heads)]
+        low, high = sorted((self.student.width, self.top.width))
+        unit = 1 << max(high // _WIDTH_STEPS, 1).bit_length() - 1
+        unit = min(max(unit, _SMALLEST_UNIT), _LARGEST_UNIT)
+        widths = {low, high, *range(-(-low // unit) * unit, high + 1, unit)}
+        fewest, most = sorted((self.student.heads, self.top.num_heads))
+        found = []
+        for width in sorted(widths):
+            share = (math.log(width) - math.log(high)) / (math.log(low) - math.log(high)) if low < high else 1.0
+            wanted = _between(self.top.num_heads, self.student.heads, share)
+            # An even width per head: rotary positions turn pairs.
+            valid = [h for h in range(fewest, most + 1) if width % h == 0 and (width // h) % 2 == 0]
+            valid = [h for h in valid if h % self._grouped == 0]
+            if valid:
+                found.append((width, min(valid, key=lambda h: abs(math.log(h) - wanted))))
+        return found
+
+    @property
+    def _grouped(self) -> int:
+        """Query heads per key/value head, as in the student."""
+        assert self.student.heads is not None
+        return self.student.heads // (self.student.kv_heads or self.student.heads)
+
+    def _shape(self, layers: int, width: int, heads: int) -> ModelConfig:
+        student = self.student
+        assert student.width is not None
+        values = {**student.model_dump(exclude_unset=True), "layers": layers, "width": width, "heads": heads}
+        if student.kv_heads:
+            values["kv_heads"] = heads // self._grouped
+        if student.intermediate:
+            values["intermediate"] = max(8, round(student.intermediate / student.width * width / 8) * 8)
+        return ModelConfig.model_validate(values)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a planner knows of the models of a run, without weights.
+
+    Args:
+        stage: plans a stage, so that those below it know its models.
+        model_config: (stage, model, where) -> its configuration. made: model of a stage -> the same.
+    """
+
+    stage: Callable[[str], object]
+    model_config: Callable[[StageConfig, ModelConfig, str], PretrainedConfig]
+    made: dict[str, PretrainedConfig]
+
+
+def complete(config: RunConfig, planner: Callable[[RunConfig], Look]) -> RunConfig:
+    """The run with the models of all stages of its chain, and so with the stages; as it is when nothing is missing.
+
+    Reads configurations of models and the tokenizer, no weights. The same input gives the same shapes.
+
+    Raises:
+        UserError: a shape cannot be derived, or the stages that result are not valid.
+    """
+    chain = config.chain
+    if chain is None or chain.resolved:
+        return config
+    asked = {name: chain.described(name) for name in chain.names}
+    # Stand-ins under the right names: enough to find the tokenizer and the teachers.
+    stand_in = _with_models(config, {n: chain.models.get(n) or m or chain.student for n, m in asked.items()})
+    sizes = _Sizes(stand_in, planner(stand_in))
+    top = sizes.top()
+    if chain.num_rungs:
+        asked |= ladder(chain, top, sizes.count(chain.student), sizes.count)
+    models, above = dict(chain.models), top
+    for name in chain.names:
+        if name not in models:
+            shape = asked[name]
+            assert shape is not None, "given, or derived above"
+            first = top if name == chain.direct_name else above
+            models[name] = shape if chain.start_of(name) == "fresh" else from_layers(shape, first, f"chain: {name}")
+        above = sizes.of(name, models[name])
+    return _with_models(config, models)
+
+
+def _with_models(config: RunConfig, models: dict[str, ModelConfig]) -> RunConfig:
+    values = config.model_dump(mode="json", exclude_unset=True)
+    values["chain"]["models"] = {n: model.model_dump(mode="json", exclude_unset=True) for n, model in models.items()}
+    try:
+        made = RunConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(str(first.get("ctx", {}).get("error", first["msg"])), where="chain") from None
+    made._base = config._base
+    return made
+
+
+class _Sizes:
+    """Shapes and parameters of the models around a chain."""
+
+    def __init__(self, config: RunConfig, look: Look) -> None:
+        assert config.chain is not None
+        self._config, self._look, self._chain = config, look, config.chain
+        self._first = config.chain.names[0]
+        data = config.data[config.data_name(config.stages[self._first].data)]
+        self._auto_class = str(TASKS.find(data.task).auto_class)
+
+    def top(self) -> Model:
+        """The largest of the models above the chain, the first of equals."""
+        for name in self._config.stages:
+            if name == self._first:  # what the chain uses stands before it
+                break
+            self._look.stage(name)
+        stage = self._config.stages[self._first]
+        found = []
+        for i, teacher in enumerate(self._chain.teachers):
+            found.append(
+                self._sized(teacher.model, self._look.model_config(stage, teacher.model, f"chain.teachers[{i}]"))
+            )
+        return max(found, key=lambda model: model.parameters)
+
+    def of(self, name: str, model: ModelConfig) -> Model:
+        """The model of a stage of the chain, as the next one sees it."""
+        made = self._look.model_config(self._config.stages[name], model, f"chain: {name}")
+        self._look.made[name] = made
+        return self._sized(ModelConfig(path=f"{STAGE_PREFIX}{name}"), made)
+
+    def count(self, model: ModelConfig) -> int:
+        """Parameters of a description."""
+        made = self._look.model_config(self._config.stages[self._first], model, "chain.student")
+        return count_parameters(made, self._auto_class)
+
+    def _sized(self, model: ModelConfig, made: PretrainedConfig) -> Model:
+        return Model(model, model_info(made, self._auto_class), count_parameters(made, self._auto_class))
+
+
+def ladder(chain: ChainConfig, top: Model, student_parameters: int, count: Count) -> dict[str, ModelConfig]:
+    """The assistants' shapes of a chain with `num_rungs`, their parameters a geometric series down to the student's.
+
+    ``P_i = P_teacher^(1-s) P_student^s``, ``s = i / (n + 1)``; each rung is the valid shape nearest to its target.
+
+    Raises:
+        UserError: the student is not smaller than the teacher, or there are too few shapes between them.
+    """
+    if student_parameters >= top.parameters:
+        raise UserError(
+            "the student of a chain is smaller than its largest teacher",
+            where="chain.student",
+            found=f"{student_parameters:,} parameters",
+            allowed=f"fewer than {top.parameters:,}",
+        )
+    names = chain.assistants
+    shapes = Shapes(top.info, chain.student, count, any(chain.start_of(n) == "teacher" for n in names))
+    found: dict[str, ModelConfig] = {}
+    below = float(top.parameters)
+    for position, name in enumerate(names, 1):
+        share = position / (len(names) + 1)
+        target = math.exp(_between(top.parameters, student_parameters, share))
+        found[name], parameters = shapes.nearest(target, share, below)
+        if parameters <= student_parameters:
+            raise UserError(
+                "there are not so many different shapes between the teacher and the student",
+                where="chain.num_rungs",
+                found=len(names),
+                todo="ask for fewer, or give the shapes as `rungs`",
+            )
+        below = float(parameters)
+    return found
+
+
+def from_layers(shape: ModelConfig, above: Model, where: str) -> ModelConfig:
+    """A model made of evenly chosen layers of the one above it, the last layer among them.
+
+    Args:
+        shape: the description of what is wanted. above: the model that gives the layers.
+
+    Raises:
+        UserError: it has another architecture, width or heads, or fewer layers.
+    """
+    assert shape.layers is not None
+    info = above.info
+    wanted = {"architecture": shape.architecture, "width": shape.width, "heads": shape.heads}
+    found = {"architecture": info.architecture, "width": info.width, "heads": info.num_heads}
+    if wanted != found or shape.layers > info.num_layers:
+        raise UserError(
+            "cannot begin with layers of the model above it",
+            where=where,
+            found=f"{wanted['architecture']} {shape.layers}x{shape.width}, {shape.heads} heads",
+            allowed=f"{info.architecture} {info.num_layers}x{info.width} or fewer layers, {info.num_heads} heads",
+            todo="make them equal, or set initial: fresh",
+        )
+    before = above.config.keep_layers or range(1, info.num_layers + 1)
+    kept = [before[layer - 1] for layer in even_layers(shape.layers, info.num_layers)]
+    values = {"path": above.config.path, "keep_layers": kept, "dropout": shape.dropout}
+    values |= {"revision": above.config.revision}
+    return ModelConfig.model_validate({key: value for key, value in values.items() if value is not None})
+
+
+def even_layers(count: int, of: int) -> list[int]:
+    """`count` of the layers 1 to `of`, evenly spread, the last one included: 12 -> 6 gives 2, 4, ..., 12."""
+    return [round((i + 1) * of / count) for i in range(count)]
+
+
+def _between(top: float, bottom: float, share: float) -> float:
+    """Log of the geometric mean with weight `share` on the bottom."""
+    return (1 - share) * math.log(top) + share * math.log(bottom)
