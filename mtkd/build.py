@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +34,8 @@ from mtkd.engine.deepspeed_engine import DeepSpeedEngine, init_distributed
 from mtkd.engine.dist import Dist
 from mtkd.engine.torch_engine import TorchEngine
 from mtkd.errors import DataError, UserError
+from mtkd.gram import has_gradient
+from mtkd.match import Match
 from mtkd.models.cards import load_cards
 from mtkd.models.folder import check_folder
 from mtkd.models.load import build_model
@@ -41,10 +43,10 @@ from mtkd.models.taps import TappedModel
 from mtkd.objective import Objective
 from mtkd.pool import ResidentTeacher, TeacherPool
 from mtkd.projection import make_projections
-from mtkd.registry import LOSSES, TASKS, WEIGHTINGS, check_options
+from mtkd.registry import GIVEN, LOSSES, TASKS, WEIGHTINGS, check_options
 from mtkd.rows import compile_rows
 from mtkd.rundir import RunDir, StageDir
-from mtkd.weightings.base import Weighting
+from mtkd.weightings.base import StageFacts, Weighting
 
 
 @dataclass
@@ -230,10 +232,13 @@ class Workshop:
         """
         stage, where = self.config.stages[name], f"stages.{name}"
         data, seed = self.data(self.config.data_name(stage.data)), stage_seed(self.config, stage)
+        names = tuple(t.name for t in stage.teachers)
+        split = data.splits["train"]
+        if "route" in make_weighting(stage.weighting, StageFacts.stand_in(names), f"{where}.weighting").reads:
+            split = split.routed(names, f"{where}.weighting")
         student = self.model(stage.student, data, seed)
         if self.config.engine.activation_checkpointing:
             student.enable_activation_checkpointing()
-        names = [t.name for t in stage.teachers]
         models = [self.teacher(t, data, f"{where}.teachers[{i}]") for i, t in enumerate(stage.teachers)]
         rows = compile_rows(
             stage_rows(stage, where, data.num_labels == 1),
@@ -246,7 +251,7 @@ class Workshop:
         objective = Objective(
             student,
             rows,
-            make_weighting(stage.weighting, tuple(names), f"{where}.weighting"),
+            make_weighting(stage.weighting, stage_facts(names, models, student, seed), f"{where}.weighting"),
             make_projections(rows, student.info, [m.info for m in models], seed),
             names,
             per=stage.per,
@@ -257,7 +262,6 @@ class Workshop:
         teachers = [ResidentTeacher(n, m, self.device, self.dtype) for n, m in zip(names, models, strict=True)]
         pool = TeacherPool(teachers, [objective.teacher_wants(k) for k in range(len(teachers))])
         steps = self.steps(stage, data)
-        split = data.splits["train"]
         order = Order(split.lengths, stage.batch, seed)
         stream = TrainStream(split, order, self.dist.rank, self.dist.world_size, stage.batch.accumulate)
         engine = make_engine(self.config.engine, objective, stage, steps, self.device, self.dist)
@@ -298,7 +302,15 @@ def read_tokenizer(folder: Path | str, revision: str | None = None) -> PreTraine
     return load_tokenizer(str(folder), revision)
 
 
-def make_weighting(named: Named, teachers: tuple[str, ...], where: str) -> Weighting:
+def stage_facts(
+    teachers: tuple[str, ...], models: Sequence[TappedModel], student: TappedModel, seed: int
+) -> StageFacts:
+    """What a weighting may know of its stage."""
+    sizes = tuple(sum(p.numel() for p in model.parameters()) for model in models)
+    return StageFacts(teachers, sizes, student.info.width, student.info.num_labels, seed)
+
+
+def make_weighting(named: Named, facts: StageFacts, where: str) -> Weighting:
     """A weighting from its name and options.
 
     Raises:
@@ -306,9 +318,9 @@ def make_weighting(named: Named, teachers: tuple[str, ...], where: str) -> Weigh
     """
     spec = WEIGHTINGS.find(named.name, f"{where}.name")
     check_options(named.options, spec.options(), where)
-    options = dict(named.options)
-    if "teachers" in inspect.signature(spec.cls).parameters:
-        options["teachers"] = teachers
+    given = {"teachers": facts.teachers, "facts": facts}
+    parameters = inspect.signature(spec.cls).parameters
+    options = {**named.options, **{name: given[name] for name in GIVEN if name in parameters}}
     try:
         return spec.cls(**options)
     except ValueError as error:
@@ -362,7 +374,28 @@ def check_registered(config: RunConfig) -> None:
         TASKS.find(data.task, f"data.{name}.task")
     for name, stage in config.stages.items():
         where = f"stages.{name}"
-        for position, row in enumerate(stage_rows(stage, where)):
+        rows = stage_rows(stage, where)
+        for position, row in enumerate(rows):
             spec = LOSSES.find(row.loss, f"{where}.match[{position}].loss")
             check_options(row.options, spec.options(), f"{where}.match[{position}]")
-        make_weighting(stage.weighting, tuple(t.name for t in stage.teachers), f"{where}.weighting")
+        facts = StageFacts.stand_in(tuple(t.name for t in stage.teachers))
+        _check_weighting(make_weighting(stage.weighting, facts, f"{where}.weighting"), stage, rows, where)
+
+
+def _check_weighting(weighting: Weighting, stage: StageConfig, rows: Sequence[Match], where: str) -> None:
+    """Refuse a weighting that its stage gives nothing to work with."""
+    name = stage.weighting.name
+    if stage.per == "token" and not weighting.per_token:
+        raise UserError(
+            f"weighting '{name}' with these options has one weight per example, none per token",
+            where=f"{where}.per",
+            found=stage.per,
+            allowed="example",
+        )
+    if "gram" in weighting.reads and not any(map(has_gradient, rows)):
+        raise UserError(
+            f"weighting '{name}' compares the teachers' gradients with respect to the student's logits",
+            where=f"{where}.match",
+            found="no weighted row that compares logits with the teachers",
+            todo="add one, e.g. {feature: logits, loss: kl}",
+        )

@@ -23,6 +23,7 @@ class Batch:
         targets: token tasks: [B,L] int64, the id that position l must predict, `NO_LABEL` where nothing is asked
             (already shifted for causal models); classification: [B] int64; regression: [B] float32.
         token_type_ids: [B,L] int64 or None.
+        routes: number of the teacher that the data names for each example, [B] int64 (-1 in filler rows), or None.
     """
 
     ids: Tensor  # [B]
@@ -30,6 +31,7 @@ class Batch:
     attention_mask: Tensor  # [B,L]
     targets: Tensor  # [B,L] or [B]
     token_type_ids: Tensor | None = None  # [B,L]
+    routes: Tensor | None = None  # [B]
 
     @property
     def real(self) -> Tensor:
