@@ -27,19 +27,21 @@ def smallest_norm(gram: np.ndarray, largest: float) -> np.ndarray:
         return uniform
     if not np.isfinite(scale):
         return np.full(count, np.nan)  # shows in the loss, which stops the run and names the teacher
-    from scipy.optimize import Bounds, LinearConstraint, minimize
+    from scipy.optimize import fmin_slsqp
 
     scaled = gram / scale
-    found = minimize(
-        lambda w: w @ scaled @ w,
+    found = fmin_slsqp(
+        lambda w: float(w @ scaled @ w),
         uniform,
-        jac=lambda w: 2 * scaled @ w,
-        method="SLSQP",
-        bounds=Bounds(np.zeros(count), np.full(count, largest)),
-        constraints=LinearConstraint(np.ones((1, count)), 1.0, 1.0),
-        options={"ftol": 1e-14, "maxiter": _ITERATIONS},
+        fprime=lambda w: 2 * scaled @ w,
+        f_eqcons=lambda w: np.array([w.sum() - 1]),
+        fprime_eqcons=lambda w: np.ones((1, count)),
+        bounds=[(0.0, largest)] * count,
+        acc=1e-14,
+        iter=_ITERATIONS,
+        iprint=0,
     )
-    weights = np.clip(found.x, 0, largest)
+    weights: np.ndarray = np.clip(found, 0, largest)
     return weights / weights.sum()
 
 
