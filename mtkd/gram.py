@@ -28,7 +28,7 @@ def gram(
     counts: Counts,
     whole_head: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Tensor:
-    """``G_jk = <dd_j/dz, dd_k/dz>`` of a micro-batch, [T,T] float64; the step's is the sum over micro-batches and ranks.
+    """``G_jk = <dd_j/dz, dd_k/dz>`` of a micro-batch, [T,T] float64; a step's is the sum over its batches and ranks.
 
     d_k is what the stage's weighted rows on logits would be with teacher k alone, z the student's logits at the
     positions that count. With the student in eval mode: dropout would draw another z than training does.

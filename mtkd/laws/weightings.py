@@ -231,13 +231,12 @@ def _penalty_law(spec: WeightingSpec, make: OptionsOf, case: Teachers) -> None:
     """The penalty of a step is the sum over its micro-batches; finite; its gradient stays within the weighting."""
     module = _trained(spec, make, case)
     logits = case.logits.clone().requires_grad_()
-    found = []
+    found: list[Tensor | None] = []
     for rows in (_EVERY, *_CUTS):
         traits = replace(case, logits=logits).traits(_ORDER, module, rows)
         module(traits)
         found.append(module.penalty(traits))
-    whole, *parts = found
-    if whole is None:
+    if found[0] is None:
         return
     values = [float(value.detach()) for value in found if value is not None]
     if not all(map(math.isfinite, values)):
@@ -246,7 +245,7 @@ def _penalty_law(spec: WeightingSpec, make: OptionsOf, case: Teachers) -> None:
     if len(values) != len(found) or gap > 10 * TOLERANCE * max(abs(values[0]), 1):
         text = f"{values[1:]} of the micro-batches do not add up to {values[0]} of the step for {case.what}"
         raise LawBroken("penalty", spec.name, text)
-    if whole.requires_grad and torch.autograd.grad(whole, logits, allow_unused=True)[0] is not None:
+    if found[0].requires_grad and torch.autograd.grad(found[0], logits, allow_unused=True)[0] is not None:
         raise LawBroken("detached", spec.name, f"the penalty's gradient reaches the teachers for {case.what}")
 
 

@@ -30,12 +30,21 @@ def smallest_norm(gram: np.ndarray, largest: float) -> np.ndarray:
     from scipy.optimize import fmin_slsqp
 
     scaled = gram / scale
+
+    def norm(w: np.ndarray) -> float:
+        return float(w @ scaled @ w)
+
+    def slope(w: np.ndarray) -> np.ndarray:
+        return np.asarray(2 * scaled @ w)
+
+    def excess(w: np.ndarray) -> np.ndarray:
+        return np.array([w.sum() - 1])
+
     found = fmin_slsqp(
-        lambda w: float(w @ scaled @ w),
+        norm,
         uniform,
-        fprime=lambda w: 2 * scaled @ w,
-        f_eqcons=lambda w: np.array([w.sum() - 1]),
-        fprime_eqcons=lambda w: np.ones((1, count)),
+        fprime=slope,
+        f_eqcons=excess,
         bounds=[(0.0, largest)] * count,
         acc=1e-14,
         iter=_ITERATIONS,
