@@ -66,6 +66,11 @@ class Objective(Trainable):
         self.step, self.gram = 0, torch.zeros(0, 0)  # set by `begin_step`
         self.logit_rows = [row for row in self.rows if row.is_logits]
 
+    @property
+    def _per_token(self) -> bool:
+        """Not to be read off the weights: a micro-batch of one-token sequences has L = 1 either way."""
+        return self.per == "token" and self.token_level
+
     def teacher_wants(self, k: int) -> frozenset[str]:
         """Feature keys asked of teacher k. Its logits are always among them: they cost nothing until they are read."""
         return frozenset({"logits"}).union(*(row.teacher_wants(k) for row in self.rows))
@@ -154,7 +159,7 @@ class Objective(Trainable):
         """Mean weight per teacher and mean entropy of the normalised weights (nats)."""
         if not len(weights):
             return {}
-        per_token = weights.shape[-1] > 1
+        per_token = self._per_token
         mask = batch.target_mask if per_token else batch.real[:, None]
         count = max(counts["targets" if per_token else "sequences"], 1)
         held = weights.detach() * mask
@@ -194,7 +199,7 @@ class Objective(Trainable):
 
     def _row_weights(self, weights: Tensor, batch: Batch) -> Tensor:
         """Weights for rows over tokens or sequences; token weights exist at targets only, so others use their mean."""
-        if weights.shape[-1] == 1:
+        if not self._per_token:
             return weights
         mask = batch.target_mask
         return (weights * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp_min(1)
