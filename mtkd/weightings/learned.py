@@ -77,7 +77,7 @@ class Learned(Weighting):
         """[T,B]."""
         scores = self.theta[:, None].expand(-1, len(traits.mask))
         if self.gate is not None:
-            scores = scores + self.gate @ gate_state(traits).t()
+            scores = scores + self.gate @ gate_state(traits).to(self.gate.dtype).t()
         return torch.log_softmax(scores, 0)
 
     def counts(self, batch: Batch) -> Mapping[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,6 +41,8 @@ CASES = [
     (Named(name="route"), CLASSES, "example"),
     (Named(name="margin"), TOKENS, "token"),
 ]
+STATEFUL = (1, 5)  # numbers of cases
+SHARDED = (1, 2, 3, 5, 7, 8)
 NAMES = [f"{named.name}-{task}-{i}" for i, (named, task, _) in enumerate(CASES)]
 
 
@@ -87,23 +90,48 @@ def take_step(stage: Stage, step: int, micro_batches: list[Batch]) -> dict[str, 
 def trajectory(case: int, kind: str = "torch", zero_stage: int = 0, accumulate: int = 1) -> list[dict[str, float]]:
     """The metrics of every step; the last one's weights depend on everything the weighting has learned."""
     dist = init_distributed("cpu") if kind == "deepspeed" else Dist()
-    named, task, per = CASES[case]
-    stage = stage_of(named, task, per, kind, zero_stage, accumulate, dist)
-    parts, told = dist.world_size * accumulate, []
-    for step in range(STEPS):
+    stage = stage_of(*CASES[case], kind, zero_stage, accumulate, dist)
+    told = take_steps(stage, CASES[case][1], accumulate, range(STEPS))
+    stage.engine.close()
+    return told
+
+
+def take_steps(stage: Stage, task: str, accumulate: int, steps: range) -> list[dict[str, float]]:
+    """The metrics of each step."""
+    dist, told = stage.engine.dist, []
+    parts = dist.world_size * accumulate
+    for step in steps:
         batch = step_batch(task, step)
         mine = [list(range(8))[dist.rank * accumulate + m :: parts] for m in range(accumulate)]
         if step == 2 and accumulate > 1:  # a rank, or a micro-batch, with nothing to do
             first = dist.rank == 0
             mine = [list(range(8)) if first and m == 0 else [] for m in range(accumulate)]
         told.append(take_step(stage, step, [rows_of(batch, rows) for rows in mine]))
-    stage.engine.close()
     return told
 
 
-def sharded() -> list[list[list[dict[str, float]]]]:
-    """Every case under ZeRO 0 and 3 on this rank."""
-    return [[trajectory(case, "deepspeed", zero, 2) for case in range(len(CASES))] for zero in (0, 3)]
+def resumed(case: int, kind: str, zero_stage: int, folder: Path) -> tuple[list[dict[str, float]], ...]:
+    """The metrics of the last two steps, undisturbed, and by a fresh stage that loads what was saved before them."""
+    dist = init_distributed("cpu") if kind == "deepspeed" else Dist()
+    place = folder / f"{case}-{kind}-{zero_stage}"
+    place.mkdir(exist_ok=True)
+    first, second = (stage_of(*CASES[case], kind, zero_stage, 2, dist) for _ in range(2))
+    task = CASES[case][1]
+    take_steps(first, task, 2, range(2))
+    first.engine.save(place)
+    dist.barrier()
+    whole = take_steps(first, task, 2, range(2, STEPS))
+    second.engine.load(place)
+    again = take_steps(second, task, 2, range(2, STEPS))
+    for stage in (first, second):
+        stage.engine.close()
+    return whole, again
+
+
+def sharded(folder: Path) -> tuple[list[list[list[dict[str, float]]]], list[tuple[list[dict[str, float]], ...]]]:
+    """Cases under ZeRO 0 and 3 on this rank; and those with a state of their own, resumed."""
+    runs = [[trajectory(case, "deepspeed", zero, 2) for case in SHARDED] for zero in (0, 3)]
+    return runs, [resumed(case, "deepspeed", 3, folder) for case in STATEFUL]
 
 
 def assert_same(found: list[dict[str, float]], wanted: list[dict[str, float]], where: str) -> None:
@@ -130,12 +158,21 @@ def test_trained_weights_move_and_others_differ() -> None:
     assert rewarded[3]["penalty"] != 0.0
 
 
+@pytest.mark.parametrize("case", STATEFUL)
+def test_a_resumed_run_is_bit_equal(case: int, tmp_path: Path) -> None:
+    whole, again = resumed(case, "torch", 0, tmp_path)
+    assert whole == again
+    assert whole[-1]["penalty"] != 0.0
+
+
 @pytest.mark.slow
 @pytest.mark.xdist_group("deepspeed")
-def test_two_deepspeed_ranks_make_the_same_run() -> None:
-    ranks = run_distributed(sharded, 2, timeout=240)
-    wanted = [trajectory(case) for case in range(len(CASES))]
-    for rank in ranks:
+def test_two_deepspeed_ranks_make_the_same_run(tmp_path: Path) -> None:
+    """Under ZeRO 0 and 3, to rounding; and a resumed one bit by bit."""
+    ranks = run_distributed(sharded, 2, tmp_path, timeout=240)
+    wanted = [trajectory(case) for case in SHARDED]
+    for rank, resumes in ranks:
+        assert all(whole == again for whole, again in resumes)
         for zero, found in zip((0, 3), rank, strict=True):
-            for case, told in enumerate(found):
-                assert_same(told, wanted[case], f"{NAMES[case]}, ZeRO {zero}")
+            for case, told, one in zip(SHARDED, found, wanted, strict=True):
+                assert_same(told, one, f"{NAMES[case]}, ZeRO {zero}")
