@@ -135,6 +135,23 @@ def list_names(
     _print_tables([table])
 
 
+@app.command("check")
+def check_laws(
+    file: Annotated[Path, typer.Argument(help="a plug-in, e.g. configs/custom_weighting.py", metavar="PLUGIN")],
+    as_json: Json = False,
+) -> None:
+    """Run the laws over every loss, weighting and method that a plug-in file registers."""
+    from mtkd.laws.plugin import check_plugin
+
+    kept = []
+    for family in check_plugin(file):
+        kept.append(family.as_dict())
+        if not as_json:
+            typer.echo(str(family))
+    if as_json:
+        _print_json(kept)
+
+
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of the configuration, for editors."""
