@@ -45,8 +45,9 @@ def two_students(folder: Path) -> Path:
     }
     gated = {"name": "learned", "options": {"gate": "pooled", "anchor_share": 0.5, "lr": 0.5}}
     stages = {
+        "student": None,
         "other": other,
-        "student": student(gated),
+        "learned": student(gated),
         "reinforced": student({"name": "rl_kd", "options": {"lr": 0.5}}),
     }
     evaluate = {"ensembles": None, "comparisons": [], "resamples": 10}
