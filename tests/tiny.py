@@ -107,9 +107,10 @@ def make_objective(
     weighting: str | Named = "uniform",
     per: str = "example",
     tile: int = 5,
+    names: Sequence[str] = (),
 ) -> tuple[Objective, TeacherPool]:
     """An objective and its pool, wired as `mtkd.build` does it."""
-    names = [f"t{k}" for k in range(len(teachers))]
+    names = names or [f"t{k}" for k in range(len(teachers))]
     named = Named(name=weighting) if isinstance(weighting, str) else weighting
     token_level = student.info.num_labels == 0
     rows = compile_rows(

@@ -49,9 +49,15 @@ def two_students(folder: Path) -> Path:
         "other": other,
         "learned": student(gated),
         "reinforced": student({"name": "rl_kd", "options": {"lr": 0.5}}),
+        "routed": student("route", steps=None, epochs=1, save_every=0),
     }
     evaluate = {"ensembles": None, "comparisons": [], "resamples": 10}
-    return write_yaml(folder, stages=stages, evaluate=evaluate)
+    file = write_yaml(folder, stages=stages, evaluate=evaluate)
+    train = folder / "data" / "train.jsonl"
+    rows = [json.loads(line) for line in train.read_text().splitlines()]
+    named = [json.dumps({**row, "teacher": ("other", "teacher")[i % 4 == 0]}) for i, row in enumerate(rows)]
+    train.write_text("\n".join(named) + "\n")
+    return file
 
 
 def told(folder: Path) -> list[dict[str, Any]]:
@@ -76,7 +82,7 @@ def test_learned_and_reinforced_runs_resume_bit_equal(tmp_path: Path) -> None:
     code, output = processes.run(whole, "run", str(two_students(whole)))
     assert code == 0, output
     command = ("run", str(two_students(stopped)))
-    for _ in range(2):  # in the fourth step of either student
+    for _ in range(3):  # in the fourth step of each student
         prepare = partial(processes.watch, str(stopped / "ids.jsonl"), 4)
         code, output = processes.run(stopped, *command, prepare=prepare)
         assert (code, "stopped and saved at step 4" in output) == (75, True), output
@@ -88,6 +94,8 @@ def test_learned_and_reinforced_runs_resume_bit_equal(tmp_path: Path) -> None:
     last = [line for line in told(whole) if line["step"] == 8 and "penalty" in line]
     assert [line["stage"] for line in last] == ["learned", "reinforced"]
     assert all(abs(line["weight/other"] - 0.5) > 1e-3 for line in last), last
+    (routed,) = [line for line in told(whole) if line["stage"] == "routed" and line["step"] == 6 and "loss" in line]
+    assert 0.6 < routed["weight/other"] < 0.9  # three rows of four name it; two steps of eight are logged together
     for name in ("03-learned", "04-reinforced"):
         checkpoint = whole / "runs" / NAME / "stages" / name / "checkpoints" / "step-000008"
         assert check_seal(checkpoint)["step"] == 8
