@@ -83,8 +83,9 @@ class AEKD(_GradientSpace):
     forward pass of the student (without dropout) of its own. `c` bounds how far a teacher may dominate: ``c = 1`` is
     `mgda`, ``c <= 1/T`` is uniform. One weight per teacher and step. Solved by SLSQP (scipy).
 
-    A small gradient attracts weight: a teacher that agrees with the student counts more than one far from it, be it
-    right or wrong. Right or wrong is not looked at (no labels).
+    A small gradient attracts weight: whoever is near to the student counts more, right or wrong. Without a label row in
+    the stage a teacher as unsure as a fresh student therefore wins (measured: tests/weightings/test_stress.py); with
+    one, labels keep the student near to the teachers that are right.
 
     Source: Du et al. 2020, Agree to Disagree: Adaptive Ensemble Knowledge Distillation in Gradient Space, NeurIPS,
     the part on the tolerance parameter C.
