@@ -16,6 +16,7 @@ from mtkd.engine.deepspeed_engine import DeepSpeedEngine, init_distributed
 from mtkd.engine.dist import Dist
 from mtkd.engine.torch_engine import TorchEngine
 from mtkd.lookaround import after_step, before_step
+from mtkd.match import Match
 from mtkd.methods import kd
 from mtkd.objective import Objective
 from mtkd.pool import TeacherPool
@@ -25,6 +26,7 @@ from mtkd.train import global_counts
 LENGTHS = [9, 3, 7, 1, 8, 2, 5, 6]
 OPTIMIZER = OptimizerConfig(lr=1e-2, warmup=0.5, clip=0.5)
 STEPS = 4
+ROWS = [*kd(temperature=2.0), Match(feature="hidden", loss="mse")]
 
 CLASSES, TOKENS = "classes", "tokens"
 CASES = [
@@ -58,7 +60,7 @@ class Stage:
 def stage_of(named: Named, task: str, per: str, kind: str, zero_stage: int, accumulate: int, dist: Dist) -> Stage:
     make = classifier if task == CLASSES else causal_model
     teachers = [make(width, layers, seed) for width, layers, seed in ((8, 1, 1), (24, 2, 2), (32, 1, 3))]
-    objective, pool = make_objective(make(16, 2, 0), teachers, kd(temperature=2.0), named, per)
+    objective, pool = make_objective(make(16, 2, 0), teachers, ROWS, named, per)
     if kind == "torch":
         return Stage(objective, pool, TorchEngine(objective, OPTIMIZER, STEPS, CPU))
     settings = {"zero_stage": zero_stage, "accumulate": accumulate, "dist": dist}
