@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from mtkd.chain import identity, stage_of, stage_rows, stage_seed, weights_digest
-from mtkd.config import EngineConfig, ModelConfig, Named, RunConfig, StageConfig, TeacherConfig
+from mtkd.config import EngineConfig, ModelConfig, RunConfig, StageConfig, TeacherConfig
 from mtkd.configfile import differences
 from mtkd.data.collate import LoadedData, load_data
 from mtkd.data.sampler import Order, TrainStream
@@ -34,8 +33,6 @@ from mtkd.engine.deepspeed_engine import DeepSpeedEngine, init_distributed
 from mtkd.engine.dist import Dist
 from mtkd.engine.torch_engine import TorchEngine
 from mtkd.errors import DataError, UserError
-from mtkd.gram import has_gradient
-from mtkd.match import Match
 from mtkd.models.cards import load_cards
 from mtkd.models.folder import check_folder
 from mtkd.models.load import build_model
@@ -43,10 +40,11 @@ from mtkd.models.taps import TappedModel
 from mtkd.objective import Objective
 from mtkd.pool import ResidentTeacher, TeacherPool
 from mtkd.projection import make_projections
-from mtkd.registry import GIVEN, LOSSES, TASKS, WEIGHTINGS, check_options
+from mtkd.registry import LOSSES, TASKS, check_options
 from mtkd.rows import compile_rows
 from mtkd.rundir import RunDir, StageDir
-from mtkd.weightings.base import StageFacts, Weighting
+from mtkd.weightings.base import StageFacts
+from mtkd.weightings.make import check_weighting, make_weighting, stage_facts
 
 
 @dataclass
@@ -302,31 +300,6 @@ def read_tokenizer(folder: Path | str, revision: str | None = None) -> PreTraine
     return load_tokenizer(str(folder), revision)
 
 
-def stage_facts(
-    teachers: tuple[str, ...], models: Sequence[TappedModel], student: TappedModel, seed: int
-) -> StageFacts:
-    """What a weighting may know of its stage."""
-    sizes = tuple(sum(p.numel() for p in model.parameters()) for model in models)
-    return StageFacts(teachers, sizes, student.info.width, student.info.num_labels, seed)
-
-
-def make_weighting(named: Named, facts: StageFacts, where: str) -> Weighting:
-    """A weighting from its name and options.
-
-    Raises:
-        UserError: unknown name or option, or a value its constructor refuses.
-    """
-    spec = WEIGHTINGS.find(named.name, f"{where}.name")
-    check_options(named.options, spec.options(), where)
-    given = {"teachers": facts.teachers, "facts": facts}
-    parameters = inspect.signature(spec.cls).parameters
-    options = {**named.options, **{name: given[name] for name in GIVEN if name in parameters}}
-    try:
-        return spec.cls(**options)
-    except ValueError as error:
-        raise UserError(str(error), where=f"{where}.options") from error
-
-
 def make_engine(
     config: EngineConfig, objective: Objective, stage: StageConfig, steps: int, device: torch.device, dist: Dist
 ) -> Engine:
@@ -379,23 +352,4 @@ def check_registered(config: RunConfig) -> None:
             spec = LOSSES.find(row.loss, f"{where}.match[{position}].loss")
             check_options(row.options, spec.options(), f"{where}.match[{position}]")
         facts = StageFacts.stand_in(tuple(t.name for t in stage.teachers))
-        _check_weighting(make_weighting(stage.weighting, facts, f"{where}.weighting"), stage, rows, where)
-
-
-def _check_weighting(weighting: Weighting, stage: StageConfig, rows: Sequence[Match], where: str) -> None:
-    """Refuse a weighting that its stage gives nothing to work with."""
-    name = stage.weighting.name
-    if stage.per == "token" and not weighting.per_token:
-        raise UserError(
-            f"weighting '{name}' with these options has one weight per example, none per token",
-            where=f"{where}.per",
-            found=stage.per,
-            allowed="example",
-        )
-    if "gram" in weighting.reads and not any(map(has_gradient, rows)):
-        raise UserError(
-            f"weighting '{name}' compares the teachers' gradients with respect to the student's logits",
-            where=f"{where}.match",
-            found="no weighted row that compares logits with the teachers",
-            todo="add one, e.g. {feature: logits, loss: kl}",
-        )
+        check_weighting(make_weighting(stage.weighting, facts, f"{where}.weighting"), stage, rows, where)

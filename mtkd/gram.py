@@ -10,14 +10,9 @@ from torch import Tensor
 
 from mtkd.data.batch import Batch
 from mtkd.features import Features
-from mtkd.match import Match
 from mtkd.objective import Counts, Objective, as_logits
 from mtkd.rows import Row
-
-
-def has_gradient(row: Match) -> bool:
-    """Whether a row is a part of the loss that the teachers' gradients are taken of: weighted, on logits."""
-    return row.feature == "logits" and row.target == "teacher" and row.weighted
+from mtkd.weightings.gradients import has_gradient
 
 
 @torch.no_grad()

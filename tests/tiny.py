@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from mtkd.build import make_weighting, stage_facts
 from mtkd.config import Named
 from mtkd.data.batch import Batch
 from mtkd.features import NO_LABEL
@@ -17,6 +16,7 @@ from mtkd.objective import Objective
 from mtkd.pool import ResidentTeacher, TeacherPool
 from mtkd.projection import make_projections
 from mtkd.rows import compile_rows
+from mtkd.weightings.make import make_weighting, stage_facts
 
 NUM_IDS = 61
 CPU = torch.device("cpu")

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from mtkd.data.batch import Batch
 from mtkd.weightings.traits import Traits
 
+READABLE = frozenset({"student_uncertainty", "pooled", "route", "gram"})
+"""What a weighting may ask for beside the teachers' predictions, under the names that `Traits` has for it."""
+
 
 @dataclass(frozen=True)
 class StageFacts:
@@ -44,8 +47,7 @@ class Weighting(nn.Module):
     weighting is a part of the objective.
 
     Attributes, set by a subclass (or by its constructor, where they depend on options):
-        reads: what must be provided beside the teachers' predictions: "student_uncertainty", "pooled", "route",
-            "gram". Nothing is computed that is not named here.
+        reads: which of `READABLE` it reads. Nothing is computed that is not named here.
         per_token: False: `per: token` is refused, because a weight per token is not defined.
         lr: peak learning rate of its own parameters, on the stage's schedule; None: the optimizer's.
         rewarded: after every optimizer step `reward` is called.

@@ -6,11 +6,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mtkd.match import Match
 from mtkd.registry import weighting
 from mtkd.weightings.base import Weighting
 from mtkd.weightings.traits import Traits
 
 _ITERATIONS = 500  # far more than SLSQP needs for a dozen teachers
+
+
+def has_gradient(row: Match) -> bool:
+    """Whether a row is a part of the loss that the teachers' gradients are taken of: weighted, on logits."""
+    return row.feature == "logits" and row.target == "teacher" and row.weighted
 
 
 def smallest_norm(gram: np.ndarray, largest: float) -> np.ndarray:

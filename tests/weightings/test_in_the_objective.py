@@ -11,11 +11,14 @@ from torch import Tensor
 from mtkd.config import Named, OptimizerConfig
 from mtkd.engine.base import parameter_groups
 from mtkd.engine.torch_engine import TorchEngine
+from mtkd.errors import UserError
 from mtkd.lookaround import before_step
 from mtkd.match import Match
 from mtkd.methods import kd
 from mtkd.registry import WEIGHTINGS
 from mtkd.train import global_counts
+from mtkd.weightings import StageFacts
+from mtkd.weightings.make import make_weighting
 
 ROWS = [*kd(temperature=2.0), Match(feature="hidden", loss="mse")]
 SHAPES = {"a": (8, 1), "b": (24, 2), "c": (16, 1)}
@@ -55,6 +58,12 @@ def test_the_order_of_teachers_changes_nothing(name: str) -> None:
     )
     torch.testing.assert_close(other, loss, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(another, gradient, rtol=1e-4, atol=1e-6 * float(gradient.abs().max()))
+
+
+def test_a_weighting_that_reads_what_nothing_provides_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WEIGHTINGS["route"].cls, "reads", frozenset({"rout"}))
+    with pytest.raises(UserError, match="reads what nothing provides"):
+        make_weighting(Named(name="route"), StageFacts.stand_in(("a",)), "here")
 
 
 def test_a_weightings_parameters_have_their_own_learning_rate() -> None:
