@@ -1,15 +1,7 @@
 """A weighting of one's own. `plugins: [custom_weighting.py]` in the YAML beside this file makes its name known.
 
-    mtkd run configs/custom_weighting.yaml
-    mtkd ls weightings --plugin configs/custom_weighting.py
-
-Its laws, the same that the built-in ones keep:
-
-    from mtkd.laws import check_weighting
-    from mtkd.registry import load_plugins
-
-    load_plugins(("configs/custom_weighting.py",))
-    check_weighting("softmax_ce")
+mtkd run configs/custom_weighting.yaml
+mtkd check configs/custom_weighting.py  # the laws that the built-in ones keep; a broken one is named
 """
 
 import torch

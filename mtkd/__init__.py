@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mtkd.planner import Plan, plan
     from mtkd.registry import LOSSES, METHODS, WEIGHTINGS, loss, method, weighting
     from mtkd.runner import RunResult, run
-    from mtkd.weightings import Traits, Weighting, trait
+    from mtkd.weightings import StageFacts, Traits, Weighting, trait
 
 __version__ = "0.1.0"
 
@@ -31,6 +31,7 @@ _HOMES = {
     "Plan": "mtkd.planner",
     "RunConfig": "mtkd.config",
     "RunResult": "mtkd.runner",
+    "StageFacts": "mtkd.weightings",
     "Traits": "mtkd.weightings",
     "UserError": "mtkd.errors",
     "Weighting": "mtkd.weightings",
@@ -51,6 +52,7 @@ __all__ = [
     "Plan",
     "RunConfig",
     "RunResult",
+    "StageFacts",
     "Traits",
     "UserError",
     "Weighting",

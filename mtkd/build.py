@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import os
@@ -18,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from mtkd.chain import identity, member_of, redo_command, stage_of, stage_seed, weights_digest
 from mtkd.cofinetune import CoFinetuning, check_members
-from mtkd.config import EngineConfig, ModelConfig, Named, RunConfig, StageConfig, TeacherConfig
+from mtkd.config import EngineConfig, ModelConfig, RunConfig, StageConfig, TeacherConfig
 from mtkd.configfile import differences, fingerprint
-from mtkd.data.collate import LoadedData, load_data
+from mtkd.data.collate import LoadedData, Split, load_data
 from mtkd.data.sampler import Order, TrainStream
 from mtkd.data.sources import Raw, load_raw
 from mtkd.data.tokenizers import (
@@ -44,10 +43,10 @@ from mtkd.models.vocabulary import VocabularyMap, compressed_teacher, compressed
 from mtkd.objective import Objective
 from mtkd.pool import ResidentTeacher, TeacherPool
 from mtkd.projection import make_projections
-from mtkd.registry import WEIGHTINGS, check_options
 from mtkd.rows import compile_rows
 from mtkd.rundir import RunDir, StageDir
-from mtkd.weightings.base import Weighting
+from mtkd.weightings.base import StageFacts
+from mtkd.weightings.make import make_weighting, stage_facts
 
 
 @dataclass
@@ -265,6 +264,7 @@ class Workshop:
         """
         stage, where = self.config.stages[name], f"stages.{name}"
         data = self.data(self.config.data_name(stage.data))
+        split = self._train_split(stage, data, where)  # before models are loaded: it may name unknown teachers
         if stage.kind == "cofinetune":
             objective, pool = self._cofinetuning(stage, data, f"{where}.members"), TeacherPool([], [])
         else:
@@ -272,7 +272,7 @@ class Workshop:
         if self.config.engine.activation_checkpointing:
             for model in objective.models.values():
                 model.enable_activation_checkpointing()
-        return self._built(name, objective, pool, data)
+        return self._built(name, objective, pool, data, split)
 
     def _cofinetuning(self, stage: StageConfig, data: LoadedData, where: str) -> Trainable:
         seed, tile = stage_seed(self.config, stage), self.config.engine.tile
@@ -286,7 +286,7 @@ class Workshop:
 
     def _distillation(self, stage: StageConfig, data: LoadedData, where: str) -> tuple[Trainable, TeacherPool]:
         """Objective and pool of a stage with one student; without teachers it learns from the labels alone."""
-        names, seed = [t.name for t in stage.teachers], stage_seed(self.config, stage)
+        names, seed = tuple(t.name for t in stage.teachers), stage_seed(self.config, stage)
         models = [self.teacher(t, data, f"{where}.teachers[{i}]") for i, t in enumerate(stage.teachers)]
         student = self.model(stage.trained["student"], data, seed, models[0] if models else None, f"{where}.student")
         rows = compile_rows(
@@ -300,7 +300,7 @@ class Workshop:
         objective = Objective(
             student,
             rows,
-            make_weighting(stage.weighting, tuple(names), f"{where}.weighting"),
+            make_weighting(stage.weighting, stage_facts(names, models, student, seed), f"{where}.weighting"),
             make_projections(rows, student.info, [m.info for m in models], seed),
             names,
             per=stage.per,
@@ -311,10 +311,16 @@ class Workshop:
         teachers = [ResidentTeacher(n, m, self.device, self.dtype) for n, m in zip(names, models, strict=True)]
         return objective, TeacherPool(teachers, [objective.teacher_wants(k) for k in range(len(teachers))])
 
-    def _built(self, name: str, objective: Trainable, pool: TeacherPool, data: LoadedData) -> BuiltStage:
+    def _train_split(self, stage: StageConfig, data: LoadedData, where: str) -> Split:
+        """What the stage trains on, with the teacher that each example names where the weighting reads it."""
+        names = tuple(t.name for t in stage.teachers)
+        weighting = make_weighting(stage.weighting, StageFacts.stand_in(names), f"{where}.weighting")
+        split = data.splits["train"]
+        return split.routed(names, f"{where}.weighting") if "route" in weighting.reads else split
+
+    def _built(self, name: str, objective: Trainable, pool: TeacherPool, data: LoadedData, split: Split) -> BuiltStage:
         stage, steps = self.config.stages[name], self.steps(self.config.stages[name], data)
         seed = stage_seed(self.config, stage)
-        split = data.splits["train"]
         order = Order(split.lengths, stage.batch, seed)
         stream = TrainStream(split, order, self.dist.rank, self.dist.world_size, stage.batch.accumulate)
         engine = make_engine(self.config.engine, objective, stage, steps, self.device, self.dist)
@@ -353,23 +359,6 @@ def read_tokenizer(folder: Path | str, revision: str | None = None) -> PreTraine
     if isinstance(folder, Path):
         check_folder(folder, weights=False)
     return load_tokenizer(str(folder), revision)
-
-
-def make_weighting(named: Named, teachers: tuple[str, ...], where: str) -> Weighting:
-    """A weighting from its name and options.
-
-    Raises:
-        UserError: unknown name or option, or a value its constructor refuses.
-    """
-    spec = WEIGHTINGS.find(named.name, f"{where}.name")
-    check_options(named.options, spec.options(), where)
-    options = dict(named.options)
-    if "teachers" in inspect.signature(spec.cls).parameters:
-        options["teachers"] = teachers
-    try:
-        return spec.cls(**options)
-    except ValueError as error:
-        raise UserError(str(error), where=f"{where}.options") from error
 
 
 def make_engine(

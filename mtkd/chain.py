@@ -9,7 +9,6 @@ from typing import Any
 
 from mtkd.config import STAGE_PREFIX, ModelConfig, RunConfig, StageConfig
 from mtkd.configfile import differences, fingerprint
-from mtkd.data.tasks import TaskSpec
 from mtkd.errors import DataError, UserError, nearest
 from mtkd.models.folder import MAP_FILE
 from mtkd.registry import TASKS
@@ -84,41 +83,10 @@ def scored_models(config: RunConfig) -> list[str]:
     """The models that are scored at the end: those that `evaluate` names, else all that can do its task."""
     if config.evaluate.stages:
         return config.scored
-    return [model for model in config.models if _does_task(config, model)]
+    return [model for model in config.models if does_task(config, model)]
 
 
-def check_evaluation(config: RunConfig) -> None:
-    """Refuse to score a model on a task that its stage gave it no head for.
-
-    Raises:
-        UserError: naming the stage and its data.
-    """
-    settings = config.evaluate
-    name = config.data_name(settings.data)
-    named = [("stages", s) for s in settings.stages] + [("ensembles", s) for s in settings.ensembles]
-    for place, stage in named:
-        if not _does_task(config, stage):
-            raise UserError(
-                f"the models of stage '{stage}' cannot be scored on data '{name}' (task {config.data[name].task})",
-                where=f"evaluate.{place}",
-                found=f"trained on data '{config.data_name(config.stages[stage].data)}'",
-                allowed=[s for s in config.stages if _does_task(config, s)] or "no stage of this run",
-                todo="drop the stage, or set evaluate.data to data of its task",
-            )
-    scored = scored_models(config)
-    if not scored:
-        raise UserError(f"no stage of this run does the task of data '{name}'", where="evaluate.data", found=name)
-    for i, pair in enumerate(settings.comparisons):
-        for side in (pair.candidate, pair.baseline):
-            if side.partition("/")[0] in config.stages and side not in scored:
-                raise UserError(
-                    f"'{side}' is not scored: its task is not that of evaluate.data",
-                    where=f"evaluate.comparisons[{i}]",
-                    allowed=scored,
-                )
-
-
-def _does_task(config: RunConfig, stage: str) -> bool:
+def does_task(config: RunConfig, stage: str) -> bool:
     """Whether a stage's models have the head for the data of `evaluate`."""
     heads = []
     for name in (config.stages[stage.partition("/")[0]].data, config.evaluate.data):
@@ -126,34 +94,6 @@ def _does_task(config: RunConfig, stage: str) -> bool:
         heads.append(TASKS.find(data.task, f"data.{name}.task").class_for(data))
     # A model with both heads of pre-training has the one for masked tokens.
     return heads[0] == heads[1] or heads == ["AutoModelForPreTraining", "AutoModelForMaskedLM"]
-
-
-def check_selection(config: RunConfig) -> None:
-    """The metric that stops a stage or chooses its step exists, and so does the validation split, as far as known.
-
-    Raises:
-        UserError: naming what is missing.
-    """
-    for name, stage in config.stages.items():
-        if not stage.selects:
-            continue
-        data_name = config.data_name(stage.data)
-        data = config.data[data_name]
-        task: TaskSpec = TASKS.find(data.task, f"data.{data_name}.task")
-        if stage.selects not in (allowed := ("loss", *task.metrics, *task.regression_metrics)):
-            raise UserError(
-                f"task '{data.task}' has no such metric",
-                where=f"stages.{name}.{'early_stop.metric' if stage.early_stop else 'export_metric'}",
-                found=stage.selects,
-                allowed=allowed,
-            )
-        if data.source == "files" and "validation" not in data.files and not data.validation_share:
-            raise UserError(
-                "there is no validation split to choose by",
-                where=f"data.{data_name}.files",
-                found=", ".join(data.files),
-                todo="add files.validation or validation_share, or drop early_stop and export: best",
-            )
 
 
 def stage_values(stage: StageConfig) -> dict[str, Any]:

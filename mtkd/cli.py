@@ -47,7 +47,8 @@ def run(file: File, override: Override = None, redo: Redo = None, as_json: Json 
 
     config = load_config(file, override or ())
     if needs_launcher(config.engine):
-        from mtkd.planner import check, resolve
+        from mtkd.checks import check
+        from mtkd.planner import resolve
 
         check(resolve(config))  # before any process is started
         sys.exit(launch(config.engine, sys.argv[1:]))
@@ -85,8 +86,9 @@ def plan(file: File, override: Override = None, as_json: Json = False) -> None:
 @app.command()
 def validate(file: File, override: Override = None) -> None:
     """Check FILE, its plug-ins, and every name and option in it; load no model and no data."""
+    from mtkd.checks import check
     from mtkd.configfile import load_config
-    from mtkd.planner import check, resolve
+    from mtkd.planner import resolve
 
     config = resolve(load_config(file, override or ()))
     check(config)
@@ -135,6 +137,23 @@ def list_names(
         _print_json(rows)
         return
     _print_tables(tables(what, rows, _console().width))
+
+
+@app.command("check")
+def check_laws(
+    file: Annotated[Path, typer.Argument(help="a plug-in, e.g. configs/custom_weighting.py", metavar="PLUGIN")],
+    as_json: Json = False,
+) -> None:
+    """Run the laws over every loss, weighting and method that a plug-in file registers."""
+    from mtkd.laws.plugin import check_plugin
+
+    kept = []
+    for family in check_plugin(file):
+        kept.append(family.as_dict())
+        if not as_json:
+            typer.echo(str(family))
+    if as_json:
+        _print_json(kept)
 
 
 @app.command()

@@ -22,7 +22,7 @@ from mtkd.registry import LossSpec
 from mtkd.rows import Row
 from mtkd.tiles import tiled
 from mtkd.weightings.base import Weighting
-from mtkd.weightings.traits import Traits
+from mtkd.weightings.traits import Around, Traits
 
 Counts = Mapping[str, int]
 
@@ -60,15 +60,41 @@ class Objective(Trainable):
         self.rows, self.teacher_names = list(rows), tuple(teachers)
         self.per, self.token_level, self.tile, self.dtype = per, token_level, tile, dtype
         self.student_wants = frozenset().union(*(row.student_wants() for row in self.rows))
+        self._pooled_key = f"hidden.{student.info.num_layers}"
+        if teachers:
+            self.student_wants |= {"logits"} if "student_uncertainty" in weighting.reads else set()
+            self.student_wants |= {self._pooled_key} if "pooled" in weighting.reads else set()
+        self.step, self.gram = 0, torch.zeros(0, 0)  # set by `begin_step`
         self.logit_rows = [row for row in self.rows if row.is_logits]
 
     @property
     def models(self) -> dict[str, TappedModel]:
         return {"student": self.student}
 
+    @property
+    def _per_token(self) -> bool:
+        """Not to be read off the weights: a micro-batch of one-token sequences has L = 1 either way."""
+        return self.per == "token" and self.token_level
+
     def teacher_wants(self, k: int) -> frozenset[str]:
         """Feature keys asked of teacher k. Its logits are always among them: they cost nothing until they are read."""
         return frozenset({"logits"}).union(*(row.teacher_wants(k) for row in self.rows))
+
+    def outside_parameters(self) -> list[nn.Parameter]:
+        return [*super().outside_parameters(), *self.weighting.parameters()]
+
+    def own_rates(self) -> dict[int, float]:
+        rate = self.weighting.lr
+        return {} if rate is None else {id(p): rate for p in self.weighting.parameters()}
+
+    def step_counts(self, batch: Batch) -> Mapping[str, int]:
+        return self.weighting.counts(batch)
+
+    def begin_step(self, step: int, gram: Tensor | None = None) -> None:
+        """What the micro-batches of an optimizer step share: its number from 0, and the Gram matrix if it is read."""
+        self.step = step
+        if gram is not None:
+            self.gram = gram
 
     def forward(
         self, batch: Batch, teachers: list[Features], counts: dict[str, int]
@@ -78,20 +104,18 @@ class Objective(Trainable):
         Args:
             batch: a micro-batch of B sequences.
             teachers: features of each teacher on this batch.
-            counts: global numbers of `tokens`, `targets` and `sequences` in the whole optimizer step.
+            counts: global numbers of `tokens`, `targets` and `sequences` in the whole optimizer step, and those that
+                the weighting counts.
         Returns:
             (loss [], metrics): summed over the micro-batches and ranks of a step, both are the step's values.
         """
         with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             features = self.student(batch, self.student_wants)
-        logits = [_as_logits(teacher["logits"]) for teacher in teachers]
         vocabulary = self.student.vocabulary
-        if vocabulary is not None and self.token_level:  # from here on targets and logits have the kept columns only
+        if vocabulary is not None and self.token_level:
             batch = replace(batch, targets=vocabulary.targets(batch.targets))
-            logits = [x.select(vocabulary.kept) for x in logits]
-        # cast once for the weights and the rows together
-        logits = [x.in_dtype(self.dtype) for x in logits]
-        weights = self._weights(batch, logits)
+        logits = self.teacher_logits(teachers)
+        weights, penalty = self._weights(batch, logits, features, counts)
         metrics = self._weight_metrics(weights, batch, counts)
         total = torch.zeros((), device=batch.input_ids.device)
         for position, row in enumerate(self.rows):
@@ -108,28 +132,56 @@ class Objective(Trainable):
             total = total + loss
             for row, value in zip(self.logit_rows, values.unbind(), strict=True):
                 metrics[f"row/{row.key}"] = value
-        penalty = self.weighting.penalty()
         if penalty is not None:
             total = total + penalty
             metrics["penalty"] = penalty.detach()
         metrics["loss"] = total.detach()
         return total, metrics
 
+    def teacher_logits(self, teachers: Sequence[Features]) -> list[Logits]:
+        """The teachers' logits over the student's columns, cast once for the weights and the rows together."""
+        logits = [as_logits(teacher["logits"]) for teacher in teachers]
+        vocabulary = self.student.vocabulary
+        if vocabulary is not None and self.token_level:
+            logits = [x.select(vocabulary.kept) for x in logits]
+        return [x.in_dtype(self.dtype) for x in logits]
+
     def _count(self, row: Row, counts: Counts) -> int:
         return max(counts[row.counted(self.token_level)], 1)
 
-    def _weights(self, batch: Batch, logits: Sequence[Logits]) -> Tensor:
-        """[T,B,L], L = 1 for one weight per example."""
+    def _weights(
+        self, batch: Batch, logits: Sequence[Logits], student: Features, counts: Counts
+    ) -> tuple[Tensor, Tensor | None]:
+        """([T,B,L], L = 1 for one weight per example; what the weighting adds to the loss)."""
         if not logits:
-            return torch.zeros(0, len(batch.ids), 1, device=batch.input_ids.device)
-        traits = Traits(logits, batch.targets, batch.target_mask, self.per, self.tile)
-        return self.weighting(traits)
+            return torch.zeros(0, len(batch.ids), 1, device=batch.input_ids.device), None
+        around = self._around(batch, student, counts)
+        traits = Traits(logits, batch.targets, batch.target_mask, self.per, self.tile, around)
+        return self.weighting(traits), self.weighting.penalty(traits)
+
+    @torch.no_grad()
+    def _around(self, batch: Batch, student: Features, counts: Counts) -> Around:
+        """What the weighting reads beside the teachers' predictions; of the student without gradients."""
+        reads, pooled = self.weighting.reads, None
+        if "pooled" in reads:
+            hidden, mask = student[self._pooled_key], batch.attention_mask[..., None]
+            assert isinstance(hidden, Tensor)
+            pooled = hidden.float().masked_fill(~mask, 0).sum(1) / mask.sum(1).clamp_min(1)
+        return Around(
+            batch.ids,
+            counts,
+            self.step,
+            student=as_logits(student["logits"]).in_dtype(self.dtype) if "student_uncertainty" in reads else None,
+            pooled=pooled,
+            routes=batch.routes,
+            gram=self.gram if "gram" in reads else None,
+        )
 
     def _weight_metrics(self, weights: Tensor, batch: Batch, counts: Counts) -> dict[str, Tensor]:
         """Mean weight per teacher and mean entropy of the normalised weights (nats)."""
         if not len(weights):
             return {}
-        per_token = weights.shape[-1] > 1
+        per_token = self._per_token
         mask = batch.target_mask if per_token else batch.real[:, None]
         count = max(counts["targets" if per_token else "sequences"], 1)
         held = weights.detach() * mask
@@ -172,16 +224,16 @@ class Objective(Trainable):
     ) -> Tensor:
         """Sum over sequences of a row on next-sentence logits, []."""
         index = batch.real.nonzero().squeeze(-1)
-        ours = _as_logits(student["nsp_logits"]).rows(index)
+        ours = as_logits(student["nsp_logits"]).rows(index)
         if row.from_labels:
             assert batch.nsp_targets is not None, "the task says that there are next-sentence labels"
             return row.spec(ours, batch.nsp_targets[index], None, row.match.options).sum()
-        theirs = [_as_logits(teacher["nsp_logits"]).rows(index) for teacher in teachers]
+        theirs = [as_logits(teacher["nsp_logits"]).rows(index) for teacher in teachers]
         return ensemble_losses(row, ours, theirs, self._row_weights(weights, batch)[:, index, 0], None).sum()
 
     def _row_weights(self, weights: Tensor, batch: Batch) -> Tensor:
         """Weights for rows over tokens or sequences; token weights exist at targets only, so others use their mean."""
-        if weights.shape[-1] == 1:
+        if not self._per_token:
             return weights
         mask = batch.target_mask
         return (weights * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp_min(1)
@@ -216,7 +268,7 @@ class Objective(Trainable):
                 values.append(value.detach())
             return total, torch.stack(values)
 
-        head = _as_logits(student)
+        head = as_logits(student)
         if isinstance(head, HeadLogits):
             return tiled(head, index, weights, tile_loss, tile=self.tile, dtype=self.dtype)
         return tile_loss(head.rows(index), weights, slice(0, len(index)))
@@ -311,5 +363,6 @@ def _temperature(spec: LossSpec, options: Mapping[str, object]) -> tuple[float, 
     return float(temperature), float(temperature) ** 2 if values.get("scale", True) else 1.0
 
 
-def _as_logits(value: Tensor | Logits) -> Logits:
+def as_logits(value: Tensor | Logits) -> Logits:
+    """Logits as the protocol: a tensor [..., C] exists already."""
     return DenseLogits(value) if isinstance(value, Tensor) else value

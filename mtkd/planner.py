@@ -8,11 +8,11 @@ from typing import Any
 from rich.table import Table
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from mtkd.build import given_tokenizer, make_weighting, read_tokenizer, resolve_path
-from mtkd.chain import check_evaluation, check_selection, stage_of, stage_values, used_stages
+from mtkd.build import given_tokenizer, read_tokenizer, resolve_path
+from mtkd.chain import stage_of, stage_values, used_stages
+from mtkd.checks import check
 from mtkd.cofinetune import check_members
 from mtkd.config import STAGE_PREFIX, ModelConfig, RunConfig, StageConfig
-from mtkd.data.sources import check_source
 from mtkd.data.tokenizers import check_same_tokenizer, num_real_ids, train_tokenizer
 from mtkd.errors import UserError
 from mtkd.ladder import Look, complete
@@ -22,7 +22,7 @@ from mtkd.models.info import CLASSIFIER, ModelInfo, count_parameters, model_info
 from mtkd.models.load import load_config as load_model_config
 from mtkd.models.load import smaller_config
 from mtkd.models.vocabulary import compressed_teacher, compressed_twice, read_vocabulary
-from mtkd.registry import LOSSES, TASKS, WEIGHTINGS, check_options, load_plugins
+from mtkd.registry import TASKS, load_plugins
 from mtkd.rows import compile_rows
 from mtkd.rundir import RunDir
 
@@ -94,21 +94,6 @@ class Plan:
         return [table, rows]
 
 
-def check(config: RunConfig) -> None:
-    """Plug-ins, names, options and data files: everything that can be checked without reading data or weights.
-
-    Raises:
-        UserError: at the first thing that is wrong.
-    """
-    load_plugins(config.plugins, config.base)
-    _check_registered(config)
-    check_evaluation(config)
-    _check_vocabularies(config)
-    for name, data in config.data.items():
-        check_source(data, config.base, f"data.{name}")
-    check_selection(config)
-
-
 def resolve(config: RunConfig) -> RunConfig:
     """The run with every stage of its chain: shapes that depend on other models are derived; else as it is.
 
@@ -117,57 +102,6 @@ def resolve(config: RunConfig) -> RunConfig:
     """
     load_plugins(config.plugins, config.base)
     return complete(config, lambda stand_in: _Planner(stand_in).look())
-
-
-def _check_registered(config: RunConfig) -> None:
-    """Every registered name and option a run uses, before anything is loaded.
-
-    Raises:
-        UserError: at the first unknown name or option.
-    """
-    for name, data in config.data.items():
-        TASKS.find(data.task, f"data.{name}.task")
-    for name, stage in config.stages.items():
-        where = f"stages.{name}"
-        _check_labels(config, stage, where)
-        for position, row in enumerate(stage_rows(stage, config.data[config.data_name(stage.data)], where)):
-            spec = LOSSES.find(row.loss, f"{where}.match[{position}].loss")
-            check_options(row.options, spec.options(), f"{where}.match[{position}]")
-        make_weighting(stage.weighting, tuple(t.name for t in stage.teachers), f"{where}.weighting")
-
-
-def _check_labels(config: RunConfig, stage: StageConfig, where: str) -> None:
-    """Refuse whatever reads the labels of made-up texts."""
-    name = config.data_name(stage.data)
-    data = config.data[name]
-    if data.labelled:
-        return
-    readers = [f"row {row.feature}:{row.loss}" for row in stage_rows(stage, data, where) if row.target == "labels"]
-    if WEIGHTINGS.find(stage.weighting.name, f"{where}.weighting.name").needs_labels:
-        readers.append(f"weighting '{stage.weighting.name}'")
-    if readers:
-        raise UserError(
-            f"the tokens of data '{name}' are made up: its labels mean nothing",
-            where=where,
-            found=", ".join(readers),
-            todo="distil without label rows (method options: {hard: 0}) and with a weighting that needs no labels",
-        )
-
-
-def _check_vocabularies(config: RunConfig) -> None:
-    """A model that a stage made with a compressed vocabulary is not compressed again, and teaches no tokens."""
-    compressed: set[str | None] = set()
-    for name, stage in config.stages.items():
-        task = TASKS.find(config.data[config.data_name(stage.data)].task)
-        for i, teacher in enumerate(stage.teachers):
-            if task.token_level and stage_of(teacher.model.path) in compressed:
-                raise compressed_teacher(teacher.model.path or "", f"stages.{name}.teachers[{i}]")
-        for role, model in stage.trained.items():
-            goes_on = stage_of(model.path) in compressed
-            if goes_on and model.vocabulary is not None:
-                raise compressed_twice(f"stages.{name}.{role}.vocabulary")
-            if goes_on or model.vocabulary is not None:
-                compressed.add(name)
 
 
 def plan(config: RunConfig) -> Plan:

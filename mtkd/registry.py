@@ -23,6 +23,8 @@ from mtkd.errors import UserError, nearest
 Value = TypeVar("Value")
 
 BUILT_IN = "mtkd"
+GIVEN = ("teachers", "facts")
+"""Parameters of a weighting's constructor that mtkd fills in: the teachers' names; the stage's `StageFacts`."""
 ENTRY_POINT_GROUP = "mtkd.plugins"
 
 # Where the names registered just now come from; `load_plugins` sets it while it imports a plug-in.
@@ -169,10 +171,10 @@ class WeightingSpec:
     needs_labels: bool = False
 
     def options(self) -> dict[str, inspect.Parameter]:
-        """The parameters of its constructor that a stage may set; `teachers` (their names) is given by mtkd."""
+        """The parameters of its constructor that a stage may set; those of `GIVEN` come from mtkd."""
         given = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)  # not nn.Module's *args
         parameters = inspect.signature(self.cls).parameters
-        return {n: p for n, p in parameters.items() if n != "teachers" and p.kind in given}
+        return {n: p for n, p in parameters.items() if n not in GIVEN and p.kind in given}
 
 
 STEPS = ("pre-train", "fine-tune", "prediction")
@@ -325,7 +327,7 @@ def check_options(given: Mapping[str, Any], parameters: Mapping[str, inspect.Par
             raise UserError("a required option is missing", where=f"{where}.options", found="nothing", allowed=name)
 
 
-_loaded_plugins: set[str] = set()
+_loaded_plugins: dict[str, str] = {}  # file or entry point -> the origin its names are registered under
 
 
 def load_plugins(paths: tuple[str, ...] = (), base: Path | None = None) -> None:
@@ -341,6 +343,11 @@ def load_plugins(paths: tuple[str, ...] = (), base: Path | None = None) -> None:
         if file.suffix != ".py" or not file.is_file():
             raise UserError("a plug-in must be an existing .py file", where="plugins", found=str(path))
         _import_plugin(str(path), partial(_import_file, file.resolve()), key=str(file.resolve()))
+
+
+def plugin_origin(file: Path) -> str:
+    """The origin under which a loaded plug-in file registered its names."""
+    return _loaded_plugins[str(file.resolve())]
 
 
 def _import_file(file: Path) -> None:
@@ -363,7 +370,7 @@ def _import_plugin(origin: str, load: Callable[[], object], key: str = "") -> No
     _origin = origin
     try:
         load()
-        _loaded_plugins.add(key)
+        _loaded_plugins[key] = origin
     except Exception as error:
         for registry in (LOSSES, WEIGHTINGS, METHODS, SOURCES, TASKS):
             registry.forget(origin)

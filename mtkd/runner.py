@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from mtkd.build import BuiltStage, Workshop, start_processes
 from mtkd.chain import changed_stages, finished, to_redo
+from mtkd.checks import check
 from mtkd.config import RunConfig
 from mtkd.configfile import config_digest, fingerprint, load_config
 from mtkd.console import say
@@ -20,7 +21,7 @@ from mtkd.engine.dist import Dist
 from mtkd.errors import DataError, UserError
 from mtkd.evaluate.judge import judge
 from mtkd.models.load import quiet
-from mtkd.planner import check, resolve
+from mtkd.planner import resolve
 from mtkd.report import write_report
 from mtkd.rundir import RunDir, StageDir
 from mtkd.seal import fault_point, newest_sealed, write_atomic

@@ -7,7 +7,7 @@ import math
 import resource
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +23,7 @@ from mtkd.data.batch import Batch, position_counts
 from mtkd.engine.base import learning_rate
 from mtkd.engine.dist import Dist
 from mtkd.errors import DataError, NonFiniteError, Preempted
+from mtkd.lookaround import after_step, before_step
 from mtkd.rundir import RunDir, StageDir
 from mtkd.seal import Found, append_jsonl, newest_sealed, save_sealed
 from mtkd.selection import TrainState, check_selection, note_score, take_best, validate
@@ -50,12 +51,13 @@ def train(built: BuiltStage, config: RunConfig, run: RunDir, folder: StageDir) -
         begun = time.monotonic() - state.seconds
         for step in range(state.step, state.step if state.ended else built.steps):
             micro_batches = [batch.to(engine.device) for batch in next(built.stream)]
-            counts, stop = global_counts(micro_batches, dist, stopped())
-            for batch in micro_batches:
-                loss, metrics = engine.forward(batch, built.pool.forward(batch), counts)
+            counts, stop = global_counts(micro_batches, dist, stopped(), built.objective.step_counts)
+            for batch, teachers in before_step(built, step, micro_batches, counts):
+                loss, metrics = engine.forward(batch, teachers, counts)
                 engine.backward(loss)
                 meter.add(metrics)
             norm = engine.step(step)
+            after_step(built, micro_batches)
             state.step, state.stream = step + 1, built.stream.state()
             state.seconds, state.targets = time.monotonic() - begun, state.targets + counts["targets"]
             if not math.isfinite(norm):
@@ -92,12 +94,19 @@ def train(built: BuiltStage, config: RunConfig, run: RunDir, folder: StageDir) -
     }
 
 
-def global_counts(micro_batches: list[Batch], dist: Dist, stop: bool = False) -> tuple[dict[str, int], bool]:
+def global_counts(
+    micro_batches: list[Batch], dist: Dist, stop: bool = False, more: Callable[[Batch], Mapping[str, int]] | None = None
+) -> tuple[dict[str, int], bool]:
     """Valid positions over all ranks and micro-batches of a step, and whether any rank wants to stop.
 
     One small all-reduce: what divides every row, so that 8x1, 4x2 and 2 ranks give the same gradient.
+
+    Args: more: further numbers of a micro-batch, under the same names on every rank.
     """
     counts = position_counts(micro_batches)
+    for batch in micro_batches:
+        for name, number in (more(batch) if more else {}).items():
+            counts[name] = counts.get(name, 0) + number
     *sums, stops = dist.sum([*counts.values(), int(stop)])
     return dict(zip(counts, map(int, sums), strict=True)), stops > 0
 

@@ -14,7 +14,6 @@ import torch
 from tiny import causal_batch, causal_model, class_batch, classifier, make_objective
 from torch import Tensor, nn
 
-from mtkd.build import make_weighting
 from mtkd.config import Named
 from mtkd.data.batch import Batch, position_counts
 from mtkd.errors import UserError
@@ -26,6 +25,8 @@ from mtkd.objective import Objective
 from mtkd.projection import make_projections
 from mtkd.registry import LOSSES, METHODS, check_options
 from mtkd.rows import compile_rows
+from mtkd.weightings.base import StageFacts
+from mtkd.weightings.make import make_weighting
 
 STUDENT_LAYERS, TEACHER_LAYERS, HEADS, WIDTH, COLUMNS = 3, 6, 2, 12, 9
 LENGTHS = (5, 3, 4)
@@ -117,7 +118,7 @@ class Case:
         objective = Objective(
             StandIn(self.s),  # type: ignore[arg-type]
             compiled,
-            make_weighting(Named(name="uniform"), ("t",), "weighting"),
+            make_weighting(Named(name="uniform"), StageFacts.stand_in(("t",)), "weighting"),
             make_projections(compiled, infos[0], infos[1:], seed=0),
             ["t"],
             token_level=not self.classes,

@@ -40,7 +40,7 @@ def rows():
 @pytest.fixture(autouse=True)
 def _forget_plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Registries as they were, and no installed plug-in package in the way."""
-    monkeypatch.setattr(registry, "_loaded_plugins", set())
+    monkeypatch.setattr(registry, "_loaded_plugins", {})
     monkeypatch.setattr(registry, "entry_points", lambda group: [])
     before = set(sys.modules)
     yield

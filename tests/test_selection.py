@@ -13,10 +13,10 @@ import pytest
 from pydantic import ValidationError
 from tiny_run import NAME, ids_file, undisturbed, with_teacher, write_yaml
 
+from mtkd.checks import check
 from mtkd.config import StageConfig
 from mtkd.configfile import load_config
 from mtkd.errors import UserError
-from mtkd.planner import check
 from mtkd.seal import newest_sealed, read_jsonl
 
 RUN = f"runs/{NAME}"

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from mtkd.build import make_weighting
 from mtkd.config import Named
 from mtkd.data.batch import Batch
 from mtkd.features import NO_LABEL
@@ -17,6 +16,7 @@ from mtkd.objective import Objective
 from mtkd.pool import ResidentTeacher, TeacherPool
 from mtkd.projection import make_projections
 from mtkd.rows import compile_rows
+from mtkd.weightings.make import make_weighting, stage_facts
 
 NUM_IDS = 61
 CPU = torch.device("cpu")
@@ -86,6 +86,7 @@ def rows_of(batch: Batch, rows: Sequence[int], *, trim: bool = True) -> Batch:
     if not rows:
         filler = rows_of(batch, [0], trim=False)
         filler.ids = torch.tensor([-1])
+        filler.routes = None if batch.routes is None else torch.tensor([-1])
         return filler
     index = torch.tensor(rows)
     length = int(batch.attention_mask[index].sum(1).max()) if trim else batch.input_ids.shape[1]
@@ -95,6 +96,7 @@ def rows_of(batch: Batch, rows: Sequence[int], *, trim: bool = True) -> Batch:
         batch.input_ids[index, :length],
         batch.attention_mask[index, :length],
         targets[:, :length] if targets.dim() == 2 else targets,
+        routes=None if batch.routes is None else batch.routes[index],
     )
 
 
@@ -102,12 +104,14 @@ def make_objective(
     student: TappedModel,
     teachers: Sequence[TappedModel],
     matches: Sequence[Match],
-    weighting: str = "uniform",
+    weighting: str | Named = "uniform",
     per: str = "example",
     tile: int = 5,
+    names: Sequence[str] = (),
 ) -> tuple[Objective, TeacherPool]:
     """An objective and its pool, wired as `mtkd.build` does it."""
-    names = [f"t{k}" for k in range(len(teachers))]
+    names = names or [f"t{k}" for k in range(len(teachers))]
+    named = Named(name=weighting) if isinstance(weighting, str) else weighting
     token_level = student.info.num_labels == 0
     rows = compile_rows(
         matches,
@@ -120,7 +124,7 @@ def make_objective(
     objective = Objective(
         student,
         rows,
-        make_weighting(Named(name=weighting), tuple(names), "weighting"),
+        make_weighting(named, stage_facts(tuple(names), teachers, student, seed=0), "weighting"),
         make_projections(rows, student.info, [t.info for t in teachers], seed=0),
         names,
         per=per,

@@ -63,6 +63,7 @@ class DataConfig(Config):
     text_pair: str | None = Field(None, description="column of the second text, classify only")
     label: str = Field("label", description="column of the label, classify only")
     labels: tuple[str, ...] = Field((), description="class names in order; default: sorted values of the train split")
+    teacher: str = Field("teacher", description="column that names each row's teacher; read by weighting: route")
     max_length: Positive = Field(
         128,
         description="tokens per example, special ones included; language-model tasks cut longer documents into blocks",

@@ -25,6 +25,7 @@ class Batch:
         token_type_ids: [B,L] int64 or None.
         nsp_targets: 0 where the second segment follows the first, 1 where it is another document's, `NO_LABEL` in
             filler rows; [B] int64, or None when nothing is asked.
+        routes: number of the teacher that the data names for each example, [B] int64 (-1 in filler rows), or None.
     """
 
     ids: Tensor  # [B]
@@ -33,6 +34,7 @@ class Batch:
     targets: Tensor  # [B,L] or [B]
     token_type_ids: Tensor | None = None  # [B,L]
     nsp_targets: Tensor | None = None  # [B]
+    routes: Tensor | None = None  # [B]
 
     @property
     def real(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -14,7 +15,7 @@ import torch
 from mtkd.data.batch import Batch
 from mtkd.data.tasks import PrepareRequest, TaskSpec, check_task
 from mtkd.data.tokenizers import tokenizer_fingerprint
-from mtkd.errors import DataError
+from mtkd.errors import DataError, nearest
 from mtkd.features import NO_LABEL
 from mtkd.registry import TASKS
 
@@ -40,12 +41,14 @@ class Documents:
         names: a name per document.
         domains: a domain per document, "" where the source has none.
         bytes: UTF-8 bytes of the text that is predicted (read, for classification) per document, [documents] int64.
+        teachers: name of the teacher each document is distilled from, "" where it has none; () without such a column.
     """
 
     of_example: np.ndarray
     names: list[str]
     domains: list[str]
     bytes: np.ndarray
+    teachers: tuple[str, ...] = ()
 
 
 class Examples(Protocol):
@@ -95,6 +98,7 @@ class Split:
         self._token_types = token_types
         self.labels = labels
         self.lengths = examples.lengths
+        self._routes: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -118,6 +122,29 @@ class Split:
     def document_bytes(self) -> np.ndarray:
         """UTF-8 bytes of the scored text per document, [documents] int64."""
         return self._documents.bytes
+
+    def routed(self, teachers: Sequence[str], where: str) -> Split:
+        """This split with the number of the teacher that each example names, for weighting: route.
+
+        Raises:
+            DataError: no such column, or a row that names no teacher or an unknown one.
+        """
+        found = self._documents.teachers
+        todo = "set data.NAME.teacher to the column that names the teachers"
+        if not found:
+            raise DataError("no column names a teacher for each row", where=where, todo=todo)
+        for document, name in enumerate(found):
+            if name not in teachers:
+                raise DataError(
+                    "a row names a teacher that the stage does not have" if name else "a row names no teacher",
+                    where=f"{where}: row '{self.document_names[document]}'",
+                    found=name or "nothing",
+                    allowed=teachers,
+                    todo=nearest(name, teachers),
+                )
+        split = copy.copy(self)
+        split._routes = np.array([teachers.index(name) for name in found], np.int64)[self.documents]
+        return split
 
     def collate(self, indices: Sequence[int], *, size: int | None = None, epoch: int = 0) -> Batch:
         """The examples of some numbers as one batch, padded on the right to the longest of them.
@@ -161,7 +188,15 @@ class Split:
             targets=torch.from_numpy(targets),
             token_type_ids=torch.from_numpy(types) if types is not None else None,
             nsp_targets=torch.from_numpy(follows) if follows is not None else None,
+            routes=self._routes_of(indices, num_rows),
         )
+
+    def _routes_of(self, indices: Sequence[int], num_rows: int) -> torch.Tensor | None:
+        if self._routes is None:
+            return None
+        routes = torch.full((num_rows,), NO_EXAMPLE)
+        routes[: len(indices)] = torch.from_numpy(self._routes[list(indices)])
+        return routes
 
     def _no_targets(self, num_rows: int, length: int) -> np.ndarray:
         if self.labels is None:

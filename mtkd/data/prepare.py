@@ -228,7 +228,16 @@ def _blocks(firsts: np.ndarray, inputs: np.ndarray, most: int) -> tuple[np.ndarr
 def _documents(request: PrepareRequest, rows: np.ndarray, of_example: np.ndarray, scored: np.ndarray) -> Documents:
     names = _optional(request, "name", rows) or [f"{request.split}:{request.origin.rows[row] + 1}" for row in rows]
     domains = _optional(request, "domain", rows) or [""] * len(rows)
-    return Documents(of_example, names, domains, scored)
+    return Documents(of_example, names, domains, scored, _teachers(request, rows))
+
+
+def _teachers(request: PrepareRequest, rows: np.ndarray) -> tuple[str, ...]:
+    """What the column of teachers' names says, "" where it is no text; () when there is no such column."""
+    column = request.config.teacher
+    if column not in request.rows.column_names:
+        return ()
+    values: list[Any] = request.rows[column][:]
+    return tuple(values[row].strip() if isinstance(values[row], str) else "" for row in rows)
 
 
 def _optional(request: PrepareRequest, column: str, rows: np.ndarray) -> list[str]:

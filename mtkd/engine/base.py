@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 import random
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,6 +36,19 @@ class Trainable(nn.Module):
     def models(self) -> dict[str, TappedModel]:
         """The models that train, by name; they are exported."""
         raise NotImplementedError
+
+    def outside_parameters(self) -> Iterable[nn.Parameter]:
+        """Parameters that are read outside their own module's forward: ZeRO-3 must gather them for the objective."""
+        heads = [model.output_head for model in self.models.values()]
+        return [p for head in heads if head is not None for p in head if p is not None]
+
+    def step_counts(self, batch: Batch) -> Mapping[str, int]:
+        """Numbers of a micro-batch that are summed over a step beside those of `position_counts`; same names always."""
+        return {}
+
+    def own_rates(self) -> dict[int, float]:
+        """Peak learning rates other than the optimizer's, by the parameter's `id`."""
+        return {}
 
 
 class Engine(Protocol):
@@ -93,18 +107,32 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     return config.lr * (config.final_lr + (1 - config.final_lr) * falling)
 
 
-def parameter_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: matrices are decayed; biases, norms and other vectors are not."""
+def parameter_groups(module: Trainable, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Trainable parameters in groups: matrices are decayed; biases, norms and other vectors are not.
+
+    Parameters with a learning rate of their own are not decayed either; `lr_scale` is that rate in units of the
+    optimizer's.
+    """
+    rates = module.own_rates()
+    trainable = [p for p in module.parameters() if p.requires_grad and id(p) not in rates]
     # ZeRO-3 leaves empty tensors behind: the original shape is in ds_shape.
-    trainable = [p for p in module.parameters() if p.requires_grad]
     matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) > 1]
     known = {id(p) for p in matrices}
     vectors = [p for p in trainable if id(p) not in known]
-    groups = [(matrices, config.weight_decay), (vectors, 0.0)]
-    return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
+    groups = [(matrices, config.weight_decay, 1.0), (vectors, 0.0, 1.0)]
+    for rate in sorted(set(rates.values())):
+        own = [p for p in module.parameters() if p.requires_grad and rates.get(id(p)) == rate]
+        groups.append((own, 0.0, rate / config.lr))
+    return [{"params": ps, "weight_decay": decay, "lr_scale": scale} for ps, decay, scale in groups if ps]
 
 
-def make_adamw(module: nn.Module, config: OptimizerConfig, fused: bool = False) -> torch.optim.AdamW:
+def set_learning_rate(groups: Iterable[dict[str, Any]], rate: float) -> None:
+    """The step's learning rate to every group, times its own `lr_scale`."""
+    for group in groups:
+        group["lr"] = rate * group["lr_scale"]
+
+
+def make_adamw(module: Trainable, config: OptimizerConfig, fused: bool = False) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`, with the learning rate set before every step by the engine.
 
     Args: fused: one pass over memory per step instead of a dozen.

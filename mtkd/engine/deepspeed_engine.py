@@ -13,7 +13,15 @@ from torch import Tensor
 
 from mtkd.config import OptimizerConfig
 from mtkd.data.batch import Batch
-from mtkd.engine.base import Trainable, learning_rate, load_plain, make_adamw, random_state, set_random_state
+from mtkd.engine.base import (
+    Trainable,
+    learning_rate,
+    load_plain,
+    make_adamw,
+    random_state,
+    set_learning_rate,
+    set_random_state,
+)
 from mtkd.engine.dist import Dist
 from mtkd.errors import DataError
 from mtkd.features import Features
@@ -124,19 +132,19 @@ class DeepSpeedEngine:
         self.dist, self.device = dist, device
         self._config, self._steps, self._accumulate = config, steps, accumulate
         self.objective = objective.to(device)
-        self._register_head(zero_stage)
+        self._register_outside(zero_stage)
         settings = deepspeed_config(config, zero_stage=zero_stage, accumulate=accumulate, world_size=dist.world_size)
         self._zero_stage = zero_stage
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=objective, optimizer=make_adamw(objective, config), config=settings, dist_init_required=False
         )
 
-    def _register_head(self, zero_stage: int) -> None:
-        """The tiled loss reads the output head outside its module: ZeRO-3 must gather it for the objective."""
+    def _register_outside(self, zero_stage: int) -> None:
+        """The tiled loss reads the output head outside its module, a penalty the weighting's parameters."""
         if zero_stage == 3:
             from deepspeed.runtime.zero import register_external_parameter
 
-            for parameter in self._heads():
+            for parameter in self.objective.outside_parameters():
                 register_external_parameter(self.objective, parameter)
 
     def _heads(self) -> list[torch.nn.Parameter]:
@@ -157,8 +165,7 @@ class DeepSpeedEngine:
             self.engine.step()  # counts the micro-batch; the update happens in `step`
 
     def step(self, step: int) -> float:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self._config, step, self._steps)
+        set_learning_rate(self.optimizer.param_groups, learning_rate(self._config, step, self._steps))
         norm = self._clip() if self._zero_stage == 0 else None
         self.engine.step()
         return float(self.engine.get_global_grad_norm() if norm is None else norm)

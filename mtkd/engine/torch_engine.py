@@ -10,7 +10,15 @@ from torch import Tensor
 
 from mtkd.config import OptimizerConfig
 from mtkd.data.batch import Batch
-from mtkd.engine.base import Trainable, learning_rate, load_plain, make_adamw, random_state, set_random_state
+from mtkd.engine.base import (
+    Trainable,
+    learning_rate,
+    load_plain,
+    make_adamw,
+    random_state,
+    set_learning_rate,
+    set_random_state,
+)
 from mtkd.engine.dist import Dist
 from mtkd.features import Features
 
@@ -43,8 +51,7 @@ class TorchEngine:
         loss.backward()
 
     def step(self, step: int) -> float:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self._config, step, self._steps)
+        set_learning_rate(self.optimizer.param_groups, learning_rate(self._config, step, self._steps))
         largest = self._config.clip or float("inf")
         norm = float(torch.nn.utils.clip_grad_norm_(self._trainable, largest))
         if norm < float("inf"):  # false for NaN too: a poisoned gradient never reaches the parameters

@@ -12,12 +12,12 @@ class LawBroken(AssertionError):
     """A loss or weighting does not keep a law.
 
     Attributes:
-        law: the law's name, e.g. "padding".
+        law: the law's name, e.g. "padding". name: of the loss or weighting. found: what was found instead.
     """
 
     def __init__(self, law: str, name: str, found: str) -> None:
         super().__init__(f"'{name}' breaks the law '{law}': {found}")
-        self.law = law
+        self.law, self.name, self.found = law, name, found
 
 
 def difference(found: Tensor, wanted: Tensor) -> float:

@@ -1,7 +1,33 @@
 """Weightings: how much each teacher counts, per example or per token. ``traits -> weights [T,B,L]`` (L may be 1)."""
 
-from mtkd.weightings import labels, simple, unlabelled
-from mtkd.weightings.base import Weighting
-from mtkd.weightings.traits import TRAITS, Traits, trait
+from mtkd.weightings import (
+    dropped,
+    gradients,
+    labels,
+    learned,
+    reinforced,
+    routed,
+    simple,
+    uncertainty,
+    unlabelled,
+)
+from mtkd.weightings.base import StageFacts, Weighting
+from mtkd.weightings.traits import TRAITS, Around, Traits, trait
 
-__all__ = ["TRAITS", "Traits", "Weighting", "labels", "simple", "trait", "unlabelled"]
+__all__ = [
+    "TRAITS",
+    "Around",
+    "StageFacts",
+    "Traits",
+    "Weighting",
+    "dropped",
+    "gradients",
+    "labels",
+    "learned",
+    "reinforced",
+    "routed",
+    "simple",
+    "trait",
+    "uncertainty",
+    "unlabelled",
+]

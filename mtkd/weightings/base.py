@@ -2,23 +2,81 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 from torch import Tensor, nn
 
+from mtkd.data.batch import Batch
 from mtkd.weightings.traits import Traits
+
+READABLE = frozenset({"student_uncertainty", "pooled", "route", "gram"})
+"""What a weighting may ask for beside the teachers' predictions, under the names that `Traits` has for it."""
+
+
+@dataclass(frozen=True)
+class StageFacts:
+    """What a weighting may know of its stage before the first batch.
+
+    Attributes:
+        teachers: names, in pool order.
+        sizes: their parameter counts.
+        width: of the student's hidden states.
+        classes: columns of a classifier's logits; 0 for token tasks.
+        seed: of the stage.
+    """
+
+    teachers: tuple[str, ...]
+    sizes: tuple[int, ...]
+    width: int
+    classes: int
+    seed: int
+
+    @classmethod
+    def stand_in(cls, teachers: tuple[str, ...]) -> StageFacts:
+        """For checking options before any model is known."""
+        return cls(teachers, (1,) * len(teachers), width=1, classes=0, seed=0)
 
 
 class Weighting(nn.Module):
     """Maps facts about the teachers on a batch to their weights.
 
     A subclass implements `forward(traits) -> [T,B,L]`, where L is 1 for one weight per example. The constructor's
-    parameters are the options of the YAML; one called `teachers` receives the teachers' names instead. Parameters and
-    buffers are trained, sharded and saved with the student, because the weighting is a part of the objective.
+    parameters are the options of the YAML; one called `teachers` receives the teachers' names instead, and one called
+    `facts` the `StageFacts`. Parameters and buffers are trained, sharded and saved with the student, because the
+    weighting is a part of the objective.
+
+    Attributes, set by a subclass (or by its constructor, where they depend on options):
+        reads: which of `READABLE` it reads. Nothing is computed that is not named here.
+        per_token: False: `per: token` is refused, because a weight per token is not defined.
+        lr: peak learning rate of its own parameters, on the stage's schedule; None: the optimizer's.
+        rewarded: after every optimizer step `reward` is called.
     """
+
+    reads: frozenset[str] = frozenset()
+    per_token: bool = True
+    lr: float | None = None
+    rewarded: bool = False
 
     def forward(self, traits: Traits) -> Tensor:
         """Weights, [T,B,L], non-negative, float32."""
         raise NotImplementedError
 
-    def penalty(self) -> Tensor | None:
-        """A scalar that learned and reinforced weightings add to the loss, or None."""
+    def penalty(self, traits: Traits) -> Tensor | None:
+        """A scalar that learned and reinforced weightings add to the loss of a micro-batch, or None; after `forward`.
+
+        Over the micro-batches and ranks of a step it must add up to the step's value: a sum over examples is divided
+        by a number of `traits.counts`, a number that does not depend on the batch is multiplied with `traits.share`.
+        """
         return None
+
+    def counts(self, batch: Batch) -> Mapping[str, int]:
+        """Numbers to be summed over the micro-batches and ranks of a step; `traits.counts` then has the sums."""
+        return {}
+
+    def seen(self) -> Tensor | None:
+        """What this rank has gathered since the last `reward`, to be summed over ranks; None for nothing."""
+        return None
+
+    def reward(self, value: float, seen: Tensor | None) -> None:
+        """Learn from a step: minus the student's mean loss on its examples after it, and `seen` summed over ranks."""

@@ -28,6 +28,26 @@ class Confidence(Weighting):
         return torch.softmax(traits.confidence / self.tau, 0)
 
 
+@weighting("margin")
+class Margin(Weighting):
+    """``w = softmax_k(m_k / tau)`` with m_k the difference of teacher k's two largest probabilities.
+
+    A teacher torn between two classes counts little, however large its first probability is. `tau` in units of
+    probability.
+
+    Source: the margin of Scheffer et al. 2001, Active Hidden Markov Models for Information Extraction, as a softmax.
+    """
+
+    def __init__(self, tau: float = 0.1) -> None:
+        super().__init__()
+        if tau <= 0:
+            raise ValueError(f"tau must be positive; found {tau}")
+        self.tau = tau
+
+    def forward(self, traits: Traits) -> Tensor:
+        return torch.softmax(traits.margin / self.tau, 0)
+
+
 @weighting("entropy")
 class Entropy(Weighting):
     """``w_k = (1 - H_k / sum_j H_j) / (T - 1)``: the surer a teacher, the more it counts; T = 1 gives 1.

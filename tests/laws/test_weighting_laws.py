@@ -22,6 +22,11 @@ def test_options_of_a_weighting() -> None:
         WeightingSpec("mt_bert", WEIGHTINGS["mt_bert"].cls, needs_labels=True), lambda t: {"normalise": True}
     )
     check_weighting("confidence", lambda teachers: {"tau": 0.01})
+    check_weighting("uncertainty", lambda teachers: {"mode": "hard"})
+    check_weighting("ae_kd", lambda teachers: {"c": 1.0})
+    check_weighting("drop", lambda teachers: {"count": 2})
+    for gate in ("none", "pooled"):
+        check_weighting("learned", lambda teachers, gate=gate: {"gate": gate, "anchor_share": 1.0, "entropy": 0.5})
     check_weighting("fixed", lambda teachers: {"weights": {n: float(n == "t0") + 1e-3 for n in teachers}})
 
 
@@ -126,6 +131,43 @@ class Drawn(Weighting):
         return torch.softmax(traits.confidence * self.sharpness, 0)
 
 
+class BatchMean(Weighting):
+    """Depends on which examples share a micro-batch."""
+
+    def forward(self, traits: Traits) -> Tensor:
+        return torch.softmax(traits.confidence.mean(1, keepdim=True), 0).expand(traits.shape)
+
+
+class AddedOnce(Learned):
+    """A constant for every micro-batch: twice as much in two of them."""
+
+    def penalty(self, traits: Traits) -> Tensor:
+        return self.sharpness.square().sum()
+
+
+class Shared(Learned):
+    """Keeps the law: a constant times the share, and a sum over examples divided by the step's count."""
+
+    def penalty(self, traits: Traits) -> Tensor:
+        return self.sharpness.square().sum() * traits.share + (
+            (self.sharpness * traits.confidence).sum() / traits.around.counts["sequences"]
+        )
+
+
+class InfinitePenalty(Learned):
+    def penalty(self, traits: Traits) -> Tensor:
+        return self.sharpness.sum() * traits.share / 0
+
+
+class AttachedPenalty(Learned):
+    def penalty(self, traits: Traits) -> Tensor:
+        return self.sharpness.sum() * traits.share + 0 * sum(x.values.sum() for x in traits._logits)
+
+
+def test_a_penalty_may_be_a_share_of_the_steps() -> None:
+    check_weighting(WeightingSpec("mine", Shared))
+
+
 def test_learned_parameters_may_require_a_gradient() -> None:
     check_weighting(WeightingSpec("mine", Learned))
 
@@ -150,6 +192,10 @@ def test_labels_may_be_read_where_declared() -> None:
         ("detached", Gated),
         ("state", Forgetful),
         ("state", Drawn),
+        ("cut", BatchMean),
+        ("penalty", AddedOnce),
+        ("finite", InfinitePenalty),
+        ("detached", AttachedPenalty),
     ],
 )
 def test_each_law_can_fail(law: str, cls: type[Weighting]) -> None:

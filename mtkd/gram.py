@@ -1,0 +1,65 @@
+"""Inner products of the teachers' gradients with respect to the student's logits, tile by tile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from mtkd.data.batch import Batch
+from mtkd.features import Features
+from mtkd.objective import Counts, Objective, as_logits
+from mtkd.rows import Row
+from mtkd.weightings.gradients import has_gradient
+
+
+@torch.no_grad()
+def gram(
+    objective: Objective,
+    batch: Batch,
+    teachers: list[Features],
+    counts: Counts,
+    whole_head: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Tensor:
+    """``G_jk = <dd_j/dz, dd_k/dz>`` of a micro-batch, [T,T] float64; a step's is the sum over its batches and ranks.
+
+    d_k is what the stage's weighted rows on logits would be with teacher k alone, z the student's logits at the
+    positions that count. With the student in eval mode: dropout would draw another z than training does.
+
+    Args:
+        counts: global numbers of positions of the step.
+        whole_head: gathers a sharded output head; entered after the forward pass, whose own end shards it again.
+    """
+    with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=objective.dtype == torch.bfloat16):
+        features = objective.student(batch, frozenset({"logits"}))
+    rows = [row for row in objective.rows if has_gradient(row.match)]
+    everywhere = not objective.token_level or any(row.match.positions == "all" for row in rows)
+    at = batch.token_mask if objective.token_level else batch.real
+    index = (at if everywhere else batch.target_mask).reshape(-1).nonzero().squeeze(-1)
+    total = torch.zeros(len(teachers), len(teachers), dtype=torch.float64, device=index.device)
+    with whole_head():
+        student, theirs = as_logits(features["logits"]).in_dtype(objective.dtype), objective.teacher_logits(teachers)
+        for tile in index.split(objective.tile):
+            has_label, ours = batch.target_mask.reshape(-1)[tile], student.rows(tile)
+            stacked = torch.stack(
+                [_gradient(objective, rows, ours, logits.rows(tile), has_label, counts) for logits in theirs]
+            )
+            total += (stacked @ stacked.t()).double()
+    return total
+
+
+def _gradient(
+    objective: Objective, rows: list[Row], student: Tensor, teacher: Tensor, has_label: Tensor, counts: Counts
+) -> Tensor:
+    """Of one teacher's loss on a tile with respect to the student's logits [m,V], flat."""
+    leaf = student.clone().requires_grad_()
+    loss = student.new_zeros(())
+    with torch.enable_grad():
+        for row in rows:
+            kind = row.counted(objective.token_level)
+            values = row.spec(leaf, teacher, has_label if kind == "targets" else None, row.match.options)
+            loss = loss + row.match.weight / max(counts[kind], 1) * values.sum()
+        (gradient,) = torch.autograd.grad(loss, leaf)
+    return gradient.reshape(-1)

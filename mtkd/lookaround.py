@@ -1,0 +1,64 @@
+"""What some weightings need around a step: a look at the whole of it before, and its reward after.
+
+Both run the student without gradients, in eval mode and outside the engine's forward, as validation does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from mtkd.build import BuiltStage
+from mtkd.data.batch import Batch
+from mtkd.evaluate.score import mean_loss
+from mtkd.features import Features
+from mtkd.gram import gram
+from mtkd.objective import Objective
+
+
+def before_step(
+    built: BuiltStage, step: int, micro_batches: list[Batch], counts: dict[str, int]
+) -> Iterable[tuple[Batch, list[Features]]]:
+    """The step's micro-batches with their teachers' features; tells the objective what they have in common.
+
+    Teachers are asked one micro-batch at a time, unless the weighting reads the Gram matrix of the whole step: then
+    their features of all micro-batches are held, so that no teacher runs twice.
+    """
+    objective, pool = built.objective, built.pool
+    if not isinstance(objective, Objective):
+        return ((batch, pool.forward(batch)) for batch in micro_batches)
+    if "gram" not in objective.weighting.reads or len(objective.teacher_names) < 2:
+        objective.begin_step(step)
+        return ((batch, pool.forward(batch)) for batch in micro_batches)
+    held = [pool.forward(batch) for batch in micro_batches]
+    count = len(objective.teacher_names)
+    objective.student.eval()
+    with torch.no_grad():
+        parts = []
+        for batch, features in zip(micro_batches, held, strict=True):
+            parts.append(gram(objective, batch, features, counts, built.engine.whole_head))
+    objective.train()
+    total = built.engine.dist.sum(torch.stack(parts).sum(0).reshape(-1).tolist())
+    objective.begin_step(step, torch.tensor(total, dtype=torch.float64).reshape(count, count))
+    return list(zip(micro_batches, held, strict=True))
+
+
+def after_step(built: BuiltStage, micro_batches: list[Batch]) -> None:
+    """The reward of a weighting that wants one: minus the student's mean loss on the same examples, after the step."""
+    objective, engine = built.objective, built.engine
+    if not isinstance(objective, Objective):
+        return
+    weighting = objective.weighting
+    if not weighting.rewarded or not objective.teacher_names:
+        return
+    objective.student.eval()
+    loss = mean_loss(
+        objective.student, micro_batches, engine.device, objective.dtype, engine.dist, objective.tile, engine.whole_head
+    )
+    objective.train()
+    seen = weighting.seen()
+    if seen is not None:
+        total = engine.dist.sum(seen.reshape(-1).tolist())
+        seen = torch.tensor(total, dtype=seen.dtype, device=seen.device).reshape(seen.shape)
+    weighting.reward(-loss, seen)

@@ -1,0 +1,140 @@
+"""Teachers chosen by a policy that is rewarded with how well the student does after the step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mtkd.registry import weighting
+from mtkd.weightings.base import StageFacts, Weighting
+from mtkd.weightings.draws import uniform_of
+from mtkd.weightings.learned import gate_state
+from mtkd.weightings.traits import Traits
+
+_LARGEST = 30.0  # of a policy's score: its probability stays 1e-13 away from 0 and 1
+
+
+def some_chosen(scores: Tensor, draws: Tensor) -> Tensor:
+    """Actions of independent coins with probabilities ``sigmoid(score)``, given that not all of them fall on 0, [T,B].
+
+    Exact, with one draw per coin: coin k, when all before it fell on 0, falls on 1 with probability
+    ``sigmoid_k / (1 - prod_(j >= k) (1 - sigmoid_j))``.
+    """
+    log_off = nn.functional.logsigmoid(-scores)
+    left = log_off.flip(0).cumsum(0).flip(0)  # log of "this one and all after it fall on 0"
+    chances = torch.sigmoid(scores)
+    actions = torch.zeros_like(scores, dtype=torch.bool)
+    for k in range(len(scores)):
+        none_yet = ~actions.any(0)
+        chance = torch.where(none_yet, chances[k] / -torch.expm1(left[k]), chances[k])
+        actions[k] = (draws[k] < chance) | (none_yet & (k == len(scores) - 1))
+    return actions
+
+
+def log_probability(scores: Tensor, actions: Tensor) -> Tensor:
+    """``log pi(a)`` of `some_chosen`, [B]."""
+    coins = actions * scores - nn.functional.softplus(scores)
+    nothing = -nn.functional.softplus(scores).sum(0)  # log of "all fall on 0"
+    return coins.sum(0) - torch.log(-torch.expm1(nothing))
+
+
+@weighting("rl_kd", needs_labels=True)
+class RLKD(Weighting):
+    """Each teacher is on or off per example, by a policy; those that are on share equally.
+
+    ``pi(a_k = 1 | x) = sigmoid(A_k . s_k(x))`` with the state ``s_k = [log(1 + CE_k), p_k(classes), h(x), 1]``: the
+    teacher's cross entropy, its class probabilities (left out for token tasks, where they would be as wide as the
+    vocabulary), the student's pooled hidden state (layer-normalised, divided by its width). Never all teachers off: the
+    coins are drawn given that one is on (`some_chosen`), and the gradient is that of this policy.
+
+    Reward of a step: minus the student's mean loss on the labels of the same batch *after* the step, over all ranks,
+    without dropout. With the baseline b, a moving average of earlier rewards,
+
+        ``grad = -(reward - b) * mean over examples of grad log pi(a | s)``
+
+    The score ``grad log pi`` is taken before the step, with the parameters that drew the actions; the reward is known
+    after it; so this gradient is kept in a buffer and enters the next step's loss as ``(A * buffer).sum()``: the same
+    optimizer, clipping and checkpoint as everything else. Draws are a pure function of seed, step, example and teacher.
+
+    The first reward only sets the baseline. Options: `lr`: peak learning rate of A, on the stage's schedule; `decay` of
+    the baseline, per step. One choice per example: not under ``per: token``.
+
+    Source: Yuan et al. 2021, Reinforced Multi-Teacher Selection for Knowledge Distillation, arXiv 2012.06048. The
+    paper's reward is that of a batch too, but without a baseline; it does not say what happens when no teacher is on.
+    """
+
+    reads = frozenset({"pooled"})
+    per_token = False
+    rewarded = True
+
+    gradient: Tensor
+    baseline: Tensor
+    rewards: Tensor
+
+    def __init__(self, facts: StageFacts, lr: float = 0.05, decay: float = 0.9) -> None:
+        super().__init__()
+        if lr <= 0:
+            raise ValueError(f"lr must be positive; found {lr}")
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must be at least 0 and below 1; found {decay}")
+        self.lr, self.decay = lr, decay
+        self._names, self._seed = facts.teachers, facts.seed
+        self._order = sorted(range(len(facts.teachers)), key=facts.teachers.__getitem__)
+        shape = (len(facts.teachers), 1 + facts.classes + facts.width + 1)
+        self.policy = nn.Parameter(torch.zeros(shape))
+        self.register_buffer("gradient", torch.zeros(shape))
+        self.register_buffer("baseline", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("rewards", torch.zeros((), dtype=torch.int64))
+        self._seen: Tensor | None = None
+
+    def forward(self, traits: Traits) -> Tensor:
+        state = self._state(traits)
+        with torch.no_grad():
+            scores = self.scores(state)
+            actions = self._actions(scores, traits)
+            if self.training:
+                self._gather(scores, actions, state * traits.real[None, :, None], traits)
+            return (actions / actions.sum(0)).float()[..., None]
+
+    def _state(self, traits: Traits) -> Tensor:
+        """[T,B,D] float64."""
+        count = traits.num_teachers
+        pooled = gate_state(traits).expand(count, -1, -1)
+        ones = torch.ones_like(pooled[..., :1])
+        parts = [traits.ce.log1p(), traits.class_probabilities, pooled, ones]
+        return torch.cat([part.double() for part in parts], -1)
+
+    def scores(self, state: Tensor) -> Tensor:
+        """The policy's scores, before the sigmoid, [T,B]."""
+        return (self.policy.double()[:, None] * state).sum(-1).clamp(-_LARGEST, _LARGEST)
+
+    def _actions(self, scores: Tensor, traits: Traits) -> Tensor:
+        """0 or 1, [T,B] float64; coins are thrown in the order of the teachers' names."""
+        around = traits.around
+        draws = uniform_of(self._names, self._seed, around.step, around.ids.cpu().numpy())
+        actions = torch.empty_like(scores)
+        thrown = some_chosen(scores[self._order], torch.from_numpy(draws).to(scores.device)[self._order])
+        actions[self._order] = thrown.double()
+        return actions
+
+    def _gather(self, scores: Tensor, actions: Tensor, state: Tensor, traits: Traits) -> None:
+        """Add this micro-batch's part of the step's mean of ``grad_A log pi(a | s)``, [T,D]."""
+        on = torch.sigmoid(scores) / -torch.expm1(-nn.functional.softplus(scores).sum(0))  # P(a_k = 1)
+        inside = scores.abs() < _LARGEST
+        part = (((actions - on) * inside)[..., None] * state).sum(1) / max(traits.around.counts["sequences"], 1)
+        self._seen = part if self._seen is None else self._seen + part
+
+    def seen(self) -> Tensor | None:
+        return self._seen
+
+    def reward(self, value: float, seen: Tensor | None) -> None:
+        advantage = value - float(self.baseline) if int(self.rewards) else 0.0
+        if seen is not None:
+            self.gradient.copy_(-advantage * seen)
+        kept = self.decay if int(self.rewards) else 0.0
+        self.baseline.mul_(kept).add_((1 - kept) * value)
+        self.rewards.add_(1)
+        self._seen = None
+
+    def penalty(self, traits: Traits) -> Tensor:
+        return (self.policy * self.gradient).sum() * traits.share

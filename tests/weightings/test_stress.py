@@ -1,0 +1,71 @@
+"""Do weightings find out which teacher is worth what? One is good, one knows half of the classes, one is noise."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+from specialists import Outcome, Task, distil, make_task
+
+SEEDS = (0, 1)
+
+
+@cache
+def task(seed: int, sure_noise: bool) -> Task:
+    return make_task(seed, sure_noise)
+
+
+@cache
+def outcome(weighting: str, seed: int, sure_noise: bool, hard: float = 0.5) -> Outcome:
+    return distil(task(seed, sure_noise), weighting, seed, hard)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+    ("weighting", "sure_noise"),
+    [
+        ("learned", False),
+        ("learned", True),
+        ("mgda", False),
+        ("mgda", True),
+        ("ae_kd", False),
+        ("ae_kd", True),
+        ("confidence", False),
+        ("margin", False),
+    ],
+)
+def test_the_noise_is_found_out_and_the_student_is_better_for_it(weighting: str, sure_noise: bool, seed: int) -> None:
+    found, plain = outcome(weighting, seed, sure_noise), outcome("uniform", seed, sure_noise)
+    told = f"{weighting}: {found}\nuniform: {plain}"
+    good, half, noise = found.weights
+    assert noise < 0.3 < good, told
+    assert noise < half, told
+    assert found.loss < plain.loss, told
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_learned_weights_rank_the_teachers(seed: int) -> None:
+    for sure_noise in (False, True):
+        found = outcome("learned", seed, sure_noise)
+        good, half, noise = found.weights
+        assert good > 0.6, str(found)
+        assert noise < 0.1, str(found)
+        assert noise < half < good, str(found)
+
+
+def test_confidence_believes_a_random_teacher_that_is_sure() -> None:
+    """What it cannot know without labels: measured, and so that nobody claims otherwise."""
+    for weighting in ("confidence", "margin"):
+        found = outcome(weighting, 0, True)
+        good, half, noise = found.weights
+        assert abs(good - noise) < 0.1, str(found)
+        assert half < noise, str(found)
+
+
+def test_gradient_space_weights_without_labels_follow_whoever_is_nearest_to_the_student() -> None:
+    """The smallest gradient is that of a teacher as unsure as a fresh student: here the noise. Labels break the tie."""
+    found, plain = outcome("mgda", 0, False, hard=0.0), outcome("uniform", 0, False, hard=0.0)
+    told = f"mgda: {found}\nuniform: {plain}"
+    good, _, noise = found.weights
+    assert noise > 0.5 > good, told
+    assert found.loss > plain.loss, told
