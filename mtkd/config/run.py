@@ -54,7 +54,7 @@ class EvaluateConfig(Config):
     data: str = Field("", description="name of a `data` entry; may be left out when there is only one")
     split: Literal["validation", "test"] = Field("test", description="split that is scored")
     stages: tuple[str, ...] = Field(
-        (), description="stages scored; default: all whose models can do the task of `data`"
+        (), description="stages (or NAME/MEMBER) scored; default: all whose models can do the task of `data`"
     )
     ensembles: tuple[str, ...] = Field(
         (), description="stages whose teachers are also scored as a uniform mixture of probabilities"
