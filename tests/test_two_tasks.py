@@ -203,3 +203,21 @@ def test_plan_knows_the_head_and_the_length_of_a_later_stage(made: RunResult) ->
     other["stages"]["base"]["student"]["architecture"] = "roberta"
     with pytest.raises(UserError, match="next-sentence head"):
         mtkd.plan(RunConfig.model_validate(other))
+
+
+RECIPES = Path(__file__).parents[1] / "configs" / "methods"
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("tinybert", {"general": 3, "task": 3, "prediction": "0:logits:soft_ce"}),
+        ("glmd", {"pretrain": "0:logits:kl", "fine-tune": "0:logits:kl", "prediction": "0:logits:soft_ce"}),
+    ],
+)
+def test_the_recipes_have_the_rows_of_their_steps(name: str, rows: dict[str, int | str], tmp_path: Path) -> None:
+    plan = mtkd.plan(mtkd.load_config(RECIPES / f"{name}.yaml", [f"output={tmp_path}"]))
+    found = {stage.name: stage.rows for stage in plan.stages}
+    for stage, wanted in rows.items():
+        assert len(found[stage]) == (wanted if isinstance(wanted, int) else 1)
+        assert isinstance(wanted, int) or wanted in found[stage][0]

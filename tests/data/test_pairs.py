@@ -7,9 +7,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from mtkd.data.collate import LoadedData
+from mtkd.data.pairs import around_pair
 from mtkd.errors import DataError, UserError
 from mtkd.features import NO_LABEL
 
@@ -86,6 +89,18 @@ def test_filler_rows_have_no_next_sentence(pairs: LoadedData, load: Loader) -> N
     assert batch.nsp_targets is not None
     assert batch.nsp_targets[1:].tolist() == [NO_LABEL, NO_LABEL]
     assert load({"text": TEXTS}, task="masked-lm").split("train").collate([1]).nsp_targets is None
+
+
+def test_the_frame_is_the_tokenizers_own(tokenizer: PreTrainedTokenizerFast) -> None:
+    core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    ids = [(token, core.token_to_id(token)) for token in ("<s>", "</s>")]
+    core.post_processor = TemplateProcessing(single="<s> $A", pair="<s> $A </s> </s> $B", special_tokens=ids)
+    begin, end = ids[0][1], ids[1][1]
+    assert around_pair(tokenizer) == ([begin], [end], [end])
+    assert around_pair(PreTrainedTokenizerFast(tokenizer_object=core)) == ([begin], [end, end], [])
+    core.post_processor = TemplateProcessing(single="<s> $A", pair="<s> $A $B $A", special_tokens=ids[:1])
+    with pytest.raises(DataError, match="changes two texts"):
+        around_pair(PreTrainedTokenizerFast(tokenizer_object=core))
 
 
 def test_what_makes_no_pairs_is_refused(load: Loader) -> None:

@@ -19,7 +19,7 @@ from mtkd.testing import run_distributed
 from mtkd.train import global_counts
 
 LENGTHS = [9, 3, 7, 1, 8, 2, 5, 6]
-ROWS = [*kd(temperature=2.0), Match(feature="hidden", loss="mse", student_layer=(1, 2), teacher_layer=(1, 2))]
+ROWS = [*kd(temperature=2.0).values(), Match(feature="hidden", loss="mse", student_layer=(1, 2), teacher_layer=(1, 2))]
 OPTIMIZER = OptimizerConfig(lr=1e-2, warmup=0.5, clip=0.5)
 STEPS = 4
 
@@ -132,7 +132,7 @@ def test_one_teacher_equals_the_single_teacher_formula(make):
     else:
         student, teacher = causal_model(16, 2, 0), causal_model(24, 2, 1)
         batch = causal_batch(LENGTHS, prompt=2)
-    objective, pool = make_objective(student, [teacher], kd(temperature=3.0, soft=0.7, hard=0.3))
+    objective, pool = make_objective(student, [teacher], [*kd(temperature=3.0, soft=0.7, hard=0.3).values()])
     counts, _ = global_counts([batch], Dist())
     loss, _ = objective.eval()(batch, pool.forward(batch), counts)
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask.long()}
@@ -150,7 +150,7 @@ def test_one_teacher_equals_the_single_teacher_formula(make):
 
 def test_teacher_stays_in_eval_mode():
     student, teacher = classifier(16, 2, 0), classifier(16, 2, 1, dropout=0.5)
-    objective, pool = make_objective(student, [teacher], kd())
+    objective, pool = make_objective(student, [teacher], [*kd().values()])
     teacher.train()
     batch = class_batch(LENGTHS)
     first, second = (pool.forward(batch)[0]["logits"].values for _ in range(2))
