@@ -101,7 +101,7 @@ def distil(task: Task, weighting: str, seed: int, hard: float = 0.5, steps: int 
     student = classifier(16, 1, seed, num_labels=CLASSES)
     named = Named(name=weighting, options=options)
     objective, _ = make_objective(
-        student, [classifier(8, 1, 1, CLASSES)] * 3, kd(temperature=1.0, soft=1 - hard, hard=hard), named
+        student, [classifier(8, 1, 1, CLASSES)] * 3, [*kd(temperature=1.0, soft=1 - hard, hard=hard).values()], named
     )
     stage = Stage(objective, Tables(task.logits), TorchEngine(objective, OptimizerConfig(lr=5e-3), steps, CPU))
     order = torch.Generator().manual_seed(seed)

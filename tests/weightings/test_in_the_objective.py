@@ -20,7 +20,7 @@ from mtkd.train import global_counts
 from mtkd.weightings import StageFacts
 from mtkd.weightings.make import make_weighting
 
-ROWS = [*kd(temperature=2.0), Match(feature="hidden", loss="mse")]
+ROWS = [*kd(temperature=2.0).values(), Match(feature="hidden", loss="mse")]
 SHAPES = {"a": (8, 1), "b": (24, 2), "c": (16, 1)}
 
 

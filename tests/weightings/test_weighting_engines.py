@@ -26,7 +26,7 @@ from mtkd.train import global_counts
 LENGTHS = [9, 3, 7, 1, 8, 2, 5, 6]
 OPTIMIZER = OptimizerConfig(lr=1e-2, warmup=0.5, clip=0.5)
 STEPS = 4
-ROWS = [*kd(temperature=2.0), Match(feature="hidden", loss="mse")]
+ROWS = [*kd(temperature=2.0).values(), Match(feature="hidden", loss="mse")]
 
 CLASSES, TOKENS = "classes", "tokens"
 CASES = [
