@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase, 
 
 from mtkd.config import ModelConfig, TeacherConfig, VocabularyConfig
 from mtkd.data.tokenizers import num_real_ids, tokenizer_fingerprint, train_tokenizer
-from mtkd.data.vocabulary import compress_tokenizer, count_ids, shareable_ids
+from mtkd.data.vocabulary import count_ids, save_compressed_tokenizer, shareable_ids
 from mtkd.errors import DataError, UserError
 from mtkd.models.info import CAUSAL_LM, CLASSIFIER, MASKED_LM
 from mtkd.models.load import compress_model
@@ -59,20 +59,13 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
     return TOKENIZERS[request.param]()
 
 
-def exported(tokenizer: PreTrainedTokenizerBase, found: VocabularyMap, folder: Path) -> PreTrainedTokenizerBase:
-    tokenizer.save_pretrained(folder)
-    compress_tokenizer(folder, found.kept.tolist(), found.to_kept.tolist())
-    return AutoTokenizer.from_pretrained(folder)
-
-
 def test_an_exported_tokenizer_says_the_compressed_ids(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     """The same segmentation, each id mapped; special ids, pairs and decoding too; read five times, as the order of the
     library's hash tables is a matter of chance."""
     found = vocabulary(tokenizer, 0.85)
     num_ids = num_real_ids(tokenizer)
     assert found.num_kept == round(0.85 * num_ids)
-    tokenizer.save_pretrained(tmp_path)
-    compress_tokenizer(tmp_path, found.kept.tolist(), found.to_kept.tolist())
+    save_compressed_tokenizer(tokenizer, tmp_path, found.kept.tolist(), found.to_kept.tolist())
     removed = found.is_removed(torch.arange(num_ids))
     assert int(removed.sum()) == num_ids - found.num_kept
     texts = [*TEXTS, *HARD, *(tokenizer.decode([i]) for i in removed.nonzero().squeeze(-1).tolist())]
@@ -92,6 +85,9 @@ def test_an_exported_tokenizer_says_the_compressed_ids(tokenizer: PreTrainedToke
         old = getattr(tokenizer, f"{part}_token_id")
         assert getattr(small, f"{part}_token_id") == int(found.to_kept[old])
         assert small.decode([int(found.to_kept[old])]) == tokenizer.decode([old])
+    pair, wanted = small("ab", "cab"), tokenizer("ab", "cab")
+    assert pair.keys() == wanted.keys()
+    assert pair.get("token_type_ids") == wanted.get("token_type_ids")
     padded = small(["ab", "ab cab dad"], padding=True)
     assert padded["attention_mask"][0][-1] == 0
     assert padded["input_ids"][0][-1] == int(found.to_kept[tokenizer.pad_token_id])
