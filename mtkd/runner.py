@@ -15,7 +15,7 @@ from mtkd.chain import finished
 from mtkd.config import RunConfig
 from mtkd.configfile import config_digest, fingerprint, load_config
 from mtkd.console import say
-from mtkd.data.vocabulary import save_compressed_tokenizer
+from mtkd.data.vocabulary import compress_tokenizer
 from mtkd.engine.dist import Dist
 from mtkd.errors import DataError, UserError
 from mtkd.evaluate.judge import judge
@@ -163,12 +163,10 @@ def _export(shop: Workshop, built: BuiltStage, folder: StageDir) -> None:
         assert state is not None
         with quiet():
             built.objective.student.model.save_pretrained(path, state_dict=state)
+        shop.tokenizer.save_pretrained(path)
         vocabulary = built.objective.student.vocabulary
-        if vocabulary is None:
-            shop.tokenizer.save_pretrained(path)
-        else:
-            kept, to_kept = vocabulary.kept.tolist(), vocabulary.to_kept.tolist()
-            save_compressed_tokenizer(shop.tokenizer, path, kept, to_kept)
+        if vocabulary is not None:
+            compress_tokenizer(path, vocabulary.kept.tolist(), vocabulary.to_kept.tolist())
             vocabulary.save(path)
 
     facts = {"stage": built.name, "identity": built.identity}

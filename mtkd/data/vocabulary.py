@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mtkd.data.tokenizers import load_tokenizer
 from mtkd.errors import UserError
 
 if TYPE_CHECKING:
@@ -68,18 +69,17 @@ def count_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], num_ids:
     return counts
 
 
-def save_compressed_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, folder: Path, kept: Sequence[int], to_kept: Sequence[int]
-) -> None:
-    """Save a tokenizer with the compressed ids, for plain `AutoTokenizer.from_pretrained`.
+def compress_tokenizer(folder: Path, kept: Sequence[int], to_kept: Sequence[int]) -> None:
+    """Give a saved tokenizer the compressed ids, in place.
 
     Text is segmented as before; a removed token has the id of the kept one that stands for it; an id decodes to its
     kept token.
 
     Args:
+        folder: as `save_pretrained` wrote it.
         kept: per new id the old one, [K]. to_kept: per old id the new one, [V].
     """
-    tokenizer.save_pretrained(folder)
+    names_of_inputs = load_tokenizer(str(folder)).model_input_names
     file = folder / "tokenizer.json"
     content = json.loads(file.read_text(encoding="utf-8"))
     model = content["model"]
@@ -101,7 +101,7 @@ def save_compressed_tokenizer(
         settings["added_tokens_decoder"] = {str(to_kept[int(number)]): token for number, token in added.items()}
     # the plain class reads tokenizer.json as it stands; an architecture's own rebuilds parts of it
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    settings["model_input_names"] = list(tokenizer.model_input_names)  # the class's own would be lost with it
+    settings["model_input_names"] = list(names_of_inputs)  # those of the architecture's class, lost with it
     settings_file.write_text(json.dumps(settings, ensure_ascii=False, indent=1), encoding="utf-8")
 
 

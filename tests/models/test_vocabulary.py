@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase, 
 
 from mtkd.config import ModelConfig, TeacherConfig, VocabularyConfig
 from mtkd.data.tokenizers import num_real_ids, tokenizer_fingerprint, train_tokenizer
-from mtkd.data.vocabulary import count_ids, save_compressed_tokenizer, shareable_ids
+from mtkd.data.vocabulary import compress_tokenizer, count_ids, shareable_ids
 from mtkd.errors import DataError, UserError
 from mtkd.models.info import CAUSAL_LM, CLASSIFIER, MASKED_LM
 from mtkd.models.load import compress_model
@@ -65,7 +65,8 @@ def test_an_exported_tokenizer_says_the_compressed_ids(tokenizer: PreTrainedToke
     found = vocabulary(tokenizer, 0.85)
     num_ids = num_real_ids(tokenizer)
     assert found.num_kept == round(0.85 * num_ids)
-    save_compressed_tokenizer(tokenizer, tmp_path, found.kept.tolist(), found.to_kept.tolist())
+    tokenizer.save_pretrained(tmp_path)
+    compress_tokenizer(tmp_path, found.kept.tolist(), found.to_kept.tolist())
     removed = found.is_removed(torch.arange(num_ids))
     assert int(removed.sum()) == num_ids - found.num_kept
     texts = [*TEXTS, *HARD, *(tokenizer.decode([i]) for i in removed.nonzero().squeeze(-1).tolist())]
