@@ -18,6 +18,7 @@ from tiny_run import NAME, tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mtkd
+import mtkd.build
 from mtkd.build import Workshop
 from mtkd.config import ModelConfig
 from mtkd.data.batch import position_counts
@@ -35,6 +36,7 @@ from mtkd.models.load import compress_model
 from mtkd.models.taps import TappedModel
 from mtkd.models.vocabulary import VocabularyMap
 from mtkd.rundir import RunDir
+from mtkd.testing import run_distributed
 
 K = 20
 
@@ -248,6 +250,29 @@ def test_a_stopped_student_goes_on_bit_for_bit(made: Path, tmp_path: Path, monke
             (f / "runs" / NAME / "stages" / name / "export/vocabulary_map.json").read_text() for f in (tmp_path, made)
         ]
         assert maps[0] == maps[1]
+
+
+def map_of_rank(folder: str) -> list[list[int]]:
+    """The student's map on this rank, where every rank rounds the embedding in its own way."""
+    dist, make = Dist.current(), mtkd.build.make_vocabulary
+
+    def rounded(*args: object) -> VocabularyMap:
+        *first, table = args
+        noise = torch.randn(table.shape, generator=torch.Generator().manual_seed(dist.rank))  # type: ignore[attr-defined]
+        return make(*first, table + noise)
+
+    mtkd.build.make_vocabulary = rounded
+    shop = shop_of(Path(folder))
+    shop.dist = dist
+    student = shop.model(ModelConfig(path="stage:teacher", **STUDENT), shop.data("text"), 0)
+    assert student.vocabulary is not None
+    return [student.vocabulary.kept.tolist(), student.vocabulary.to_kept.tolist()]
+
+
+@pytest.mark.slow
+def test_every_rank_has_the_main_ranks_map(made: Path) -> None:
+    first, second = run_distributed(map_of_rank, 2, str(made))
+    assert first == second
 
 
 def test_what_is_refused_before_anything_is_made(tmp_path: Path) -> None:

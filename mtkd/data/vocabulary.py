@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mtkd.data.tokenizers import load_tokenizer
 from mtkd.errors import UserError
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def compress_tokenizer(folder: Path, kept: Sequence[int], to_kept: Sequence[int]
         folder: as `save_pretrained` wrote it.
         kept: per new id the old one, [K]. to_kept: per old id the new one, [V].
     """
+    names_of_inputs = load_tokenizer(str(folder)).model_input_names
     file = folder / "tokenizer.json"
     content = json.loads(file.read_text(encoding="utf-8"))
     model = content["model"]
@@ -99,6 +101,7 @@ def compress_tokenizer(folder: Path, kept: Sequence[int], to_kept: Sequence[int]
         settings["added_tokens_decoder"] = {str(to_kept[int(number)]): token for number, token in added.items()}
     # the plain class reads tokenizer.json as it stands; an architecture's own rebuilds parts of it
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings["model_input_names"] = list(names_of_inputs)  # those of the architecture's class, lost with it
     settings_file.write_text(json.dumps(settings, ensure_ascii=False, indent=1), encoding="utf-8")
 
 

@@ -5,7 +5,7 @@ embedding and output head have rows for kept ids only, and a loss on logits comp
 
 The student then predicts classes of ids. To be scored on text as every other model is, it is completed by a unigram
 model within the classes: ``p(id) = p(class) * (count(id) + 1) / sum over the class of (count + 1)``, with the counts
-that chose the ids. That is a distribution over the whole vocabulary, and an upper bound that costs nothing at run time.
+that chose the ids. That is a distribution over the whole vocabulary, so bits per byte compare with any other model's.
 
 Source: Tan et al. 2023, Are Intermediate Layers and Labels Really Necessary? A General Language Model Distillation
 Method (GLMD), arXiv 2306.06625, vocabulary compression. Classes: Brown et al. 1992, Class-based n-gram models of

@@ -59,12 +59,6 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
     return TOKENIZERS[request.param]()
 
 
-def exported(tokenizer: PreTrainedTokenizerBase, found: VocabularyMap, folder: Path) -> PreTrainedTokenizerBase:
-    tokenizer.save_pretrained(folder)
-    compress_tokenizer(folder, found.kept.tolist(), found.to_kept.tolist())
-    return AutoTokenizer.from_pretrained(folder)
-
-
 def test_an_exported_tokenizer_says_the_compressed_ids(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     """The same segmentation, each id mapped; special ids, pairs and decoding too; read five times, as the order of the
     library's hash tables is a matter of chance."""
@@ -92,6 +86,9 @@ def test_an_exported_tokenizer_says_the_compressed_ids(tokenizer: PreTrainedToke
         old = getattr(tokenizer, f"{part}_token_id")
         assert getattr(small, f"{part}_token_id") == int(found.to_kept[old])
         assert small.decode([int(found.to_kept[old])]) == tokenizer.decode([old])
+    pair, wanted = small("ab", "cab"), tokenizer("ab", "cab")
+    assert pair.keys() == wanted.keys()
+    assert pair.get("token_type_ids") == wanted.get("token_type_ids")
     padded = small(["ab", "ab cab dad"], padding=True)
     assert padded["attention_mask"][0][-1] == 0
     assert padded["input_ids"][0][-1] == int(found.to_kept[tokenizer.pad_token_id])
