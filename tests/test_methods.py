@@ -82,6 +82,7 @@ class StandIn(nn.Module):
     def __init__(self, held: Side) -> None:
         super().__init__()
         self.held = held
+        self.info, self.vocabulary = info(STUDENT_LAYERS, classes=False), None
 
     def forward(self, batch: Batch, wants: frozenset[str]) -> Features:
         features = self.held.features()

@@ -120,17 +120,22 @@ _TEACHER = ModelInfo("stand-in", 12, 64, 4, 4, 16, 100, 0, 64, False, _STUDENT.t
 
 
 def _check_method(name: str, where: str) -> Families:
-    """Its rows, with default options, between two encoders: valid for a token task or for a classification."""
+    """Its rows at every step and variant, otherwise with default options, between two encoders.
+
+    Valid for a token task or for a classification.
+    """
     spec = METHODS[name]
     _defaults(spec.options(), where, "a run file of yours")
-    made: list[Any] = []
-    _checked(lambda: made.extend(spec.function()), where)
-    if not made:
-        raise UserError("the method has no rows", where=where)
-    try:
-        _compile(made, where, token_level=True)
-    except UserError:
-        _compile(made, where, token_level=False)
+    for variant in spec.variants:
+        for step in spec.steps:
+            made: list[Any] = []
+            _checked(lambda step=step, variant=variant: made.extend(spec.rows(variant, step).values()), where)
+            if not made:
+                raise UserError("the method has no rows", where=where, found=f"step {step}")
+            try:
+                _compile(made, where, token_level=True)
+            except UserError:
+                _compile(made, where, token_level=False)
     yield "rows", ("features", "losses", "options", "layers")
 
 

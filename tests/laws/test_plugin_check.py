@@ -59,9 +59,9 @@ class Halves(mtkd.Weighting):
     def forward(self, traits):
         return traits.full(0.5)
 
-@mtkd.method("both", stages=("finetune",), source="nobody")
+@mtkd.method("both", steps=("fine-tune",), source="nobody")
 def both(weight: float = 1.0):
-    return (Match(feature="hidden", loss="l1", weight=weight), Match(loss="mine_mse"))
+    return {"layers": Match(feature="hidden", loss="l1", weight=weight), "soft": Match(loss="mine_mse")}
 """
 
 
@@ -123,9 +123,9 @@ class NeedsTau(mtkd.Weighting):
         return traits.full(1 / traits.num_teachers)
 """
 WRONG_ROW = """
-@mtkd.method("wrong", stages=("finetune",), source="nobody")
+@mtkd.method("wrong", steps=("fine-tune",), source="nobody")
 def wrong():
-    return (Match(feature="hidden", loss="kl"),)
+    return {"layers": Match(feature="hidden", loss="kl")}
 """
 
 
