@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,17 @@ from mtkd.laws.losses import LOSS_LAWS, check_loss
 from mtkd.laws.tiled import TILED_LAWS, check_tiled
 from mtkd.laws.weightings import WEIGHTING_LAWS, check_weighting
 from mtkd.models.info import ModelInfo
-from mtkd.registry import LOSSES, METHODS, SOURCES, TASKS, WEIGHTINGS, Registry, load_plugins, plugin_origin
+from mtkd.registry import (
+    LOSSES,
+    METHODS,
+    SOURCES,
+    TASKS,
+    WEIGHTINGS,
+    MethodSpec,
+    Registry,
+    load_plugins,
+    plugin_origin,
+)
 from mtkd.rows import compile_rows
 
 
@@ -128,15 +138,19 @@ def _check_method(name: str, where: str) -> Families:
     _defaults(spec.options(), where, "a run file of yours")
     for variant in spec.variants:
         for step in spec.steps:
-            made: list[Any] = []
-            _checked(lambda step=step, variant=variant: made.extend(spec.rows(variant, step).values()), where)
-            if not made:
-                raise UserError("the method has no rows", where=where, found=f"step {step}")
-            try:
-                _compile(made, where, token_level=True)
-            except UserError:
-                _compile(made, where, token_level=False)
+            _check_rows(spec, variant, step, where)
     yield "rows", ("features", "losses", "options", "layers")
+
+
+def _check_rows(spec: MethodSpec, options: Mapping[str, Any], step: str, where: str) -> None:
+    made: list[Any] = []
+    _checked(lambda: made.extend(spec.rows(options, step).values()), where)
+    if not made:
+        raise UserError("the method has no rows", where=where, found=f"step {step}")
+    try:
+        _compile(made, where, token_level=True)
+    except UserError:
+        _compile(made, where, token_level=False)
 
 
 def _compile(rows: list[Any], where: str, *, token_level: bool) -> None:
