@@ -59,8 +59,11 @@ class RLKD(Weighting):
     The first reward only sets the baseline. Options: `lr`: peak learning rate of A, on the stage's schedule; `decay` of
     the baseline, per step. One choice per example: not under ``per: token``.
 
-    Source: Yuan et al. 2021, Reinforced Multi-Teacher Selection for Knowledge Distillation, arXiv 2012.06048. The
-    paper's reward is that of a batch too, but without a baseline; it does not say what happens when no teacher is on.
+    One number rewards a whole batch of choices, so this learns slowly: in the stress test it told noise from a good
+    teacher in some seeds only, after 600 steps of 32 examples.
+
+    Source: Yuan et al. 2021, Reinforced Multi-Teacher Selection for Knowledge Distillation, arXiv 2012.06048 (policy,
+    state, reward by the student's loss). Baseline, truncation and the delay by a step are ours.
     """
 
     reads = frozenset({"pooled"})
