@@ -1,7 +1,9 @@
 """A weighting of one's own. `plugins: [custom_weighting.py]` in the YAML beside this file makes its name known.
 
-mtkd run configs/custom_weighting.yaml
-mtkd check configs/custom_weighting.py  # the laws that the built-in ones keep; a broken one is named
+    mtkd run configs/custom_weighting.yaml
+    mtkd check configs/custom_weighting.py
+
+`check` runs the laws that the built-in weightings keep, and names the one that is broken.
 """
 
 import torch

@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
 from mtkd.build import BuiltStage
 from mtkd.data.batch import Batch
-from mtkd.evaluate.score import mean_loss
+from mtkd.engine.base import Engine
 from mtkd.features import Features
 from mtkd.gram import gram
-from mtkd.objective import Objective
+from mtkd.objective import Objective, as_logits
+from mtkd.weightings.traits import Traits
 
 
 def before_step(
@@ -45,7 +47,7 @@ def before_step(
 
 
 def after_step(built: BuiltStage, micro_batches: list[Batch]) -> None:
-    """The reward of a weighting that wants one: minus the student's mean loss on the same examples, after the step."""
+    """The reward of a weighting that wants one: the student's loss on each of the same examples, after the step."""
     objective, engine = built.objective, built.engine
     if not isinstance(objective, Objective):
         return
@@ -53,12 +55,17 @@ def after_step(built: BuiltStage, micro_batches: list[Batch]) -> None:
     if not weighting.rewarded or not objective.teacher_names:
         return
     objective.student.eval()
-    loss = mean_loss(
-        objective.student, micro_batches, engine.device, objective.dtype, engine.dist, objective.tile, engine.whole_head
-    )
+    mine = weighting.judged([_losses(objective, batch, engine) for batch in micro_batches])
     objective.train()
-    seen = weighting.seen()
-    if seen is not None:
-        total = engine.dist.sum(seen.reshape(-1).tolist())
-        seen = torch.tensor(total, dtype=seen.dtype, device=seen.device).reshape(seen.shape)
-    weighting.reward(-loss, seen)
+    total = engine.dist.sum(mine.tolist())
+    weighting.reward(torch.tensor(total, dtype=torch.float64, device=mine.device))
+
+
+@torch.no_grad()
+def _losses(objective: Objective, batch: Batch, engine: Engine) -> Tensor:
+    """The student's mean loss on each example's labels, [B]."""
+    with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=objective.dtype == torch.bfloat16):
+        features = objective.student(batch, frozenset({"logits"}))
+    with engine.whole_head():
+        logits = as_logits(features["logits"]).in_dtype(objective.dtype)
+        return Traits([logits], batch.targets, batch.target_mask, "example", objective.tile).ce[0, :, 0]

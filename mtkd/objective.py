@@ -61,8 +61,9 @@ class Objective(Trainable):
         self.per, self.token_level, self.tile, self.dtype = per, token_level, tile, dtype
         self.student_wants = frozenset().union(*(row.student_wants() for row in self.rows))
         self._pooled_key = f"hidden.{student.info.num_layers}"
+        self._reads_student = bool({"student_uncertainty", "student_loss"} & weighting.reads)
         if teachers:
-            self.student_wants |= {"logits"} if "student_uncertainty" in weighting.reads else set()
+            self.student_wants |= {"logits"} if self._reads_student else set()
             self.student_wants |= {self._pooled_key} if "pooled" in weighting.reads else set()
         self.step, self.gram = 0, torch.zeros(0, 0)  # set by `begin_step`
         self.logit_rows = [row for row in self.rows if row.is_logits]
@@ -171,7 +172,7 @@ class Objective(Trainable):
             batch.ids,
             counts,
             self.step,
-            student=as_logits(student["logits"]).in_dtype(self.dtype) if "student_uncertainty" in reads else None,
+            student=as_logits(student["logits"]).in_dtype(self.dtype) if self._reads_student else None,
             pooled=pooled,
             routes=batch.routes,
             gram=self.gram if "gram" in reads else None,

@@ -84,7 +84,7 @@ class Teachers:
             batch.ids[rows],
             {**position_counts([batch]), **of.counts(batch)},
             step=3,
-            student=DenseLogits(student[rows]) if "student_uncertainty" in of.reads else None,
+            student=DenseLogits(student[rows]) if {"student_uncertainty", "student_loss"} & of.reads else None,
             pooled=pooled[rows] if "pooled" in of.reads else None,
             routes=routes[rows] if "route" in of.reads else None,
             gram=gradients @ gradients.t() if "gram" in of.reads else None,
@@ -131,9 +131,9 @@ def _trained(spec: WeightingSpec, make: OptionsOf, case: Teachers) -> Weighting:
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    for value in (-1.0, -3.0) if module.rewarded else ():
+    for _ in range(2 if module.rewarded else 0):
         module(case.traits(_ORDER, module))
-        module.reward(value, module.seen())
+        module.reward(module.judged([torch.rand(len(case.targets), generator=generator)]))
     return module
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mtkd.data.batch import Batch
 from mtkd.weightings.traits import Traits
 
-READABLE = frozenset({"student_uncertainty", "pooled", "route", "gram"})
+READABLE = frozenset({"student_uncertainty", "student_loss", "pooled", "route", "gram"})
 """What a weighting may ask for beside the teachers' predictions, under the names that `Traits` has for it."""
 
 
@@ -50,7 +50,7 @@ class Weighting(nn.Module):
         reads: which of `READABLE` it reads. Nothing is computed that is not named here.
         per_token: False: `per: token` is refused, because a weight per token is not defined.
         lr: peak learning rate of its own parameters, on the stage's schedule; None: the optimizer's.
-        rewarded: after every optimizer step `reward` is called.
+        rewarded: after every optimizer step `judged` and `reward` are called.
     """
 
     reads: frozenset[str] = frozenset()
@@ -74,9 +74,15 @@ class Weighting(nn.Module):
         """Numbers to be summed over the micro-batches and ranks of a step; `traits.counts` then has the sums."""
         return {}
 
-    def seen(self) -> Tensor | None:
-        """What this rank has gathered since the last `reward`, to be summed over ranks; None for nothing."""
-        return None
+    def judged(self, losses: Sequence[Tensor]) -> Tensor:
+        """What this rank learns from a step, flat, to be summed over ranks.
 
-    def reward(self, value: float, seen: Tensor | None) -> None:
-        """Learn from a step: minus the student's mean loss on its examples after it, and `seen` summed over ranks."""
+        Args:
+            losses: per micro-batch, in the order of `forward`, the student's mean loss on each example's labels *after*
+                the step, [B]; 0 where an example has none.
+        """
+        raise NotImplementedError
+
+    def reward(self, total: Tensor) -> None:
+        """Learn from a step: what `judged` gave, summed over ranks."""
+        raise NotImplementedError

@@ -203,6 +203,12 @@ class Traits:
         return self._known["student_uncertainty"]
 
     @property
+    def student_loss(self) -> Tensor:
+        """The student's mean loss on each example's labels before the step, [B]; 0 without labels; detached."""
+        values = self._of(_given(self.around.student, "student_loss"), "ce")
+        return values.sum(-1) / self._mask.sum(-1).clamp_min(1) if values.dim() == 2 else values
+
+    @property
     def pooled(self) -> Tensor:
         """Mean of the student's last hidden states over an example's tokens, [B,H]; detached."""
         return _given(self.around.pooled, "pooled")

@@ -22,10 +22,10 @@ class Uncertainty(Weighting):
     ``soft``: linear between the two neighbours of ``x = (1 - u)(D - 1)``: ``w_d = max(0, 1 - |x - d|)``. Two teachers
     have the weights u (small) and 1 - u (large), as in the paper.
 
-    The paper ranks u within the batch (half of it goes to either teacher). Here u itself decides, so that an example's
-    weights do not depend on the others in its batch, nor on how the batch is cut. Teachers of equal size share
-    equally. The student's entropy is detached; per example it is the mean over the targets. With one output column
-    (regression) there is no uncertainty: the largest teacher counts alone.
+    The paper's hard form ranks the examples of a batch and gives either teacher half of them. Here u itself decides, so
+    that an example's weights do not depend on the others in its batch, nor on how the batch is cut. Teachers of equal
+    size share equally. The student's entropy is detached; per example it is the mean over the targets. With one output
+    column (regression) there is no uncertainty: the largest teacher counts alone.
 
     Source: Li et al. 2021, Dynamic Knowledge Distillation for Pre-trained Language Models, arXiv 2109.11295, the part
     on dynamic teacher adoption.

@@ -271,28 +271,31 @@ def test_a_policy_that_wants_nobody_still_chooses() -> None:
     assert all(250 < int(row.sum()) < 420 for row in drawn)  # a third each
 
 
-def reinforced(policy: Tensor, ids: Tensor, step: int, count: int = 2) -> tuple[RLKD, Traits]:
+def reinforced(policy: Tensor, ids: Tensor, step: int, count: int = 2, **options: object) -> tuple[RLKD, Traits]:
+    """A policy, and examples that look alike to it; the student's loss before the step is log 3 for each."""
     facts = StageFacts(NAMES[:count], (1,) * count, width=4, classes=3, seed=0)
-    module = RLKD(facts)
+    module = RLKD(facts, **options)
     with torch.no_grad():
         module.policy.copy_(policy)
     logits = CLASS_LOGITS[:count, :1].expand(-1, len(ids), -1)
     targets = CLASS_TARGETS[:1].expand(len(ids))
     pooled = torch.randn(4, generator=torch.Generator().manual_seed(2)).expand(len(ids), -1)
-    around = Around(ids, {"sequences": len(ids)}, step, pooled=pooled)
+    student = DenseLogits(torch.zeros(len(ids), 3))
+    around = Around(ids, {"sequences": len(ids)}, step, student=student, pooled=pooled)
     return module, traits(logits, targets, around=around)
 
 
-def test_the_estimator_is_unbiased() -> None:
-    """K = 2, one example: the mean over actions of (reward - b) grad log pi is the gradient of the expected reward.
+@pytest.mark.parametrize("credit", ["example", "batch"])
+def test_the_estimator_is_unbiased(credit: str) -> None:
+    """K = 2, one example: the mean over actions of the estimator is the gradient of the expected reward.
 
     The gradient of ``sum_a pi(a) R(a)`` is taken by autograd over the enumerated actions; the estimator is what the
-    weighting itself gathers (with each action forced in turn), whatever the baseline.
+    weighting itself makes of each action, whatever the baseline.
     """
     policy = 0.5 * torch.randn(2, 9, generator=torch.Generator().manual_seed(4))
-    module, held = reinforced(policy, torch.tensor([0]), 0)
+    module, held = reinforced(policy, torch.tensor([0]), 0, credit=credit)
     state = module._state(held)
-    rewards = {(0.0, 1.0): -1.0, (1.0, 0.0): -0.2, (1.0, 1.0): 2.0}
+    rewards = {(0.0, 1.0): -1.0, (1.0, 0.0): -0.2, (1.0, 1.0): -2.0}  # minus the loss after the step
     leaf = module.policy.detach().double().requires_grad_()
     scores = (leaf[:, None] * state).sum(-1)
     chances = {a: log_probability(scores, torch.tensor(a)[:, None]).exp()[0] for a in rewards}
@@ -301,16 +304,16 @@ def test_the_estimator_is_unbiased() -> None:
     for baseline in (0.0, 3.0):
         expected = torch.zeros_like(wanted)
         for action, reward in rewards.items():
-            module._seen = None
-            module._gather(module.scores(state).detach(), torch.tensor(action)[:, None].double(), state, held)
+            score = module._score(module.scores(state).detach(), torch.tensor(action)[:, None].double(), state)
+            module._seen = [(torch.tensor([True]), score, held.student_loss)]
             module.baseline.fill_(baseline)
             module.rewards.fill_(1)
-            module.reward(reward, module.seen())
+            module.reward(module.judged([torch.tensor([-reward])]))
             expected += float(chances[action]) * -module.gradient.double()
         torch.testing.assert_close(expected, wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_the_gathered_score_is_the_gradient_of_log_pi() -> None:
+def test_the_score_is_the_gradient_of_log_pi() -> None:
     policy = torch.randn(3, 9, generator=torch.Generator().manual_seed(5))
     module, held = reinforced(policy, torch.arange(50), 3, count=3)
     weights = module(held)[..., 0]
@@ -318,26 +321,37 @@ def test_the_gathered_score_is_the_gradient_of_log_pi() -> None:
     assert {round(float(w), 4) for w in weights.unique()} <= {0.0, 0.3333, 0.5, 1.0}
     leaf = policy.double().requires_grad_()
     scores = (leaf[:, None] * module._state(held)).sum(-1)
-    log_pi = log_probability(scores, (weights > 0).double()).mean()
-    torch.testing.assert_close(module.seen(), torch.autograd.grad(log_pi, leaf)[0])
+    log_pi = log_probability(scores, (weights > 0).double()).sum()
+    ((labelled, score, before),) = module._seen
+    assert bool(labelled.all())
+    assert before.tolist() == pytest.approx([math.log(3)] * 50)
+    torch.testing.assert_close(score.sum(0), torch.autograd.grad(log_pi, leaf)[0])
     again, held = reinforced(policy, torch.arange(50), 3, count=3)
     assert torch.equal(again(held)[..., 0], weights)  # a function of seed, step, example and teacher
     other, held = reinforced(policy, torch.arange(50), 4, count=3)
     assert not torch.equal(other(held)[..., 0], weights)
     quiet, held = reinforced(policy, torch.arange(50), 3, count=3)
     quiet.eval()(held)
-    assert quiet.seen() is None
+    assert quiet._seen == []
 
 
-def test_rewards_move_the_baseline_and_the_buffer() -> None:
-    module, held = reinforced(torch.zeros(2, 9), torch.arange(5), 0)
-    module(held)
-    seen = module.seen()
-    module.reward(-2.0, seen)
-    assert float(module.baseline) == -2.0  # the first one has nothing to be compared with
-    assert not bool(module.gradient.any())
-    module.reward(-1.0, seen)
-    torch.testing.assert_close(module.gradient.double(), -1.0 * seen, rtol=1e-5, atol=1e-8)
-    assert float(module.baseline) == pytest.approx(0.9 * -2.0 + 0.1 * -1.0)
+@pytest.mark.parametrize("credit", ["example", "batch"])
+def test_rewards_against_their_formula(credit: str) -> None:
+    """Three steps of four examples: ``-mean_i (gain_i - m) score_i``, or with the mean gain for every example."""
+    module, held = reinforced(torch.zeros(2, 9), torch.arange(4), 0, credit=credit, decay=0.8)
+    usual = None
+    for step, after in enumerate(([1.0, 0.5, 2.0, 0.9], [0.8, 0.4, 1.0, 1.5], [0.1, 0.9, 0.3, 0.2])):
+        module(held)
+        score = module._seen[0][1]
+        module.reward(module.judged([torch.tensor(after[:1]), torch.tensor(after[1:])]))
+        gains = [math.log(3) - x for x in after]
+        mean = sum(gains) / 4
+        wanted = torch.zeros(2, 9, dtype=torch.float64)
+        for gain, of_example in zip(gains, score, strict=True):
+            if step:
+                wanted -= ((gain if credit == "example" else mean) - usual) * of_example / 4
+        torch.testing.assert_close(module.gradient.double(), wanted, rtol=1e-5, atol=1e-7)
+        usual = mean if usual is None else 0.8 * usual + 0.2 * mean
+        assert float(module.baseline) == pytest.approx(usual, abs=1e-6)
     loss = module.penalty(held)
     torch.testing.assert_close(torch.autograd.grad(loss, module.policy)[0], module.gradient)
