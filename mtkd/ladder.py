@@ -175,7 +175,7 @@ def _with_models(config: RunConfig, models: dict[str, ModelConfig]) -> RunConfig
         made = RunConfig.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(str(first.get("ctx", {}).get("error", first["msg"])), where="chain") from None
+        raise UserError(str(first.get("ctx", {}).get("error", first["msg"]))) from None  # it says where
     made._base = config._base
     return made
 

@@ -117,6 +117,13 @@ def test_a_changed_rung_is_redone_with_what_depends_on_it_alone(takd: tuple[Path
     assert (code, output.count("skipped")) == (0, len(TAKD)), output
 
 
+def test_a_change_of_several_stages_is_told_at_once(takd: tuple[Path, int], tmp_path: Path) -> None:
+    """The student's settings are the control's too; what goes with an earlier stage is not named."""
+    copied(takd[0], tmp_path)
+    changed = str(takd_file(tmp_path, overrides={"student": {"seed": 5}, "assistant-3": {"seed": 5}}))
+    processes.assert_refused(tmp_path, ("run", changed), 3, "mtkd run FILE --redo assistant-3 --redo direct\n")
+
+
 def test_redone_without_a_change_it_is_the_same_again(takd: tuple[Path, int], tmp_path: Path) -> None:
     copied(takd[0], tmp_path)
     kept = contents(tmp_path, "teacher", "assistant-1", "assistant-2", "assistant-3", "student")

@@ -135,3 +135,14 @@ def test_what_cannot_be_derived_is_refused(tmp_path: Path) -> None:
     text = told(student=shape(1, 16, 4), rungs=[shape(2, 32, 4)], initial="teacher")
     assert "chain: student: cannot begin with layers of the model above it" in text
     assert "llama 1x16, 4 heads" in text
+
+
+def test_the_recipes_are_ladders() -> None:
+    """Both from about 3.7 million parameters down to an eighth of one, each rung about a third of the one before."""
+    folder = Path(__file__).parents[1] / "configs" / "chains"
+    for file, overrides in (("takd.yaml", []), ("dgkd.yaml", ["chain.drop=0"])):
+        stages = plan(load_config(folder / file, overrides)).stages
+        assert [s.name for s in stages] == ["teacher", "assistant-1", "assistant-2", "student", "direct"]
+        sizes = [s.models[0].parameters for s in stages]
+        assert all(2 < upper / lower < 5 for upper, lower in pairwise(sizes[:4]))
+        assert stages[3].models[0] == stages[4].models[0]

@@ -10,8 +10,10 @@ from typing import Any
 
 import processes
 import pytest
+import torch
 from pydantic import ValidationError
 from tiny_run import NAME, ids_file, undisturbed, with_teacher, write_yaml
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from mtkd.checks import check
 from mtkd.config import StageConfig
@@ -152,3 +154,37 @@ def test_the_plan_refuses_what_cannot_be_chosen_by(tmp_path: Path) -> None:
     config = load_config(write_yaml(tmp_path, data=data, stages={"student": fields}))
     with pytest.raises(UserError, match=r"data.text.files: there is no validation split to choose by"):
         check(config)
+
+
+def test_classifiers_choose_by_accuracy_in_a_chain_too(tmp_path: Path) -> None:
+    """The exported student's accuracy on the validation split, by plain transformers, is the best one logged."""
+    write_yaml(tmp_path)
+    for split in ("train", "validation", "test"):
+        file = tmp_path / f"data/{split}.jsonl"
+        texts = [json.loads(line)["text"] for line in file.read_text().splitlines()]
+        rows = [{"text": t, "label": "yes" if "the" in t.split() else "no"} for t in texts]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = {"architecture": "bert", "layers": 1, "width": 16, "heads": 2}
+    training = {"steps": 12, "batch": {"sequences": 8}, "optimizer": {"lr": 1e-2}, "evaluate_every": 2}
+    file = write_yaml(
+        tmp_path,
+        data={"text": {"task": "classify"}},
+        stages={"teacher": {"student": {**model, "layers": 2}, "steps": 6, "optimizer": {"lr": 1e-2}}, "student": None},
+        chain={"mode": "takd", "teachers": ["stage:teacher"], "student": {**model, "width": 8}}
+        | {"rungs": [{"layers": 1, "width": 16, "heads": 2}], **training}
+        | {"export": "best", "early_stop": {"metric": "accuracy", "patience": 4}},
+        evaluate={"ensembles": [], "comparisons": []},
+    )
+    code, output = processes.run(tmp_path, "run", str(file))
+    assert code == 0, output
+    scores = validation(tmp_path, "accuracy")
+    (folder,) = (tmp_path / RUN / "stages").glob("*-student")
+    assert json.loads((folder / "DONE").read_text())["exported_step"] == max(scores, key=lambda step: scores[step])
+    tokenizer = AutoTokenizer.from_pretrained(folder / "export")
+    student = AutoModelForSequenceClassification.from_pretrained(folder / "export").eval()
+    rows = [json.loads(line) for line in (tmp_path / "data/validation.jsonl").read_text().splitlines()]
+    batch = tokenizer([row["text"] for row in rows], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        said = [student.config.id2label[i] for i in student(**batch).logits.argmax(-1).tolist()]
+    right = sum(a == row["label"] for a, row in zip(said, rows, strict=True)) / len(rows)
+    assert right == pytest.approx(max(scores.values()))
