@@ -163,7 +163,8 @@ def complete(config: RunConfig, planner: Callable[[RunConfig], Look]) -> RunConf
             shape = asked[name]
             assert shape is not None, "given, or derived above"
             first = top if name == chain.direct_name else above
-            models[name] = shape if chain.start_of(name) == "fresh" else from_layers(shape, first, f"chain: {name}")
+            begin = {"fresh": lambda shape, *_: shape, "teacher": from_layers, "slice": from_slice}
+            models[name] = begin[chain.start_of(name)](shape, first, f"chain: {name}")
         above = sizes.of(name, models[name])
     return _with_models(config, models)
 
@@ -188,7 +189,7 @@ class _Sizes:
         self._config, self._look, self._chain = config, look, config.chain
         self._first = config.chain.names[0]
         data = config.data[config.data_name(config.stages[self._first].data)]
-        self._auto_class = str(TASKS.find(data.task).auto_class)
+        self._auto_class = str(TASKS.find(data.task).class_for(data))
 
     def top(self) -> Model:
         """The largest of the models above the chain, the first of equals."""
@@ -274,9 +275,39 @@ def from_layers(shape: ModelConfig, above: Model, where: str) -> ModelConfig:
             allowed=f"{info.architecture} {info.num_layers}x{info.width} or fewer layers, {info.num_heads} heads",
             todo="make them equal, or set initial: fresh",
         )
-    before = above.config.keep_layers or range(1, info.num_layers + 1)
-    kept = [before[layer - 1] for layer in even_layers(shape.layers, info.num_layers)]
-    values = {"path": above.config.path, "keep_layers": kept, "dropout": shape.dropout}
+    return _taken(shape, above)
+
+
+def from_slice(shape: ModelConfig, above: Model, where: str) -> ModelConfig:
+    """A model of evenly chosen layers of the one above it, each cut to a smaller width and fewer heads.
+
+    Args:
+        shape: the description of what is wanted. above: the model that is cut; see `mtkd.models.cut`.
+
+    Raises:
+        UserError: it has another architecture, or is larger in some dimension.
+    """
+    assert shape.layers and shape.width and shape.heads  # noqa: PT018
+    info = above.info
+    larger = shape.layers > info.num_layers or shape.width > info.width or shape.heads > info.num_heads
+    if shape.architecture != info.architecture or larger or above.config.slice is not None:
+        raise UserError(
+            "cannot be sliced from the model above it",
+            where=where,
+            found=f"{shape.architecture} {shape.layers}x{shape.width}, {shape.heads} heads",
+            allowed=f"{info.architecture} of at most {info.num_layers}x{info.width}, {info.num_heads} heads, uncut",
+            todo="make it smaller, or set initial: fresh",
+        )
+    cut = {name: getattr(shape, name) for name in ("width", "heads", "kv_heads", "intermediate")}
+    return _taken(shape, above, slice={name: value for name, value in cut.items() if value is not None})
+
+
+def _taken(shape: ModelConfig, above: Model, **cut: object) -> ModelConfig:
+    """Evenly chosen layers of the model above, with the dropout that is asked for."""
+    assert shape.layers is not None
+    before = above.config.keep_layers or range(1, above.info.num_layers + 1)
+    kept = [before[layer - 1] for layer in even_layers(shape.layers, above.info.num_layers)]
+    values = {"path": above.config.path, "keep_layers": kept, "dropout": shape.dropout, **cut}
     values |= {"revision": above.config.revision}
     return ModelConfig.model_validate({key: value for key, value in values.items() if value is not None})
 

@@ -68,4 +68,6 @@ def _losses(objective: Objective, batch: Batch, engine: Engine) -> Tensor:
         features = objective.student(batch, frozenset({"logits"}))
     with engine.whole_head():
         logits = as_logits(features["logits"]).in_dtype(objective.dtype)
-        return Traits([logits], batch.targets, batch.target_mask, "example", objective.tile).ce[0, :, 0]
+        return Traits([logits], objective.mapped(batch).targets, batch.target_mask, "example", objective.tile).ce[
+            0, :, 0
+        ]

@@ -112,10 +112,7 @@ class Objective(Trainable):
         """
         with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             features = self.student(batch, self.student_wants)
-        vocabulary = self.student.vocabulary
-        if vocabulary is not None and self.token_level:
-            batch = replace(batch, targets=vocabulary.targets(batch.targets))
-        logits = self.teacher_logits(teachers)
+        batch, logits = self.mapped(batch), self.teacher_logits(teachers)
         weights, penalty = self._weights(batch, logits, features, counts)
         metrics = self._weight_metrics(weights, batch, counts)
         total = torch.zeros((), device=batch.input_ids.device)
@@ -138,6 +135,13 @@ class Objective(Trainable):
             metrics["penalty"] = penalty.detach()
         metrics["loss"] = total.detach()
         return total, metrics
+
+    def mapped(self, batch: Batch) -> Batch:
+        """The batch with targets that number the student's columns: others than the run's ids where it has fewer."""
+        vocabulary = self.student.vocabulary
+        if vocabulary is None or not self.token_level:
+            return batch
+        return replace(batch, targets=vocabulary.targets(batch.targets))
 
     def teacher_logits(self, teachers: Sequence[Features]) -> list[Logits]:
         """The teachers' logits over the student's columns, cast once for the weights and the rows together."""

@@ -29,7 +29,7 @@ def takd_file(folder: Path, **chain: Any) -> Path:
 
 def dgkd_file(folder: Path, **chain: Any) -> Path:
     """Two derived rungs; every stage learns from all before it."""
-    return _chain_file(folder, {"mode": "dgkd", "num_rungs": 2, "weighting": "entropy", **chain})
+    return _chain_file(folder, {"mode": "dgkd", "num_rungs": 2, "weighting": "drop", **chain})
 
 
 def _chain_file(folder: Path, chain: dict[str, Any]) -> Path:

@@ -1,7 +1,7 @@
 """Teacher-assistant chains: `chain` of a run file, and the plain stages it stands for.
 
 The expansion needs nothing but this configuration once every shape is known, so that run, plan, resume and status see
-the same stages. Shapes that depend on other models (`num_rungs`, `initial: teacher`) are filled in as `models` first,
+the same stages. Shapes that depend on other models (`num_rungs`, `initial: teacher`, `slice`) are filled in as `models` first,
 by `mtkd.planner.resolve`; the run folder's copy of the configuration keeps them, and the stages beside them.
 """
 
@@ -17,7 +17,7 @@ from mtkd.config.model import ModelConfig, TeacherConfig
 from mtkd.config.stage import BatchConfig, EarlyStop, OptimizerConfig, StageConfig
 from mtkd.match import Match
 
-Initial = Literal["fresh", "teacher"]
+Initial = Literal["fresh", "teacher", "slice"]
 
 # Of a chain's training settings, what the direct student may have of its own: the rest makes it the control.
 _OF_DIRECT = {"method", "match", "weighting", "per"}
@@ -32,7 +32,7 @@ class Training(Config):
     initial: Initial | None = Field(
         None,
         description="start of a model: fresh (default) = random; teacher = evenly chosen layers of the model above it, "
-        "of equal architecture, width and heads",
+        "of equal architecture, width and heads; slice = such layers, cut to the width and heads of the model",
     )
     method: Named | None = Field(None, description="a method of the table; default: kd by lam and temperature")
     match: tuple[Match, ...] | None = Field(None, description="further rows")
