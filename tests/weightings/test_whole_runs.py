@@ -113,6 +113,7 @@ def test_learned_and_reinforced_runs_resume_bit_equal(tmp_path: Path) -> None:
         ({"name": "drop", "options": {"count": -1}}, {}, "must not be negative"),
         ({"name": "uncertainty", "options": {"mode": "medium"}}, {}, "hard, soft; found medium"),
         ({"name": "rl_kd", "options": {"decay": 1.0}}, {}, "decay"),
+        ({"name": "rl_kd", "options": {"credit": "all"}}, {}, "credit must be one of example, batch; found all"),
         ({"name": "margin", "options": {"tau": -1.0}}, {}, "tau must be positive"),
         (
             "mgda",
