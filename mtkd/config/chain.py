@@ -1,8 +1,8 @@
 """Teacher-assistant chains: `chain` of a run file, and the plain stages it stands for.
 
 The expansion needs nothing but this configuration once every shape is known, so that run, plan, resume and status see
-the same stages. Shapes that depend on other models (`num_rungs`, `initial: teacher`, `slice`) are filled in as `models` first,
-by `mtkd.planner.resolve`; the run folder's copy of the configuration keeps them, and the stages beside them.
+the same stages. Shapes that depend on other models (`num_rungs`, `initial: teacher | slice`) are filled in as `models`
+first, by `mtkd.planner.resolve`; the run folder's copy of the configuration keeps them, and the stages beside them.
 """
 
 from __future__ import annotations
