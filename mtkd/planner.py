@@ -9,7 +9,7 @@ from rich.table import Table
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from mtkd.build import given_tokenizer, read_tokenizer, resolve_path
-from mtkd.chain import stage_of, stage_values, used_stages
+from mtkd.chain import scored_models, stage_of, stage_values, used_stages
 from mtkd.checks import check
 from mtkd.cofinetune import check_members
 from mtkd.config import STAGE_PREFIX, ModelConfig, RunConfig, StageConfig
@@ -114,6 +114,7 @@ def plan(config: RunConfig) -> Plan:
     check(config)
     planner = _Planner(config)
     stages = _with_consequences([planner.stage(name) for name in config.stages])
+    planner.check_scored()
     engine = config.engine
     command = ["mtkd", "run", "FILE"]
     if engine.kind == "deepspeed" and engine.processes > 1:
@@ -170,6 +171,8 @@ class _Planner:
         planned, infos = [], []
         for role, model, config in models:
             info = model_info(config, auto_class)
+            if auto_class == CLASSIFIER and not data.labels:  # found in the data: whatever they are, they fit
+                info = replace(info, num_labels=2)
             infos.append(info)
             planned.append(_planned(role, model, info, count_parameters(config, auto_class)))
         if stage.members:
@@ -179,7 +182,7 @@ class _Planner:
             infos[0],
             {role: info for (role, _, _), info in zip(models[own:], infos[own:], strict=True)},
             token_level=task.token_level,
-            regression=False,
+            regression=False if task.token_level or data.labels else None,
             where=f"{where}.match",
         )
         texts = [_row_text(row.match.weight, row.key, row.pairs) for row in rows]
@@ -209,7 +212,7 @@ class _Planner:
             TASKS.find(data.task).class_for(data),
             num_ids=vocabulary or self._num_ids,
             max_positions=data.max_length,
-            num_labels=len(data.labels) or 2,
+            num_labels=len(data.labels),
             label_names=data.labels,
             tokenizer=self._tokenizer,
             resolve=lambda path: resolve_path(path, self.config.base),
@@ -220,8 +223,8 @@ class _Planner:
         data = self.config.data[self.config.data_name(stage.data)]
         auto_class = TASKS.find(data.task).class_for(data)
         made = type(made).from_dict(made.to_dict())
-        if auto_class == CLASSIFIER:
-            made.num_labels = len(data.labels) or 2
+        if auto_class == CLASSIFIER and data.labels:
+            made.num_labels = len(data.labels)
         longest = model_info(made, auto_class).max_positions
         if longest < data.max_length:
             raise UserError(
@@ -240,6 +243,22 @@ class _Planner:
             return self._compressed.get(earlier or "")
         found = read_vocabulary(resolve_path(model.path, self.config.base), self._tokenizer, "model.path")
         return None if found is None else found.num_kept
+
+    def check_scored(self) -> None:
+        """Refuse to score a model on examples that are longer than it can read; after every stage was planned."""
+        name = self.config.data_name(self.config.evaluate.data)
+        data = self.config.data[name]
+        auto_class = TASKS.find(data.task).class_for(data)
+        for model in scored_models(self.config):
+            longest = model_info(self._made[model], auto_class).max_positions
+            if longest < data.max_length:
+                raise UserError(
+                    f"data '{name}' has examples longer than '{model}' can read",
+                    where="evaluate.data",
+                    found=f"{data.max_length} tokens",
+                    allowed=f"at most {longest}",
+                    todo="give the model more max_positions, or leave it out of evaluate.stages",
+                )
 
     def look(self) -> Look:
         """What the ladder of a chain asks about models."""

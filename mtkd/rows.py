@@ -69,10 +69,13 @@ def compile_rows(
     teachers: dict[str, ModelInfo],
     *,
     token_level: bool,
-    regression: bool,
+    regression: bool | None,
     where: str,
 ) -> list[Row]:
     """Resolve and check every row.
+
+    Args:
+        regression: labels are numbers; None while only the data can tell.
 
     Raises:
         UserError: unknown loss or option, a feature the loss cannot read or a model cannot give, layers outside a
@@ -105,7 +108,7 @@ def compile_rows(
     return rows
 
 
-def _check_loss(match: Match, spec: LossSpec, token_level: bool, regression: bool, where: str) -> None:
+def _check_loss(match: Match, spec: LossSpec, token_level: bool, regression: bool | None, where: str) -> None:
     if match.feature not in spec.inputs:
         raise UserError(f"loss '{match.loss}' cannot read feature '{match.feature}'", where=where, allowed=spec.inputs)
     if spec.labels != (match.target == "labels"):
@@ -119,7 +122,7 @@ def _check_loss(match: Match, spec: LossSpec, token_level: bool, regression: boo
         )
     if spec.name == "ce" and regression:
         raise UserError("cross entropy needs class labels", where=where, todo="use loss: label_mse")
-    if spec.name == "label_mse" and not regression:
+    if spec.name == "label_mse" and regression is False:
         raise UserError("label_mse needs numeric labels (a regression task)", where=where, todo="use loss: ce")
     if match.ensemble == "probabilities" and "hidden" in spec.inputs:
         raise UserError(

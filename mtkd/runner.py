@@ -21,7 +21,7 @@ from mtkd.engine.dist import Dist
 from mtkd.errors import DataError, UserError
 from mtkd.evaluate.judge import judge
 from mtkd.models.load import quiet
-from mtkd.planner import resolve
+from mtkd.planner import plan, resolve
 from mtkd.report import write_report
 from mtkd.rundir import RunDir, StageDir
 from mtkd.seal import fault_point, newest_sealed, write_atomic
@@ -64,6 +64,7 @@ def run(config: RunConfig, redo: Sequence[str] = ()) -> RunResult:
     check(config)
     again = to_redo(config, redo)
     dist, device = start_processes(config.engine)
+    on_main(dist, lambda: _plan_unfinished(config))
     folder = on_main(dist, lambda: RunDir.create(config, base=Path(config.output)))
     with ExitStack() as held:
         # On the main rank alone, and told to the others: they would wait for it in their first collective.
@@ -75,6 +76,14 @@ def run(config: RunConfig, redo: Sequence[str] = ()) -> RunResult:
         results = judge(shop)
         report = on_main(dist, lambda: _report(folder))
     return RunResult(folder.path, report, records, results)
+
+
+def _plan_unfinished(config: RunConfig) -> None:
+    """Plan the run, unless all of it is done: a mistake in the last stage must not wait for the first ones."""
+    folder = RunDir(Path(config.output) / config.name)
+    known = folder.config_file.is_file()
+    if not known or not all(folder.stage(i, name).done() for i, name in enumerate(config.stages, 1)):
+        plan(config)
 
 
 def _report(folder: RunDir) -> Path:

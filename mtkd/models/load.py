@@ -68,7 +68,8 @@ def build_model(
         auto_class: "AutoModelForCausalLM", "AutoModelForMaskedLM" or "AutoModelForSequenceClassification".
         num_ids: real token ids of the tokenizer.
         max_positions: tokens of the longest example.
-        num_labels: outputs of a classification model (1 = regression); 0 for token-level models.
+        num_labels: outputs of a classification model (1 = regression); 0 for token-level models, and at plan time
+            while the classes are to be found in the data.
         label_names: class names in order, may be empty.
         tokenizer: gives the special ids of a fresh model.
         seed: of everything that is newly initialised; the global random state is neither read nor changed.
@@ -158,7 +159,7 @@ def _full_config(
         if config.dropout is not None:
             set_dropout(full, config.dropout)
     check_head(full, request.auto_class)
-    if request.auto_class == CLASSIFIER:
+    if request.auto_class == CLASSIFIER and request.num_labels:
         _set_labels(full, request)
     _check_fits(full, request)
     cut_config(full, config)  # found here, before weights are read
