@@ -203,6 +203,12 @@ class Workshop:
         check_folder(folder)  # a link in it could lead the digest to a file outside
         return weights_digest(model, folder)
 
+    def _check_tokenizer(self, model: ModelConfig, where: str) -> None:
+        """Refuse a folder's or the hub's model whose tokens have other ids than the run's."""
+        if model.path is not None and stage_of(model.path) is None and self.vocabulary(model, where) is None:
+            own = read_tokenizer(self.resolve(model.path), model.revision)
+            check_same_tokenizer(self.tokenizer, own, where)
+
     def vocabulary(self, model: ModelConfig, where: str) -> VocabularyMap | None:
         """The map that comes with a model's folder; None for a model with a whole vocabulary."""
         return read_vocabulary(self.resolve(model.path), self.tokenizer, where) if model.path else None
@@ -215,6 +221,7 @@ class Workshop:
         Args:
             teacher: whose embedding tells which ids are alike, for a fresh student with a compressed vocabulary.
         """
+        self._check_tokenizer(model, where)
         num_ids, task = num_real_ids(self.tokenizer), data.task.class_for(data.config)
         vocabulary = self.vocabulary(model, where)
         tables = [] if teacher is None else [teacher.embedding_table]

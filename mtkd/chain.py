@@ -10,8 +10,9 @@ from typing import Any
 from mtkd.config import STAGE_PREFIX, ModelConfig, RunConfig, StageConfig
 from mtkd.configfile import differences, fingerprint
 from mtkd.errors import DataError, UserError, nearest
+from mtkd.mix import stage_rows
 from mtkd.models.folder import MAP_FILE
-from mtkd.registry import TASKS
+from mtkd.registry import LOSSES, METHODS, SOURCES, TASKS, WEIGHTINGS, Registry
 from mtkd.rundir import StageDir
 
 # Fields that change when a stage is saved, not what it makes.
@@ -88,19 +89,31 @@ def scored_models(config: RunConfig) -> list[str]:
 
 def does_task(config: RunConfig, stage: str) -> bool:
     """Whether a stage's models have the head for the data of `evaluate`."""
-    heads = []
+    heads, labels = [], []
     for name in (config.stages[stage.partition("/")[0]].data, config.evaluate.data):
         data = config.data[config.data_name(name)]
+        labels.append(data.labels)
         heads.append(TASKS.find(data.task, f"data.{name}.task").class_for(data))
+    if all(labels) and labels[0] != labels[1]:  # found in the data, they are compared when the models are loaded
+        return False
     # A model with both heads of pre-training has the one for masked tokens.
     return heads[0] == heads[1] or heads == ["AutoModelForPreTraining", "AutoModelForMaskedLM"]
+
+
+def head_of(config: RunConfig, stage: StageConfig) -> str:
+    """The auto class that the models of a stage have."""
+    name = config.data_name(stage.data)
+    data = config.data[name]
+    return str(TASKS.find(data.task, f"data.{name}.task").class_for(data))
 
 
 def stage_values(stage: StageConfig) -> dict[str, Any]:
     """The fields of a stage that determine what it makes, as plain values."""
     # Looking at a stage changes nothing, unless what is seen decides where it ends or which step is kept.
     looking = set() if stage.selects else {"evaluate_every"}
-    return stage.model_dump(mode="json", exclude=_BOOKKEEPING | looking)
+    values = stage.model_dump(mode="json", exclude=_BOOKKEEPING | looking)
+    # The members' order decides their seeds, and whose head is shared: canonical JSON would sort it away.
+    return {**values, "member_order": list(stage.members)} if stage.members else values
 
 
 def stage_seed(config: RunConfig, stage: StageConfig) -> int:
@@ -121,6 +134,7 @@ def identity(
     stage = config.stages[name]
     return {
         "stage": stage_values(stage),
+        "plugins": _plugin_digests(config, stage),
         "seed": stage_seed(config, stage),
         "steps": steps,
         "precision": config.engine.precision,
@@ -130,6 +144,22 @@ def identity(
         },
         "tokenizer": tokenizer,
         "models": dict(models),
+    }
+
+
+def _plugin_digests(config: RunConfig, stage: StageConfig) -> dict[str, str]:
+    """sha256 of every plug-in file of the run that the stage takes something from, by its path in the configuration."""
+    data = config.data[config.data_name(stage.data)]
+    used: list[tuple[Registry[Any], str]] = [(WEIGHTINGS, stage.weighting.name), (TASKS, data.task)]
+    used.append((SOURCES, data.source))
+    if stage.method is not None:
+        used.append((METHODS, stage.method.name))
+    used += [(LOSSES, row.loss) for row in stage_rows(stage, data, "stage")]
+    origins = {registry.origin(name) for registry, name in used}
+    return {
+        path: hashlib.sha256((config.base / path).read_bytes()).hexdigest()
+        for path in config.plugins
+        if path in origins
     }
 
 

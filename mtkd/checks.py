@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from mtkd.chain import does_task, scored_models, stage_of
-from mtkd.config import RunConfig, StageConfig
+from collections.abc import Sequence
+
+from mtkd.chain import does_task, head_of, scored_models, stage_of
+from mtkd.config import RANDOM_TOKENS, STAGE_PREFIX, RunConfig, StageConfig
+from mtkd.data.files import columns_of, find_files
 from mtkd.data.sources import check_source
 from mtkd.data.tasks import TaskSpec
 from mtkd.errors import UserError
+from mtkd.match import Match
 from mtkd.mix import stage_rows
+from mtkd.models.info import MASKED_LM, PRE_TRAINING
 from mtkd.models.vocabulary import compressed_teacher, compressed_twice
 from mtkd.registry import LOSSES, TASKS, WEIGHTINGS, check_options, load_plugins
 from mtkd.weightings.base import StageFacts
 from mtkd.weightings.make import check_weighting, make_weighting
+
+BLIND = ("uniform", "fixed", "drop", "route")
+"""Weightings that look at no prediction."""
 
 
 def check(config: RunConfig) -> None:
@@ -21,11 +29,11 @@ def check(config: RunConfig) -> None:
         UserError: at the first thing that is wrong.
     """
     load_plugins(config.plugins, config.base)
+    for name, data in config.data.items():
+        check_source(data, config.base, f"data.{name}")
     _check_registered(config)
     _check_evaluation(config)
     _check_vocabularies(config)
-    for name, data in config.data.items():
-        check_source(data, config.base, f"data.{name}")
     _check_selection(config)
 
 
@@ -45,7 +53,55 @@ def _check_registered(config: RunConfig) -> None:
             spec = LOSSES.find(row.loss, f"{where}.match[{position}].loss")
             check_options(row.options, spec.options(), f"{where}.match[{position}]")
         facts = StageFacts.stand_in(tuple(t.name for t in stage.teachers))
-        check_weighting(make_weighting(stage.weighting, facts, f"{where}.weighting"), stage, rows, where)
+        weighting = make_weighting(stage.weighting, facts, f"{where}.weighting")
+        check_weighting(weighting, stage, rows, where)
+        data_name = config.data_name(stage.data)
+        _check_heads(config, stage, rows, where)
+        if "route" in weighting.reads:
+            _check_route(config, data_name)
+        task = config.data[data_name].task
+        if stage.per == "token" and not TASKS.find(task).token_level:
+            raise UserError(
+                f"task '{task}' has one target per example, so one weight per teacher and example",
+                where=f"{where}.per",
+                found="token",
+                allowed="example",
+            )
+
+
+def _check_heads(config: RunConfig, stage: StageConfig, rows: Sequence[Match], where: str) -> None:
+    """Refuse a teacher of an earlier stage whose predictions are read, but whose stage gave it another head."""
+    predicted = any(row.target == "teacher" and row.feature in ("logits", "nsp_logits") for row in rows)
+    read = predicted or stage.weighting.name not in BLIND
+    for i, teacher in enumerate(stage.teachers):
+        earlier = stage_of(teacher.model.path)
+        if earlier is None:
+            continue
+        theirs, ours = (head_of(config, s) for s in (config.stages[earlier], stage))
+        # a model with both heads of pre-training also has that of masked tokens
+        fits = theirs == ours or (theirs, ours) == (PRE_TRAINING, MASKED_LM)
+        if not fits and (read or ours == PRE_TRAINING):
+            raise UserError(
+                f"stage '{earlier}' made its model for another task: here its predictions would come from a new head",
+                where=f"{where}.teachers[{i}]",
+                found=f"{theirs} on data '{config.data_name(config.stages[earlier].data)}'",
+                allowed=ours,
+                todo="fine-tune the teacher on this stage's data first, or compare hidden states and attention alone",
+            )
+
+
+def _check_route(config: RunConfig, name: str) -> None:
+    """The column that names each example's teacher must be there."""
+    data = config.data[name]
+    files = find_files(data, config.base, f"data.{name}") if data.source == "files" else {}
+    columns = columns_of(files["train"]) if "train" in files else None
+    if data.source == RANDOM_TOKENS or (columns is not None and data.teacher not in columns):
+        raise UserError(
+            "weighting 'route' reads the teacher of each example from a column, and these data have none of that name",
+            where=f"data.{name}.teacher",
+            found=data.teacher,
+            allowed=columns or "data with such a column",
+        )
 
 
 def _check_labels(config: RunConfig, stage: StageConfig, where: str) -> None:
@@ -72,14 +128,19 @@ def _check_vocabularies(config: RunConfig) -> None:
     for name, stage in config.stages.items():
         task = TASKS.find(config.data[config.data_name(stage.data)].task)
         for i, teacher in enumerate(stage.teachers):
-            if task.token_level and stage_of(teacher.model.path) in compressed:
+            if task.token_level and _model_of(teacher.model.path) in compressed:
                 raise compressed_teacher(teacher.model.path or "", f"stages.{name}.teachers[{i}]")
         for role, model in stage.trained.items():
-            goes_on = stage_of(model.path) in compressed
+            goes_on = _model_of(model.path) in compressed
             if goes_on and model.vocabulary is not None:
                 raise compressed_twice(f"stages.{name}.{role}.vocabulary")
             if goes_on or model.vocabulary is not None:
-                compressed.add(name)
+                compressed.add(f"{name}/{role}" if stage.members else name)
+
+
+def _model_of(path: str | None) -> str | None:
+    """ "stage:x/member" -> "x/member"; None for a model that no stage makes."""
+    return None if path is None or stage_of(path) is None else path.removeprefix(STAGE_PREFIX)
 
 
 def _check_evaluation(config: RunConfig) -> None:
@@ -90,6 +151,17 @@ def _check_evaluation(config: RunConfig) -> None:
     """
     settings = config.evaluate
     name = config.data_name(settings.data)
+    data = config.data[name]
+    split = settings.split
+    held_out = split == "validation" and data.validation_share > 0
+    if data.source == RANDOM_TOKENS or (data.source == "files" and split not in data.files and not held_out):
+        raise UserError(
+            f"data '{name}' has no {split} split to score on",
+            where="evaluate.split",
+            found=split,
+            allowed=list(data.files) or "real data",
+            todo="set evaluate.data and evaluate.split",
+        )
     named = [("stages", s) for s in settings.stages] + [("ensembles", s) for s in settings.ensembles]
     for place, stage in named:
         if not does_task(config, stage):
@@ -131,6 +203,13 @@ def _check_selection(config: RunConfig) -> None:
                 where=f"stages.{name}.{'early_stop.metric' if stage.early_stop else 'export_metric'}",
                 found=stage.selects,
                 allowed=allowed,
+            )
+        if data.source == RANDOM_TOKENS:
+            raise UserError(
+                "random tokens have no validation split to choose by",
+                where=f"stages.{name}",
+                found=f"data '{data_name}'",
+                todo="drop early_stop and export: best",
             )
         if data.source == "files" and "validation" not in data.files and not data.validation_share:
             raise UserError(

@@ -65,7 +65,8 @@ def config_digest(config: BaseModel) -> str:
     """Fingerprint of a configuration; equal for equal meaning, whatever was written out or left to defaults."""
     values = config.model_dump(mode="json")
     # The order of stages has a meaning that canonical JSON would sort away.
-    return fingerprint([values, list(values.get("stages", ()))])
+    members = [list(stage.get("members") or ()) for stage in values.get("stages", {}).values()]
+    return fingerprint([values, list(values.get("stages", ())), members])
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

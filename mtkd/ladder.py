@@ -117,7 +117,12 @@ class Shapes:
     def _shape(self, layers: int, width: int, heads: int) -> ModelConfig:
         student = self.student
         assert student.width is not None
-        values = {**student.model_dump(exclude_unset=True), "layers": layers, "width": width, "heads": heads}
+        values = {
+            **student.model_dump(exclude_unset=True, exclude={"vocabulary"}),
+            "layers": layers,
+            "width": width,
+            "heads": heads,
+        }
         if student.kv_heads:
             values["kv_heads"] = heads // self._grouped
         if student.intermediate:
@@ -267,7 +272,7 @@ def from_layers(shape: ModelConfig, above: Model, where: str) -> ModelConfig:
     info = above.info
     wanted = {"architecture": shape.architecture, "width": shape.width, "heads": shape.heads}
     found = {"architecture": info.architecture, "width": info.width, "heads": info.num_heads}
-    if wanted != found or shape.layers > info.num_layers:
+    if wanted != found or shape.layers > info.num_layers or above.config.slice is not None:
         raise UserError(
             "cannot begin with layers of the model above it",
             where=where,
@@ -308,6 +313,7 @@ def _taken(shape: ModelConfig, above: Model, **cut: object) -> ModelConfig:
     before = above.config.keep_layers or range(1, above.info.num_layers + 1)
     kept = [before[layer - 1] for layer in even_layers(shape.layers, above.info.num_layers)]
     values = {"path": above.config.path, "keep_layers": kept, "dropout": shape.dropout, **cut}
+    values |= {"vocabulary": shape.vocabulary}
     values |= {"revision": above.config.revision}
     return ModelConfig.model_validate({key: value for key, value in values.items() if value is not None})
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from mtkd.build import given_tokenizer, read_tokenizer, resolve_path
-from mtkd.chain import scored_models, stage_of, stage_values, used_stages
+from mtkd.chain import needed_stages, scored_models, stage_of, stage_values
 from mtkd.checks import check
 from mtkd.cofinetune import check_members
 from mtkd.config import STAGE_PREFIX, ModelConfig, RunConfig, StageConfig
@@ -161,9 +161,10 @@ class _Planner:
         models = [(role, m, self._model_config(stage, m, f"{where}.{role}")) for role, m in stage.trained.items()]
         own = len(models)
         self._made |= {f"{name}/{role}" if stage.members else name: made for role, _, made in models}
-        for _, model, made in models:
+        for role, model, made in models:
             if model.vocabulary is not None or self._vocabulary(model) is not None:
-                self._compressed[name] = made.vocab_size
+                self._compressed[f"{name}/{role}" if stage.members else name] = made.vocab_size
+            self._check_tokenizer(model, f"{where}.{role}", token_level=False)
         for i, teacher in enumerate(stage.teachers):
             place = f"{where}.teachers[{i}]"
             models.append((teacher.name, teacher.model, self._model_config(stage, teacher.model, place)))
@@ -190,7 +191,7 @@ class _Planner:
             name,
             stage.kind,
             self._state(name),
-            used_stages(stage),
+            needed_stages(stage),
             planned,
             texts,
             stage.steps,
@@ -205,7 +206,7 @@ class _Planner:
         earlier = stage_of(model.path)
         if earlier is not None:
             made = self._made[str(model.path).removeprefix(STAGE_PREFIX)]
-            return self._for_task(smaller_config(made, model, self._tokenizer, self._num_ids), stage, where)
+            return self._for_task(smaller_config(made, model, self._tokenizer, self._num_ids), earlier, stage, where)
         data = self.config.data[self.config.data_name(stage.data)]
         return load_model_config(
             model,
@@ -218,12 +219,13 @@ class _Planner:
             resolve=lambda path: resolve_path(path, self.config.base),
         )
 
-    def _for_task(self, made: PretrainedConfig, stage: StageConfig, where: str) -> PretrainedConfig:
+    def _for_task(self, made: PretrainedConfig, earlier: str, stage: StageConfig, where: str) -> PretrainedConfig:
         """An earlier stage's model as this stage will load it: the head of its task, the length of its data."""
         data = self.config.data[self.config.data_name(stage.data)]
         auto_class = TASKS.find(data.task).class_for(data)
         made = type(made).from_dict(made.to_dict())
         if auto_class == CLASSIFIER and data.labels:
+            self._check_labels(earlier, data.labels, where)
             made.num_labels = len(data.labels)
         longest = model_info(made, auto_class).max_positions
         if longest < data.max_length:
@@ -236,11 +238,23 @@ class _Planner:
             )
         return made
 
+    def _check_labels(self, earlier: str, labels: tuple[str, ...], where: str) -> None:
+        """Refuse a classifier of an earlier stage whose classes are others, where both sides name them."""
+        theirs = self.config.data[self.config.data_name(self.config.stages[earlier].data)]
+        if theirs.task == "classify" and theirs.labels and theirs.labels != labels:
+            raise UserError(
+                f"stage '{earlier}' makes a classifier of other classes",
+                where=where,
+                found=", ".join(theirs.labels),
+                allowed=", ".join(labels),
+                todo="use data of the same classes in the same order, or go on from a model that is no classifier",
+            )
+
     def _vocabulary(self, model: ModelConfig) -> int | None:
         """Ids of a model that comes with a vocabulary map; None for a whole vocabulary."""
         earlier = stage_of(model.path)
         if earlier is not None or model.path is None:
-            return self._compressed.get(earlier or "")
+            return self._compressed.get((model.path or "").removeprefix(STAGE_PREFIX))
         found = read_vocabulary(resolve_path(model.path, self.config.base), self._tokenizer, "model.path")
         return None if found is None else found.num_kept
 

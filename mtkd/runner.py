@@ -46,6 +46,9 @@ class RunResult:
     def export(self, stage: str) -> Path:
         """Folder of the model STAGE, or STAGE/MEMBER of several, for plain `AutoModel*.from_pretrained`."""
         name, _, member = stage.partition("/")
+        members = self.stages[name].get("members") or {}
+        if members and member not in members:
+            raise UserError("this stage made several models", found=stage, allowed=[f"{name}/{m}" for m in members])
         return RunDir(self.folder).stage(list(self.stages).index(name) + 1, name).export / member
 
 

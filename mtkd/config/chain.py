@@ -35,7 +35,9 @@ class Training(Config):
         "of equal architecture, width and heads; slice = such layers, cut to the width and heads of the model",
     )
     method: Named | None = Field(None, description="a method of the table; default: kd by lam and temperature")
-    match: tuple[Match, ...] | None = Field(None, description="further rows")
+    match: tuple[Match, ...] | None = Field(
+        None, description="further rows; without `method` the only ones, instead of the default method's"
+    )
     weighting: Named | None = Field(None, description="how much each teacher counts; default: uniform, dgkd: drop")
     per: Literal["example", "token"] | None = Field(None, description="one weight per example or per token")
     steps: Positive | None = Field(None, description="optimizer steps")
@@ -161,7 +163,7 @@ class ChainConfig(Training):
         if not self.rungs:
             return None
         rung = self.rungs[self.assistants.index(name)]
-        like = self.student.model_dump(exclude_unset=True, exclude=set(Rung.model_fields))
+        like = self.student.model_dump(exclude_unset=True, exclude={*Rung.model_fields, "vocabulary"})
         return ModelConfig.model_validate({**like, **rung.model_dump(exclude_none=True, exclude={"name"})})
 
     @property
@@ -291,6 +293,8 @@ def _training(chain: ChainConfig, name: str) -> dict[str, Any]:
         if "optimizer" in given:
             given["optimizer"] = {**(values.get("optimizer") or {}), **(given["optimizer"] or {})}
         values |= given
+        if values.get("export") != "best":  # a metric to choose by goes with the choice
+            values.pop("export_metric", None)
     return {key: value for key, value in values.items() if value is not None}
 
 

@@ -80,7 +80,13 @@ class DataConfig(Config):
     limit: dict[Literal["train", "validation", "test"], Positive] = Field(
         default_factory=dict, description="at most this many documents or rows per split, chosen by the seed"
     )
-    seed: int = Field(0, description="of hold-out, limit and masking of evaluation data")
+    seed: int = Field(0, description="of hold-out, limit, masking, sentence pairs and made-up tokens")
+
+    @model_validator(mode="after")
+    def _shuffles_one_text(self) -> DataConfig:
+        if self.transfer is not None and self.transfer.tokens == "shuffled" and self.text_pair:
+            raise ValueError("transfer: shuffled would move tokens from one text of a pair to the other")
+        return self
 
     @property
     def noise(self) -> TransferConfig | None:

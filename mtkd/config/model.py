@@ -49,7 +49,9 @@ class SliceConfig(Config):
 class ModelConfig(Config):
     """A model: loaded from `path`, cut from a loaded model, or fresh from a short description."""
 
-    path: str | None = Field(None, description="folder, hub id, card name in teachers/, or stage:NAME")
+    path: str | None = Field(
+        None, description="folder, hub id, card name in teachers/, stage:NAME or stage:NAME/MEMBER"
+    )
     revision: str | None = Field(None, description="hub: branch, tag or commit")
     keep_layers: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
         None, description="with path: copy only these layers (counted from 1) of the loaded model"
@@ -88,6 +90,10 @@ class ModelConfig(Config):
         shape = [
             n for n in ("layers", "width", "heads", "kv_heads", "intermediate", "max_positions") if getattr(self, n)
         ]
+        if self.path is not None and "tie_embeddings" in self.model_fields_set:
+            raise ValueError("a loaded model ties its embeddings or not; drop tie_embeddings")
+        if self.path is None and self.revision is not None:
+            raise ValueError("revision goes with path")
         if (self.path is None) == (self.architecture is None):
             raise ValueError("give either `path` (loaded) or `architecture` (fresh)")
         if self.path is not None and shape:

@@ -46,7 +46,9 @@ class EngineConfig(Config):
 class Comparison(Config):
     """Two models, or the ensemble of a stage's teachers, compared per document with a paired test."""
 
-    candidate: str = Field(description="stage name, or ensemble:STAGE for the uniform ensemble of its teachers")
+    candidate: str = Field(
+        description="stage name, NAME/MEMBER, or ensemble:STAGE for the uniform ensemble of its teachers"
+    )
     baseline: str = Field(description="the same")
 
 
@@ -118,7 +120,8 @@ class RunConfig(Config):
             return
         # The model is frozen for its users; this is still its construction.
         object.__setattr__(self, "stages", expand(chain, self.stages))
-        object.__setattr__(self, "evaluate", with_control(self.evaluate, chain, list(self.stages)))
+        scorable = [name for name, stage in self.stages.items() if self._may_be_scored(stage)]
+        object.__setattr__(self, "evaluate", with_control(self.evaluate, chain, scorable))
         self.model_fields_set.update(("stages", "evaluate"))
 
     def _check_references(self) -> None:
@@ -150,10 +153,19 @@ class RunConfig(Config):
         """Folder of this run."""
         return Path(self.output) / self.name
 
+    def _may_be_scored(self, stage: StageConfig) -> bool:
+        """As far as the configuration alone can tell whether a stage's models do the task of `evaluate.data`."""
+        ours, theirs = (self.data.get(self.data_name(name)) for name in (stage.data, self.evaluate.data))
+        if ours is None or theirs is None:
+            return True  # an unknown name is told elsewhere
+        return ours.task == theirs.task and ours.next_sentence >= theirs.next_sentence
+
     def _known_vocabulary(self, model: ModelConfig, stage: StageConfig, where: str) -> None:
         if model.vocabulary is None:
             return
         self._known_data(model.vocabulary.counts, f"{where}.counts")
+        if self.data[self.data_name(model.vocabulary.counts)].source == RANDOM_TOKENS:
+            raise ValueError(f"{where}.counts: random tokens have no frequencies to count; name real data")
         if model.path is None and not stage.teachers:
             raise ValueError(
                 f"{where}: a fresh model's ids are compared by its first teacher's embedding, and this stage has no "
@@ -186,7 +198,7 @@ class RunConfig(Config):
     def scored(self) -> list[str]:
         """The models that are scored at the end, ensembles aside."""
         chosen = self.evaluate.stages or tuple(self.stages)
-        return [m for c in chosen for m in self.models if m == c or m.startswith(f"{c}/")]
+        return [m for m in self.models if any(m == c or m.startswith(f"{c}/") for c in chosen)]
 
     def _known_scored(self) -> None:
         for stage in self.evaluate.stages:
@@ -221,13 +233,15 @@ def with_control(evaluate: EvaluateConfig, chain: ChainConfig, stages: list[str]
     """The evaluation of a chain: the student against the direct one, and the teachers it is measured by, if not asked.
 
     The teachers' own score is that of their stage; of several, or of models from elsewhere, that of their ensemble.
+
+    Args: stages: those that can be scored on the evaluation's data.
     """
-    scored = evaluate.stages or stages
+    scored = [name for name in evaluate.stages or stages if name in stages]
     changes: dict[str, object] = {}
     pair = Comparison(candidate=chain.student_name, baseline=chain.direct_name or "")
     if chain.direct and {pair.candidate, pair.baseline} <= set(scored) and pair not in evaluate.comparisons:
         changes["comparisons"] = (*evaluate.comparisons, pair)
     first = chain.names[0]
-    if chain.teacher_stage is None and first not in evaluate.ensembles:
+    if chain.teacher_stage is None and first in stages and first not in evaluate.ensembles:
         changes["ensembles"] = (*evaluate.ensembles, first)
     return evaluate.model_copy(update=changes) if changes else evaluate

@@ -39,9 +39,15 @@ def transfer_tokens(
         return arrays
     special = np.array(sorted(tokenizer.all_special_ids), np.int64)
     ordinary = np.setdiff1d(np.arange(num_real_ids(tokenizer)), special)
+    # An unknown word is text like any other; some tokenizers use one id for it and for the ends of texts.
+    ends = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id}
+    unknown = [] if tokenizer.unk_token_id in ends or tokenizer.unk_token_id is None else [tokenizer.unk_token_id]
+    text = np.union1d(ordinary, np.array(unknown, np.int64))
     weights = _frequencies(arrays, ordinary) if settings.tokens == "frequency" else None
     return [
-        _replaced(ids, settings, ordinary, weights, np.random.default_rng([config.seed % 2**64, _PURPOSE, number]))
+        _replaced(
+            ids, settings, (text, ordinary), weights, np.random.default_rng([config.seed % 2**64, _PURPOSE, number])
+        )
         for number, ids in enumerate(arrays)
     ]
 
@@ -58,11 +64,13 @@ def _frequencies(texts: list[np.ndarray], ordinary: np.ndarray) -> np.ndarray:
 def _replaced(
     ids: np.ndarray,
     settings: TransferConfig,
-    ordinary: np.ndarray,
+    known: tuple[np.ndarray, np.ndarray],
     weights: np.ndarray | None,
     random: np.random.Generator,
 ) -> np.ndarray:
-    candidates = np.flatnonzero(np.isin(ids, ordinary))
+    """One text's ids. Args: known: ids that may be replaced, ids that may replace them."""
+    text, ordinary = known
+    candidates = np.flatnonzero(np.isin(ids, text))
     chosen = candidates[random.random(len(candidates)) < settings.share]
     replaced = ids.copy()
     if settings.tokens == "shuffled":

@@ -117,7 +117,9 @@ def _metric(run: RunData) -> str:
 
 
 def _rung(run: RunData, chain: ChainConfig, name: str, metric: str, best: float | None) -> Rung:
-    stage = next((s for s in run.stages if s.name == name), None)
+    stage = next((s for s in run.stages if s.name == name.partition("/")[0]), None)
+    own = run.models.get(name, {}).get("parameters")
+    parameters = own if isinstance(own, int) else stage.parameters if stage else None
     score = _score(run, name, metric)
     row = next((r for r in run.comparisons if _is_gain(r, name, chain.direct_name)), {})
     difference = number(row.get("difference"))
@@ -125,7 +127,7 @@ def _rung(run: RunData, chain: ChainConfig, name: str, metric: str, best: float 
     return Rung(
         name=name,
         learned_from=stage.teachers if stage else [],
-        parameters=stage.parameters if stage else None,
+        parameters=parameters,
         score=score,
         kept=_kept(score, best, metric),
         seconds=stage.seconds if stage else None,

@@ -162,7 +162,7 @@ class Traits:
             others = max(self.num_teachers - 1, 1)
             values = same / others if self.num_teachers > 1 else torch.ones_like(same)
             # Choices are 0 at positions that do not count: teachers would seem to agree there.
-            self._known["agreement"] = self._averaged(values.masked_fill(~self._mask, 0))
+            self._known["agreement"] = self._averaged(values.masked_fill(~self._counted("choice"), 0))
         return self._known["agreement"]
 
     def read(self, name: str) -> Tensor:
@@ -235,11 +235,15 @@ class Traits:
         every = torch.arange(len(self._mask), device=self._mask.device)
         return torch.stack([torch.softmax(logits.rows(every), -1) for logits in self._logits])
 
+    def _counted(self, name: str) -> Tensor:
+        """Where a trait is computed: at targets; classes also without a label, which `ce` alone needs."""
+        return self.real if name != "ce" and self._mask.dim() == 1 else self._mask
+
     @torch.no_grad()
     def _of(self, logits: Logits, name: str) -> Tensor:
         """A trait of some logits at every position that counts, 0 elsewhere, shaped like the targets."""
         function = TRAITS[name]
-        index = self._mask.reshape(-1).nonzero().squeeze(-1)
+        index = self._counted(name).reshape(-1).nonzero().squeeze(-1)
         values = self._mask.new_zeros(self._mask.numel(), dtype=torch.float32)
         labels = self._targets.reshape(-1)
         for tile in index.split(self.tile):
