@@ -8,7 +8,6 @@ from typing import Any
 from rich.table import Table
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from mtkd.build import given_tokenizer, read_tokenizer, resolve_path
 from mtkd.chain import needed_stages, scored_models, stage_of, stage_values
 from mtkd.checks import check
 from mtkd.cofinetune import check_members
@@ -17,6 +16,7 @@ from mtkd.data.tokenizers import check_same_tokenizer, num_real_ids, train_token
 from mtkd.errors import UserError
 from mtkd.ladder import Look, complete
 from mtkd.launcher import launch_command
+from mtkd.locate import given_tokenizer, read_tokenizer, resolve_path
 from mtkd.mix import stage_rows
 from mtkd.models.info import CLASSIFIER, ModelInfo, count_parameters, model_info
 from mtkd.models.load import load_config as load_model_config

@@ -66,8 +66,7 @@ def train(built: BuiltStage, config: RunConfig, run: RunDir, folder: StageDir) -
             due = last or bool(stage.evaluate_every and state.step % stage.evaluate_every == 0)
             logged, better = None, False
             if last or state.step % config.log_every == 0 or state.step == 1 or (due and stage.early_stop):
-                rate = learning_rate(stage.optimizer, step, built.steps)
-                logged = meter.log(state, {"lr": rate, "grad_norm": norm})
+                logged = meter.log(state, {"lr": learning_rate(stage.optimizer, step, built.steps), "grad_norm": norm})
                 if not math.isfinite(logged):
                     raise _non_finite(built, step, {"loss": logged})
             progress.update(state.step, logged)
