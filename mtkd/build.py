@@ -203,12 +203,6 @@ class Workshop:
         check_folder(folder)  # a link in it could lead the digest to a file outside
         return weights_digest(model, folder)
 
-    def _check_tokenizer(self, model: ModelConfig, where: str) -> None:
-        """Refuse a folder's or the hub's model whose tokens have other ids than the run's."""
-        if model.path is not None and stage_of(model.path) is None and self.vocabulary(model, where) is None:
-            own = read_tokenizer(self.resolve(model.path), model.revision)
-            check_same_tokenizer(self.tokenizer, own, where)
-
     def vocabulary(self, model: ModelConfig, where: str) -> VocabularyMap | None:
         """The map that comes with a model's folder; None for a model with a whole vocabulary."""
         return read_vocabulary(self.resolve(model.path), self.tokenizer, where) if model.path else None
@@ -216,14 +210,16 @@ class Workshop:
     def model(
         self, model: ModelConfig, data: LoadedData, seed: int, teacher: TappedModel | None = None, where: str = "model"
     ) -> TappedModel:
-        """A model for the data's task, with taps.
+        """A model for the data's task, with taps; one that is loaded has the run's tokenizer.
 
         Args:
             teacher: whose embedding tells which ids are alike, for a fresh student with a compressed vocabulary.
         """
-        self._check_tokenizer(model, where)
         num_ids, task = num_real_ids(self.tokenizer), data.task.class_for(data.config)
         vocabulary = self.vocabulary(model, where)
+        if model.path is not None and vocabulary is None:
+            own = read_tokenizer(self.resolve(model.path), model.revision)
+            check_same_tokenizer(self.tokenizer, own, where)
         tables = [] if teacher is None else [teacher.embedding_table]
         built = build_model(
             model,
@@ -251,10 +247,7 @@ class Workshop:
     def teacher(self, teacher: TeacherConfig, data: LoadedData, where: str) -> TappedModel:
         """A teacher whose tokenizer is the run's."""
         assert teacher.model.path is not None
-        if self.vocabulary(teacher.model, where) is None:
-            own = read_tokenizer(self.resolve(teacher.model.path), teacher.model.revision)
-            check_same_tokenizer(self.tokenizer, own, where)
-        elif data.task.token_level:
+        if data.task.token_level and self.vocabulary(teacher.model, where) is not None:
             raise compressed_teacher(teacher.model.path, where)
         model = self.model(teacher.model, data, seed=0, where=where)
         broken = [name for name, weight in model.model.named_parameters() if not weight.isfinite().all()]

@@ -12,6 +12,7 @@ from mtkd.configfile import differences, fingerprint
 from mtkd.errors import DataError, UserError, nearest
 from mtkd.mix import stage_rows
 from mtkd.models.folder import MAP_FILE
+from mtkd.models.info import MASKED_LM, PRE_TRAINING
 from mtkd.registry import LOSSES, METHODS, SOURCES, TASKS, WEIGHTINGS, Registry
 from mtkd.rundir import StageDir
 
@@ -31,6 +32,16 @@ def stage_of(path: str | None) -> str | None:
 def member_of(path: str | None) -> str:
     """ "stage:x/member" -> "member"; empty for any other path."""
     return path.partition("/")[2] if path and path.startswith(STAGE_PREFIX) else ""
+
+
+def model_of(path: str | None) -> str | None:
+    """ "stage:x" -> "x", "stage:x/member" -> "x/member"; None for a model that no stage makes."""
+    return path.removeprefix(STAGE_PREFIX) if path and path.startswith(STAGE_PREFIX) else None
+
+
+def model_name(stage_name: str, stage: StageConfig, role: str) -> str:
+    """Name of what a stage trains under a role of `StageConfig.trained`: its own, or NAME/MEMBER."""
+    return f"{stage_name}/{role}" if stage.members else stage_name
 
 
 def used_stages(stage: StageConfig) -> list[str]:
@@ -89,22 +100,23 @@ def scored_models(config: RunConfig) -> list[str]:
 
 def does_task(config: RunConfig, stage: str) -> bool:
     """Whether a stage's models have the head for the data of `evaluate`."""
-    heads, labels = [], []
-    for name in (config.stages[stage.partition("/")[0]].data, config.evaluate.data):
-        data = config.data[config.data_name(name)]
-        labels.append(data.labels)
-        heads.append(TASKS.find(data.task, f"data.{name}.task").class_for(data))
+    ours, theirs = config.stages[stage.partition("/")[0]].data, config.evaluate.data
+    labels = [config.data[config.data_name(name)].labels for name in (ours, theirs)]
     if all(labels) and labels[0] != labels[1]:  # found in the data, they are compared when the models are loaded
         return False
-    # A model with both heads of pre-training has the one for masked tokens.
-    return heads[0] == heads[1] or heads == ["AutoModelForPreTraining", "AutoModelForMaskedLM"]
+    return head_fits(head_for(config, ours), head_for(config, theirs))
 
 
-def head_of(config: RunConfig, stage: StageConfig) -> str:
-    """The auto class that the models of a stage have."""
-    name = config.data_name(stage.data)
+def head_for(config: RunConfig, data_name: str) -> str:
+    """The auto class of the models that are trained on a `data` entry."""
+    name = config.data_name(data_name)
     data = config.data[name]
     return str(TASKS.find(data.task, f"data.{name}.task").class_for(data))
+
+
+def head_fits(model: str, task: str) -> bool:
+    """Whether a model of one auto class has the head of another: both heads of pre-training include masked tokens'."""
+    return model == task or (model, task) == (PRE_TRAINING, MASKED_LM)
 
 
 def stage_values(stage: StageConfig) -> dict[str, Any]:

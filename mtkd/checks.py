@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mtkd.chain import does_task, head_of, scored_models, stage_of
-from mtkd.config import RANDOM_TOKENS, STAGE_PREFIX, RunConfig, StageConfig
+from mtkd.chain import does_task, head_fits, head_for, model_name, model_of, scored_models, stage_of
+from mtkd.config import RANDOM_TOKENS, RunConfig, StageConfig
 from mtkd.data.files import columns_of, find_files
 from mtkd.data.sources import check_source
 from mtkd.data.tasks import TaskSpec
 from mtkd.errors import UserError
 from mtkd.match import Match
 from mtkd.mix import stage_rows
-from mtkd.models.info import MASKED_LM, PRE_TRAINING
+from mtkd.models.info import PRE_TRAINING
 from mtkd.models.vocabulary import compressed_teacher, compressed_twice
 from mtkd.registry import LOSSES, TASKS, WEIGHTINGS, check_options, load_plugins
 from mtkd.weightings.base import StageFacts
@@ -48,14 +48,14 @@ def _check_registered(config: RunConfig) -> None:
     for name, stage in config.stages.items():
         where = f"stages.{name}"
         _check_labels(config, stage, where)
-        rows = stage_rows(stage, config.data[config.data_name(stage.data)], where)
+        data_name = config.data_name(stage.data)
+        rows = stage_rows(stage, config.data[data_name], where)
         for position, row in enumerate(rows):
             spec = LOSSES.find(row.loss, f"{where}.match[{position}].loss")
             check_options(row.options, spec.options(), f"{where}.match[{position}]")
         facts = StageFacts.stand_in(tuple(t.name for t in stage.teachers))
         weighting = make_weighting(stage.weighting, facts, f"{where}.weighting")
         check_weighting(weighting, stage, rows, where)
-        data_name = config.data_name(stage.data)
         _check_heads(config, stage, rows, where)
         if "route" in weighting.reads:
             _check_route(config, data_name)
@@ -77,10 +77,8 @@ def _check_heads(config: RunConfig, stage: StageConfig, rows: Sequence[Match], w
         earlier = stage_of(teacher.model.path)
         if earlier is None:
             continue
-        theirs, ours = (head_of(config, s) for s in (config.stages[earlier], stage))
-        # a model with both heads of pre-training also has that of masked tokens
-        fits = theirs == ours or (theirs, ours) == (PRE_TRAINING, MASKED_LM)
-        if not fits and (read or ours == PRE_TRAINING):
+        theirs, ours = (head_for(config, s.data) for s in (config.stages[earlier], stage))
+        if not head_fits(theirs, ours) and (read or ours == PRE_TRAINING):
             raise UserError(
                 f"stage '{earlier}' made its model for another task: here its predictions would come from a new head",
                 where=f"{where}.teachers[{i}]",
@@ -128,19 +126,14 @@ def _check_vocabularies(config: RunConfig) -> None:
     for name, stage in config.stages.items():
         task = TASKS.find(config.data[config.data_name(stage.data)].task)
         for i, teacher in enumerate(stage.teachers):
-            if task.token_level and _model_of(teacher.model.path) in compressed:
+            if task.token_level and model_of(teacher.model.path) in compressed:
                 raise compressed_teacher(teacher.model.path or "", f"stages.{name}.teachers[{i}]")
         for role, model in stage.trained.items():
-            goes_on = _model_of(model.path) in compressed
+            goes_on = model_of(model.path) in compressed
             if goes_on and model.vocabulary is not None:
                 raise compressed_twice(f"stages.{name}.{role}.vocabulary")
             if goes_on or model.vocabulary is not None:
-                compressed.add(f"{name}/{role}" if stage.members else name)
-
-
-def _model_of(path: str | None) -> str | None:
-    """ "stage:x/member" -> "x/member"; None for a model that no stage makes."""
-    return None if path is None or stage_of(path) is None else path.removeprefix(STAGE_PREFIX)
+                compressed.add(model_name(name, stage, role))
 
 
 def _check_evaluation(config: RunConfig) -> None:

@@ -304,17 +304,22 @@ def from_slice(shape: ModelConfig, above: Model, where: str) -> ModelConfig:
             todo="make it smaller, or set initial: fresh",
         )
     cut = {name: getattr(shape, name) for name in ("width", "heads", "kv_heads", "intermediate")}
-    return _taken(shape, above, slice={name: value for name, value in cut.items() if value is not None})
+    return _taken(shape, above, {name: value for name, value in cut.items() if value is not None})
 
 
-def _taken(shape: ModelConfig, above: Model, **cut: object) -> ModelConfig:
-    """Evenly chosen layers of the model above, with the dropout that is asked for."""
+def _taken(shape: ModelConfig, above: Model, cut: dict[str, int] | None = None) -> ModelConfig:
+    """Evenly chosen layers of the model above, `cut` to a slice, with the dropout and vocabulary that are asked for."""
     assert shape.layers is not None
     before = above.config.keep_layers or range(1, above.info.num_layers + 1)
     kept = [before[layer - 1] for layer in even_layers(shape.layers, above.info.num_layers)]
-    values = {"path": above.config.path, "keep_layers": kept, "dropout": shape.dropout, **cut}
-    values |= {"vocabulary": shape.vocabulary}
-    values |= {"revision": above.config.revision}
+    values = {
+        "path": above.config.path,
+        "revision": above.config.revision,
+        "keep_layers": kept,
+        "slice": cut,
+        "dropout": shape.dropout,
+        "vocabulary": shape.vocabulary,
+    }
     return ModelConfig.model_validate({key: value for key, value in values.items() if value is not None})
 
 

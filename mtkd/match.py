@@ -15,6 +15,7 @@ from mtkd.errors import UserError
 Layer = int | Literal["last", "uniform", "skip", "each"] | tuple[int, ...]
 FeatureName = Literal["logits", "nsp_logits", "embedding", "hidden", "cls", "query", "key", "value", "scores", "probs"]
 UNLAYERED_FEATURES = ("logits", "nsp_logits", "embedding")
+ATTENTION_FEATURES = ("query", "key", "value", "scores", "probs")
 
 
 class Match(BaseModel):
@@ -105,7 +106,7 @@ class Match(BaseModel):
         if not pairs:
             # PKD's maps leave the last layer out: nothing is left of a one-layer student, and the row would do nothing.
             raise UserError("no layers are compared", where=where, todo="give the student more layers, or list them")
-        lowest = 1 if self.feature in ("query", "key", "value", "scores", "probs") else 0
+        lowest = 1 if self.feature in ATTENTION_FEATURES else 0
         for student, teacher in pairs:
             _check_layer(student, lowest, students, f"{where}.student_layer")
             _check_layer(teacher, lowest, teachers, f"{where}.teacher_layer")

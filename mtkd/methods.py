@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mtkd.match import Layer, Match
+from mtkd.match import ATTENTION_FEATURES, Layer, Match
 from mtkd.registry import method
 
 Rows = dict[str, Match]
@@ -164,12 +164,8 @@ def best_mix(
     temperature: float = 10.0,
 ) -> Rows:
     """`mixbaseline` without scores, probs, query, key and value, and without the hard label of the prediction step."""
-    if step == PREDICTION:
-        return {"soft": _soft("kl", 1.0, temperature)}
-    layers = {"embedding": _embedding(), "hidden": _hidden()}
-    if step == FINE_TUNE:
-        return layers
-    return _kept({**layers, "soft": _soft("kl", pre_train_soft, pre_train_temperature), "mlm": _labels(mlm)})
+    whole = mixbaseline(step, pre_train_temperature, pre_train_soft, mlm, temperature, alpha=1.0)
+    return {label: row for label, row in whole.items() if row.feature not in ATTENTION_FEATURES}
 
 
 @method(

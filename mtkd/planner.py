@@ -8,10 +8,10 @@ from typing import Any
 from rich.table import Table
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from mtkd.chain import needed_stages, scored_models, stage_of, stage_values
+from mtkd.chain import model_name, model_of, needed_stages, scored_models, stage_of, stage_values
 from mtkd.checks import check
 from mtkd.cofinetune import check_members
-from mtkd.config import STAGE_PREFIX, ModelConfig, RunConfig, StageConfig
+from mtkd.config import ModelConfig, RunConfig, StageConfig
 from mtkd.data.tokenizers import check_same_tokenizer, num_real_ids, train_tokenizer
 from mtkd.errors import UserError
 from mtkd.ladder import Look, complete
@@ -160,10 +160,10 @@ class _Planner:
         auto_class = task.class_for(data)
         models = [(role, m, self._model_config(stage, m, f"{where}.{role}")) for role, m in stage.trained.items()]
         own = len(models)
-        self._made |= {f"{name}/{role}" if stage.members else name: made for role, _, made in models}
+        self._made |= {model_name(name, stage, role): made for role, _, made in models}
         for role, model, made in models:
             if model.vocabulary is not None or self._vocabulary(model) is not None:
-                self._compressed[f"{name}/{role}" if stage.members else name] = made.vocab_size
+                self._compressed[model_name(name, stage, role)] = made.vocab_size
             self._check_tokenizer(model, f"{where}.{role}", token_level=False)
         for i, teacher in enumerate(stage.teachers):
             place = f"{where}.teachers[{i}]"
@@ -205,7 +205,7 @@ class _Planner:
             raise compressed_twice(f"{where}.vocabulary")
         earlier = stage_of(model.path)
         if earlier is not None:
-            made = self._made[str(model.path).removeprefix(STAGE_PREFIX)]
+            made = self._made[model_of(model.path) or ""]
             return self._for_task(smaller_config(made, model, self._tokenizer, self._num_ids), earlier, stage, where)
         data = self.config.data[self.config.data_name(stage.data)]
         return load_model_config(
@@ -252,9 +252,9 @@ class _Planner:
 
     def _vocabulary(self, model: ModelConfig) -> int | None:
         """Ids of a model that comes with a vocabulary map; None for a whole vocabulary."""
-        earlier = stage_of(model.path)
-        if earlier is not None or model.path is None:
-            return self._compressed.get((model.path or "").removeprefix(STAGE_PREFIX))
+        made = model_of(model.path)
+        if made is not None or model.path is None:
+            return self._compressed.get(made or "")
         found = read_vocabulary(resolve_path(model.path, self.config.base), self._tokenizer, "model.path")
         return None if found is None else found.num_kept
 

@@ -10,13 +10,10 @@ from mtkd.weightings.base import Weighting
 from mtkd.weightings.traits import Traits
 
 
-@weighting("confidence")
-class Confidence(Weighting):
-    """``w = softmax_k(c_k / tau)`` with c_k the teacher's largest probability. `tau` in units of probability.
+class _Softmax(Weighting):
+    """``softmax_k(trait_k / tau)``."""
 
-    Source: common practice; the soft form of choosing the most confident teacher (Du et al. 2020, NeurIPS, section 3
-    discusses why confidence alone may mislead).
-    """
+    trait: str
 
     def __init__(self, tau: float = 0.1) -> None:
         super().__init__()
@@ -25,11 +22,22 @@ class Confidence(Weighting):
         self.tau = tau
 
     def forward(self, traits: Traits) -> Tensor:
-        return torch.softmax(traits.confidence / self.tau, 0)
+        return torch.softmax(traits.read(self.trait) / self.tau, 0)
+
+
+@weighting("confidence")
+class Confidence(_Softmax):
+    """``w = softmax_k(c_k / tau)`` with c_k the teacher's largest probability. `tau` in units of probability.
+
+    Source: common practice; the soft form of choosing the most confident teacher (Du et al. 2020, NeurIPS, section 3
+    discusses why confidence alone may mislead).
+    """
+
+    trait = "confidence"
 
 
 @weighting("margin")
-class Margin(Weighting):
+class Margin(_Softmax):
     """``w = softmax_k(m_k / tau)`` with m_k the difference of teacher k's two largest probabilities.
 
     A teacher torn between two classes counts little, however large its first probability is. `tau` in units of
@@ -38,14 +46,7 @@ class Margin(Weighting):
     Source: the margin of Scheffer et al. 2001, Active Hidden Markov Models for Information Extraction, as a softmax.
     """
 
-    def __init__(self, tau: float = 0.1) -> None:
-        super().__init__()
-        if tau <= 0:
-            raise ValueError(f"tau must be positive; found {tau}")
-        self.tau = tau
-
-    def forward(self, traits: Traits) -> Tensor:
-        return torch.softmax(traits.margin / self.tau, 0)
+    trait = "margin"
 
 
 @weighting("entropy")
