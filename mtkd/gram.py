@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from mtkd.data.batch import Batch
+from mtkd.ensembles import as_logits
 from mtkd.features import Features
-from mtkd.objective import Counts, Objective, as_logits
+from mtkd.objective import Counts, Objective
 from mtkd.rows import Row
 from mtkd.weightings.gradients import has_gradient
 

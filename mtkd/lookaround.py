@@ -13,9 +13,10 @@ from torch import Tensor
 from mtkd.build import BuiltStage
 from mtkd.data.batch import Batch
 from mtkd.engine.base import Engine
+from mtkd.ensembles import as_logits
 from mtkd.features import Features
 from mtkd.gram import gram
-from mtkd.objective import Objective, as_logits
+from mtkd.objective import Objective
 from mtkd.weightings.traits import Traits
 
 

@@ -10,8 +10,8 @@ import scipy.special
 import torch
 from torch import Tensor
 
+from mtkd.ensembles import ensemble_losses
 from mtkd.match import Match
-from mtkd.objective import ensemble_losses
 from mtkd.registry import LOSSES
 from mtkd.rows import Row
 

@@ -17,7 +17,7 @@ ORDER = (
     ("errors", "registry", "products", "features", "yamlfile", "console"),
     ("match", "methods", "config", "configfile", "launcher"),
     ("losses", "weightings", "models", "data", "engine"),
-    ("rows", "mix", "tiles", "pool", "projection", "objective", "gram", "cofinetune"),
+    ("rows", "mix", "ensembles", "tiles", "pool", "projection", "objective", "gram", "cofinetune"),
     ("chain", "ladder", "seal", "rundir", "locate", "build", "checks", "planner"),
     ("evaluate", "lookaround"),
     ("selection", "train"),

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mtkd.ensembles import ensemble_losses
 from mtkd.features import HeadLogits
 from mtkd.laws.broken import TOLERANCE, LawBroken, difference
 from mtkd.laws.losses import NUMERIC_LABELS, Options
 from mtkd.match import Match
-from mtkd.objective import ensemble_losses
 from mtkd.registry import LOSSES, LossSpec
 from mtkd.rows import Row
 from mtkd.tiles import tiled

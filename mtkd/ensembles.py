@@ -1,0 +1,106 @@
+"""How several teachers meet in a logits row: their logits a tile at a time, and the row's loss over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mtkd.features import DenseLogits, Logits
+from mtkd.registry import LossSpec
+from mtkd.rows import Row
+
+
+class TeacherTiles:
+    """Teachers' logits at slices of the selected positions: computed a tile at a time, read in smaller pieces."""
+
+    def __init__(self, logits: Sequence[Logits], index: Tensor, tile: int) -> None:
+        self._logits, self._index, self._tile = logits, index, tile
+        self._start = -1
+        self._held: list[Tensor] = []
+
+    def __call__(self, positions: slice) -> list[Tensor]:
+        """T of [m,V]; `positions` lies within one tile, or is everything."""
+        size = max(positions.stop - positions.start, self._tile)
+        start = positions.start - positions.start % size
+        if start != self._start or (self._held and len(self._held[0]) < positions.stop - start):
+            self._start, self._held = start, [t.rows(self._index[start : start + size]) for t in self._logits]
+        return [rows[positions.start - start : positions.stop - start] for rows in self._held]
+
+
+def ensemble_losses(
+    row: Row, student: Tensor, teachers: Sequence[Tensor], weights: Tensor, mask: Tensor | None
+) -> Tensor:
+    """Per-position loss of one logits row over all teachers.
+
+    Args:
+        student: [m,V]. teachers: T of [m,V]. weights: [T,m]. mask: [m], or None when every position counts.
+    Returns:
+        [m]. ``losses``: ``sum_k w_k l(s, t_k)``. ``probabilities`` and ``logits``: ``(sum_k w_k) l(s, mixture)``, the
+        mixture arithmetic (of softmax at the row's temperature) or geometric (of logits), with weights of sum 1.
+    """
+    if not row.match.weighted:
+        weights = torch.ones_like(weights)
+    spec, options, ensemble = row.spec, row.match.options, row.match.ensemble
+    if len(teachers) == 1:
+        return weights[0] * spec(student, teachers[0], mask, options)
+    if ensemble == "losses" and spec.mixes(options):
+        assert spec.teacher_term is not None
+        return _soft_target_losses(spec, spec.teacher_term, student, teachers, weights, mask, options)
+    if ensemble == "losses":
+        losses = [w * spec(student, t, mask, options) for w, t in zip(weights, teachers, strict=True)]
+        return torch.stack(losses).sum(0)
+    total = weights.sum(0)
+    shares = weights / total.clamp_min(1e-30)
+    if ensemble == "logits":
+        mixture = sum(w[:, None] * t for w, t in zip(shares, teachers, strict=True))
+    else:
+        temperature, _ = _temperature(spec, options)
+        probs = sum(w[:, None] * torch.softmax(t / temperature, -1) for w, t in zip(shares, teachers, strict=True))
+        assert isinstance(probs, Tensor)
+        mixture = probs.clamp_min(torch.finfo(probs.dtype).tiny).log() * temperature
+    return total * spec(student, mixture, mask, options)
+
+
+def _soft_target_losses(
+    spec: LossSpec,
+    teacher_term: Callable[[Tensor], Tensor],
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    weights: Tensor,
+    mask: Tensor | None,
+    options: Mapping[str, object],
+) -> Tensor:
+    """``T^2 (sum_k w_k c(p_k) - <sum_k w_k p_k, log p_S>)``, [m]: the student is read once for any T."""
+    temperature, factor = _temperature(spec, options)
+    mixed: Tensor | None = None
+    constant = student.new_zeros(student.shape[0])
+    for weight, teacher in zip(weights, teachers, strict=True):
+        log_probs = torch.log_softmax(_keep(teacher, mask) / temperature, -1)
+        probs = weight[:, None] * log_probs.exp()
+        mixed = probs if mixed is None else mixed + probs
+        constant = constant + weight * teacher_term(log_probs)
+    assert mixed is not None
+    log_student = torch.log_softmax(_keep(student, mask) / temperature, -1)
+    values = factor * (constant - (mixed * log_student).sum(-1))
+    return values if mask is None else values.masked_fill(~mask, 0)
+
+
+def _keep(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Logits with 0 in the rows that do not count."""
+    return logits if mask is None else logits.masked_fill(~mask[:, None], 0)
+
+
+def _temperature(spec: LossSpec, options: Mapping[str, object]) -> tuple[float, float]:
+    """(temperature, factor) of a loss on distributions: its options, or their defaults; (1, 1) for one without."""
+    defaults = {name: parameter.default for name, parameter in spec.options().items()}
+    values = {**defaults, **options}
+    temperature = values.get("temperature", 1.0)
+    assert isinstance(temperature, (int, float))
+    return float(temperature), float(temperature) ** 2 if values.get("scale", True) else 1.0
+
+
+def as_logits(value: Tensor | Logits) -> Logits:
+    """Logits as the protocol: a tensor [..., C] exists already."""
+    return DenseLogits(value) if isinstance(value, Tensor) else value
