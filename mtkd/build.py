@@ -34,7 +34,7 @@ from mtkd.engine.deepspeed_engine import DeepSpeedEngine, init_distributed
 from mtkd.engine.dist import Dist
 from mtkd.engine.torch_engine import TorchEngine
 from mtkd.errors import DataError, UserError
-from mtkd.locate import given_tokenizer, read_tokenizer, resolve_path
+from mtkd.locate import given_tokenizer, read_tokenizer, resolve_path, revision_of
 from mtkd.mix import stage_rows
 from mtkd.models.folder import check_folder
 from mtkd.models.load import build_model, compress_model
@@ -199,7 +199,7 @@ class Workshop:
             return str(record["fingerprint"]) + member_of(model.path)
         folder = self.resolve(model.path)
         if not isinstance(folder, Path):
-            return f"{folder}@{model.revision}"
+            return f"{folder}@{revision_of(model)}"
         check_folder(folder)  # a link in it could lead the digest to a file outside
         return weights_digest(model, folder)
 
@@ -218,7 +218,7 @@ class Workshop:
         num_ids, task = num_real_ids(self.tokenizer), data.task.class_for(data.config)
         vocabulary = self.vocabulary(model, where)
         if model.path is not None and vocabulary is None:
-            own = read_tokenizer(self.resolve(model.path), model.revision)
+            own = read_tokenizer(self.resolve(model.path), revision_of(model))
             check_same_tokenizer(self.tokenizer, own, where)
         tables = [] if teacher is None else [teacher.embedding_table]
         built = build_model(

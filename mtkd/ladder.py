@@ -269,6 +269,7 @@ def from_layers(shape: ModelConfig, above: Model, where: str) -> ModelConfig:
         UserError: it has another architecture, width or heads, or fewer layers.
     """
     assert shape.layers is not None
+    _check_inherited(shape, ("kv_heads", "intermediate"), where)
     info = above.info
     wanted = {"architecture": shape.architecture, "width": shape.width, "heads": shape.heads}
     found = {"architecture": info.architecture, "width": info.width, "heads": info.num_heads}
@@ -293,6 +294,7 @@ def from_slice(shape: ModelConfig, above: Model, where: str) -> ModelConfig:
         UserError: it has another architecture, or is larger in some dimension.
     """
     assert shape.layers and shape.width and shape.heads  # noqa: PT018
+    _check_inherited(shape, (), where)
     info = above.info
     larger = shape.layers > info.num_layers or shape.width > info.width or shape.heads > info.num_heads
     if shape.architecture != info.architecture or larger or above.config.slice is not None:
@@ -305,6 +307,18 @@ def from_slice(shape: ModelConfig, above: Model, where: str) -> ModelConfig:
         )
     cut = {name: getattr(shape, name) for name in ("width", "heads", "kv_heads", "intermediate")}
     return _taken(shape, above, {name: value for name, value in cut.items() if value is not None})
+
+
+def _check_inherited(shape: ModelConfig, also: tuple[str, ...], where: str) -> None:
+    """Refuse what a model that begins as a part of another one takes from it, and nobody would read here."""
+    given = [name for name in (*also, "max_positions", "tie_embeddings") if name in shape.model_fields_set]
+    if given:
+        raise UserError(
+            "a model that begins as a part of the one above it has these from there",
+            where=where,
+            found=", ".join(given),
+            todo="drop them, or set initial: fresh",
+        )
 
 
 def _taken(shape: ModelConfig, above: Model, cut: dict[str, int] | None = None) -> ModelConfig:

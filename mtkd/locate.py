@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from mtkd.chain import stage_of
-from mtkd.config import RunConfig
+from mtkd.config import ModelConfig, RunConfig
 from mtkd.data.tokenizers import load_tokenizer
 from mtkd.errors import UserError
 from mtkd.models.cards import load_cards
@@ -23,6 +23,12 @@ def resolve_path(path: str, base: Path) -> Path | str:
     return card.source if card else path
 
 
+def revision_of(model: ModelConfig) -> str | None:
+    """The hub revision that is loaded: the one that is given, else that of the card."""
+    card = load_cards().get(model.path or "")
+    return model.revision or (card.revision if card else None)
+
+
 def given_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of a run that does not train one: the given one, or that of the first loaded model."""
     settings = config.tokenizer
@@ -31,7 +37,7 @@ def given_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     for stage in config.stages.values():
         for model in (*(t.model for t in stage.teachers), *stage.trained.values()):
             if model.path is not None and stage_of(model.path) is None:
-                return read_tokenizer(resolve_path(model.path, config.base), model.revision)
+                return read_tokenizer(resolve_path(model.path, config.base), revision_of(model))
     raise UserError("no model brings a tokenizer", where="tokenizer", todo="set tokenizer.path or tokenizer.train_on")
 
 

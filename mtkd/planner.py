@@ -16,7 +16,7 @@ from mtkd.data.tokenizers import check_same_tokenizer, num_real_ids, train_token
 from mtkd.errors import UserError
 from mtkd.ladder import Look, complete
 from mtkd.launcher import launch_command
-from mtkd.locate import given_tokenizer, read_tokenizer, resolve_path
+from mtkd.locate import given_tokenizer, read_tokenizer, resolve_path, revision_of
 from mtkd.mix import stage_rows
 from mtkd.models.info import CLASSIFIER, ModelInfo, count_parameters, model_info
 from mtkd.models.load import load_config as load_model_config
@@ -285,7 +285,7 @@ class _Planner:
                 raise compressed_teacher(model.path or "", where)
             return
         if stage_of(model.path) is None and not self._trains_tokenizer and model.path is not None:
-            own = read_tokenizer(resolve_path(model.path, self.config.base), model.revision)
+            own = read_tokenizer(resolve_path(model.path, self.config.base), revision_of(model))
             check_same_tokenizer(self._tokenizer, own, where)
 
     def _state(self, name: str) -> str:

@@ -14,7 +14,9 @@ from transformers import (
     RobertaConfig,
 )
 
+from mtkd.config import ModelConfig
 from mtkd.errors import DataError
+from mtkd.locate import revision_of
 from mtkd.models import cards
 from mtkd.models.cards import load_cards
 from mtkd.models.info import count_parameters
@@ -96,3 +98,15 @@ def test_a_bad_card_names_its_file(
     with pytest.raises(DataError, match=reason) as error:
         load_cards()
     assert "bert-base.yaml" in str(error.value)
+
+
+def test_the_revision_that_identifies_a_model_is_the_card_s_unless_one_is_given(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text = (cards._folder() / "bert-base.yaml").read_text()
+    (tmp_path / "bert-base.yaml").write_text(text + "revision: v7\n")
+    monkeypatch.setattr(cards, "_folder", lambda: tmp_path)
+
+    assert revision_of(ModelConfig(path="bert-base")) == "v7"
+    assert revision_of(ModelConfig(path="bert-base", revision="v8")) == "v8"
+    assert revision_of(ModelConfig(path="some/model")) is None
