@@ -24,7 +24,7 @@ def speed_up_linears(model: nn.Module) -> None:
         if type(layer) is nn.Linear:
             layer.forward = MethodType(_linear, layer)  # type: ignore[method-assign]
         elif type(layer) is Conv1D:
-            layer.forward = MethodType(_transposed, layer)
+            layer.forward = MethodType(_transposed, layer)  # type: ignore[method-assign]
 
 
 def _linear(layer: nn.Linear, inputs: Tensor) -> Tensor:
