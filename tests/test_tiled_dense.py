@@ -257,8 +257,16 @@ def test_the_padding_would_be_seen() -> None:
 
 @pytest.mark.parametrize(
     ("columns", "device", "wanted"),
-    [(13, "cpu", 256), (32_000, "cpu", 256), (128_256, "cpu", 64), (151_936, "cpu", 48), (2**23, "cpu", 16)]
-    + [(13, "cuda", 4096), (32_000, "cuda", 2096), (151_936, "cuda", 432)],
+    [
+        (13, "cpu", 256),
+        (32_000, "cpu", 256),
+        (128_256, "cpu", 64),
+        (151_936, "cpu", 48),
+        (2**23, "cpu", 16),
+        (13, "cuda", 4096),
+        (32_000, "cuda", 2096),
+        (151_936, "cuda", 432),
+    ],
 )
 def test_tiles_by_themselves(columns: int, device: str, wanted: int) -> None:
     assert EngineConfig().tile_for(columns, device) == wanted

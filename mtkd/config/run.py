@@ -13,7 +13,6 @@ from mtkd.config.data import RANDOM_TOKENS, DataConfig, TokenizerConfig
 from mtkd.config.model import ModelConfig
 from mtkd.config.stage import BatchConfig, StageConfig
 
-
 # Per device: bytes of one model's float32 logits in a tile, and the largest tile.
 _TILE_LIMITS = {"cpu": (32 * 2**20, 256), "cuda": (256 * 2**20, 4096)}
 
