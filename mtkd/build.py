@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -275,14 +275,16 @@ class Workshop:
         return self._built(name, objective, pool, data, split)
 
     def _cofinetuning(self, stage: StageConfig, data: LoadedData, where: str) -> Trainable:
-        seed, tile = stage_seed(self.config, stage), self.config.engine.tile
+        seed = stage_seed(self.config, stage)
         # models trained together are initialised differently, like teachers of different seeds
         models = {
             name: self.model(model, data, seed + i, where=f"{where}.{name}")
             for i, (name, model) in enumerate(stage.members.items())
         }
         check_members({name: model.info for name, model in models.items()}, where)
-        return CoFinetuning(models, regression=data.num_labels == 1, tile=tile, dtype=self.dtype)
+        return CoFinetuning(
+            models, regression=data.num_labels == 1, tile=self.tile(list(models.values())), dtype=self.dtype
+        )
 
     def _distillation(self, stage: StageConfig, data: LoadedData, where: str) -> tuple[Trainable, TeacherPool]:
         """Objective and pool of a stage with one student; without teachers it learns from the labels alone."""
@@ -305,11 +307,15 @@ class Workshop:
             names,
             per=stage.per,
             token_level=data.task.token_level,
-            tile=self.config.engine.tile,
+            tile=self.tile([student, *models]),
             dtype=self.dtype,
         )
         teachers = [ResidentTeacher(n, m, self.device, self.dtype) for n, m in zip(names, models, strict=True)]
         return objective, TeacherPool(teachers, [objective.teacher_wants(k) for k in range(len(teachers))])
+
+    def tile(self, models: Sequence[TappedModel]) -> int:
+        """Positions per tile for the widest of some models' logits."""
+        return self.config.engine.tile_for(max(model.num_columns for model in models), self.device.type)
 
     def _train_split(self, stage: StageConfig, data: LoadedData, where: str) -> Split:
         """What the stage trains on, with the teacher that each example names where the weighting reads it."""

@@ -74,17 +74,36 @@ def _soft_target_losses(
 ) -> Tensor:
     """``T^2 (sum_k w_k c(p_k) - <sum_k w_k p_k, log p_S>)``, [m]: the student is read once for any T."""
     temperature, factor = _temperature(spec, options)
-    mixed: Tensor | None = None
-    constant = student.new_zeros(student.shape[0])
-    for weight, teacher in zip(weights, teachers, strict=True):
-        log_probs = torch.log_softmax(_keep(teacher, mask) / temperature, -1)
-        probs = weight[:, None] * log_probs.exp()
-        mixed = probs if mixed is None else mixed + probs
-        constant = constant + weight * teacher_term(log_probs)
-    assert mixed is not None
-    log_student = torch.log_softmax(_keep(student, mask) / temperature, -1)
+    mixed, constant = _mixture(teacher_term, teachers, weights, mask, temperature)
+    log_student = _log_probs(student, mask, temperature)
     values = factor * (constant - (mixed * log_student).sum(-1))
     return values if mask is None else values.masked_fill(~mask, 0)
+
+
+def _mixture(
+    teacher_term: Callable[[Tensor], Tensor],
+    teachers: Sequence[Tensor],
+    weights: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """``sum_k w_k p_k`` [m,V] and ``sum_k w_k c(p_k)`` [m]: each teacher's logits are read by one softmax."""
+    learned = weights.requires_grad and torch.is_grad_enabled()
+    mixed = torch.zeros_like(teachers[0], dtype=torch.float32)
+    constant = mixed.new_zeros(len(mixed))
+    for weight, teacher in zip(weights, teachers, strict=True):
+        log_probs = _log_probs(teacher, mask, temperature)
+        constant = constant + weight * teacher_term(log_probs)
+        if learned:  # the weights' gradients need every teacher's own probabilities
+            mixed = mixed + weight[:, None] * log_probs.exp()
+        else:
+            mixed.addcmul_(log_probs.exp_(), weight[:, None])
+    return mixed, constant
+
+
+def _log_probs(logits: Tensor, mask: Tensor | None, temperature: float) -> Tensor:
+    kept = _keep(logits, mask)
+    return torch.log_softmax(kept if temperature == 1.0 else kept / temperature, -1)
 
 
 def _keep(logits: Tensor, mask: Tensor | None) -> Tensor:

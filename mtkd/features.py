@@ -112,10 +112,9 @@ class HeadLogits:
 
     def rows(self, index: Tensor) -> Tensor:
         hidden = self.hidden.reshape(-1, self.hidden.shape[-1])[index]
-        logits = product(hidden, self.weight[: self.columns])
+        logits = product(hidden, self.weight[: self.columns]).float()
         if self.bias is not None:
-            logits = logits + self.bias[: self.columns]
-        logits = logits.float()
+            logits = logits + self.bias[: self.columns].float()
         return logits if self.transform is None else self.transform(logits)
 
     def select(self, columns: Tensor) -> HeadLogits:
@@ -124,8 +123,8 @@ class HeadLogits:
         return HeadLogits(self.hidden, self.weight.index_select(0, columns), bias, len(columns), self.transform)
 
     def in_dtype(self, dtype: torch.dtype) -> HeadLogits:
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return HeadLogits(self.hidden.to(dtype), self.weight.to(dtype), bias, self.columns, self.transform)
+        # the bias is added in float32: it costs nothing and saves a rounding
+        return HeadLogits(self.hidden.to(dtype), self.weight.to(dtype), self.bias, self.columns, self.transform)
 
 
 Features = dict[str, Tensor | Logits]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
 from rich.table import Table
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -314,7 +315,9 @@ class _Planner:
         total += own * _COPIES["gradient"] / (ranks if shard >= 2 else 1)
         total += own * _COPIES["weight"] / (ranks if shard >= 3 else 1)
         total += sum(m.parameters for m in teachers) * _FLOAT
-        total += engine.tile * student.vocabulary * _FLOAT * (3 + len(teachers))
+        device = "cuda" if engine.device != "cpu" and torch.cuda.is_available() else "cpu"
+        tile = engine.tile_for(student.vocabulary, device)
+        total += tile * student.vocabulary * _FLOAT * (3 + len(teachers))
         return total / 1e9
 
 

@@ -111,6 +111,8 @@ class LossSpec:
         teacher_term: c, for a loss of the form ``T^2 (c(p_T) - sum_v p_T log p_S)`` with options `temperature` T and
             `scale`: its part without the student, from the teacher's log-probabilities [n,V] to [n]. Such losses are
             linear in p_T up to c, so several teachers meet in one mixture before the student is looked at.
+        constant_weights: the value holds weights that depend on the student and count as constants, so that the
+            gradient is not the value's derivative.
     """
 
     name: str
@@ -119,6 +121,7 @@ class LossSpec:
     labels: bool = False
     zero_at_equality: bool = True
     teacher_term: Callable[..., Any] | None = None
+    constant_weights: bool = False
 
     def options(self) -> dict[str, inspect.Parameter]:
         """The keyword-only parameters a row may set under ``options``."""
@@ -241,11 +244,13 @@ def loss(
     labels: bool = False,
     zero_at_equality: bool = True,
     teacher_term: Callable[..., Any] | None = None,
+    constant_weights: bool = False,
 ) -> Callable[[Decorated], Decorated]:
     """Register a loss function under `name`; see `LossSpec` for the flags."""
 
     def decorate(function: Decorated) -> Decorated:
-        LOSSES.add(name, LossSpec(name, function, inputs, labels, zero_at_equality, teacher_term))
+        spec = LossSpec(name, function, inputs, labels, zero_at_equality, teacher_term, constant_weights)
+        LOSSES.add(name, spec)
         return function
 
     return decorate

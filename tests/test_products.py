@@ -1,12 +1,22 @@
-"""Products of vocabulary size equal float64 ones, whichever library computes them."""
+"""Large products equal float64 ones, whichever library computes them, and so do the gradients of linear layers."""
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from mtkd.products import product
+import mtkd.products
+from mtkd.models.linear import speed_up_linears
+from mtkd.products import linear, product
+
+
+@pytest.fixture(autouse=True)
+def everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mtkd.products, "_WORTH", 0)
 
 
 def sides(n: int, k: int, m: int) -> tuple[Tensor, Tensor]:
@@ -33,3 +43,69 @@ def test_other_types_and_gradients_take_torchs_product() -> None:
 def test_rows_of_a_view_are_read_at_their_place() -> None:
     left, right = sides(6, 4, 8)
     torch.testing.assert_close(product(left[2:5], right[:3]), left[2:5] @ right[:3].t())
+
+
+def test_small_products_are_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At exactly the number of multiplications where the rule changes sides, counted where oneDNN is called."""
+    calls, inner = [], mtkd.products._forward
+    monkeypatch.setattr(mtkd.products, "_forward", lambda *sides: calls.append(1) or inner(*sides))
+    inputs, weight = sides(4, 8, 16)
+    for worth, wanted in ((4 * 8 * 16 + 1, 0), (4 * 8 * 16, 1)):
+        monkeypatch.setattr(mtkd.products, "_WORTH", worth)
+        calls.clear()
+        linear(inputs, weight, None)
+        assert len(calls) == wanted
+    assert torch.equal(linear(inputs.double(), weight.double(), None), inputs.double() @ weight.double().t())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(linear(inputs, weight, None), nn.functional.linear(inputs, weight))
+    assert len(calls) == 1
+
+
+def layers() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 10), nn.GELU(), Conv1D(5, 10), nn.Linear(5, 3, bias=False))
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (2, 3, 6)])
+@pytest.mark.parametrize("frozen", [(), ("0.weight", "2.bias"), ("0.weight", "0.bias", "2.weight", "2.bias")])
+def test_linear_layers_and_their_gradients_equal_float64(shape: tuple[int, ...], frozen: tuple[str, ...]) -> None:
+    plain, inputs = layers().double(), torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    fast = copy.deepcopy(plain).float()
+    speed_up_linears(fast)
+    fast = copy.deepcopy(fast)  # a copy computes with its own weights
+    found = []
+    for model, given in ((fast, inputs), (plain, inputs.double())):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        given = given.clone().requires_grad_()
+        output = model(given)
+        output.square().sum().backward()
+        found.append([output, given.grad, *(p.grad for p in model.parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours is None) == (theirs is None)
+        if theirs is not None:
+            torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(fast(inputs), found[0][0])
+    assert list(fast.state_dict()) == list(plain.state_dict())
+
+
+def test_a_layer_of_another_class_or_with_its_own_forward_is_left_alone() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return 2 * super().forward(inputs)
+
+    model = nn.ModuleList([Doubled(2, 2), nn.Linear(2, 2)])
+    model[1].forward = own = model[1].forward
+    speed_up_linears(model)
+    assert "forward" not in vars(model[0])
+    assert model[1].forward is own
+
+
+def test_checkpointed_layers_recompute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = layers(), torch.randn(4, 6).requires_grad_()
+    speed_up_linears(model)
+    whole = torch.autograd.grad(model(inputs).sum(), [inputs, *model.parameters()])
+    again = torch.utils.checkpoint.checkpoint(model, inputs, use_reentrant=False)
+    for ours, theirs in zip(torch.autograd.grad(again.sum(), [inputs, *model.parameters()]), whole, strict=True):
+        assert torch.equal(ours, theirs)

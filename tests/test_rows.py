@@ -108,7 +108,7 @@ def test_losses_and_options_that_do_not_exist() -> None:
     ("match", "message"),
     [
         (Match(options={"temperature": 0.0}), "temperature must be positive"),
-        (Match(loss="jsd", options={"beta": 1.0}), "beta must be between"),
+        (Match(loss="jsd", options={"beta": 1.5}), "beta must be between"),
         (Match(loss="ce", target="labels", options={"smoothing": 2.0}), "smoothing must be between"),
     ],
 )

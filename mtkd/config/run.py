@@ -13,6 +13,9 @@ from mtkd.config.data import RANDOM_TOKENS, DataConfig, TokenizerConfig
 from mtkd.config.model import ModelConfig
 from mtkd.config.stage import BatchConfig, StageConfig
 
+# Per device: bytes of one model's float32 logits in a tile, and the largest tile.
+_TILE_LIMITS = {"cpu": (32 * 2**20, 256), "cuda": (256 * 2**20, 4096)}
+
 
 class EngineConfig(Config):
     """What runs the optimizer."""
@@ -29,7 +32,11 @@ class EngineConfig(Config):
     activation_checkpointing: bool = Field(
         False, description="recompute layers in the backward pass (non-reentrant): less memory, more time"
     )
-    tile: Positive = Field(256, description="token positions whose vocabulary-size logits exist at one time")
+    tile: Positive | Literal["auto"] = Field(
+        "auto",
+        description="token positions whose vocabulary-size logits exist at one time; auto: as many as keep one "
+        "model's logits below 32 MiB (at most 256 positions) on a CPU and below 256 MiB (at most 4096) on a GPU",
+    )
     threads: Annotated[int, Field(ge=0)] = Field(
         0, description="CPU threads per process; 0 = $OMP_NUM_THREADS if set, else cores / processes"
     )
@@ -41,6 +48,18 @@ class EngineConfig(Config):
         if self.kind == "torch" and self.zero_stage > 0:
             raise ValueError("zero_stage needs kind: deepspeed")
         return self
+
+    def tile_for(self, columns: int, device: str) -> int:
+        """Positions per tile for logits of that many columns on a "cpu" or "cuda" device.
+
+        On a CPU larger blocks come from the system page by page and cost more than the arithmetic on them; a GPU needs
+        larger ones to be busy. A multiple of 16, the height of a matrix unit, and at least 16: below, the head is read
+        from memory more often than it is worth.
+        """
+        if self.tile != "auto":
+            return self.tile
+        logit_bytes, most = _TILE_LIMITS[device]
+        return min(max(logit_bytes // (4 * max(columns, 1)) // 16 * 16, 16), most)
 
 
 class Comparison(Config):

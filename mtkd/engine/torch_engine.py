@@ -21,6 +21,7 @@ from mtkd.engine.base import (
 )
 from mtkd.engine.dist import Dist
 from mtkd.features import Features
+from mtkd.models.linear import speed_up_linears
 
 _STATE = "state-rank-0.pt"
 
@@ -38,6 +39,8 @@ class TorchEngine:
     def __init__(self, objective: Trainable, config: OptimizerConfig, steps: int, device: torch.device) -> None:
         self.dist, self.device = Dist(), device
         self.objective = objective.to(device)
+        for model in objective.models.values():
+            speed_up_linears(model)
         self._config, self._steps = config, steps
         self.optimizer = make_adamw(objective, config, fused=True)
         self._trainable = [p for group in self.optimizer.param_groups for p in group["params"]]

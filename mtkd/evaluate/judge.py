@@ -82,7 +82,7 @@ def _scores(shop: Workshop, model: str, key: str, data_name: str) -> Scores | No
         )
     models = [m.to(shop.device).eval() for m in _models(shop, model, data)]
     batches = evaluation_batches(split, shop.config.evaluate.batch, shop.dist.rank, shop.dist.world_size)
-    records = score(models, data, split, batches, shop.device, shop.dtype, shop.dist, shop.config.engine.tile)
+    records = score(models, data, split, batches, shop.device, shop.dtype, shop.dist, shop.tile(models))
     if records is not None:
         write_atomic(file, "".join(json.dumps(record) + "\n" for record in records))
         write_atomic(note, key)

@@ -194,7 +194,12 @@ def _finite_law(spec: LossSpec, case: Case, options: Options) -> None:
 
 
 def _gradient_law(spec: LossSpec, case: Case, options: Options) -> None:
-    """The gradient with respect to the student is that of the value (finite differences in float64)."""
+    """The gradient with respect to the student is that of the value (finite differences in float64).
+
+    Where a loss declares that its value holds constants which depend on the student, finite differences say nothing.
+    """
+    if spec.constant_weights:
+        return
     teacher = case.teacher if spec.labels and not case.teacher.is_floating_point() else case.teacher.double()
 
     def values(student: Tensor) -> Tensor:

@@ -184,6 +184,11 @@ class TappedModel(nn.Module):
                 todo="add the rule to head_transform in mtkd/models/taps.py",
             )
 
+    @property
+    def num_columns(self) -> int:
+        """Columns of the logits: real token ids (kept ones, of a compressed vocabulary), or classes."""
+        return self._real()
+
     def _columns(self) -> int:
         return self.info.vocabulary if self.token_level else self.info.num_labels
 

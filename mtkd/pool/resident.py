@@ -6,6 +6,7 @@ import torch
 
 from mtkd.data.batch import Batch
 from mtkd.features import Features
+from mtkd.models.linear import speed_up_linears
 from mtkd.models.taps import TappedModel
 
 
@@ -23,6 +24,7 @@ class ResidentTeacher:
         self.name = name
         self._dtype = dtype
         self._model: TappedModel | None = model.to(device).eval().requires_grad_(False)
+        speed_up_linears(self._model)
 
     def provides(self) -> frozenset[str]:
         assert self._model is not None

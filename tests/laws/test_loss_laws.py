@@ -18,9 +18,13 @@ from mtkd.registry import LOSSES, LossSpec, load_plugins
 
 OPTIONS = {
     "kl": [{"temperature": 3.0}, {"temperature": 0.5, "scale": False}, {"top": 3, "temperature": 2.0}],
-    "reverse_kl": [{"temperature": 3.0}],
-    "soft_ce": [{"temperature": 3.0}],
-    "jsd": [{"beta": 0.1}, {"beta": 0.9, "temperature": 2.0}],
+    "reverse_kl": [{"temperature": 3.0}, {"top": 3}],
+    "soft_ce": [{"temperature": 3.0}, {"top": 3}],
+    "jsd": [{"beta": 0.1}, {"beta": 0.9, "temperature": 2.0}, {"beta": 0.0}, {"beta": 1.0}, {"top": 3}],
+    "skew_kl": [{"alpha": 0.5, "temperature": 2.0}, {"alpha": 0.0}, {"top": 3}],
+    "reverse_skew_kl": [{"alpha": 0.5, "temperature": 2.0}, {"alpha": 0.0}, {"top": 3}],
+    "total_variation": [{"temperature": 2.0}, {"top": 3}],
+    "adaptive_kl": [{"mu": 0.9, "temperature": 2.0}],
     "ce": [{"smoothing": 0.1}],
     "normalized_mse": [{"sum_over_width": True}],
     "relation_kl": [{"heads": 2}, {"heads": 16}],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -31,6 +32,18 @@ def gradient(name: str, student: Tensor, teacher: Tensor, mask: Tensor | None = 
     student = student.clone().requires_grad_()
     (found,) = torch.autograd.grad(run(name, student, teacher, mask, **options).sum(), student)
     return found
+
+
+DIVERGENCES = (
+    "kl",
+    "reverse_kl",
+    "jsd",
+    "skew_kl",
+    "reverse_skew_kl",
+    "total_variation",
+    "adaptive_kl",
+    "soft_ce",
+)
 
 
 def same(found: Tensor, wanted: object) -> None:
@@ -115,12 +128,101 @@ def test_limits_of_jsd() -> None:
     torch.testing.assert_close(reverse, run("reverse_kl", student, teacher), rtol=1e-3, atol=1e-5)
 
 
+def test_the_ends_of_jsd_are_the_two_kls() -> None:
+    student, teacher = rand(4, 6), rand(4, 6, seed=1)
+    for beta, name in ((0.0, "kl"), (1.0, "reverse_kl")):
+        same(run("jsd", student, teacher, beta=beta, temperature=3.0), run(name, student, teacher, temperature=3.0))
+        same(gradient("jsd", student, teacher, beta=beta), gradient(name, student, teacher))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.1, 0.7])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_skewed_divergences_against_scipy(alpha: float, temperature: float) -> None:
+    student, teacher = rand(4, 6), rand(4, 6, seed=1)
+    skew, reverse = [], []
+    for s, t in zip(student.numpy() / temperature, teacher.numpy() / temperature, strict=True):
+        p, q = scipy.special.softmax(t), scipy.special.softmax(s)
+        skew.append(temperature**2 * scipy.special.rel_entr(p, alpha * p + (1 - alpha) * q).sum())
+        reverse.append(temperature**2 * scipy.special.rel_entr(q, (1 - alpha) * p + alpha * q).sum())
+    same(run("skew_kl", student, teacher, alpha=alpha, temperature=temperature), skew)
+    same(run("reverse_skew_kl", student, teacher, alpha=alpha, temperature=temperature), reverse)
+
+
+@pytest.mark.parametrize("name", ["skew_kl", "reverse_skew_kl"])
+def test_a_skewed_divergence_is_bounded_where_the_sides_have_nothing_in_common(name: str) -> None:
+    student, teacher = torch.tensor([[1e4, 0.0]]), torch.tensor([[0.0, 1e4]])
+    torch.testing.assert_close(run(name, student, teacher, alpha=0.2), torch.tensor([-math.log(0.2)]))
+
+
+def test_total_variation_against_the_largest_difference_of_an_event() -> None:
+    student, teacher = rand(4, 6), rand(4, 6, seed=1)
+    p, q = scipy.special.softmax(teacher.numpy(), -1), scipy.special.softmax(student.numpy(), -1)
+    events = [list(event) for size in range(7) for event in itertools.combinations(range(6), size)]
+    same(
+        run("total_variation", student, teacher),
+        [max((a[e] - b[e]).sum() for e in events) for a, b in zip(p, q, strict=True)],
+    )
+    apart = run("total_variation", torch.tensor([[1e4, 0.0]]), torch.tensor([[0.0, 1e4]]))
+    assert float(apart) == 1
+
+
+def adaptive(p: np.ndarray, q: np.ndarray, mu: float) -> tuple[float, float]:
+    """(share of the head, value) of the adaptive KL of one position, by a loop over the teacher's ranking."""
+    head, mass = [], 0.0
+    for v in np.argsort(-p):
+        if mass >= mu:
+            break
+        head.append(v)
+        mass += p[v]
+    share = np.abs(p - q)[head].sum() / np.abs(p - q).sum()
+    forward, reverse = scipy.special.rel_entr(p, q).sum(), scipy.special.rel_entr(q, p).sum()
+    return share, share * forward + (1 - share) * reverse
+
+
+@pytest.mark.parametrize(("mu", "columns", "scale"), [(0.5, 6, 2.0), (0.9, 6, 2.0), (0.5, 700, 2.0), (0.99, 700, 0.1)])
+def test_adaptive_kl_against_a_loop(mu: float, columns: int, scale: float) -> None:
+    """700 nearly equal columns: the head is wider than the first guess of it."""
+    student, teacher = rand(3, columns, scale=scale), rand(3, columns, seed=1, scale=scale)
+    p, q = scipy.special.softmax(teacher.numpy(), -1), scipy.special.softmax(student.numpy(), -1)
+    wanted = [adaptive(a, b, mu) for a, b in zip(p, q, strict=True)]
+    same(run("adaptive_kl", student, teacher, mu=mu), [value for _, value in wanted])
+    share = torch.tensor([share for share, _ in wanted])[:, None]
+    forward, reverse = (gradient(name, student, teacher) for name in ("kl", "reverse_kl"))
+    same(gradient("adaptive_kl", student, teacher, mu=mu), share * forward + (1 - share) * reverse)
+    assert len({round(share, 3) for share, _ in wanted}) == 3  # it does adapt
+
+
+@pytest.mark.parametrize("name", [name for name in DIVERGENCES if name != "adaptive_kl"])
+def test_top_is_the_divergence_of_the_buckets(name: str) -> None:
+    student, teacher = rand(3, 9), rand(3, 9, seed=1)
+
+    def buckets(logits: Tensor) -> Tensor:
+        rows = []
+        for values, best in zip(torch.softmax(logits / 2, -1), teacher.topk(4, -1).indices, strict=True):
+            others = [v for v in range(9) if v not in best.tolist()]
+            rows.append(torch.stack([*(values[v] for v in best), values[others].sum()]))
+        return torch.stack(rows).log()
+
+    wanted = 4 * run(name, buckets(student), buckets(teacher))
+    same(run(name, student, teacher, top=4, temperature=2.0), wanted)
+    same(run(name, student, teacher, top=9), run(name, student, teacher))
+
+
 def test_values_that_mean_nothing_are_refused() -> None:
     logits = rand(2, 3)
-    for beta in (0.0, 1.0, -0.1):
+    for beta in (-0.1, 1.1):
         with pytest.raises(ValueError, match="beta"):
             run("jsd", logits, logits, beta=beta)
-    for name in ("kl", "reverse_kl", "jsd", "soft_ce"):
+    for name, alpha in itertools.product(("skew_kl", "reverse_skew_kl"), (-0.1, 1.0)):
+        with pytest.raises(ValueError, match="alpha"):
+            run(name, logits, logits, alpha=alpha)
+    for mu in (0.0, 1.0):
+        with pytest.raises(ValueError, match="mu is"):
+            run("adaptive_kl", logits, logits, mu=mu)
+    for name in ("reverse_kl", "jsd", "skew_kl", "reverse_skew_kl", "total_variation", "soft_ce"):
+        with pytest.raises(ValueError, match="top is"):
+            run(name, logits, logits, top=-1)
+    for name in DIVERGENCES:
         with pytest.raises(ValueError, match="temperature"):
             run(name, logits, logits, temperature=0.0)
     for smoothing in (-0.1, 1.1):
