@@ -289,6 +289,9 @@ class Workshop:
         names, seed = tuple(t.name for t in stage.teachers), stage_seed(self.config, stage)
         models = [self.teacher(t, data, f"{where}.teachers[{i}]") for i, t in enumerate(stage.teachers)]
         student = self.model(stage.trained["student"], data, seed, models[0] if models else None, f"{where}.student")
+        if stage.batch.packing:
+            for model in (student, *models):
+                model.enable_packing(f"{where}.batch.packing")
         rows = compile_rows(
             stage_rows(stage, data.config, where, data.num_labels == 1),
             student.info,

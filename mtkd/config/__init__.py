@@ -8,7 +8,7 @@ from mtkd.config.chain import ChainConfig, Rung, Training
 from mtkd.config.data import RANDOM_TOKENS, DataConfig, TokenizerConfig, TransferConfig
 from mtkd.config.model import ModelConfig, SliceConfig, TeacherConfig, VocabularyConfig
 from mtkd.config.run import Comparison, EngineConfig, EvaluateConfig, RunConfig
-from mtkd.config.stage import BatchConfig, EarlyStop, EqualTime, OptimizerConfig, StageConfig
+from mtkd.config.stage import BatchConfig, EarlyStop, EqualTime, OptimizerConfig, ScoringBatchConfig, StageConfig
 
 __all__ = [
     "RANDOM_TOKENS",
@@ -29,6 +29,7 @@ __all__ = [
     "Positive",
     "RunConfig",
     "Rung",
+    "ScoringBatchConfig",
     "Share",
     "SliceConfig",
     "StageConfig",
