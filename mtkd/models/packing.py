@@ -28,22 +28,20 @@ class Layout:
     """Where the tokens of a padded batch lie in packed rows.
 
     Attributes:
-        shape: (B, L) of the batch. rows, columns: R and C of the packed rows.
+        attention_mask: of the batch, [B,L] bool. rows, columns: R and C of the packed rows.
         places: flat positions b*L + l of the n real tokens, [n] int64.
         slots: their flat positions r*C + c in the packed rows, [n] int64.
         position_ids: positions within each example, 0 in free slots, [R,C] int64.
         mask: which tokens a token attends to: those of its example up to itself; [R,1,C,C] bool.
-        padded_mask: the same for the padded batch, [B,1,L,L] bool.
     """
 
-    shape: tuple[int, int]
+    attention_mask: Tensor
     rows: int
     columns: int
     places: Tensor
     slots: Tensor
     position_ids: Tensor
     mask: Tensor
-    padded_mask: Tensor
 
     def pack(self, padded: Tensor) -> Tensor:
         """[B,L] -> [R,C], zeros in free slots."""
@@ -54,15 +52,16 @@ class Layout:
         """[R,C,...] -> [B,L,...], zeros at padding; differentiable."""
         rest = packed.shape[2:]
         values = packed.reshape(-1, *rest).index_select(0, self.slots)
-        flat = values.new_zeros(self.shape[0] * self.shape[1], *rest)
-        return flat.index_copy(0, self.places, values).view(*self.shape, *rest)
+        flat = values.new_zeros(self.attention_mask.numel(), *rest)
+        return flat.index_copy(0, self.places, values).view(*self.attention_mask.shape, *rest)
 
     def spread_call(self, call: AttentionCall) -> AttentionCall:
         """The operands of a layer's attention, [R,A,C,D] -> [B,A,L,D], as if the rows had not been packed."""
         query, key, value = (
             self.spread(operand.transpose(1, 2)).transpose(1, 2) for operand in (call.query, call.key, call.value)
         )
-        return replace(call, query=query, key=key, value=value, mask=self.padded_mask)
+        before = _triangle(self.attention_mask.shape[1], self.attention_mask.device)
+        return replace(call, query=query, key=key, value=value, mask=before & self.attention_mask[:, None, None, :])
 
 
 def make_layout(attention_mask: Tensor, width: int, columns: int | None = None) -> Layout | None:
@@ -93,19 +92,13 @@ def make_layout(attention_mask: Tensor, width: int, columns: int | None = None) 
     position_ids = torch.zeros(len(chosen) * num_columns, dtype=torch.int64, device=device)
     position_ids = position_ids.index_copy(0, slots, within.reshape(-1)[places]).view(len(chosen), num_columns)
     same = owner[:, :, None] == owner[:, None, :]  # free slots attend to one another: nobody reads them
-    triangle = torch.ones(num_columns, num_columns, dtype=torch.bool, device=device).tril()
-    length = attention_mask.shape[1]
-    plain = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return Layout(
-        (attention_mask.shape[0], length),
-        len(chosen),
-        num_columns,
-        places,
-        slots,
-        position_ids,
-        (same & triangle)[:, None],
-        plain & attention_mask[:, None, None, :],
-    )
+    mask = (same & _triangle(num_columns, device))[:, None]
+    return Layout(attention_mask, len(chosen), num_columns, places, slots, position_ids, mask)
+
+
+def _triangle(size: int, device: torch.device) -> Tensor:
+    """True where a column is not after the row, [size,size]."""
+    return torch.ones(size, size, dtype=torch.bool, device=device).tril()
 
 
 def first_fit(lengths: Sequence[int], columns: int) -> list[list[int]]:
