@@ -22,7 +22,6 @@ from mtkd.features import NO_LABEL
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
 
     from mtkd.data.files import Origin
     from mtkd.data.tasks import PrepareRequest
@@ -75,7 +74,7 @@ def prepare_prompted(request: PrepareRequest) -> Split:
         cut = len(document) < len(prompt) + len(response)
         num_cut += cut
         scored[len(kept)] = (
-            len(str(tokenizer.decode(document[asked:])).encode())
+            len(str(tokenizer.decode(document[asked:], skip_special_tokens=True)).encode())
             if cut or asked > len(prompt)
             else len(responses[number].encode())
         )
@@ -129,27 +128,23 @@ def _in_turns(request: PrepareRequest, prompts: Sequence[str], responses: Sequen
             where="data.NAME.chat",
             todo="set chat: false, and put into `prompt` what the model expects around it",
         )
-    found: _Pairs = []
+    opened: list[str] = []
+    added: list[str] = []
     for row, prompt, response in zip(rows, prompts, responses, strict=True):
-        user = {"role": "user", "content": prompt}
-        opened = _templated(tokenizer, [user], opened=True)
-        whole = _templated(tokenizer, [user, {"role": "assistant", "content": response}], opened=False)
-        if whole[: len(opened)] != opened:
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        start = str(tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True))
+        whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        if not whole.startswith(start):
             raise DataError(
                 "the chat template writes the prompt differently when a response follows",
                 where=request.origin.where(row),
-                found=str(tokenizer.decode(whole))[:160],
-                allowed=str(tokenizer.decode(opened))[:160],
+                found=whole[:160],
+                allowed=start[:160],
                 todo="set chat: false, and put into `prompt` what the model expects around it",
             )
-        found.append((opened, whole[len(opened) :]))
-    return found
-
-
-def _templated(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], *, opened: bool) -> list[int]:
-    text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=opened))
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
+        opened.append(start)
+        added.append(whole[len(start) :])
+    return list(zip(tokenize(tokenizer, opened), tokenize(tokenizer, added), strict=True))
 
 
 def _note(request: PrepareRequest, num_rows: int, num_kept: int, num_cut: int) -> str:

@@ -54,7 +54,7 @@ def test_gradient_does_not_depend_on_the_cut(cuts):
 
 def test_packed_rows_give_the_same_gradient():
     """Of student, projections and weighted teachers, with rows on logits, labels, hidden states and attention."""
-    rows = [*ROWS, Match(feature="probs", loss="mse", student_layer=(1, 2), teacher_layer=(1, 2))]
+    rows = [*ROWS, Match(feature="probs", loss="attention_kl", student_layer=(1, 2), teacher_layer=(1, 2))]
     whole = gradient([list(range(8))], rows=rows)
     for cuts in ([list(range(8))], [[0, 1, 2, 3], [4, 5, 6, 7], []]):
         torch.testing.assert_close(
