@@ -19,6 +19,7 @@ from mtkd.chain import identity, member_of, redo_command, stage_of, stage_seed, 
 from mtkd.cofinetune import CoFinetuning, check_members
 from mtkd.config import EngineConfig, ModelConfig, RunConfig, StageConfig, TeacherConfig
 from mtkd.configfile import differences, fingerprint
+from mtkd.console import say
 from mtkd.data.collate import LoadedData, Split, load_data
 from mtkd.data.sampler import Order, TrainStream
 from mtkd.data.sources import Raw, load_raw
@@ -118,7 +119,11 @@ class Workshop:
     def data(self, name: str) -> LoadedData:
         """A `data` entry as token ids, made once."""
         if name not in self._data:
-            self._data[name] = load_data(name, self.config.data[name], self.raw(name), self.tokenizer)
+            loaded = load_data(name, self.config.data[name], self.raw(name), self.tokenizer)
+            self._data[name] = loaded
+            for split in loaded.splits.values():
+                if split.note:
+                    say(f"data.{name}: {split.note}", main=self.dist.is_main)
         return self._data[name]
 
     @cached_property
@@ -131,13 +136,14 @@ class Workshop:
 
     def _trained_tokenizer(self, name: str, vocab_size: int) -> PreTrainedTokenizerBase:
         folder = self.run.path / "tokenizer"
-        column, closed = self.config.data[name].text, self.config.data[name].task != "causal-lm"
-        origin = {"data": self.raw(name).fingerprint, "text": column, "vocab_size": vocab_size, "closed": closed}
+        data = self.config.data[name]
+        columns, closed = [data.text, *data.prompt_columns], data.task != "causal-lm"
+        origin = {"data": self.raw(name).fingerprint, "text": columns, "vocab_size": vocab_size, "closed": closed}
         note = folder / "trained_on.json"
         if self.dist.is_main and not (note.exists() and json.loads(note.read_text()) == origin):
             fresh = self.run.path / ".tmp-tokenizer"
             shutil.rmtree(fresh, ignore_errors=True)
-            texts = self.raw(name).texts("train", column)
+            texts = [text for column in columns for text in self.raw(name).texts("train", column)]
             train_tokenizer(texts, vocab_size, closed=closed).save_pretrained(fresh)
             (fresh / note.name).write_text(json.dumps(origin))
             shutil.rmtree(folder, ignore_errors=True)
@@ -291,6 +297,9 @@ class Workshop:
         names, seed = tuple(t.name for t in stage.teachers), stage_seed(self.config, stage)
         models = [self.teacher(t, data, f"{where}.teachers[{i}]") for i, t in enumerate(stage.teachers)]
         student = self.model(stage.trained["student"], data, seed, models[0] if models else None, f"{where}.student")
+        if stage.batch.packing:
+            for model in (student, *models):
+                model.enable_packing(f"{where}.batch.packing")
         rows = compile_rows(
             stage_rows(stage, data.config, where, data.num_labels == 1),
             student.info,

@@ -19,7 +19,7 @@ from mtkd.ladder import Look, complete
 from mtkd.launcher import launch_command
 from mtkd.locate import given_tokenizer, read_tokenizer, resolve_path, revision_of
 from mtkd.mix import stage_rows
-from mtkd.models.info import CLASSIFIER, ModelInfo, count_parameters, model_info
+from mtkd.models.info import CLASSIFIER, ModelInfo, check_packing, count_parameters, model_info
 from mtkd.models.load import load_config as load_model_config
 from mtkd.models.load import smaller_config
 from mtkd.models.vocabulary import compressed_teacher, compressed_twice, read_vocabulary
@@ -176,6 +176,8 @@ class _Planner:
             if auto_class == CLASSIFIER and not data.labels:  # found in the data: whatever they are, they fit
                 info = replace(info, num_labels=2)
             infos.append(info)
+            if stage.batch.packing:
+                check_packing(info, f"{where}.batch.packing")
             planned.append(_planned(role, model, info, count_parameters(config, auto_class)))
         if stage.members:
             check_members({role: info for (role, _, _), info in zip(models, infos, strict=True)}, f"{where}.members")

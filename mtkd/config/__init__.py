@@ -5,10 +5,10 @@ Read by `mtkd.configfile.load_config`, printed as JSON Schema by `mtkd schema`. 
 
 from mtkd.config.base import STAGE_PREFIX, Config, Name, Named, Positive, Share, check_name
 from mtkd.config.chain import ChainConfig, Rung, Training
-from mtkd.config.data import RANDOM_TOKENS, DataConfig, TokenizerConfig, TransferConfig
+from mtkd.config.data import RANDOM_TOKENS, DataConfig, TokenizerConfig, TransferConfig, prompt_parts
 from mtkd.config.model import ModelConfig, SliceConfig, TeacherConfig, VocabularyConfig
 from mtkd.config.run import Comparison, EngineConfig, EvaluateConfig, RunConfig
-from mtkd.config.stage import BatchConfig, EarlyStop, EqualTime, OptimizerConfig, StageConfig
+from mtkd.config.stage import BatchConfig, EarlyStop, EqualTime, OptimizerConfig, ScoringBatchConfig, StageConfig
 
 __all__ = [
     "RANDOM_TOKENS",
@@ -29,6 +29,7 @@ __all__ = [
     "Positive",
     "RunConfig",
     "Rung",
+    "ScoringBatchConfig",
     "Share",
     "SliceConfig",
     "StageConfig",
@@ -38,4 +39,5 @@ __all__ = [
     "TransferConfig",
     "VocabularyConfig",
     "check_name",
+    "prompt_parts",
 ]

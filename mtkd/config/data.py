@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from string import Formatter
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -60,6 +61,15 @@ class DataConfig(Config):
     )
     task: str = Field("causal-lm", description="registered task (`mtkd ls tasks`): causal-lm, masked-lm, classify")
     text: str = Field("text", description="column of the (first) text")
+    prompt: str | None = Field(
+        None,
+        description="causal-lm: column of the prompt, or a template of columns such as '{instruction}\\n{input}\\n'; "
+        "it is read but never predicted, `text` is the response, and a row is one example",
+    )
+    chat: bool = Field(
+        False,
+        description="with prompt: prompt and response are the turns of the tokenizer's chat template",
+    )
     text_pair: str | None = Field(None, description="column of the second text, classify only")
     label: str = Field("label", description="column of the label, classify only")
     labels: tuple[str, ...] = Field((), description="class names in order; default: sorted values of the train split")
@@ -88,6 +98,27 @@ class DataConfig(Config):
             raise ValueError("transfer: shuffled would move tokens from one text of a pair to the other")
         return self
 
+    @model_validator(mode="after")
+    def _prompted(self) -> DataConfig:
+        if self.prompt is None:
+            if self.chat:
+                raise ValueError("chat goes with `prompt`: the user's turn")
+            return self
+        if self.prompt_columns == ("",):
+            raise ValueError("prompt is the name of a column or a template; leave it out for plain text")
+        if self.text in self.prompt_columns:
+            raise ValueError(f"the prompt holds the response: column {self.text!r} is `text`")
+        if self.source == RANDOM_TOKENS or self.transfer is not None:
+            raise ValueError("prompts go with real texts; drop prompt, or transfer and random-tokens")
+        return self
+
+    @property
+    def prompt_columns(self) -> tuple[str, ...]:
+        """The columns that the prompt is made of."""
+        return (
+            tuple(name for _, name in prompt_parts(self.prompt) if name is not None) if self.prompt is not None else ()
+        )
+
     @property
     def noise(self) -> TransferConfig | None:
         """How the train split's tokens are replaced; None where they are read."""
@@ -98,3 +129,21 @@ class DataConfig(Config):
         """Whether the train split's labels mean anything: not where every token was sampled."""
         noise = self.noise
         return noise is None or noise.share < 1 or (noise.tokens == "shuffled" and self.task == "classify")
+
+
+def prompt_parts(prompt: str) -> list[tuple[str, str | None]]:
+    """Text and the column after it, in order; a prompt without braces is one column.
+
+    Raises:
+        ValueError: braces that do not close, no column, a conversion or a format.
+    """
+    if "{" not in prompt and "}" not in prompt:
+        return [("", prompt)]
+    parts: list[tuple[str, str | None]] = []
+    for text, name, form, conversion in Formatter().parse(prompt):
+        if name is not None and (not name or form or conversion):
+            raise ValueError(f"a field of a prompt is the bare name of a column in braces, not {prompt!r}")
+        parts.append((text, name))
+    if all(name is None for _, name in parts):
+        raise ValueError(f"the prompt {prompt!r} names no column")
+    return parts

@@ -11,7 +11,7 @@ from mtkd.config.base import STAGE_PREFIX, Config, Name, Positive
 from mtkd.config.chain import ChainConfig, expand, stage_name
 from mtkd.config.data import RANDOM_TOKENS, DataConfig, TokenizerConfig
 from mtkd.config.model import ModelConfig
-from mtkd.config.stage import BatchConfig, StageConfig
+from mtkd.config.stage import ScoringBatchConfig, StageConfig
 
 # Per device: bytes of one model's float32 logits in a tile, and the largest tile.
 _TILE_LIMITS = {"cpu": (32 * 2**20, 256), "cuda": (256 * 2**20, 4096)}
@@ -85,7 +85,7 @@ class EvaluateConfig(Config):
     comparisons: tuple[Comparison, ...] = Field(
         (), description="paired tests; their p-values are Holm-corrected together"
     )
-    batch: BatchConfig = Field(BatchConfig(sequences=32), description="batch size of scoring")
+    batch: ScoringBatchConfig = Field(ScoringBatchConfig(sequences=32), description="batch size of scoring")
     resamples: Positive = Field(10_000, description="bootstrap and permutation resamples")
     confidence: Annotated[float, Field(gt=0, lt=1)] = Field(0.95, description="level of the confidence intervals")
 

@@ -11,19 +11,44 @@ from mtkd.config.model import ModelConfig, TeacherConfig
 from mtkd.match import Match
 
 
-class BatchConfig(Config):
-    """How many examples make one optimizer step, over all ranks and accumulation together."""
+class ScoringBatchConfig(Config):
+    """How many examples are run together, over all ranks and micro-batches."""
 
     sequences: Positive | None = Field(None, description="sequences per optimizer step")
     tokens: Positive | None = Field(
-        None, description="token budget per optimizer step, padding included; batches are grouped by length"
+        None,
+        description="token budget per optimizer step: padding included, batches grouped by length; with packing: "
+        "without padding, in random order",
     )
     accumulate: Positive = Field(1, description="micro-batches per rank and optimizer step")
 
     @model_validator(mode="after")
-    def _one_size(self) -> BatchConfig:
+    def _one_size(self) -> ScoringBatchConfig:
         if (self.sequences is None) == (self.tokens is None):
             raise ValueError("give either `sequences` or `tokens`")
+        return self
+
+
+class BatchConfig(ScoringBatchConfig):
+    """How many examples make one optimizer step, and how they share the rows that models run on."""
+
+    packing: bool = Field(
+        False,
+        description="causal-lm: examples share rows without padding, each with its own positions and attention; "
+        "student and teachers. Same losses, other dropout",
+    )
+    group_by_length: bool = Field(
+        False,
+        description="with sequences: examples of like length meet (sorted within shuffled groups of 50 steps), which "
+        "saves padding; `tokens` does it anyway",
+    )
+
+    @model_validator(mode="after")
+    def _grouped_once(self) -> BatchConfig:
+        if self.group_by_length and self.tokens is not None:
+            raise ValueError("group_by_length goes with `sequences`; `tokens` groups by itself, unless packing")
+        if self.group_by_length and self.packing:
+            raise ValueError("packing leaves no padding to save; drop group_by_length")
         return self
 
 

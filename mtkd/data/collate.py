@@ -81,6 +81,7 @@ class Split:
         pad_id: token id at padding (never read: the attention mask is by position).
         labels: classification: class number per example [examples] int64, or float32 targets of a regression.
         token_types: whether batches carry token types.
+        note: what the person should know of how it was made, e.g. examples left out; "" for nothing.
     """
 
     def __init__(
@@ -91,12 +92,13 @@ class Split:
         pad_id: int = 0,
         labels: np.ndarray | None = None,
         token_types: bool = False,
+        note: str = "",
     ) -> None:
         self._examples = examples
         self._documents = documents
         self._pad_id = pad_id
         self._token_types = token_types
-        self.labels = labels
+        self.labels, self.note = labels, note
         self.lengths = examples.lengths
         self._routes: np.ndarray | None = None
 

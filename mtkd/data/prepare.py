@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mtkd.data.collate import Documents, Split
-from mtkd.data.files import read_texts
+from mtkd.data.collate import Split
 from mtkd.data.labels import read_labels
 from mtkd.data.masking import Masking
 from mtkd.data.pairs import PairExamples, around_pair
+from mtkd.data.prompts import prepare_prompted
+from mtkd.data.rows import column_of, described, pad_id, texts_of, tokenize
 from mtkd.data.transfer import transfer_tokens
 from mtkd.errors import DataError, UserError
 
@@ -69,9 +69,11 @@ def prepare_causal(request: PrepareRequest) -> Split:
     its bytes are not counted.
     """
     tokenizer, config = request.tokenizer, request.config
+    if config.prompt is not None:
+        return prepare_prompted(request)
     before = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     after = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    texts, rows = _texts(request)
+    texts, rows = texts_of(request)
     flat: list[np.ndarray] = []
     counts = np.zeros(len(texts), np.int64)
     scored = np.array([len(text.encode()) for text in texts], np.int64)
@@ -87,8 +89,8 @@ def prepare_causal(request: PrepareRequest) -> Split:
         counts[number] = len(document)
     firsts = np.concatenate([[0], np.cumsum(counts)[:-1]])
     starts, lengths, of_example = _blocks(firsts, counts - 1, config.max_length)
-    documents = _documents(request, rows, of_example, scored)
-    return Split(CausalExamples(np.concatenate(flat), starts, lengths), documents, pad_id=_pad_id(tokenizer))
+    documents = described(request, rows, of_example, scored)
+    return Split(CausalExamples(np.concatenate(flat), starts, lengths), documents, pad_id=pad_id(tokenizer))
 
 
 def prepare_masked(request: PrepareRequest) -> Split:
@@ -99,7 +101,7 @@ def prepare_masked(request: PrepareRequest) -> Split:
     room = config.max_length - len(before) - len(after)
     if room < 1:
         raise UserError("no room for a token", where="data.max_length", found=config.max_length, allowed="a longer one")
-    texts, rows = _texts(request)
+    texts, rows = texts_of(request)
     if config.next_sentence:
         return _paired(request, texts, rows, masking)
     flat: list[np.ndarray] = []
@@ -111,8 +113,8 @@ def prepare_masked(request: PrepareRequest) -> Split:
     lengths = np.array([len(block) for block in flat], np.int64)
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     scored = np.array([len(text.encode()) for text in texts], np.int64)
-    documents = _documents(request, rows, np.array(of_example, np.int64), scored)
-    return Split(MaskedExamples(np.concatenate(flat), starts, lengths, masking), documents, pad_id=_pad_id(tokenizer))
+    documents = described(request, rows, np.array(of_example, np.int64), scored)
+    return Split(MaskedExamples(np.concatenate(flat), starts, lengths, masking), documents, pad_id=pad_id(tokenizer))
 
 
 def _paired(request: PrepareRequest, texts: list[str], rows: np.ndarray, masking: Masking) -> Split:
@@ -131,17 +133,17 @@ def _paired(request: PrepareRequest, texts: list[str], rows: np.ndarray, masking
         raise UserError("no room for a pair", where="data.max_length", found=config.max_length, allowed="a longer one")
     examples = PairExamples(documents, room, around, masking, config.seed)
     scored = np.array([len(text.encode()) for text in texts], np.int64)
-    described = _documents(request, rows, examples.of_example, scored)
-    return Split(examples, described, pad_id=_pad_id(tokenizer), token_types=True)
+    documents_of = described(request, rows, examples.of_example, scored)
+    return Split(examples, documents_of, pad_id=pad_id(tokenizer), token_types=True)
 
 
 def prepare_classify(request: PrepareRequest) -> Split:
     """One or two texts per row, the longer one cut first to `max_length` tokens, and the row's label."""
     tokenizer, config, origin = request.tokenizer, request.config, request.origin
     labels = read_labels(config, request.rows, origin, request.label_names)
-    columns = [_column(request, config.text, "text")]
+    columns = [column_of(request, config.text, "text")]
     if config.text_pair:
-        columns.append(_column(request, config.text_pair, "text_pair"))
+        columns.append(column_of(request, config.text_pair, "text_pair"))
     with_types = "token_type_ids" in tokenizer.model_input_names
     encoded_rows: list[list[int]] = []
     types: list[int] = []
@@ -167,42 +169,16 @@ def prepare_classify(request: PrepareRequest) -> Split:
     examples = ClassifyExamples(flat, np.array(types, np.int32) if with_types else None, lengths, labels)
     return Split(
         examples,
-        _documents(request, every_row, every_row, scored),
-        pad_id=_pad_id(tokenizer),
+        described(request, every_row, every_row, scored),
+        pad_id=pad_id(tokenizer),
         labels=labels,
         token_types=with_types,
     )
 
 
-def _texts(request: PrepareRequest) -> tuple[list[str], np.ndarray]:
-    """The texts that are not blank, and their row numbers; blank rows have nothing to predict."""
-    every = _column(request, request.config.text, "text")
-    rows = np.array([row for row, text in enumerate(every) if text.strip()], np.int64)
-    if not len(rows):
-        raise DataError("all texts are blank", where=request.origin.name, found=f"{len(every)} blank rows")
-    return [every[row] for row in rows], rows
-
-
-def _column(request: PrepareRequest, column: str, option: str) -> list[str]:
-    return read_texts(request.rows, column, request.origin, option)
-
-
 def _tokenized(request: PrepareRequest, texts: list[str]) -> list[np.ndarray]:
     """Ids of every text without special tokens, replaced where the `data` block makes a transfer set of them."""
-    return transfer_tokens(list(_tokenize(request.tokenizer, texts)), request.config, request.tokenizer, request.split)
-
-
-def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Iterator[list[int]]:
-    """Ids without special tokens, text by text."""
-    for begin in range(0, len(texts), _TOKENIZED_AT_ONCE):
-        # verbose=False: longer than the model's maximum is fine here, documents are cut into blocks afterwards
-        yield from tokenizer(
-            texts[begin : begin + _TOKENIZED_AT_ONCE],
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
+    return transfer_tokens(list(tokenize(request.tokenizer, texts)), request.config, request.tokenizer, request.split)
 
 
 def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -223,30 +199,3 @@ def _blocks(firsts: np.ndarray, inputs: np.ndarray, most: int) -> tuple[np.ndarr
     within = np.arange(len(of_example)) - np.repeat(np.cumsum(counts) - counts, counts)
     lengths = np.minimum(most, inputs[of_example] - within * most)
     return firsts[of_example] + within * most, lengths, of_example
-
-
-def _documents(request: PrepareRequest, rows: np.ndarray, of_example: np.ndarray, scored: np.ndarray) -> Documents:
-    names = _optional(request, "name", rows) or [f"{request.split}:{request.origin.rows[row] + 1}" for row in rows]
-    domains = _optional(request, "domain", rows) or [""] * len(rows)
-    return Documents(of_example, names, domains, scored, _teachers(request, rows))
-
-
-def _teachers(request: PrepareRequest, rows: np.ndarray) -> tuple[str, ...]:
-    """What the column of teachers' names says, "" where it is no text; () when there is no such column."""
-    column = request.config.teacher
-    if column not in request.rows.column_names:
-        return ()
-    values: list[Any] = request.rows[column][:]
-    return tuple(values[row].strip() if isinstance(values[row], str) else "" for row in rows)
-
-
-def _optional(request: PrepareRequest, column: str, rows: np.ndarray) -> list[str]:
-    """A column of text that a source may have, for the given rows; [] when it has none."""
-    if column not in request.rows.column_names:
-        return []
-    values: list[Any] = request.rows[column][:]
-    return [values[row] for row in rows] if all(isinstance(value, str) for value in values) else []
-
-
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    return int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else 0

@@ -13,7 +13,7 @@ import numpy as np
 from mtkd.errors import DataError
 
 if TYPE_CHECKING:
-    from mtkd.config import BatchConfig
+    from mtkd.config import BatchConfig, ScoringBatchConfig
     from mtkd.data.batch import Batch
     from mtkd.data.collate import Split
 
@@ -25,8 +25,10 @@ _GROUPED_BATCHES = 50
 class Order:
     """The order of a split's examples, epoch by epoch; each example once per epoch, the last partial batch kept.
 
-    With `sequences` the shuffled examples are cut as they come. With `tokens` they are grouped by length first: a
-    batch is as many examples as its longest one allows, and an example longer than the budget is a batch by itself.
+    With `sequences` the shuffled examples are cut as they come, or with `group_by_length` by length within shuffled
+    groups. With `tokens` they are grouped by length too: a batch is as many examples as its longest one allows, and an
+    example longer than the budget is a batch by itself. With `packing` a budget counts real tokens, and they are cut as
+    they come.
 
     Args:
         lengths: tokens per example, [examples].
@@ -43,6 +45,11 @@ class Order:
         self._shuffle = shuffle
         self._epoch = -1
         self._batches: list[np.ndarray] = []
+
+    @property
+    def packing(self) -> bool:
+        """Whether models run without padding: then micro-batches are alike in tokens, not in the lengths of theirs."""
+        return self._batch.packing
 
     def num_batches(self, epoch: int) -> int:
         """Optimizer steps of an epoch."""
@@ -61,8 +68,10 @@ class Order:
         random = np.random.default_rng([self._seed, epoch])
         examples = random.permutation(len(self._lengths)) if self._shuffle else np.arange(len(self._lengths))
         if self._batch.sequences is not None:
-            return [examples[i : i + self._batch.sequences] for i in range(0, len(examples), self._batch.sequences)]
+            return self._by_count(examples, self._batch.sequences, random)
         assert self._batch.tokens is not None
+        if self._batch.packing:
+            return packed_batches(examples, self._lengths, self._batch.tokens)
         if not self._shuffle:
             return token_batches(examples, self._lengths, self._batch.tokens)
         batches: list[np.ndarray] = []
@@ -71,6 +80,32 @@ class Order:
         for group in np.split(examples, np.flatnonzero(np.diff(groups)) + 1):
             batches += token_batches(group, self._lengths, self._batch.tokens)
         return [batches[i] for i in random.permutation(len(batches))]
+
+    def _by_count(self, examples: np.ndarray, count: int, random: np.random.Generator) -> list[np.ndarray]:
+        """Batches of `count` examples, in the order given or grouped by length."""
+        cuts = range(0, len(examples), count)
+        if not self._batch.group_by_length:
+            return [examples[i : i + count] for i in cuts]
+        if not self._shuffle:
+            ordered = by_length(examples, self._lengths)
+            return [ordered[i : i + count] for i in cuts]
+        size = count * _GROUPED_BATCHES  # a multiple of a batch: only the last one of the epoch may be smaller
+        groups = [by_length(examples[i : i + size], self._lengths) for i in range(0, len(examples), size)]
+        batches = [group[i : i + count] for group in groups for i in range(0, len(group), count)]
+        return [batches[i] for i in random.permutation(len(batches))]
+
+
+def packed_batches(examples: np.ndarray, lengths: np.ndarray, budget: int) -> list[np.ndarray]:
+    """Examples in the order given, cut so that a batch's own tokens stay within `budget`; one alone may exceed it."""
+    batches: list[np.ndarray] = []
+    start, total = 0, 0
+    for end, example in enumerate(examples):
+        length = int(lengths[example])
+        if end > start and total + length > budget:
+            batches.append(examples[start:end])
+            start, total = end, 0
+        total += length
+    return [*batches, examples[start:]]
 
 
 def token_batches(examples: np.ndarray, lengths: np.ndarray, budget: int) -> list[np.ndarray]:
@@ -101,6 +136,22 @@ def slots(examples: Sequence[int], world_size: int, accumulate: int, lengths: np
     return [[[int(e) for e in parts[m * world_size + rank]] for m in range(accumulate)] for rank in range(world_size)]
 
 
+def packed_slots(
+    examples: Sequence[int], world_size: int, accumulate: int, lengths: np.ndarray
+) -> list[list[list[int]]]:
+    """As `slots` for models that run without padding: [rank][micro-batch] with about equal numbers of tokens.
+
+    The longest example first, each into the slot with the fewest tokens so far.
+    """
+    parts: list[list[int]] = [[] for _ in range(world_size * accumulate)]
+    tokens = [0] * len(parts)
+    for example in by_length(np.asarray(examples, np.int64), lengths):
+        least = tokens.index(min(tokens))
+        parts[least].append(int(example))
+        tokens[least] += int(lengths[example])
+    return [[parts[m * world_size + rank] for m in range(accumulate)] for rank in range(world_size)]
+
+
 class TrainStream:
     """Endless micro-batches of one rank, one optimizer step at a time, epoch after epoch.
 
@@ -120,7 +171,8 @@ class TrainStream:
         if self._position >= self._order.num_batches(self._epoch):
             self._epoch, self._position = self._epoch + 1, 0
         examples = self._order.global_batch(self._epoch, self._position)
-        dealt = slots(examples, self._world_size, self._accumulate, self._split.lengths)[self._rank]
+        deal = packed_slots if self._order.packing else slots
+        dealt = deal(examples, self._world_size, self._accumulate, self._split.lengths)[self._rank]
         epoch = self._epoch
         self._position += 1
         return [self._split.collate(slot, size=max(1, len(slot)), epoch=epoch) for slot in dealt]
@@ -142,7 +194,7 @@ class TrainStream:
         self._epoch, self._position = epoch, position
 
 
-def evaluation_batches(split: Split, batch: BatchConfig, rank: int, world_size: int) -> Iterator[Batch]:
+def evaluation_batches(split: Split, batch: ScoringBatchConfig, rank: int, world_size: int) -> Iterator[Batch]:
     """Every example once over the ranks, by falling length; the same number of batches on every rank.
 
     `batch` counts over all ranks and its `accumulate` pieces, as in training.

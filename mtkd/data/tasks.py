@@ -121,7 +121,15 @@ def _classify(request: PrepareRequest) -> Split:
 
 TASKS.add(
     "causal-lm",
-    TaskSpec("causal-lm", "AutoModelForCausalLM", True, ("bits_per_byte", "perplexity"), _causal, _no_labels),
+    TaskSpec(
+        "causal-lm",
+        "AutoModelForCausalLM",
+        True,
+        ("bits_per_byte", "perplexity"),
+        _causal,
+        _no_labels,
+        fields=("prompt", "chat"),
+    ),
 )
 TASKS.add(
     "masked-lm",

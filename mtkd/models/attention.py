@@ -7,7 +7,7 @@ and key *after* rotary embedding. Nothing is kept unless a recorder is active, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from mtkd.errors import UserError
 from mtkd.models.info import TAP
 
 
@@ -80,6 +81,14 @@ class Recorder:
     calls: dict[int, AttentionCall] = field(default_factory=dict)
     num_calls: int = 0
     head_input: Tensor | None = None
+
+    def spread(self, hidden: Callable[[Tensor], Tensor], call: Callable[[AttentionCall], AttentionCall]) -> Recorder:
+        """What was recorded on packed rows, put back where the examples are in the batch."""
+        if any(found.bias is not None for found in self.calls.values()):
+            raise UserError("attention with a position bias cannot be recorded on packed rows", where="batch.packing")
+        head_input = None if self.head_input is None else hidden(self.head_input)
+        calls = {layer: call(found) for layer, found in self.calls.items()}
+        return Recorder(self.layers, calls, self.num_calls, head_input)
 
 
 _active: ContextVar[Recorder | None] = ContextVar("mtkd_recorder", default=None)

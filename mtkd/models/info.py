@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mtkd.errors import UserError
@@ -45,6 +45,7 @@ class ModelInfo:
         max_positions: longest sequence, in tokens.
         causal: a token attends only to those before it.
         taps: names of the features it can give.
+        unpackable: why it cannot run on packed rows (`mtkd.models.packing`), "" where it can.
     """
 
     architecture: str
@@ -58,6 +59,7 @@ class ModelInfo:
     max_positions: int
     causal: bool
     taps: frozenset[str]
+    unpackable: str = field(default="", compare=False)
 
 
 def model_info(config: PretrainedConfig, auto_class: str) -> ModelInfo:
@@ -80,8 +82,11 @@ def model_info(config: PretrainedConfig, auto_class: str) -> ModelInfo:
     heads = config.num_attention_heads
     width = config.hidden_size
     taps = {"logits", "hidden", "embedding", "cls"} | ({"nsp_logits"} if auto_class == PRE_TRAINING else set())
-    if attention_implementation(config, auto_class) == TAP:
+    tapped = attention_implementation(config, auto_class) == TAP
+    if tapped:
         taps.update(ATTENTION)
+    cls, causal = model_class(config, auto_class), is_causal(config)
+    why = "only language models read token by token" if auto_class == CLASSIFIER else ""
     return ModelInfo(
         architecture=config.model_type,
         num_layers=config.num_hidden_layers,
@@ -92,9 +97,49 @@ def model_info(config: PretrainedConfig, auto_class: str) -> ModelInfo:
         vocabulary=config.vocab_size,
         num_labels=(config.num_labels or 0) if auto_class == CLASSIFIER else 0,
         max_positions=_max_positions(config),
-        causal=is_causal(config),
+        causal=causal,
         taps=frozenset(taps),
+        unpackable=why or _unpackable(config, cls, causal, tapped),
     )
+
+
+def _unpackable(config: PretrainedConfig, cls: type[PreTrainedModel], causal: bool, tapped: bool) -> str:
+    """Why a token-level model cannot be run on packed rows; "" where it can.
+
+    Args:
+        tapped: whether all of its attention goes through mtkd's tap.
+    """
+    if not causal:
+        return "it attends in both directions"
+    if getattr(config, "alibi", False) or getattr(config, "position_embedding_type", None) == "alibi":
+        return "its attention depends on the distance in the row (ALiBi)"
+    kinds: Any = getattr(config, "layer_types", None)
+    windowed = getattr(config, "sliding_window", None) if kinds is None else any(k != "full_attention" for k in kinds)
+    if windowed:
+        return "some of its layers attend to a window or are recurrent"
+    if not tapped:
+        return "its attention does not go through transformers' attention interface"
+    if "position_ids" not in inspect.signature(cls.forward).parameters:
+        return "it takes no position ids"
+    return ""
+
+
+def check_packing(info: ModelInfo, where: str) -> None:
+    """Refuse a model that cannot be run on packed rows.
+
+    Args:
+        where: the stage's `batch.packing`.
+    Raises:
+        UserError: naming the architecture and the reason.
+    """
+    if info.unpackable:
+        raise UserError(
+            f"architecture '{info.architecture}' cannot be run on packed rows",
+            where=where,
+            found=info.unpackable,
+            allowed="decoders with full attention, such as llama, qwen2 and gpt2, on causal-lm data",
+            todo="drop packing; batch: {tokens: N} and group_by_length also save padding",
+        )
 
 
 def attention_implementation(config: PretrainedConfig, auto_class: str) -> str | None:

@@ -21,7 +21,8 @@ from mtkd.data.batch import Batch
 from mtkd.errors import UserError, nearest
 from mtkd.features import ATTENTION, NO_LABEL, DenseLogits, Features, HeadLogits, split_key
 from mtkd.models.attention import AttentionCall, Recorder, active_recorder, recording
-from mtkd.models.info import PRE_TRAINING, TAP, TOKEN_LEVEL, model_info
+from mtkd.models.info import PRE_TRAINING, TAP, TOKEN_LEVEL, check_packing, model_info
+from mtkd.models.packing import Layout, make_layout
 from mtkd.models.vocabulary import VocabularyMap
 
 VERIFY_TOLERANCE = 1e-3
@@ -43,6 +44,7 @@ class TappedModel(nn.Module):
 
     Attributes:
         info: shape and capabilities.
+        packing: whether batches run on packed rows; set by `enable_packing`.
 
     Raises:
         UserError: fewer columns than ids, or an output head that is not linear.
@@ -54,6 +56,7 @@ class TappedModel(nn.Module):
         super().__init__()
         self.model = model
         self.vocabulary = vocabulary
+        self.packing = False
         self.info = model_info(model.config, auto_class)
         if model.config._attn_implementation != TAP:  # built by somebody else: no recorder would ever be called
             self.info = dataclasses.replace(self.info, taps=self.info.taps - set(ATTENTION))
@@ -86,12 +89,16 @@ class TappedModel(nn.Module):
         Raises:
             UserError: a feature this model cannot give.
         """
+        layout = make_layout(batch.attention_mask, self.info.width) if self.packing else None
+        return self._features(batch, wants, layout)
+
+    def _features(self, batch: Batch, wants: frozenset[str], layout: Layout | None) -> Features:
         keys = {key: split_key(key) for key in wants}
         self._check(keys)
         depths = sorted(self._depth(name, layer) for name, layer in keys.values() if name in _HIDDEN)
         attention = frozenset(layer for name, layer in keys.values() if name in ATTENTION and layer is not None)
         recorder = Recorder(attention)
-        inputs = self._inputs(batch)
+        inputs = self._inputs(batch, layout)
         if depths:
             inputs["output_hidden_states"] = depths  # the others are not kept
         with recording(recorder):
@@ -102,6 +109,8 @@ class TappedModel(nn.Module):
                 where="model",
                 found=f"{recorder.num_calls} attentions in {self.info.num_layers} layers",
             )
+        if layout is not None:
+            recorder = recorder.spread(layout.spread, layout.spread_call)
         features: Features = {}
         for key, (name, layer) in keys.items():
             if name == "logits":
@@ -110,6 +119,7 @@ class TappedModel(nn.Module):
                 features[key] = DenseLogits(output.seq_relationship_logits)
             elif name in _HIDDEN:
                 hidden = output.hidden_states[self._depth(name, layer)]
+                hidden = hidden if layout is None else layout.spread(hidden)
                 features[key] = hidden[:, 0] if name == "cls" else hidden
             else:
                 assert layer is not None
@@ -152,6 +162,42 @@ class TappedModel(nn.Module):
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
     @torch.no_grad()
+    def enable_packing(self, where: str) -> None:
+        """Run batches on packed rows from now on, where that needs fewer products than padding.
+
+        Three short examples in one row are compared with the same ones padded; for a whole model, before an engine
+        shards it.
+
+        Args:
+            where: the stage's `batch.packing`, for messages.
+        Raises:
+            UserError: an architecture that cannot be run so.
+        """
+        check_packing(self.info, where)
+        training = self.training
+        self.eval()
+        try:
+            batch = self._few_tokens((3, 1, 2))
+            key = f"hidden.{self.info.num_layers}"
+            layout = make_layout(batch.attention_mask, self.info.width, columns=6)
+            packed, padded = (self._features(batch, frozenset({key}), x)[key] for x in (layout, None))
+            assert isinstance(packed, Tensor)
+            assert isinstance(padded, Tensor)
+            largest = padded[batch.attention_mask].abs().max().clamp_min(1e-30)
+            difference = float((packed - padded)[batch.attention_mask].abs().max() / largest)
+        finally:
+            self.train(training)
+        if not difference <= VERIFY_TOLERANCE:
+            raise UserError(
+                f"architecture '{self.info.architecture}' mixes the examples of a packed row",
+                where=where,
+                found=f"relative difference {difference:.2g}",
+                allowed=f"at most {VERIFY_TOLERANCE}",
+                todo="drop packing",
+            )
+        self.packing = True
+
+    @torch.no_grad()
     def verify(self) -> None:
         """Compare with the model's own output on two tokens; for a whole model, right after loading.
 
@@ -162,11 +208,11 @@ class TappedModel(nn.Module):
         training = self.model.training
         self.model.eval()
         try:
-            batch = self._two_tokens()
+            batch = self._few_tokens((2,))
             wants = {"logits", f"hidden.{self.info.num_layers}"}
             wants |= {f"query.{self.info.num_layers}"} if "query" in self.info.taps else set()
             ours = self(batch, frozenset(wants))["logits"]
-            output = self.model(**self._inputs(batch))
+            output = self.model(**self._inputs(batch, None))
             whole = output.prediction_logits if self._two_heads else output.logits
             theirs = whole.float().reshape(-1, self._columns())[:, : self._real()]
             assert not isinstance(ours, Tensor)
@@ -195,13 +241,16 @@ class TappedModel(nn.Module):
     def _real(self) -> int:
         return self.num_ids if self.token_level else self.info.num_labels
 
-    def _two_tokens(self) -> Batch:
+    def _few_tokens(self, lengths: tuple[int, ...]) -> Batch:
+        """Examples of the first real ids in turn, padded on the right."""
         pad = self.model.config.pad_token_id
-        ids = [i for i in range(min(self.info.vocabulary, 4)) if i != pad][:2]
+        real = [i for i in range(min(self.info.vocabulary, 4)) if i != pad]
         device = next(self.model.parameters()).device
-        tokens = torch.tensor([ids], device=device)
-        targets = torch.full_like(tokens, NO_LABEL)
-        return Batch(torch.zeros(1, dtype=torch.long, device=device), tokens, torch.ones_like(tokens).bool(), targets)
+        size = max(lengths)
+        tokens = torch.tensor([[real[(r + c) % len(real)] for c in range(size)] for r in range(len(lengths))])
+        mask = torch.arange(size) < torch.tensor(lengths)[:, None]
+        batch = Batch(torch.arange(len(lengths)), tokens, mask, torch.full_like(tokens, NO_LABEL))
+        return batch.to(device)
 
     def _head(self) -> nn.Linear:
         head = self.model.get_output_embeddings()
@@ -211,10 +260,13 @@ class TappedModel(nn.Module):
             )
         return head
 
-    def _inputs(self, batch: Batch) -> dict[str, Any]:
+    def _inputs(self, batch: Batch, layout: Layout | None) -> dict[str, Any]:
         ids = batch.input_ids if self.vocabulary is None else self.vocabulary.inputs(batch.input_ids)
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": batch.attention_mask.long()}
-        if self._takes_types and batch.token_type_ids is not None:
+        if layout is not None:
+            # a mask of four dimensions is taken as it is, by every model that makes its own with transformers' helpers
+            inputs = {"input_ids": layout.pack(ids), "attention_mask": layout.mask, "position_ids": layout.position_ids}
+        elif self._takes_types and batch.token_type_ids is not None:
             inputs["token_type_ids"] = batch.token_type_ids
         if self._takes_cache:
             inputs["use_cache"] = False

@@ -209,7 +209,7 @@ def make_vocabulary(
         UserError: as `choose_kept`.
     """
     where = "model.vocabulary"
-    columns = [column for column in (data.text, data.text_pair) if column]
+    columns = [column for column in (data.text, data.text_pair, *data.prompt_columns) if column]
     counts = np.zeros(num_real_ids(tokenizer), np.int64)
     for column in columns:
         counts += count_ids(tokenizer, raw.texts("train", column), len(counts))

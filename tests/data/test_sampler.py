@@ -14,12 +14,17 @@ from data_examples import sentences
 from mtkd.config import BatchConfig
 from mtkd.data.batch import Batch
 from mtkd.data.collate import LoadedData, Split
-from mtkd.data.sampler import Order, TrainStream, evaluation_batches, slots
+from mtkd.data.sampler import Order, TrainStream, evaluation_batches, packed_slots, slots
 from mtkd.errors import DataError
 
 Loader = Callable[..., LoadedData]
 LENGTHS = np.random.default_rng(7).integers(1, 129, 1003)
-BATCHES = [BatchConfig(sequences=16), BatchConfig(tokens=2048)]
+BATCHES = [
+    BatchConfig(sequences=16),
+    BatchConfig(tokens=2048),
+    BatchConfig(tokens=2048, packing=True),
+    BatchConfig(sequences=16, group_by_length=True),
+]
 
 
 @pytest.fixture
@@ -80,6 +85,40 @@ def test_batches_stay_within_the_token_budget_and_waste_little() -> None:
     assert longest != sorted(longest, reverse=True)
 
 
+def test_a_packed_budget_counts_real_tokens_in_random_order() -> None:
+    lengths = np.concatenate([LENGTHS, [5000]])
+    batches = epoch_batches(Order(lengths, BATCHES[2], 0), 0)
+    sizes = [int(lengths[b].sum()) for b in batches]
+    assert [b for b, size in zip(batches, sizes, strict=True) if size > 2048] == [[1003]]
+    after = [lengths[b[0]] for b in batches[1:]]
+    assert all(size + following > 2048 for size, following in zip(sizes, after, strict=False))  # none ends early
+    assert np.mean([lengths[b].std() for b in batches if len(b) > 1]) > 0.8 * LENGTHS.std()  # nothing is grouped
+
+
+def test_grouping_by_length_saves_padding_and_keeps_the_sizes() -> None:
+    plain, grouped = (epoch_batches(Order(LENGTHS, batch, 0), 0) for batch in (BATCHES[0], BATCHES[3]))
+    assert sorted(map(len, grouped)) == sorted(map(len, plain))
+    useful = [LENGTHS.sum() / sum(LENGTHS[b].max() * len(b) for b in batches) for batches in (plain, grouped)]
+    assert useful[0] < 0.6
+    assert useful[1] > 0.9
+    longest = [int(LENGTHS[b].max()) for b in grouped]
+    assert longest != sorted(longest, reverse=True)
+    ordered = Order(LENGTHS, BATCHES[3], 0, shuffle=False)
+    assert ordered.global_batch(0, 0)[0] == int(np.argmax(LENGTHS))
+
+
+@pytest.mark.parametrize(("world_size", "accumulate"), [(1, 1), (2, 1), (1, 3), (4, 2), (3, 7)])
+def test_packed_slots_hold_about_as_many_tokens_each(world_size: int, accumulate: int) -> None:
+    examples = list(range(100, 220))
+    dealt = packed_slots(examples, world_size, accumulate, LENGTHS)
+    assert [len(rank) for rank in dealt] == [accumulate] * world_size
+    assert sorted(e for rank in dealt for micro in rank for e in micro) == examples
+    tokens = [int(LENGTHS[micro].sum()) for rank in dealt for micro in rank]
+    # the slot that got the last example was the emptiest: what lies between the slots is one short example at most
+    assert max(tokens) - min(tokens) <= int(np.sort(LENGTHS[examples])[: len(tokens)].max())
+    assert packed_slots([7], world_size, accumulate, LENGTHS)[0][0] == [7]
+
+
 @pytest.mark.parametrize(("world_size", "accumulate"), [(1, 1), (2, 1), (1, 3), (4, 2), (3, 7)])
 def test_slots_deal_every_example_once(world_size: int, accumulate: int) -> None:
     examples = [5, 900, 17, 3, 44, 602, 71, 8, 11, 250]
@@ -95,7 +134,15 @@ def test_slots_deal_every_example_once(world_size: int, accumulate: int) -> None
     assert all(left.min() >= right.max() for left, right in pairwise(filled))
 
 
-@pytest.mark.parametrize("batch", [BatchConfig(sequences=8), BatchConfig(tokens=400)])
+@pytest.mark.parametrize(
+    "batch",
+    [
+        BatchConfig(sequences=8),
+        BatchConfig(tokens=400),
+        BatchConfig(tokens=400, packing=True),
+        BatchConfig(sequences=8, group_by_length=True),
+    ],
+)
 @pytest.mark.parametrize(("world_size", "accumulate"), [(1, 1), (2, 1), (2, 3)])
 def test_state_after_40_batches_gives_the_next_20(
     batch: BatchConfig, world_size: int, accumulate: int, split: Split
@@ -132,8 +179,9 @@ def test_resuming_at_an_epoch_end_starts_the_next_one(split: Split) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_the_global_batch_does_not_depend_on_the_world_size(world_size: int, split: Split) -> None:
-    batch = BatchConfig(sequences=10)
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_global_batch_does_not_depend_on_the_world_size(world_size: int, packing: bool, split: Split) -> None:
+    batch = BatchConfig(sequences=10, packing=packing)
     order = Order(split.lengths, batch, 1)
     streams = [TrainStream(split, Order(split.lengths, batch, 1), rank, world_size, 2) for rank in range(world_size)]
     epoch: list[int] = []

@@ -24,14 +24,17 @@ OPTIMIZER = OptimizerConfig(lr=1e-2, warmup=0.5, clip=0.5)
 STEPS = 4
 
 
-def causal_objective(tied: bool = False):
-    teachers = [causal_model(24, 2, 1), causal_model(32, 3, 2, padded=3)]
-    return make_objective(causal_model(16, 2, 0, tied=tied), teachers, ROWS, "mt_bert")
+def causal_objective(tied: bool = False, packing: bool = False, rows=ROWS):
+    student, *teachers = causal_model(16, 2, 0, tied=tied), causal_model(24, 2, 1), causal_model(32, 3, 2, padded=3)
+    if packing:
+        for model in (student, *teachers):
+            model.enable_packing("packing")
+    return make_objective(student, teachers, rows, "mt_bert")
 
 
-def gradient(cuts: list[list[int]]) -> torch.Tensor:
+def gradient(cuts: list[list[int]], packing: bool = False, rows=ROWS) -> torch.Tensor:
     """The gradient of one optimizer step whose batch of 8 is cut into these micro-batches."""
-    objective, pool = causal_objective()
+    objective, pool = causal_objective(packing=packing, rows=rows)
     batch = causal_batch(LENGTHS, prompt=1)
     micro_batches = [rows_of(batch, rows) for rows in cuts]
     counts, _ = global_counts(micro_batches, Dist())
@@ -49,9 +52,19 @@ def test_gradient_does_not_depend_on_the_cut(cuts):
     torch.testing.assert_close(gradient(cuts), whole, rtol=1e-5, atol=1e-6 * float(whole.abs().max()))
 
 
-def _engine_losses(kind: str, zero_stage: int, tied: bool, accumulate: int) -> list[float]:
+def test_packed_rows_give_the_same_gradient():
+    """Of student, projections and weighted teachers, with rows on logits, labels, hidden states and attention."""
+    rows = [*ROWS, Match(feature="probs", loss="attention_kl", student_layer=(1, 2), teacher_layer=(1, 2))]
+    whole = gradient([list(range(8))], rows=rows)
+    for cuts in ([list(range(8))], [[0, 1, 2, 3], [4, 5, 6, 7], []]):
+        torch.testing.assert_close(
+            gradient(cuts, packing=True, rows=rows), whole, rtol=1e-5, atol=1e-6 * float(whole.abs().max())
+        )
+
+
+def _engine_losses(kind: str, zero_stage: int, tied: bool, accumulate: int, packing: bool = False) -> list[float]:
     dist = init_distributed("cpu") if kind == "deepspeed" else Dist()
-    objective, pool = causal_objective(tied)
+    objective, pool = causal_objective(tied, packing)
     if kind == "deepspeed":
         engine = DeepSpeedEngine(
             objective, OPTIMIZER, STEPS, CPU, zero_stage=zero_stage, accumulate=accumulate, dist=dist
@@ -89,10 +102,13 @@ def test_accumulation_gives_the_same_losses(accumulate):
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("deepspeed")
-@pytest.mark.parametrize(("zero_stage", "tied"), [(0, False), (1, False), (2, True), (3, False), (3, True)])
-def test_deepspeed_equals_torch(zero_stage, tied):
-    expected = _engine_losses("torch", 0, tied, 1)
-    ranks = run_distributed(partial(_engine_losses, "deepspeed", zero_stage, tied, 2), 2, timeout=240)
+@pytest.mark.parametrize(
+    ("zero_stage", "tied", "packing"),
+    [(0, False, False), (1, False, True), (2, True, False), (3, False, False), (3, True, True)],
+)
+def test_deepspeed_equals_torch(zero_stage, tied, packing):
+    expected = _engine_losses("torch", 0, tied, 1)  # never packed
+    ranks = run_distributed(partial(_engine_losses, "deepspeed", zero_stage, tied, 2, packing), 2, timeout=240)
     assert ranks[0] == pytest.approx(expected, rel=1e-5)
     assert ranks[1][:STEPS] == pytest.approx(expected[:STEPS], rel=1e-5)
 

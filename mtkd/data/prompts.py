@@ -1,0 +1,157 @@
+"""Instruction data: a prompt that is read, and a response that is predicted.
+
+One row is one example, never cut into blocks: the tokenizer's beginning token, the prompt, the response, the end token.
+Prompt and response are tokenised apart, so that the response's first token does not depend on where the prompt ends.
+With a chat template the turns are its own, beginning and end tokens included. Targets begin with the response's first
+token, which the last prompt position predicts; which tokens those are is a matter of their place, not of their id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mtkd.config import prompt_parts
+from mtkd.data.collate import Split
+from mtkd.data.files import read_texts
+from mtkd.data.rows import described, pad_id, texts_of, tokenize
+from mtkd.errors import DataError
+from mtkd.features import NO_LABEL
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from mtkd.data.files import Origin
+    from mtkd.data.tasks import PrepareRequest
+
+
+class PromptedExamples:
+    """Whole rows; position l predicts the next token from the last prompt token on.
+
+    Args:
+        tokens: all examples one after another, a target more than inputs each.
+        starts: where each begins in `tokens`, [examples]. lengths: its inputs, [examples].
+        prompts: its tokens before the response, at least one, [examples].
+    """
+
+    def __init__(self, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, prompts: np.ndarray) -> None:
+        self._tokens, self._starts, self.lengths, self._prompts = tokens, starts, lengths, prompts
+
+    def read(self, index: int, epoch: int) -> tuple[np.ndarray, np.ndarray, None]:
+        """Inputs [L] and the response tokens that follow them [L], NO_LABEL before."""
+        start, length = int(self._starts[index]), int(self.lengths[index])
+        targets = self._tokens[start + 1 : start + length + 1].astype(np.int64)
+        targets[: int(self._prompts[index]) - 1] = NO_LABEL
+        return self._tokens[start : start + length], targets, None
+
+
+def prepare_prompted(request: PrepareRequest) -> Split:
+    """Prompt and response per row; the end of a response that is too long is cut, and its end token with it.
+
+    A row whose prompt leaves no room for a response token is left out. Bytes are those of the predicted response.
+
+    Raises:
+        DataError: no row is left, or a chat template that is not there or cannot be split into turns.
+    """
+    config, tokenizer = request.config, request.tokenizer
+    assert config.prompt is not None
+    responses, rows = texts_of(request)
+    every = prompt_texts(request.rows, config.prompt, request.origin)
+    prompts = [every[row] for row in rows]
+    encode = _in_turns if config.chat else _in_text
+    flat: list[np.ndarray] = []
+    kept: list[int] = []
+    before: list[int] = []
+    scored = np.zeros(len(rows), np.int64)
+    num_cut = 0
+    for number, (prompt, response) in enumerate(encode(request, prompts, responses, rows)):
+        asked = max(1, len(prompt))  # without a prompt and a beginning token the first one cannot be predicted
+        document = np.array([*prompt, *response], np.int32)[: config.max_length + 1]
+        if len(document) <= asked:
+            continue
+        cut = len(document) < len(prompt) + len(response)
+        num_cut += cut
+        scored[len(kept)] = (
+            len(str(tokenizer.decode(document[asked:], skip_special_tokens=True)).encode())
+            if cut or asked > len(prompt)
+            else len(responses[number].encode())
+        )
+        flat.append(document)
+        before.append(asked)
+        kept.append(number)
+    if not kept:
+        raise DataError(
+            "no prompt leaves room for a response token",
+            where=request.origin.name,
+            found=f"{len(rows)} rows, max_length {config.max_length}",
+            todo="set a larger data.NAME.max_length",
+        )
+    sizes = np.array([len(document) for document in flat], np.int64)
+    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    examples = PromptedExamples(np.concatenate(flat), starts, sizes - 1, np.array(before, np.int64))
+    documents = described(request, rows[kept], np.arange(len(kept)), scored[: len(kept)])
+    return Split(examples, documents, pad_id=pad_id(tokenizer), note=_note(request, len(rows), len(kept), num_cut))
+
+
+def prompt_texts(rows: Dataset, prompt: str, origin: Origin) -> list[str]:
+    """The prompt of every row: a column's text, or the template with the columns' texts in it.
+
+    Raises:
+        DataError: a column that does not exist or holds no text.
+    """
+    parts = prompt_parts(prompt)
+    columns = {name: read_texts(rows, name, origin, "prompt") for _, name in parts if name is not None}
+    return ["".join(text + (columns[name][row] if name is not None else "") for text, name in parts)
+            for row in range(len(rows))]  # fmt: skip
+
+
+_Pairs = list[tuple[list[int], list[int]]]
+
+
+def _in_text(request: PrepareRequest, prompts: Sequence[str], responses: Sequence[str], rows: np.ndarray) -> _Pairs:
+    """Ids of beginning token and prompt, and of response and end token."""
+    tokenizer = request.tokenizer
+    first = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    last = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    pairs = zip(tokenize(tokenizer, prompts), tokenize(tokenizer, responses), strict=True)
+    return [([*first, *prompt], [*response, *last]) for prompt, response in pairs]
+
+
+def _in_turns(request: PrepareRequest, prompts: Sequence[str], responses: Sequence[str], rows: np.ndarray) -> _Pairs:
+    """Ids of a user's turn with the opening of the assistant's, and of what the template adds with the response."""
+    tokenizer = request.tokenizer
+    if not tokenizer.chat_template:
+        raise DataError(
+            "the tokenizer has no chat template",
+            where="data.NAME.chat",
+            todo="set chat: false, and put into `prompt` what the model expects around it",
+        )
+    opened: list[str] = []
+    added: list[str] = []
+    for row, prompt, response in zip(rows, prompts, responses, strict=True):
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        start = str(tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True))
+        whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        if not whole.startswith(start):
+            raise DataError(
+                "the chat template writes the prompt differently when a response follows",
+                where=request.origin.where(row),
+                found=whole[:160],
+                allowed=start[:160],
+                todo="set chat: false, and put into `prompt` what the model expects around it",
+            )
+        opened.append(start)
+        added.append(whole[len(start) :])
+    return list(zip(tokenize(tokenizer, opened), tokenize(tokenizer, added), strict=True))
+
+
+def _note(request: PrepareRequest, num_rows: int, num_kept: int, num_cut: int) -> str:
+    """What was lost to `max_length`; "" for nothing."""
+    lost = num_rows - num_kept
+    parts = [f"{lost:,} of {num_rows:,} rows left out: the prompt leaves no room for a response"] if lost else []
+    parts += [f"{num_cut:,} of {num_kept:,} responses cut at the end"] if num_cut else []
+    if not parts:
+        return ""
+    return f"{request.origin.name} ({request.split}), max_length {request.config.max_length}: " + "; ".join(parts)
