@@ -18,7 +18,7 @@ from mtkd.cacheplan import (
     content_of,
     describe,
     read_facts,
-    train_bytes,
+    train_tokens,
 )
 from mtkd.chain import model_name, model_of, needed_stages, scored_models, stage_of, stage_values
 from mtkd.checks import check
@@ -236,12 +236,12 @@ class _Planner:
             self._check_tokenizer(teacher.model, place, token_level)
             model, info = self._sized(teacher.name, teacher.model, made, data, auto_class)
             columns = self._num_ids if token_level else info.num_labels
-            content = content_of(stage.cache, token_level=token_level, columns=columns)
-            check_layers(content, info, f"{where}.cache.hidden", teacher.name)
+            content = content_of(stage.cache, token_level=token_level, columns=columns, seed=self.config.seed)
+            check_layers(content, info, f"{where}.cache", teacher.name)
             self._made[f"{name}/{teacher.name}"] = made
             self._cached[f"{name}/{teacher.name}"] = CacheFacts(content, info, model.parameters, f"stages.{name}")
             planned.append(model)
-            texts.append(f"{teacher.name}: {describe(content, info, train_bytes(data, self.config.base))}")
+            texts.append(f"{teacher.name}: {describe(content, info, train_tokens(data, self.config.base))}")
         largest = max(planned, key=lambda model: model.parameters)  # they are run one after the other
         memory = largest.parameters * _FLOAT + self.config.engine.tile * self._num_ids * _FLOAT * 2 * token_level
         return PlannedStage(
@@ -256,7 +256,7 @@ class _Planner:
                 continue
             place, made = f"{where}.teachers[{i}].model", model_of(teacher.model.path)
             if made is None:
-                found[teacher.name] = read_facts(teacher.model.path or "", self.config.base, place)
+                found[teacher.name] = read_facts(teacher.model.path or "", self.config.base, auto_class, place)
                 if not self._trains_tokenizer:
                     check_tokenizer_of(found[teacher.name], self._tokenizer, place)
             else:

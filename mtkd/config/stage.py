@@ -162,8 +162,8 @@ class StageConfig(Config):
             )
         if not self.teachers:
             raise ValueError("a cache stage needs `teachers`")
-        if self.batch.accumulate != 1:
-            raise ValueError("batch.accumulate: a cache stage has no optimizer steps to put together; drop it")
+        if more := sorted(self.batch.model_fields_set - {"sequences", "tokens"}):
+            raise ValueError(f"batch.{more[0]}: a cache stage has no optimizer steps; its batch is sequences or tokens")
         cached = [t.name for t in self.teachers if t.backend == "cached"]
         if cached:
             raise ValueError(f"teacher {cached[0]!r} is a cache already; name it in the stage that reads it")
