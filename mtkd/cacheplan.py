@@ -230,6 +230,15 @@ def check_cached(
         _check_traits(stage, caches, f"{where}.weighting")
 
 
+def compressed_from_cache(teacher: str, where: str) -> UserError:
+    """A student with a part of the ids reads the teacher's distribution over these alone, which a cache cannot give."""
+    return UserError(
+        f"the student keeps a part of the ids, and the cache of teacher '{teacher}' holds a few of them per position",
+        where=where,
+        todo="make the teacher resident, or give the student the whole vocabulary",
+    )
+
+
 def _check_row(row: Row, k: int, name: str, facts: CacheFacts, token_level: bool, where: str) -> None:
     for key in sorted(row.teacher_wants(k) - {"logits", *facts.content.hidden}):
         if split_key(key)[0] in ("hidden", "cls", "embedding"):

@@ -15,6 +15,7 @@ from mtkd.cacheplan import (
     check_layers,
     check_same_data,
     check_tokenizer_of,
+    compressed_from_cache,
     content_of,
     describe,
     read_facts,
@@ -202,6 +203,8 @@ class _Planner:
             where=f"{where}.match",
         )
         check_cached(stage, rows, caches, token_level=task.token_level, where=where)
+        if caches and task.token_level and name in self._compressed:
+            raise compressed_from_cache(next(iter(caches)), f"{where}.student.vocabulary")
         texts = [_row_text(row.match.weight, row.key, row.pairs) for row in rows]
         live = [p for p in planned[own:] if p.role not in caches]
         return PlannedStage(

@@ -18,7 +18,7 @@ from mtkd.config import RunConfig
 from mtkd.configfile import config_digest, fingerprint, load_config
 from mtkd.console import say
 from mtkd.data.vocabulary import compress_tokenizer
-from mtkd.engine.dist import Dist, on_main
+from mtkd.engine.dist import on_main
 from mtkd.errors import DataError, UserError
 from mtkd.evaluate.judge import judge
 from mtkd.models.load import quiet
@@ -45,11 +45,13 @@ class RunResult:
     results: dict[str, Any]
 
     def export(self, stage: str) -> Path:
-        """Folder of the model STAGE, or STAGE/MEMBER of several, for plain `AutoModel*.from_pretrained`; or of a cache."""
+        """Folder of the model STAGE, or STAGE/MEMBER, for plain `AutoModel*.from_pretrained`; or of a cache."""
         name, _, member = stage.partition("/")
         members = self.stages[name].get("members") or self.stages[name].get("caches") or {}
         if members and member not in members:
-            raise UserError("this stage made several models or caches", found=stage, allowed=[f"{name}/{m}" for m in members])
+            raise UserError(
+                "this stage made several models or caches", found=stage, allowed=[f"{name}/{m}" for m in members]
+            )
         return RunDir(self.folder).stage(list(self.stages).index(name) + 1, name).export / member
 
 
@@ -139,15 +141,15 @@ def _stage(shop: Workshop, name: str, run: RunDir) -> dict[str, Any]:
     folders = {other: shop.folder(other) for other in shop.config.stages}
     record = finished(folder, name, wanted, list(dict.fromkeys([name, *changed_stages(shop.config, folders)])))
     if record is not None:
-        made = f"{len(record['caches'])} caches" if record.get("caches") else f"{record['steps']} steps"
-        say(f"stage {name}: done ({made}, {record['seconds']:.0f} s), skipped", main=main)
+        work = f"{len(record['caches'])} caches" if record.get("caches") else f"{record['steps']} steps"
+        say(f"stage {name}: done ({work}, {record['seconds']:.0f} s), skipped", main=main)
         return record
     say(f"stage {name}: {shop.config.stages[name].kind}", main=main)
     if shop.config.stages[name].kind == "cache":
-        record = {**capture(shop, name, wanted), "fingerprint": fingerprint(wanted), "identity": wanted}
-        fault_point("before-done", record["steps"])
-        on_main(shop.dist, lambda: folder.mark_done(record))
-        return record
+        made = {**capture(shop, name, wanted), "fingerprint": fingerprint(wanted), "identity": wanted}
+        fault_point("before-done", made["steps"])
+        on_main(shop.dist, lambda: folder.mark_done(made))
+        return made
     built = shop.build(name)
     facts = train(built, shop.config, run, folder)
     record = {

@@ -158,7 +158,8 @@ class StageConfig(Config):
         unread = sorted(self.model_fields_set - _OF_CACHES)
         if unread:
             raise ValueError(
-                f"a cache stage trains nothing, it runs its teachers once over the train split; drop {', '.join(unread)}"
+                "a cache stage trains nothing, it runs its teachers once over the train split; drop "
+                + ", ".join(unread)
             )
         if not self.teachers:
             raise ValueError("a cache stage needs `teachers`")
