@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from mtkd.cache import CacheOrigin
-from mtkd.cacheplan import cache_digest, cache_folder, open_cache
+from mtkd.cachefolder import cache_digest, cache_folder, cached_teacher
 from mtkd.chain import identity, member_of, redo_command, stage_of, stage_seed, weights_digest
 from mtkd.cofinetune import CoFinetuning, check_members
 from mtkd.config import EngineConfig, ModelConfig, RunConfig, StageConfig, TeacherConfig
@@ -335,18 +334,9 @@ class Workshop:
         assert path is not None
         stage = stage_of(path)
         folder = self.folder(stage).export / member_of(path) if stage else cache_folder(path, self.base, where)
-        reader, facts = open_cache(folder, data.task.class_for(data.config), where)
-        digest = reader.origin.teacher
-        if stage:
-            made_of = next(t for t in self.config.stages[stage].teachers if t.name == member_of(path))
-            digest = self.digest(made_of.model)
-        reader.check(self.origin(digest, data, reader.origin.model), where)
-        return CachedTeacher(teacher.name, reader, facts.info, facts.num_parameters)
-
-    def origin(self, teacher: str, data: LoadedData, model: dict[str, Any]) -> CacheOrigin:
-        """What a cache of this run's train split is made of. Args: teacher: its digest. model: its configuration."""
-        examples = len(data.splits["train"])
-        return CacheOrigin(teacher, tokenizer_fingerprint(self.tokenizer), data.fingerprint, "train", examples, model)
+        made_of = [t.model for t in self.config.stages[stage].teachers if t.name == member_of(path)] if stage else []
+        digest = self.digest(made_of[0]) if made_of else None
+        return cached_teacher(teacher.name, folder, data, self.tokenizer, digest, where)
 
     def _train_split(self, stage: StageConfig, data: LoadedData, where: str) -> Split:
         """What the stage trains on, with the teacher that each example names where the weighting reads it."""

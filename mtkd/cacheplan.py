@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from mtkd.cache import CacheContent, CacheOrigin, CacheReader
+from mtkd.cache import CacheContent
 from mtkd.cache.codec import SampledCodec, TopCodec
+from mtkd.cachefolder import CacheFacts
 from mtkd.config import RANDOM_TOKENS, CacheConfig, DataConfig, RunConfig, StageConfig
 from mtkd.data.batch import Batch, position_counts
 from mtkd.data.files import find_files
-from mtkd.data.tokenizers import tokenizer_fingerprint
-from mtkd.errors import DataError, UserError
+from mtkd.errors import UserError
 from mtkd.features import DenseLogits, split_key
-from mtkd.models.info import ModelInfo, count_parameters, model_info
+from mtkd.models.info import ModelInfo
 from mtkd.registry import TASKS
 from mtkd.rows import Row
-from mtkd.seal import MANIFEST
 from mtkd.weightings.base import StageFacts, Weighting
 from mtkd.weightings.make import make_weighting
 from mtkd.weightings.traits import Around, Traits
@@ -32,23 +26,6 @@ from mtkd.weightings.traits import Around, Traits
 _FOR_TOKENS = {"targets", "k", "temperature", "bits", "proposal", "traits"}
 _PLACES = {"source", "path", "files", "revision"}  # where data is, not what it is
 _PLAIN_TEXT = (".jsonl", ".json", ".csv", ".tsv", ".txt")
-
-
-@dataclass(frozen=True)
-class CacheFacts:
-    """What is known of a teacher's cache before it is read.
-
-    Attributes:
-        content: what it holds. info, num_parameters: of the teacher that it was, or will be, made of.
-        settings: where more can be asked for: the stage that makes it, or the folder.
-        origin: None while the cache is only planned.
-    """
-
-    content: CacheContent
-    info: ModelInfo
-    num_parameters: int
-    settings: str
-    origin: CacheOrigin | None = None
 
 
 def content_of(cache: CacheConfig, *, token_level: bool, columns: int, seed: int) -> CacheContent:
@@ -127,85 +104,6 @@ def check_same_data(config: RunConfig, earlier: StageConfig, stage: StageConfig,
             where=where,
             found=f"{', '.join(differing)} differ",
             todo="cache the teacher on this stage's data",
-        )
-
-
-def read_facts(path: str, base: Path, auto_class: str, where: str) -> CacheFacts:
-    """What the folder of a cache says of itself.
-
-    Raises:
-        DataError: there is no cache, or not one that can be read here.
-    """
-    return open_cache(cache_folder(path, base, where), auto_class, where)[1]
-
-
-def open_cache(folder: Path, auto_class: str, where: str) -> tuple[CacheReader, CacheFacts]:
-    """A finished cache and what it says of itself.
-
-    Args: auto_class: the teacher's head, from the task.
-    Raises:
-        DataError: as `CacheReader`.
-    """
-    reader = CacheReader(folder)
-    made = _model_config(reader.origin, where)
-    facts = CacheFacts(
-        reader.content, model_info(made, auto_class), count_parameters(made, auto_class), str(folder), reader.origin
-    )
-    return reader, facts
-
-
-def cache_digest(folder: Path) -> str:
-    """What identifies a finished cache: its manifest, which has the digest of every file.
-
-    Raises:
-        DataError: the folder is no finished cache.
-    """
-    CacheReader(folder)
-    return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
-
-
-def model_values(config: PretrainedConfig) -> dict[str, Any]:
-    """A model's configuration as a cache keeps it: without the folder it lay in, and the version that wrote it."""
-    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    return {key: value for key, value in values.items() if key not in ("_name_or_path", "transformers_version")}
-
-
-def cache_folder(path: str, base: Path, where: str) -> Path:
-    """The folder of a cache, relative to `base` or to the working directory.
-
-    Raises:
-        UserError: there is none.
-    """
-    for candidate in (base / path, Path(path)):
-        if candidate.is_dir():
-            return candidate
-    raise UserError(
-        "there is no folder of a cache here",
-        where=where,
-        found=path,
-        todo="give a folder that a cache stage made (stages/NN-NAME/export/TEACHER), or stage:CACHESTAGE/TEACHER",
-    )
-
-
-def _model_config(origin: CacheOrigin, where: str) -> PretrainedConfig:
-    values = dict(origin.model)
-    try:
-        return AutoConfig.for_model(values.pop("model_type"), **values)
-    except (KeyError, ValueError, TypeError) as error:
-        raise DataError("the cache does not tell which model its teacher was", where=where, found=str(error)) from None
-
-
-def check_tokenizer_of(facts: CacheFacts, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Refuse the cache of a teacher with another tokenizer, where the run's own is known already."""
-    assert facts.origin is not None
-    ours = tokenizer_fingerprint(tokenizer)
-    if facts.origin.tokenizer != ours:
-        raise DataError(
-            "the cache was made with another tokenizer",
-            where=where,
-            found=f"{facts.origin.tokenizer} in the cache",
-            allowed=f"{ours} in this run",
-            todo="make the cache again with this run's tokenizer, or give the run that of the cache",
         )
 
 

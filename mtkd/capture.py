@@ -21,7 +21,8 @@ import torch
 
 from mtkd.build import Workshop
 from mtkd.cache import CacheContent, CacheReader, CacheWriter, Record, make_records
-from mtkd.cacheplan import check_layers, content_of, model_values, open_cache
+from mtkd.cachefolder import model_values, open_cache, origin_of
+from mtkd.cacheplan import check_layers, content_of
 from mtkd.chain import redo_command
 from mtkd.config import BatchConfig, StageConfig, TeacherConfig
 from mtkd.configfile import differences
@@ -144,7 +145,7 @@ def _cache(job: _Job, config: TeacherConfig, where: str, stopped: StopFlag, prog
     columns = num_real_ids(shop.tokenizer) if token_level else job.data.num_labels
     content = content_of(job.stage.cache, token_level=token_level, columns=columns, seed=shop.config.seed)
     check_layers(content, model.info, f"stages.{job.name}.cache", config.name)
-    origin = shop.origin(shop.digest(config.model), job.data, model_values(model.model.config))
+    origin = origin_of(shop.digest(config.model), job.data, shop.tokenizer, model_values(model.model.config))
 
     def open_writer() -> CacheWriter:
         return CacheWriter(folder, content, origin, job.stage.cache.shard_examples)

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
-from rich.table import Table
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from mtkd.cachefolder import CacheFacts, check_tokenizer_of, read_facts
 from mtkd.cacheplan import (
-    CacheFacts,
     check_cacheable,
     check_cached,
     check_layers,
     check_same_data,
-    check_tokenizer_of,
     compressed_from_cache,
     content_of,
     describe,
-    read_facts,
     train_tokens,
 )
 from mtkd.chain import model_name, model_of, needed_stages, scored_models, stage_of, stage_values
 from mtkd.checks import check
 from mtkd.cofinetune import check_members
-from mtkd.config import DataConfig, ModelConfig, RunConfig, StageConfig, TeacherConfig
+from mtkd.config import DataConfig, ModelConfig, RunConfig, StageConfig
 from mtkd.data.tokenizers import check_same_tokenizer, num_real_ids, train_tokenizer
 from mtkd.errors import UserError
 from mtkd.ladder import Look, complete
@@ -35,76 +31,14 @@ from mtkd.models.info import CLASSIFIER, ModelInfo, count_parameters, model_info
 from mtkd.models.load import load_config as load_model_config
 from mtkd.models.load import smaller_config
 from mtkd.models.vocabulary import compressed_teacher, compressed_twice, read_vocabulary
+from mtkd.planned import SKIPPED, Plan, PlannedModel, PlannedStage, of_cache, planned_model, row_text, with_consequences
 from mtkd.registry import TASKS, load_plugins
 from mtkd.rows import compile_rows
 from mtkd.rundir import RunDir
 
-SKIPPED = "done, skipped"
 _FLOAT = 4  # bytes of a float32
 # Float32 copies of a trainable parameter in training: weight, gradient, two Adam moments.
 _COPIES = {"weight": 1, "gradient": 1, "optimizer": 2}
-
-
-@dataclass(frozen=True)
-class PlannedModel:
-    """A model of a stage: `role` is "student" or the teacher's name; `parameters` counted on the meta device."""
-
-    role: str
-    origin: str
-    architecture: str
-    layers: int
-    width: int
-    heads: int
-    parameters: int
-
-
-@dataclass(frozen=True)
-class PlannedStage:
-    """A stage as it would run; `steps` and `tokens` (upper bound) are None while they depend on data or stages."""
-
-    name: str
-    kind: str
-    state: str
-    needs: list[str]
-    models: list[PlannedModel]
-    rows: list[str]
-    steps: int | None
-    tokens: int | None
-    memory_gb: float
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What `mtkd run` would do."""
-
-    name: str
-    folder: str
-    engine: str
-    command: str
-    stages: list[PlannedStage] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
-
-    def tables(self) -> list[Table]:
-        """For the terminal."""
-        table = Table(
-            "stage", "kind", "state", "model", "origin", "shape", "parameters", "steps", "tokens <=", "GB per rank",
-            title=f"{self.name}  ->  {self.folder}   engine: {self.engine}",
-        )  # fmt: skip
-        for stage in self.stages:
-            for i, model in enumerate(stage.models):
-                shape = f"{model.architecture} {model.layers}x{model.width}, {model.heads} heads"
-                first = (stage.name, stage.kind, stage.state) if i == 0 else ("", "", "")
-                work = (_number(stage.steps), _number(stage.tokens), f"{stage.memory_gb:.2f}") if i == 0 else ("",) * 3
-                table.add_row(*first, model.role, model.origin, shape, f"{model.parameters:,}", *work)
-        rows = Table("stage", "row", title="rows of the objectives, and what caches keep")
-        for stage in self.stages:
-            for row in stage.rows:
-                rows.add_row(stage.name, row)
-        table.caption = f"started by: {self.command}"
-        return [table, rows]
 
 
 def resolve(config: RunConfig) -> RunConfig:
@@ -126,7 +60,7 @@ def plan(config: RunConfig) -> Plan:
     config = resolve(config)
     check(config)
     planner = _Planner(config)
-    stages = _with_consequences([planner.stage(name) for name in config.stages])
+    stages = with_consequences([planner.stage(name) for name in config.stages])
     planner.check_scored()
     engine = config.engine
     command = ["mtkd", "run", "FILE"]
@@ -137,17 +71,6 @@ def plan(config: RunConfig) -> Plan:
     if engine.kind == "deepspeed":
         kind += f", ZeRO {engine.zero_stage}"
     return Plan(config.name, str(config.folder), kind, " ".join(command), stages)
-
-
-def _with_consequences(stages: list[PlannedStage]) -> list[PlannedStage]:
-    """A stage is not skipped when one that it uses is to be made: its teacher will be another."""
-    found: dict[str, PlannedStage] = {}
-    for stage in stages:
-        stale = [need for need in stage.needs if found[need].state != SKIPPED]
-        if stage.state == SKIPPED and stale:
-            stage = replace(stage, state=f"done, but {stale[0]} is not")
-        found[stage.name] = stage
-    return list(found.values())
 
 
 class _Planner:
@@ -186,7 +109,7 @@ class _Planner:
         for i, teacher in enumerate(stage.teachers):
             place = f"{where}.teachers[{i}]"
             if teacher.name in caches:
-                sized.append(_of_cache(teacher, caches[teacher.name]))
+                sized.append(of_cache(teacher, caches[teacher.name]))
                 continue
             made = self._model_config(stage, teacher.model, place)
             sized.append(self._sized(teacher.name, teacher.model, made, data, auto_class))
@@ -205,7 +128,7 @@ class _Planner:
         check_cached(stage, rows, caches, token_level=task.token_level, where=where)
         if caches and task.token_level and name in self._compressed:
             raise compressed_from_cache(next(iter(caches)), f"{where}.student.vocabulary")
-        texts = [_row_text(row.match.weight, row.key, row.pairs) for row in rows]
+        texts = [row_text(row.match.weight, row.key, row.pairs) for row in rows]
         live = [p for p in planned[own:] if p.role not in caches]
         return PlannedStage(
             name,
@@ -225,7 +148,7 @@ class _Planner:
         info = model_info(made, auto_class)
         if auto_class == CLASSIFIER and not data.labels:  # found in the data: whatever they are, they fit
             info = replace(info, num_labels=2)
-        return _planned(role, model, info, count_parameters(made, auto_class)), info
+        return planned_model(role, model, info, count_parameters(made, auto_class)), info
 
     def _cache_stage(self, name: str, stage: StageConfig, auto_class: str, where: str) -> PlannedStage:
         """The teachers of a cache stage, what is kept of each, and how large that may become."""
@@ -385,29 +308,3 @@ class _Planner:
         total += sum(m.parameters for m in teachers) * _FLOAT
         total += engine.tile * student.vocabulary * _FLOAT * (3 + len(teachers))
         return total / 1e9
-
-
-def _planned(role: str, model: ModelConfig, info: ModelInfo, parameters: int) -> PlannedModel:
-    origin = model.path or "fresh"
-    if model.keep_layers:
-        origin += f" layers {','.join(map(str, model.keep_layers))}"
-    if model.slice:
-        origin += ", sliced"
-    if model.vocabulary:
-        origin += f", {info.vocabulary:,} ids"
-    return PlannedModel(role, origin, info.architecture, info.num_layers, info.width, info.num_heads, parameters)
-
-
-def _of_cache(teacher: TeacherConfig, facts: CacheFacts) -> tuple[PlannedModel, ModelInfo]:
-    """A teacher that is not run: its shape as its cache knows it."""
-    planned = _planned(teacher.name, teacher.model, facts.info, facts.num_parameters)
-    return replace(planned, origin=f"cache {teacher.model.path}"), facts.info
-
-
-def _row_text(weight: float, key: str, pairs: tuple[tuple[tuple[int, int], ...], ...]) -> str:
-    layers = [f"{s}<-{t}" for s, t in pairs[0]] if pairs and pairs[0] != ((0, 0),) else []
-    return f"{weight:g} x {key}" + (f"  (student<-teacher layers {', '.join(layers)})" if layers else "")
-
-
-def _number(value: int | None) -> str:
-    return "?" if value is None else f"{value:,}"

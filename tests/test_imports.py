@@ -31,7 +31,7 @@ ORDER = (
         "gram",
         "cofinetune",
     ),
-    ("chain", "ladder", "rundir", "locate", "cacheplan", "build", "checks", "planner"),
+    ("chain", "ladder", "rundir", "locate", "cachefolder", "cacheplan", "planned", "build", "checks", "planner"),
     ("evaluate", "lookaround"),
     ("selection", "train", "capture"),
     ("report", "runner", "status", "table", "listing", "doctor", "laws", "testing"),

@@ -16,7 +16,7 @@ _KEY = re.compile(r"(hidden|cls)\.(0|[1-9][0-9]*)|embedding")
 
 
 class CacheConfig(Config):
-    """The content of teacher caches. For classes, whose logits are all kept, only `hidden`, `dtype`, shards are read."""
+    """The content of teacher caches. Of classes all logits are kept: only `hidden`, `dtype`, shards are read."""
 
     targets: Literal["top", "sampled"] = Field(
         "top",
