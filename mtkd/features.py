@@ -168,7 +168,7 @@ class SparseLogits:
         at: row of `values` for every flat position, [B*L] int64; -1 where nothing was stored.
         values: of all stored positions; None when no targets were stored.
         columns: V.
-        traits: stored or derived traits by name, each [P] float32.
+        traits: stored traits by name, each [P] float32.
     """
 
     name: str
@@ -192,19 +192,31 @@ class SparseLogits:
         return self.values[self._found(index)]
 
     def trait(self, name: str, index: Tensor) -> Tensor:
-        """A trait at the flat positions `index` [m].
+        """A trait at the flat positions `index` [m], float32: stored, or read off the most probable columns.
+
+        Those tell the choice exactly, and at temperature 1, where traits are defined, confidence and margin.
 
         Raises:
             UserError: when the cache does not know it.
         """
-        if name not in self.traits:
-            raise UserError(
-                f"the cache does not know the trait '{name}'",
-                where=f"teacher '{self.name}'",
-                allowed=sorted(self.traits) or "none",
-                todo="make the cache with this trait, or take a weighting that does not read it",
-            )
-        return self.traits[name][self._found(index)]
+        found = self._found(index)
+        if name in self.traits:
+            return self.traits[name][found]
+        values = self.values
+        if values is not None and values.tail is not None:
+            best, place = values.log_probs[found].topk(min(2, values.ids.shape[1]), -1)
+            if name == "choice":
+                return values.ids[found].gather(-1, place[:, :1]).squeeze(-1).float()
+            if name == "confidence" and values.temperature == 1:
+                return best[:, 0].exp()
+            if name == "margin" and values.temperature == 1 and best.shape[1] == 2:
+                return best[:, 0].exp() - best[:, 1].exp()
+        raise UserError(
+            f"the cache does not know the trait '{name}'",
+            where=f"teacher '{self.name}'",
+            allowed=sorted(self.traits) or "none",
+            todo="make the cache with this trait, or take a weighting that does not read it",
+        )
 
     def _found(self, index: Tensor) -> Tensor:
         rows = self.at[index]

@@ -2,11 +2,11 @@
 
 **Top.** The ids of a position, sorted, are coded as Elias and Fano did: of each id the lowest l = floor(log2(V/k)) bits
 as they are, of the rest a bitmap with one 1 per id, ``k + ((V-1) >> l)`` bits. For k = 50 of V = 151,936 that is 674
-bits where no code can do with fewer than log2 C(V,k) = 646 on average over all sets. Log-probabilities stand in the order of the ids,
-as distances from the largest one in steps of ``range / (2^bits - 1)``; even steps had the smallest divergence of those
-tried. The largest log-probability itself is not stored: with the mass of the others (the tail) known, it follows from
-the sum, so rounding never changes the total. Every position takes the same number of bytes, so that any of them is found
-without an index.
+bits, where no code for all sets does with fewer than log2 C(V,k) = 646. Log-probabilities stand in the order of the
+ids, as distances from the largest one in steps of ``range / (2^bits - 1)``; even steps had the smallest divergence of
+those tried. The largest log-probability itself is not stored: with the mass of the others (the tail) known, it follows
+from the sum, so rounding never changes the total. Every position takes the same number of bytes, so that any of them is
+found without an index.
 
 **Sampled.** The distinct ids of k draws with their counts, whole bytes each; a position's number of them beside it.
 

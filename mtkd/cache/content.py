@@ -78,7 +78,7 @@ class CacheContent:
         if self.targets == "top":
             known.add("choice")
             known |= {"confidence"} if self.temperature == 1 else set()
-            known |= {"margin"} if self.temperature == 1 and (self.k > 1 or self.columns == 1) else set()
+            known |= {"margin"} if self.temperature == 1 and self.k > 1 else set()
         return frozenset(known)
 
     def check(self, where: str = "") -> None:

@@ -148,7 +148,7 @@ class Records:
         ids: their numbers, [E]; -1 for filler rows, of which nothing is stored.
         tokens, positions: per example, [E] int64.
         values: targets of all positions, one example after another; None without token targets.
-        traits: known traits, [P] each.
+        traits: stored traits, [P] each.
         classes: class logits, [E,C], zeros in filler rows; None without them.
         hidden: per token [sum of tokens,H], per example [E,H] (zeros in filler rows).
     """
