@@ -19,6 +19,7 @@ from mtkd.features import DenseLogits, split_key
 from mtkd.models.info import ModelInfo
 from mtkd.registry import TASKS
 from mtkd.rows import Row
+from mtkd.sparse import check_cached_rows
 from mtkd.weightings.base import StageFacts, Weighting
 from mtkd.weightings.make import make_weighting
 from mtkd.weightings.traits import Around, Traits
@@ -123,7 +124,8 @@ def check_cached(
         facts = caches[teacher.name]
         for position, row in enumerate(rows):
             if not row.from_labels:
-                _check_row(row, k, teacher.name, facts, token_level, f"{where}.match[{position}]")
+                _check_row(row, k, teacher.name, facts, f"{where}.match[{position}]")
+        check_cached_rows(rows, facts.content, f"{where}.match, cache of teacher '{teacher.name}'")
     if caches and token_level:  # whole class logits tell every trait
         _check_traits(stage, caches, f"{where}.weighting")
 
@@ -137,7 +139,7 @@ def compressed_from_cache(teacher: str, where: str) -> UserError:
     )
 
 
-def _check_row(row: Row, k: int, name: str, facts: CacheFacts, token_level: bool, where: str) -> None:
+def _check_row(row: Row, k: int, name: str, facts: CacheFacts, where: str) -> None:
     for key in sorted(row.teacher_wants(k) - {"logits", *facts.content.hidden}):
         if split_key(key)[0] in ("hidden", "cls", "embedding"):
             todo = f"add {key} to `hidden` of the cache ({facts.settings}), or drop the row"
@@ -149,42 +151,6 @@ def _check_row(row: Row, k: int, name: str, facts: CacheFacts, token_level: bool
             found=key,
             allowed=["logits", *facts.content.hidden],
             todo=todo,
-        )
-    if row.is_logits and token_level:
-        _check_token_row(row, name, facts, where)
-
-
-def _check_token_row(row: Row, name: str, facts: CacheFacts, where: str) -> None:
-    """A logits row on tokens reads a distribution at one temperature, at the positions with a target."""
-    content, options = facts.content, row.match.options
-    default = row.spec.options().get("temperature")
-    temperature = options.get("temperature", 1.0 if default is None else default.default)
-    if row.match.positions == "all":
-        raise UserError("a cache holds the positions with a target alone", where=f"{where}.positions", found="all",
-                        todo="drop it, or make the teacher resident")  # fmt: skip
-    if "hidden" in row.spec.inputs:
-        raise UserError(
-            f"loss '{row.spec.name}' compares whole vectors of logits; the cache of teacher '{name}' holds "
-            f"probabilities of {content.k} ids per position",
-            where=f"{where}.loss",
-            found=row.spec.name,
-            todo="use a loss on distributions (kl, jsd, ...), or make the teacher resident",
-        )
-    if float(temperature) != float(content.temperature):
-        raise UserError(
-            f"the cache of teacher '{name}' holds its softmax at another temperature",
-            where=f"{where}.options.temperature",
-            found=f"{temperature:g}",
-            allowed=f"{content.temperature:g}",
-            todo=f"give the row the cache's temperature, or make the cache ({facts.settings}) at the row's",
-        )
-    if content.targets == "sampled" and not (row.spec.mixes(options) and row.match.ensemble == "losses"):
-        raise UserError(
-            f"loss '{row.spec.name}' (ensemble: {row.match.ensemble}) is not linear in the teacher's probabilities, so "
-            "sampled targets would be biased",
-            where=f"{where}.loss",
-            found=row.spec.name,
-            todo="use kl with ensemble: losses, cache `targets: top`, or make the teacher resident",
         )
 
 
