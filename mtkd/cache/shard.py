@@ -59,7 +59,8 @@ def shard_bytes(content: CacheContent, first: int, records: Sequence[Record]) ->
     for key in content.hidden:
         values = [r.hidden[key].to(getattr(torch, content.dtype)) for r in records]
         arrays[f"hidden.{key}"] = torch.stack(values) if _per_example(key) else torch.cat(values)
-    return save(arrays, {"first": str(first), "facts": json.dumps(facts, sort_keys=True)})
+    # one key: safetensors writes several in a random order, and equal shards are to be equal files
+    return save(arrays, {"facts": json.dumps({**facts, "first": first}, sort_keys=True)})
 
 
 def _keys(content: CacheContent) -> tuple[str, ...]:
@@ -157,8 +158,11 @@ class Shard:
         kind = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}[content.dtype]
         wanted |= {f"hidden.{key}": kind for key in content.hidden}
         found = {name: kind for name, kind in self.kinds.items() if name != "__metadata__"}
-        first = header.get("__metadata__", {}).get("first")
-        if found != wanted or first != str(self.first):
+        try:
+            first = json.loads(header.get("__metadata__", {}).get("facts", "")).get("first")
+        except (ValueError, AttributeError):
+            first = None
+        if found != wanted or first != self.first:
             raise self.fail("the shard does not hold what the cache says it does")
         if any(len(self.arrays[name]) != count for name in ("tokens", "positions")):
             raise self.fail(f"the shard does not hold {count} examples")
