@@ -24,6 +24,9 @@ from mtkd.rows import Row
 # Below this share of the teacher's tail mass, tail^2 / teacher's tail, the student's is summed again without the kept
 # columns: as a difference in float32 it is off by 2e-7, and the gradient by teacher's tail * 2e-7 / tail^2 < 1e-4.
 _SURE = 2e-3
+# Above this ratio of the teacher's tail to the student's, the tail's pull on the kept columns, which cancels there, is
+# left out instead of added and taken away again: the rest of it would be ratio * 1e-7.
+_SHARP = 100.0
 
 
 def read(logits: Logits, index: Tensor) -> Tensor | SparseRows:
@@ -328,16 +331,19 @@ class _CrossEntropies(torch.autograd.Function):
         label = cross.new_zeros(len(cross))
         if labels is not None:
             label = (log_total - scaled.gather(-1, labels[:, None])).squeeze(-1)
-        ctx.save_for_backward(powers, total, flat, probs, tail, kept, outside, labels)
+        ctx.save_for_backward(powers, total, ids, probs, tail, kept, outside, labels)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(inside)
         return cross, label, inside
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_label: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        powers, total, flat, probs, tail, kept, outside, labels = ctx.saved_tensors
+        powers, total, ids, probs, tail, kept, outside, labels = ctx.saved_tensors
         grad, grad_label = grad / ctx.temperature, grad_label / ctx.temperature
-        ratio = tail / outside
+        whole = tail / outside
+        sharp = whole > _SHARP
+        ratio = whole.masked_fill(sharp, 0)
+        flat = ids.flatten(1)
         everywhere = (grad * (probs.sum(-1) + tail - ratio)).sum(-1)
         there = (grad[..., None] * (ratio[..., None] * kept - probs)).flatten(1)
         if labels is not None:
@@ -345,6 +351,10 @@ class _CrossEntropies(torch.autograd.Function):
             flat, there = torch.cat([flat, labels[:, None]], -1), torch.cat([there, -grad_label[:, None]], -1)
         result = powers * (everywhere[:, None] / total)
         result.scatter_add_(-1, flat, there)
+        if bool(sharp.any()):
+            position, teacher = sharp.nonzero(as_tuple=True)
+            others = powers[position].scatter(-1, ids[position, teacher], 0) / total[position]
+            result.index_add_(0, position, others * -(grad * whole)[sharp][:, None])
         return result, None, None, None, None, None, None
 
 

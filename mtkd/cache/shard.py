@@ -23,6 +23,7 @@ from mtkd.errors import DataError
 from mtkd.features import split_key
 
 _KINDS = {"U8": "u1", "U16": "<u2", "U32": "<u4", "F16": "<f2", "F32": "<f4", "BF16": "<u2"}
+_META = "mtkd"
 _MAX_HEADER = 1_000_000  # bytes
 
 
@@ -59,8 +60,8 @@ def shard_bytes(content: CacheContent, first: int, records: Sequence[Record]) ->
     for key in content.hidden:
         values = [r.hidden[key].to(getattr(torch, content.dtype)) for r in records]
         arrays[f"hidden.{key}"] = torch.stack(values) if _per_example(key) else torch.cat(values)
-    # one key: safetensors writes several in a random order, and equal shards are to be equal files
-    return save(arrays, {"facts": json.dumps({**facts, "first": first}, sort_keys=True)})
+    # one key: safetensors writes several in an order that changes from process to process
+    return save(arrays, {_META: json.dumps({"first": first, "facts": facts}, sort_keys=True)})
 
 
 def _keys(content: CacheContent) -> tuple[str, ...]:
@@ -158,11 +159,7 @@ class Shard:
         kind = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}[content.dtype]
         wanted |= {f"hidden.{key}": kind for key in content.hidden}
         found = {name: kind for name, kind in self.kinds.items() if name != "__metadata__"}
-        try:
-            first = json.loads(header.get("__metadata__", {}).get("facts", "")).get("first")
-        except (ValueError, AttributeError):
-            first = None
-        if found != wanted or first != self.first:
+        if found != wanted or metadata(header).get("first") != self.first:
             raise self.fail("the shard does not hold what the cache says it does")
         if any(len(self.arrays[name]) != count for name in ("tokens", "positions")):
             raise self.fail(f"the shard does not hold {count} examples")
@@ -199,6 +196,15 @@ class Shard:
         else:
             begin, end = local, local + 1
         return self.arrays[name][begin:end]
+
+
+def metadata(header: dict[str, Any]) -> dict[str, Any]:
+    """What a shard says of itself: ``first`` example, ``facts``; {} when it says nothing."""
+    try:
+        found = json.loads(header["__metadata__"][_META])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        found = None
+    return found if isinstance(found, dict) else {}
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:

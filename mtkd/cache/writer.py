@@ -13,7 +13,7 @@ from typing import Any
 
 from mtkd.cache.content import FORMAT, CacheContent, CacheOrigin
 from mtkd.cache.records import Record
-from mtkd.cache.shard import read_header, shard_bytes, shard_name
+from mtkd.cache.shard import metadata, read_header, shard_bytes, shard_name
 from mtkd.errors import DataError, UserError
 from mtkd.seal import fault_point, seal, write_atomic
 
@@ -113,7 +113,7 @@ class CacheWriter:
 
     def _facts(self) -> dict[str, Any]:
         paths = [self.folder / shard_name(number) for number in range(self.num_shards)]
-        parts = [json.loads(read_header(path)[0]["__metadata__"]["facts"]) for path in paths]
+        parts = [metadata(read_header(path)[0])["facts"] for path in paths]
         positions = sum(part["positions"] for part in parts)
         size = sum(path.stat().st_size for path in paths)
         facts: dict[str, Any] = {"positions": positions, "bytes": size}
