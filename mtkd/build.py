@@ -36,12 +36,13 @@ from mtkd.engine.torch_engine import TorchEngine
 from mtkd.errors import DataError, UserError
 from mtkd.locate import given_tokenizer, read_tokenizer, resolve_path
 from mtkd.mix import stage_rows
+from mtkd.models.attention import use_attention
 from mtkd.models.folder import check_folder
 from mtkd.models.load import build_model, compress_model
 from mtkd.models.taps import TappedModel, input_table
 from mtkd.models.vocabulary import VocabularyMap, compressed_teacher, compressed_twice, make_vocabulary, read_vocabulary
 from mtkd.objective import Objective
-from mtkd.pool import ResidentTeacher, TeacherPool
+from mtkd.pool import OffloadedModel, OffloadTeacher, ResidentTeacher, Teacher, TeacherPool
 from mtkd.projection import make_projections
 from mtkd.rows import compile_rows
 from mtkd.rundir import RunDir, StageDir
@@ -208,7 +209,12 @@ class Workshop:
         return read_vocabulary(self.resolve(model.path), self.tokenizer, where) if model.path else None
 
     def model(
-        self, model: ModelConfig, data: LoadedData, seed: int, teacher: TappedModel | None = None, where: str = "model"
+        self,
+        model: ModelConfig,
+        data: LoadedData,
+        seed: int,
+        teacher: TappedModel | OffloadedModel | None = None,
+        where: str = "model",
     ) -> TappedModel:
         """A model for the data's task, with taps; one that is loaded has the run's tokenizer.
 
@@ -244,8 +250,8 @@ class Workshop:
             built = compress_model(built, task, vocabulary, seed)
         return TappedModel(built, task, num_ids, vocabulary)
 
-    def teacher(self, teacher: TeacherConfig, data: LoadedData, where: str) -> TappedModel:
-        """A teacher whose tokenizer is the run's."""
+    def teacher(self, teacher: TeacherConfig, data: LoadedData, where: str) -> TappedModel | OffloadedModel:
+        """A teacher whose tokenizer is the run's, with its weights where its backend keeps them; a collective."""
         assert teacher.model.path is not None
         if data.task.token_level and self.vocabulary(teacher.model, where) is not None:
             raise compressed_teacher(teacher.model.path, where)
@@ -254,7 +260,10 @@ class Workshop:
         if broken:
             raise DataError("the teacher's weights are not finite", where=where, found=", ".join(broken[:5]))
         model.verify()
-        return model
+        if teacher.backend == "resident":
+            return model
+        # before the next one is loaded: there is never memory for two
+        return OffloadedModel(model, self.device, self.run.path / f".offload-{teacher.name}", self.dist)
 
     def build(self, name: str) -> BuiltStage:
         """Load and wire everything of a stage.
@@ -269,9 +278,11 @@ class Workshop:
             objective, pool = self._cofinetuning(stage, data, f"{where}.members"), TeacherPool([], [])
         else:
             objective, pool = self._distillation(stage, data, where)
-        if self.config.engine.activation_checkpointing:
-            for model in objective.models.values():
+        for model in objective.models.values():
+            if self.config.engine.activation_checkpointing:
                 model.enable_activation_checkpointing()
+            if self.config.engine.compile:
+                model.compile_model()
         return self._built(name, objective, pool, data, split)
 
     def _cofinetuning(self, stage: StageConfig, data: LoadedData, where: str) -> Trainable:
@@ -308,8 +319,16 @@ class Workshop:
             tile=self.config.engine.tile,
             dtype=self.dtype,
         )
-        teachers = [ResidentTeacher(n, m, self.device, self.dtype) for n, m in zip(names, models, strict=True)]
-        return objective, TeacherPool(teachers, [objective.teacher_wants(k) for k in range(len(teachers))])
+        teachers = [self._in_pool(n, m) for n, m in zip(names, models, strict=True)]
+        wants = [objective.teacher_wants(k) for k in range(len(teachers))]
+        return objective, TeacherPool(teachers, wants, self.config.engine.prefetch)
+
+    def _in_pool(self, name: str, model: TappedModel | OffloadedModel) -> Teacher:
+        if isinstance(model, OffloadedModel):
+            return OffloadTeacher(name, model, self.device, self.dtype)
+        if self.config.engine.compile:
+            model.compile_model()
+        return ResidentTeacher(name, model, self.device, self.dtype)
 
     def _train_split(self, stage: StageConfig, data: LoadedData, where: str) -> Split:
         """What the stage trains on, with the teacher that each example names where the weighting reads it."""
@@ -361,6 +380,7 @@ def start_processes(config: EngineConfig) -> tuple[Dist, torch.device]:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     dist = init_distributed(kind) if config.kind == "deepspeed" else Dist()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    use_attention(config.attention, kind)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size))
     given = int(os.environ.get("OMP_NUM_THREADS") or 0)
     torch.set_num_threads(config.threads or given or max(1, cores // local))

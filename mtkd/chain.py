@@ -150,6 +150,8 @@ def identity(
         "seed": stage_seed(config, stage),
         "steps": steps,
         "precision": config.engine.precision,
+        "compile": config.engine.compile,
+        "attention": config.engine.attention,
         "data": {
             "config": config.data[config.data_name(stage.data)].model_dump(mode="json"),
             "fingerprint": data,

@@ -128,8 +128,10 @@ class TeacherConfig(Config):
         validate_default=False,
     )
     model: ModelConfig = Field(description="a folder, hub id, card or stage:NAME")
-    backend: Literal["resident"] = Field(
-        "resident", description="where its weights live: resident = loaded beside the student"
+    backend: Literal["resident", "offload"] = Field(
+        "resident",
+        description="where its weights live: resident = beside the student; offload = in host memory (GPU) or a mapped "
+        "file in the run folder (CPU), on the device only while it runs",
     )
 
     @model_validator(mode="before")

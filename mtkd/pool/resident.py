@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from mtkd.data.batch import Batch
 from mtkd.features import Features
 from mtkd.models.taps import TappedModel
 
+if TYPE_CHECKING:
+    from mtkd.pool.offload import OffloadedModel
+
 
 class ResidentTeacher:
-    """A `TappedModel` frozen for good.
+    """A model frozen for good.
 
     Args:
         name: in metrics and options.
@@ -19,10 +24,12 @@ class ResidentTeacher:
         dtype: bfloat16 runs it under autocast.
     """
 
-    def __init__(self, name: str, model: TappedModel, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, name: str, model: TappedModel | OffloadedModel, device: torch.device, dtype: torch.dtype
+    ) -> None:
         self.name = name
         self._dtype = dtype
-        self._model: TappedModel | None = model.to(device).eval().requires_grad_(False)
+        self._model: TappedModel | OffloadedModel | None = model.to(device).eval().requires_grad_(False)
 
     def provides(self) -> frozenset[str]:
         assert self._model is not None
@@ -34,7 +41,8 @@ class ResidentTeacher:
         self._model.eval()
         device = batch.input_ids.device.type
         with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
-            return self._model(batch, wants)
+            features: Features = self._model(batch, wants)
+        return features
 
     def close(self) -> None:
         self._model = None

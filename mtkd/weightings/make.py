@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 
+from torch import nn
+
 from mtkd.config import Named, StageConfig
 from mtkd.errors import UserError
 from mtkd.match import Match
@@ -15,7 +17,7 @@ from mtkd.weightings.gradients import has_gradient
 
 
 def stage_facts(
-    teachers: tuple[str, ...], models: Sequence[TappedModel], student: TappedModel, seed: int
+    teachers: tuple[str, ...], models: Sequence[nn.Module], student: TappedModel, seed: int
 ) -> StageFacts:
     """What a weighting may know of its stage."""
     sizes = tuple(sum(p.numel() for p in model.parameters()) for model in models)
