@@ -42,7 +42,7 @@ from mtkd.models.load import build_model, compress_model
 from mtkd.models.taps import TappedModel, input_table
 from mtkd.models.vocabulary import VocabularyMap, compressed_teacher, compressed_twice, make_vocabulary, read_vocabulary
 from mtkd.objective import Objective
-from mtkd.pool import OffloadedModel, OffloadTeacher, ResidentTeacher, Teacher, TeacherPool
+from mtkd.pool import OffloadedModel, OffloadTeacher, ResidentTeacher, Teacher, TeacherPool, offload
 from mtkd.projection import make_projections
 from mtkd.rows import compile_rows
 from mtkd.rundir import RunDir, StageDir
@@ -263,7 +263,7 @@ class Workshop:
         if teacher.backend == "resident":
             return model
         # before the next one is loaded: there is never memory for two
-        return OffloadedModel(model, self.device, self.run.path / f".offload-{teacher.name}", self.dist)
+        return offload(model, self.device, self.run.path / f".offload-{teacher.name}", self.dist)
 
     def build(self, name: str) -> BuiltStage:
         """Load and wire everything of a stage.

@@ -124,6 +124,8 @@ def stage_values(stage: StageConfig) -> dict[str, Any]:
     # Looking at a stage changes nothing, unless what is seen decides where it ends or which step is kept.
     looking = set() if stage.selects else {"evaluate_every"}
     values = stage.model_dump(mode="json", exclude=_BOOKKEEPING | looking)
+    for teacher in values["teachers"]:  # an offloaded teacher's numbers are bit-equal to a resident one's
+        teacher["backend"] = "resident" if teacher["backend"] == "offload" else teacher["backend"]
     # The members' order decides their seeds, and whose head is shared: canonical JSON would sort it away.
     return {**values, "member_order": list(stage.members)} if stage.members else values
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
 from rich.table import Table
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -17,6 +18,7 @@ from mtkd.errors import UserError
 from mtkd.ladder import Look, complete
 from mtkd.launcher import launch_command
 from mtkd.locate import given_tokenizer, read_tokenizer, resolve_path
+from mtkd.memory import FLOAT, TeacherSize, check_offload, teacher_bytes
 from mtkd.mix import stage_rows
 from mtkd.models.info import CLASSIFIER, ModelInfo, count_parameters, model_info
 from mtkd.models.load import load_config as load_model_config
@@ -27,14 +29,16 @@ from mtkd.rows import compile_rows
 from mtkd.rundir import RunDir
 
 SKIPPED = "done, skipped"
-_FLOAT = 4  # bytes of a float32
 # Float32 copies of a trainable parameter in training: weight, gradient, two Adam moments.
 _COPIES = {"weight": 1, "gradient": 1, "optimizer": 2}
 
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """A model of a stage: `role` is "student" or the teacher's name; `parameters` counted on the meta device."""
+    """A model of a stage: `role` is "student" or the teacher's name; `parameters` counted on the meta device.
+
+    Attributes: backend: where a teacher's weights live; empty for what is trained.
+    """
 
     role: str
     origin: str
@@ -43,6 +47,7 @@ class PlannedModel:
     width: int
     heads: int
     parameters: int
+    backend: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,8 @@ class Plan:
                 shape = f"{model.architecture} {model.layers}x{model.width}, {model.heads} heads"
                 first = (stage.name, stage.kind, stage.state) if i == 0 else ("", "", "")
                 work = (_number(stage.steps), _number(stage.tokens), f"{stage.memory_gb:.2f}") if i == 0 else ("",) * 3
-                table.add_row(*first, model.role, model.origin, shape, f"{model.parameters:,}", *work)
+                origin = f"{model.origin} (offload)" if model.backend == "offload" else model.origin
+                table.add_row(*first, model.role, origin, shape, f"{model.parameters:,}", *work)
         rows = Table("stage", "row", title="rows of the objective")
         for stage in self.stages:
             for row in stage.rows:
@@ -176,6 +182,8 @@ class _Planner:
                 info = replace(info, num_labels=2)
             infos.append(info)
             planned.append(_planned(role, model, info, count_parameters(config, auto_class)))
+        backends = [""] * own + [teacher.backend for teacher in stage.teachers]
+        planned = [replace(model, backend=backend) for model, backend in zip(planned, backends, strict=True)]
         if stage.members:
             check_members({role: info for (role, _, _), info in zip(models, infos, strict=True)}, f"{where}.members")
         rows = compile_rows(
@@ -196,7 +204,7 @@ class _Planner:
             texts,
             stage.steps,
             self._tokens(stage, data.max_length),
-            self._memory(planned[:own], planned[own:], infos[0]),
+            self._memory(planned[:own], self._sizes(planned[own:], infos[own:], where), infos[0]),
         )
 
     def _model_config(self, stage: StageConfig, model: ModelConfig, where: str) -> PretrainedConfig:
@@ -305,16 +313,30 @@ class _Planner:
         per_step = stage.batch.tokens or (stage.batch.sequences or 0) * max_length
         return stage.steps * per_step
 
-    def _memory(self, trained: list[PlannedModel], teachers: list[PlannedModel], student: ModelInfo) -> float:
+    def _sizes(self, teachers: list[PlannedModel], infos: list[ModelInfo], where: str) -> list[TeacherSize]:
+        """What the teachers occupy; refuses to offload where there is no room for it."""
+        sizes = [
+            TeacherSize(t.parameters, 0 if info.num_labels else info.vocabulary * info.width, t.backend)
+            for t, info in zip(teachers, infos, strict=True)
+        ]
+        check_offload(sizes, self.config.folder, on_gpu=self._on_gpu, where=f"{where}.teachers")
+        return sizes
+
+    @property
+    def _on_gpu(self) -> bool:
+        device = self.config.engine.device
+        return device == "cuda" or (device == "auto" and torch.cuda.is_available())
+
+    def _memory(self, trained: list[PlannedModel], teachers: list[TeacherSize], student: ModelInfo) -> float:
         """GB (1e9 bytes) per rank of weights, gradients, Adam's moments and one vocabulary tile; no activations."""
         engine = self.config.engine
         ranks, shard = engine.processes, engine.zero_stage
-        own = sum(m.parameters for m in trained) * _FLOAT
+        own = sum(m.parameters for m in trained) * FLOAT
         total = own * _COPIES["optimizer"] / (ranks if shard >= 1 else 1)
         total += own * _COPIES["gradient"] / (ranks if shard >= 2 else 1)
         total += own * _COPIES["weight"] / (ranks if shard >= 3 else 1)
-        total += sum(m.parameters for m in teachers) * _FLOAT
-        total += engine.tile * student.vocabulary * _FLOAT * (3 + len(teachers))
+        total += teacher_bytes(teachers, on_gpu=self._on_gpu, prefetch=engine.prefetch)
+        total += engine.tile * student.vocabulary * FLOAT * (3 + len(teachers))
         return total / 1e9
 
 

@@ -18,7 +18,7 @@ ORDER = (
     ("match", "methods", "config", "configfile", "launcher"),
     ("losses", "weightings", "models", "data", "engine"),
     ("rows", "mix", "ensembles", "tiles", "pool", "projection", "objective", "gram", "cofinetune"),
-    ("chain", "ladder", "seal", "rundir", "locate", "build", "checks", "planner"),
+    ("chain", "ladder", "seal", "rundir", "locate", "memory", "build", "checks", "planner"),
     ("evaluate", "lookaround"),
     ("selection", "train"),
     ("report", "runner", "status", "table", "listing", "doctor", "laws", "testing"),

@@ -54,7 +54,9 @@ class EngineConfig(Config):
         if self.compile and self.kind != "torch":
             raise ValueError("compile needs kind: torch: DeepSpeed's hooks would break every graph")
         if self.compile and self.activation_checkpointing:
-            raise ValueError("compile and activation_checkpointing exclude each other: layers are recomputed uncompiled")
+            raise ValueError(
+                "compile and activation_checkpointing exclude each other: layers are recomputed uncompiled"
+            )
         if self.attention == "efficient" and self.device == "cpu":
             raise ValueError("attention: efficient exists on GPUs only; on a CPU: auto, flash or math")
         return self

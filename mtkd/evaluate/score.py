@@ -25,7 +25,11 @@ WholeHead = Callable[[], AbstractContextManager[None]]
 
 @torch.no_grad()
 def mixture_log_probs(
-    models: Sequence[TappedModel | OffloadedModel], batch: Batch, dtype: torch.dtype, tile: int, whole_head: WholeHead = nullcontext
+    models: Sequence[TappedModel | OffloadedModel],
+    batch: Batch,
+    dtype: torch.dtype,
+    tile: int,
+    whole_head: WholeHead = nullcontext,
 ) -> Iterable[tuple[Tensor, Tensor]]:
     """Tiles (flat positions [m], log of the models' mean probability [m,V]) over the batch's targets.
 

@@ -8,10 +8,10 @@ from mtkd.data.batch import Batch
 from mtkd.errors import UserError
 from mtkd.features import Features, split_key
 from mtkd.pool.base import Teacher
-from mtkd.pool.offload import OffloadedModel, OffloadTeacher
+from mtkd.pool.offload import OffloadedModel, OffloadTeacher, offload
 from mtkd.pool.resident import ResidentTeacher
 
-__all__ = ["OffloadTeacher", "OffloadedModel", "ResidentTeacher", "Teacher", "TeacherPool"]
+__all__ = ["OffloadTeacher", "OffloadedModel", "ResidentTeacher", "Teacher", "TeacherPool", "offload"]
 
 
 class TeacherPool:
@@ -25,9 +25,7 @@ class TeacherPool:
         UserError: when a teacher's backend does not provide a wanted feature.
     """
 
-    def __init__(
-        self, teachers: Sequence[Teacher], wants: Sequence[frozenset[str]], prefetch: bool = True
-    ) -> None:
+    def __init__(self, teachers: Sequence[Teacher], wants: Sequence[frozenset[str]], prefetch: bool = True) -> None:
         self.teachers, self.wants, self._prefetch = list(teachers), list(wants), prefetch
         for teacher, keys in zip(self.teachers, self.wants, strict=True):
             missing = sorted({split_key(key)[0] for key in keys} - teacher.provides())

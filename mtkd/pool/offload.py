@@ -1,9 +1,9 @@
 """The offload backend: teachers wait outside the device's memory and take turns on it.
 
-On a CPU a waiting teacher is a mapped file whose pages are given back after its turn, so that the resident set holds the
-largest teacher and not the sum; its output head is read tile by tile after the turn, and given back after each tile.
-On a GPU it waits in pinned host memory. Values are bit-equal to the resident backend's: the same float32 weights, equally
-aligned, go through the same kernels.
+On a CPU a waiting teacher is a mapped file whose pages are given back after its turn, so that the resident set holds
+the largest teacher and not the sum; its output head is read tile by tile after the turn, and given back after each
+tile. On a GPU it waits in pinned host memory. Values are bit-equal to the resident backend's: the same float32
+weights, equally aligned, go through the same kernels.
 """
 
 from __future__ import annotations
@@ -63,24 +63,14 @@ class OffloadedModel(nn.Module):
     """A frozen `TappedModel` whose parameters are on the device only while it runs.
 
     Args:
-        model: float32, on the CPU; its parameters lose `requires_grad` and their storage here.
-        device: where it runs.
-        file: where a CPU's mapped file is written; not used for a GPU.
-        dist: the ranks that build it together.
+        model: its parameters lose `requires_grad`.
+        waiting: where its parameters are between turns.
     """
 
-    def __init__(self, model: TappedModel, device: torch.device, file: Path, dist: Dist) -> None:
+    def __init__(self, model: TappedModel, waiting: Waiting) -> None:
         super().__init__()
-        parameters = list(model.eval().requires_grad_(False).parameters())
-        self.waiting: Waiting
-        if device.type == "cpu":
-            self.waiting = MappedParameters(parameters, file, dist)
-        else:
-            head = [p for p in model.output_head or () if p is not None]
-            _move_buffers(model, device)
-            self.waiting = PinnedParameters(parameters, head, device)
-        self.model, self.info, self.vocabulary = model, model.info, model.vocabulary
-        self.token_level = model.token_level
+        self.model, self.waiting = model.eval().requires_grad_(False), waiting
+        self.info, self.vocabulary = model.info, model.vocabulary
 
     @property
     def embedding_table(self) -> Tensor:
@@ -111,6 +101,25 @@ class OffloadedModel(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """`to`, `cuda`, `float`: where the parameters are is decided here alone."""
         return self
+
+
+def offload(model: TappedModel, device: torch.device, file: Path, dist: Dist) -> OffloadedModel:
+    """The model with its parameters outside the device's memory; what it occupied is free. A collective.
+
+    Args:
+        model: float32, on the CPU.
+        device: where it runs.
+        file: where a CPU's mapped file is written, for the length of this call; not used for a GPU.
+        dist: the ranks that build it together.
+    Raises:
+        DataError: there is no room for the file.
+    """
+    parameters = list(model.parameters())  # a tied one once
+    if device.type == "cpu":
+        return OffloadedModel(model, MappedParameters(parameters, file, dist))
+    _move_buffers(model, device)
+    head = [p for p in model.output_head or () if p is not None]
+    return OffloadedModel(model, PinnedParameters(parameters, head, device))
 
 
 class OffloadTeacher(ResidentTeacher):

@@ -7,13 +7,14 @@ after the turn, tile by tile.
 
 from __future__ import annotations
 
-import itertools
+import ctypes
 import mmap
 import os
 import shutil
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -23,8 +24,9 @@ from torch import Tensor, nn
 from mtkd.engine.dist import Dist
 from mtkd.errors import DataError
 
-# torch's own alignment, bytes: the same kernels see the same operands as in ordinary memory, so that values are equal.
-_ALIGNED = 64
+# Bytes. Matrix products may round differently at another alignment, so a mapped parameter keeps its own within a cache
+# line (safetensors' files are mapped too, at any multiple of 8); on a device each begins as an allocation would.
+_LINE, _ALLOCATION = 64, 512
 
 
 class Waiting(Protocol):
@@ -68,27 +70,25 @@ class MappedParameters:
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], file: Path, dist: Dist) -> None:
-        sizes = [p.numel() * p.element_size() for p in parameters]
-        starts = _starts(sizes)
-        self._size = max(starts[-1], 1)
+        starts = _starts(parameters, _LINE, [p.data_ptr() % _LINE for p in parameters])
+        self._size, self._parameters = max(starts[-1], 1), list(parameters)
         self._descriptor = _shared(parameters, starts, self._size, file, dist)
         # Private and writable only because torch warns about read-only buffers; nobody writes a frozen teacher.
         self._map = mmap.mmap(
             self._descriptor, self._size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE
         )
-        for parameter, start in zip(parameters, starts, strict=False):
+        for parameter, start in zip(parameters, starts[:-1], strict=True):
             if parameter.numel():
                 values = torch.frombuffer(self._map, dtype=parameter.dtype, count=parameter.numel(), offset=start)
                 parameter.data = values.view(parameter.shape)
+        _trim_heap()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="mtkd-offload")
         self._ahead: Future[None] | None = None
 
     def prefetch(self) -> None:
         if self._ahead is None:
             # Into the page cache, not into this process: memory that the kernel takes back when it needs it.
-            self._ahead = self._reader.submit(
-                os.posix_fadvise, self._descriptor, 0, self._size, os.POSIX_FADV_WILLNEED
-            )
+            self._ahead = self._reader.submit(os.posix_fadvise, self._descriptor, 0, self._size, os.POSIX_FADV_WILLNEED)
 
     def arrive(self) -> None:
         ahead, self._ahead = self._ahead, None
@@ -105,7 +105,11 @@ class MappedParameters:
         if self._descriptor >= 0:
             self._reader.shutdown(wait=True, cancel_futures=True)
             os.close(self._descriptor)
-            self._descriptor = -1  # the mapping goes with the last tensor that looks into it
+            self._descriptor = -1
+            for parameter in self._parameters:
+                parameter.data = torch.empty(0)  # read by mistake, it has the wrong shape
+            with suppress(BufferError):  # logits that somebody still holds: the mapping goes with them
+                self._map.close()
 
 
 class PinnedParameters:
@@ -125,8 +129,7 @@ class PinnedParameters:
         heads = {id(p) for p in head}
         self._body = [p for p in parameters if id(p) not in heads]
         self._head, self._device = list(head), device
-        sizes = [p.numel() * p.element_size() for p in self._body]
-        self._starts = _starts(sizes)
+        self._starts = _starts(self._body, _ALLOCATION, [0] * len(self._body))
         on_gpu = device.type == "cuda"
         # one buffer, so that a turn is one copy
         self._host = torch.empty(self._starts[-1], dtype=torch.uint8, pin_memory=on_gpu)
@@ -184,7 +187,7 @@ class PinnedParameters:
     def _views(self, flat: Tensor) -> list[Tensor]:
         return [
             flat[start : start + p.numel() * p.element_size()].view(p.dtype).view(p.shape)
-            for start, p in zip(self._starts, self._body, strict=False)
+            for start, p in zip(self._starts[:-1], self._body, strict=True)
         ]
 
     def _set(self, body: Sequence[Tensor], heads: Sequence[Tensor]) -> None:
@@ -192,9 +195,14 @@ class PinnedParameters:
             parameter.data = values
 
 
-def _starts(sizes: Sequence[int]) -> list[int]:
-    """Aligned offsets of parts of these sizes, and the end of the last one, bytes."""
-    return list(itertools.accumulate((-(-size // _ALIGNED) * _ALIGNED for size in sizes), initial=0))
+def _starts(parameters: Sequence[nn.Parameter], unit: int, shifts: Sequence[int]) -> list[int]:
+    """Offsets, each its shift above a multiple of `unit`, and the end of the last parameter; bytes."""
+    starts, end = [], 0
+    for parameter, shift in zip(parameters, shifts, strict=True):
+        start = -(-(end - shift) // unit) * unit + shift
+        starts.append(start)
+        end = start + parameter.numel() * parameter.element_size()
+    return [*starts, end]
 
 
 def _shared(parameters: Sequence[nn.Parameter], starts: Sequence[int], size: int, file: Path, dist: Dist) -> int:
@@ -205,7 +213,8 @@ def _shared(parameters: Sequence[nn.Parameter], starts: Sequence[int], size: int
             _write(parameters, starts, size, file)
         except OSError as error:
             problem = str(error)
-            file.unlink(missing_ok=True)
+            with suppress(OSError):
+                file.unlink()
     problem = dist.broadcast_object(problem)
     if not problem:
         try:
@@ -234,9 +243,16 @@ def _write(parameters: Sequence[nn.Parameter], starts: Sequence[int], size: int,
     with file.open("wb") as stream:
         # Now, not at the first touch: a page that has no room on the disk would kill the process.
         os.posix_fallocate(stream.fileno(), 0, size)
-        for parameter, start in zip(parameters, starts, strict=False):
+        for parameter, start in zip(parameters, starts[:-1], strict=True):
             stream.seek(start)
             stream.write(parameter.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _trim_heap() -> None:
+    """Give the pages of freed tensors back: glibc keeps blocks below 32 MB, about half of a small model, for itself."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):  # glibc has it, musl does not
+        library.malloc_trim(0)
 
 
 def _free(file: Path) -> int:

@@ -16,9 +16,7 @@ from mtkd.weightings.base import READABLE, StageFacts, Weighting
 from mtkd.weightings.gradients import has_gradient
 
 
-def stage_facts(
-    teachers: tuple[str, ...], models: Sequence[nn.Module], student: TappedModel, seed: int
-) -> StageFacts:
+def stage_facts(teachers: tuple[str, ...], models: Sequence[nn.Module], student: TappedModel, seed: int) -> StageFacts:
     """What a weighting may know of its stage."""
     sizes = tuple(sum(p.numel() for p in model.parameters()) for model in models)
     return StageFacts(teachers, sizes, student.info.width, student.info.num_labels, seed)
