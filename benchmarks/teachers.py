@@ -8,10 +8,10 @@ The setting is that of step.py: student Llama 2x256, teachers Llama 4x512, V = 3
 uniform mixture. Each measurement is a process of its own and loads its teachers from files; arms alternate; time is
 the least of the medians. An arm is BACKEND[-bf16][-compile][-math|-flash].
 
-Memory is the resident set (anonymous and file pages). "teachers" is what holding them between steps takes, "peak" the
-largest resident set of the steps after the first one (Adam's moments exist by then), less that of a process without
-teachers at the same moment: libraries, student and optimizer. Both are in units of one teacher (4 x 4.6e7 bytes), whose
-output head and embedding are a third each.
+Memory is the resident set (anonymous and file pages). "held" is what holding the teachers between steps takes, "peak"
+the largest resident set of the steps after the first one (Adam's moments exist by then), both less those of a process
+without teachers (K = 0: labels alone; libraries, student and optimizer), in units of one teacher: 188 MB, of which
+output head and input embedding are 66 MB each. The peak has activations and tiles in it.
 """
 
 from __future__ import annotations
@@ -136,7 +136,9 @@ def compare(arms: list[str], counts: list[int], rounds: int, steps: int) -> None
                 done = subprocess.run([*command, "--steps", str(steps)], capture_output=True, text=True, check=False)
                 if done.returncode:
                     sys.exit(done.stderr)
-                found.setdefault((arm, count), []).append(json.loads(done.stdout.splitlines()[-1]))
+                result = json.loads(done.stdout.splitlines()[-1])
+                found.setdefault((arm, count), []).append(result)
+                print(f"{arm:24s}{count:3d}", {k: round(v, 6) for k, v in result.items()}, flush=True)
         one = sum(p.numel() for p in llama(TEACHER, 1).parameters()) * 4 / 1e6
     print(
         f"one teacher: {one:.0f} MB\n{'arm':24s}{'K':>3s}{'s/step (min..max)':>22s}{'held':>8s}{'peak':>8s}  first loss"

@@ -87,8 +87,9 @@ def test_what_changes_numbers_identifies_a_stage(tmp_path: Path, engine: dict[st
     assert (of() != of(**engine)) == changes
 
 
-def test_compiled_models_give_the_same_losses_with_taps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Student and teacher traced, with rows on logits, hidden states and attention, lengths that change: as plain,
+@pytest.mark.slow
+def test_a_compiled_student_gives_the_same_losses_with_taps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced with rows on logits, hidden states and attention, lengths that change: as plain,
     and saved under the same names.
 
     The graphs are run by torch instead of being translated to C++, which takes minutes here.
@@ -104,10 +105,9 @@ def test_compiled_models_give_the_same_losses_with_taps(tmp_path: Path, monkeypa
         objective, pool = make_objective(causal_model(8, 1, 0), [causal_model(16, 1, 1)], rows)
         if compiled:
             objective.student.compile_model()
-            pool.teachers[0]._model.compile_model()  # type: ignore[attr-defined]
         engine = TorchEngine(objective, OptimizerConfig(lr=1e-2), 2, CPU)
         losses = []
-        for step, lengths in enumerate(([5, 4], [7, 3], [2])):
+        for step, lengths in enumerate(([5, 4], [7, 3])):
             batch = causal_batch(lengths, seed=step)
             loss, _ = engine.forward(batch, pool.forward(batch), position_counts([batch]))
             engine.backward(loss)
