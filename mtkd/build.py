@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from mtkd.cachefolder import cache_digest, cache_folder, cached_teacher
 from mtkd.chain import identity, member_of, redo_command, stage_of, stage_seed, weights_digest
 from mtkd.cofinetune import CoFinetuning, check_members
-from mtkd.config import EngineConfig, ModelConfig, RunConfig, StageConfig, TeacherConfig
+from mtkd.config import ModelConfig, RunConfig, StageConfig, TeacherConfig
 from mtkd.configfile import differences, fingerprint
 from mtkd.console import say
 from mtkd.data.collate import LoadedData, Split, load_data
@@ -32,10 +32,9 @@ from mtkd.data.tokenizers import (
     train_tokenizer,
 )
 from mtkd.engine.base import Engine, Trainable, seed_everything
-from mtkd.engine.deepspeed_engine import DeepSpeedEngine, init_distributed
 from mtkd.engine.dist import Dist
-from mtkd.engine.torch_engine import TorchEngine
-from mtkd.errors import DataError, UserError
+from mtkd.engine.make import make_engine
+from mtkd.errors import DataError
 from mtkd.locate import given_tokenizer, read_tokenizer, resolve_path, revision_of
 from mtkd.mix import stage_rows
 from mtkd.models.folder import check_folder
@@ -43,7 +42,7 @@ from mtkd.models.load import build_model, compress_model
 from mtkd.models.taps import TappedModel, input_table
 from mtkd.models.vocabulary import VocabularyMap, compressed_teacher, compressed_twice, make_vocabulary, read_vocabulary
 from mtkd.objective import Objective
-from mtkd.pool import CachedTeacher, ResidentTeacher, Teacher, TeacherPool
+from mtkd.pool import CachedTeacher, OffloadedModel, OffloadTeacher, ResidentTeacher, Teacher, TeacherPool, offload
 from mtkd.projection import make_projections
 from mtkd.rows import compile_rows
 from mtkd.rundir import RunDir, StageDir
@@ -220,7 +219,12 @@ class Workshop:
         return read_vocabulary(self.resolve(model.path), self.tokenizer, where) if model.path else None
 
     def model(
-        self, model: ModelConfig, data: LoadedData, seed: int, teacher: TappedModel | None = None, where: str = "model"
+        self,
+        model: ModelConfig,
+        data: LoadedData,
+        seed: int,
+        teacher: TappedModel | OffloadedModel | None = None,
+        where: str = "model",
     ) -> TappedModel:
         """A model for the data's task, with taps; one that is loaded has the run's tokenizer.
 
@@ -256,8 +260,8 @@ class Workshop:
             built = compress_model(built, task, vocabulary, seed)
         return TappedModel(built, task, num_ids, vocabulary)
 
-    def teacher(self, teacher: TeacherConfig, data: LoadedData, where: str) -> TappedModel:
-        """A teacher whose tokenizer is the run's."""
+    def teacher(self, teacher: TeacherConfig, data: LoadedData, where: str) -> TappedModel | OffloadedModel:
+        """A teacher whose tokenizer is the run's, with its weights where its backend keeps them; a collective."""
         assert teacher.model.path is not None
         if data.task.token_level and self.vocabulary(teacher.model, where) is not None:
             raise compressed_teacher(teacher.model.path, where)
@@ -266,7 +270,10 @@ class Workshop:
         if broken:
             raise DataError("the teacher's weights are not finite", where=where, found=", ".join(broken[:5]))
         model.verify()
-        return model
+        if teacher.backend == "resident":
+            return model
+        # before the next one is loaded: there is never memory for two
+        return offload(model, self.device, self.run.path / f".offload-{teacher.name}", self.dist)
 
     def build(self, name: str) -> BuiltStage:
         """Load and wire everything of a stage.
@@ -281,9 +288,11 @@ class Workshop:
             objective, pool = self._cofinetuning(stage, data, f"{where}.members"), TeacherPool([], [])
         else:
             objective, pool = self._distillation(stage, data, where)
-        if self.config.engine.activation_checkpointing:
-            for model in objective.models.values():
+        for model in objective.models.values():
+            if self.config.engine.activation_checkpointing:
                 model.enable_activation_checkpointing()
+            if self.config.engine.compile:
+                model.compile_model()
         return self._built(name, objective, pool, data, split)
 
     def _cofinetuning(self, stage: StageConfig, data: LoadedData, where: str) -> Trainable:
@@ -309,7 +318,7 @@ class Workshop:
             for model in (student, *live.values()):
                 model.enable_packing(f"{where}.batch.packing")
         teachers: list[Teacher] = [
-            ResidentTeacher(t.name, live[t.name], self.device, self.dtype)
+            self._in_pool(t.name, live[t.name])
             if t.name in live
             else self._cached(t, data, f"{where}.teachers[{i}].model")
             for i, t in enumerate(stage.teachers)
@@ -337,9 +346,17 @@ class Workshop:
             tile=self.tile([student, *live.values()]),
             dtype=self.dtype,
         )
-        return objective, TeacherPool(teachers, [objective.teacher_wants(k) for k in range(len(teachers))])
+        wants = [objective.teacher_wants(k) for k in range(len(teachers))]
+        return objective, TeacherPool(teachers, wants, self.config.engine.prefetch)
 
-    def tile(self, models: Sequence[TappedModel]) -> int:
+    def _in_pool(self, name: str, model: TappedModel | OffloadedModel) -> Teacher:
+        if isinstance(model, OffloadedModel):
+            return OffloadTeacher(name, model, self.device, self.dtype)
+        if self.config.engine.compile:
+            model.compile_model()
+        return ResidentTeacher(name, model, self.device, self.dtype)
+
+    def tile(self, models: Sequence[TappedModel | OffloadedModel]) -> int:
         """Positions per tile for the widest of some models' logits."""
         return self.config.engine.tile_for(max(model.num_columns for model in models), self.device.type)
 
@@ -373,40 +390,3 @@ class Workshop:
             "zero_stage": self.config.engine.zero_stage,
         }
         return BuiltStage(name, stage, objective, pool, engine, stream, data, steps, self.identity(name), layout)
-
-
-def make_engine(
-    config: EngineConfig, objective: Trainable, stage: StageConfig, steps: int, device: torch.device, dist: Dist
-) -> Engine:
-    """The engine the configuration names."""
-    if config.kind == "torch":
-        return TorchEngine(objective, stage.optimizer, steps, device)
-    return DeepSpeedEngine(
-        objective,
-        stage.optimizer,
-        steps,
-        device,
-        zero_stage=config.zero_stage,
-        accumulate=stage.batch.accumulate,
-        dist=dist,
-    )
-
-
-def start_processes(config: EngineConfig) -> tuple[Dist, torch.device]:
-    """Join the process group if the engine has one, choose the device, set the CPU threads."""
-    kind = config.device
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError("no GPU was found", where="engine.device", found="cuda", todo="use device: auto or cpu")
-    if kind == "cpu":  # transformers imports DeepSpeed when it saves a model, which would look for a GPU and warn
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    dist = init_distributed(kind) if config.kind == "deepspeed" else Dist()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size))
-    given = int(os.environ.get("OMP_NUM_THREADS") or 0)
-    torch.set_num_threads(config.threads or given or max(1, cores // local))
-    device = torch.device(kind, dist.local_rank) if kind == "cuda" else torch.device("cpu")
-    if kind == "cuda":
-        torch.cuda.set_device(device)
-    return dist, device

@@ -33,6 +33,7 @@ from mtkd.data.tokenizers import num_real_ids
 from mtkd.engine.dist import Dist, on_main
 from mtkd.ensembles import as_logits
 from mtkd.errors import DataError, NonFiniteError, Preempted, UserError
+from mtkd.models.taps import TappedModel
 from mtkd.pool import ResidentTeacher
 from mtkd.rundir import RunDir, StageDir
 from mtkd.seal import MANIFEST, append_jsonl, fault_point, write_atomic
@@ -141,6 +142,7 @@ def _cache(job: _Job, config: TeacherConfig, where: str, stopped: StopFlag, prog
         progress.update(job.examples, None, note=config.name)
         return
     model = shop.teacher(config, job.data, where)
+    assert isinstance(model, TappedModel), "the configuration allows no other backend here"
     token_level = job.data.task.token_level
     columns = num_real_ids(shop.tokenizer) if token_level else job.data.num_labels
     content = content_of(job.stage.cache, token_level=token_level, columns=columns, seed=shop.config.seed)
@@ -209,13 +211,14 @@ def _records(
 ) -> list[Record] | None:
     """What a teacher says about some examples; None when the process was told to stop before the end."""
     wants, records = frozenset({"logits", *content.hidden}), list[Record]()
+    tile = job.shop.config.engine.tile_for(content.columns, job.shop.device.type)
     for batch in _batches(job.split, job.stage.batch, examples):
         if stopped():
             return None
         batch = batch.to(job.shop.device)
         features = teacher.forward(batch, wants)
         features["logits"] = as_logits(features["logits"]).in_dtype(job.shop.dtype)
-        records += make_records(content, batch, features, job.shop.config.engine.tile)
+        records += make_records(content, batch, features, tile)
     for record in records:
         _check_finite(record, teacher.name, content.dtype)
     return records

@@ -126,6 +126,8 @@ def stage_values(stage: StageConfig) -> dict[str, Any]:
     # Looking at a stage changes nothing, unless what is seen decides where it ends or which step is kept.
     looking = set() if stage.selects else {"evaluate_every"}
     values = stage.model_dump(mode="json", exclude=_BOOKKEEPING | looking | {"cache"})
+    for teacher in values["teachers"]:  # an offloaded teacher's numbers are bit-equal to a resident one's
+        teacher["backend"] = "resident" if teacher["backend"] == "offload" else teacher["backend"]
     # The members' order decides their seeds, and whose head is shared: canonical JSON would sort it away.
     return {**values, "member_order": list(stage.members)} if stage.members else values
 
@@ -152,6 +154,8 @@ def identity(
         "seed": stage_seed(config, stage),
         "steps": steps,
         "precision": config.engine.precision,
+        "compile": config.engine.compile,
+        "attention": config.engine.attention,
         "data": {
             "config": config.data[config.data_name(stage.data)].model_dump(mode="json"),
             "fingerprint": data,

@@ -16,7 +16,10 @@ SKIPPED = "done, skipped"
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """A model of a stage: `role` is "student" or the teacher's name; `parameters` counted on the meta device."""
+    """A model of a stage: `role` is "student" or the teacher's name; `parameters` counted on the meta device.
+
+    Attributes: backend: where a teacher's weights live; empty for what is trained.
+    """
 
     role: str
     origin: str
@@ -25,6 +28,7 @@ class PlannedModel:
     width: int
     heads: int
     parameters: int
+    backend: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,8 @@ class Plan:
                 shape = f"{model.architecture} {model.layers}x{model.width}, {model.heads} heads"
                 first = (stage.name, stage.kind, stage.state) if i == 0 else ("", "", "")
                 work = (_number(stage.steps), _number(stage.tokens), f"{stage.memory_gb:.2f}") if i == 0 else ("",) * 3
-                table.add_row(*first, model.role, model.origin, shape, f"{model.parameters:,}", *work)
+                origin = f"{model.origin} (offload)" if model.backend == "offload" else model.origin
+                table.add_row(*first, model.role, origin, shape, f"{model.parameters:,}", *work)
         rows = Table("stage", "row", title="rows of the objectives, and what caches keep")
         for stage in self.stages:
             for row in stage.rows:

@@ -27,6 +27,7 @@ from mtkd.errors import UserError
 from mtkd.ladder import Look, complete
 from mtkd.launcher import launch_command
 from mtkd.locate import given_tokenizer, read_tokenizer, resolve_path, revision_of
+from mtkd.memory import FLOAT, TeacherSize, check_offload, teacher_bytes
 from mtkd.mix import stage_rows
 from mtkd.models.info import CLASSIFIER, ModelInfo, check_packing, count_parameters, model_info
 from mtkd.models.load import load_config as load_model_config
@@ -37,7 +38,6 @@ from mtkd.registry import TASKS, load_plugins
 from mtkd.rows import compile_rows
 from mtkd.rundir import RunDir
 
-_FLOAT = 4  # bytes of a float32
 # Float32 copies of a trainable parameter in training: weight, gradient, two Adam moments.
 _COPIES = {"weight": 1, "gradient": 1, "optimizer": 2}
 
@@ -115,10 +115,12 @@ class _Planner:
             made = self._model_config(stage, teacher.model, place)
             sized.append(self._sized(teacher.name, teacher.model, made, data, auto_class))
             self._check_tokenizer(teacher.model, place, task.token_level)
-        planned, infos = [p for p, _ in sized], [info for _, info in sized]
+        backends = [""] * own + [teacher.backend for teacher in stage.teachers]
+        planned = [replace(model, backend=backend) for (model, _), backend in zip(sized, backends, strict=True)]
+        infos = [info for _, info in sized]
         if stage.batch.packing:
-            for info, teacher in zip(infos, [None] * own + list(stage.teachers), strict=True):
-                if teacher is None or teacher.name not in caches:  # a cached teacher does not run
+            for which, info in zip(planned, infos, strict=True):
+                if which.backend != "cached":  # a cached teacher does not run
                     check_packing(info, f"{where}.batch.packing")
         if stage.members:
             check_members({p.role: info for p, info in sized}, f"{where}.members")
@@ -134,7 +136,6 @@ class _Planner:
         if caches and task.token_level and name in self._compressed:
             raise compressed_from_cache(next(iter(caches)), f"{where}.student.vocabulary")
         texts = [row_text(row.match.weight, row.key, row.pairs) for row in rows]
-        live = [p for p in planned[own:] if p.role not in caches]
         return PlannedStage(
             name,
             stage.kind,
@@ -144,7 +145,7 @@ class _Planner:
             texts,
             stage.steps,
             self._tokens(stage, data.max_length),
-            self._memory(planned[:own], live, infos[0]),
+            self._memory(planned[:own], self._sizes(planned[own:], infos[own:], where), infos[0]),
         )
 
     def _sized(
@@ -174,7 +175,7 @@ class _Planner:
             planned.append(model)
             texts.append(f"{teacher.name}: {describe(content, info, train_tokens(data, self.config.base))}")
         largest = max(planned, key=lambda model: model.parameters)  # they are run one after the other
-        memory = largest.parameters * _FLOAT + self.config.engine.tile * self._num_ids * _FLOAT * 2 * token_level
+        memory = largest.parameters * FLOAT + self.config.engine.tile * self._num_ids * FLOAT * 2 * token_level
         return PlannedStage(
             name, stage.kind, self._state(name), needed_stages(stage), planned, texts, None, None, memory / 1e9
         )
@@ -302,16 +303,30 @@ class _Planner:
         per_step = stage.batch.tokens or (stage.batch.sequences or 0) * max_length
         return stage.steps * per_step
 
-    def _memory(self, trained: list[PlannedModel], teachers: list[PlannedModel], student: ModelInfo) -> float:
+    def _sizes(self, teachers: list[PlannedModel], infos: list[ModelInfo], where: str) -> list[TeacherSize]:
+        """What the teachers occupy; refuses to offload where there is no room for it."""
+        sizes = [
+            TeacherSize(t.parameters, 0 if info.num_labels else info.vocabulary * info.width, t.backend)
+            for t, info in zip(teachers, infos, strict=True)
+        ]
+        check_offload(sizes, self.config.folder, on_gpu=self._on_gpu, where=f"{where}.teachers")
+        return sizes
+
+    @property
+    def _on_gpu(self) -> bool:
+        device = self.config.engine.device
+        return device == "cuda" or (device == "auto" and torch.cuda.is_available())
+
+    def _memory(self, trained: list[PlannedModel], teachers: list[TeacherSize], student: ModelInfo) -> float:
         """GB (1e9 bytes) per rank of weights, gradients, Adam's moments and one vocabulary tile; no activations."""
         engine = self.config.engine
         ranks, shard = engine.processes, engine.zero_stage
-        own = sum(m.parameters for m in trained) * _FLOAT
+        own = sum(m.parameters for m in trained) * FLOAT
         total = own * _COPIES["optimizer"] / (ranks if shard >= 1 else 1)
         total += own * _COPIES["gradient"] / (ranks if shard >= 2 else 1)
         total += own * _COPIES["weight"] / (ranks if shard >= 3 else 1)
-        total += sum(m.parameters for m in teachers) * _FLOAT
-        device = "cuda" if engine.device != "cpu" and torch.cuda.is_available() else "cpu"
-        tile = engine.tile_for(student.vocabulary, device)
-        total += tile * student.vocabulary * _FLOAT * (3 + len(teachers))
+        total += teacher_bytes(teachers, on_gpu=self._on_gpu, prefetch=engine.prefetch)
+        tile = engine.tile_for(student.vocabulary, "cuda" if self._on_gpu else "cpu")
+        live = sum(t.backend != "cached" for t in teachers)
+        total += tile * student.vocabulary * FLOAT * (3 + live)
         return total / 1e9

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtkd.build import BuiltStage, Workshop, start_processes
+from mtkd.build import BuiltStage, Workshop
 from mtkd.capture import capture
 from mtkd.chain import changed_stages, finished, to_redo
 from mtkd.checks import check
@@ -19,6 +19,7 @@ from mtkd.configfile import config_digest, fingerprint, load_config
 from mtkd.console import say
 from mtkd.data.vocabulary import compress_tokenizer
 from mtkd.engine.dist import on_main
+from mtkd.engine.make import start_processes
 from mtkd.errors import DataError, UserError
 from mtkd.evaluate.judge import judge
 from mtkd.models.load import quiet

@@ -130,10 +130,11 @@ class TeacherConfig(Config):
     model: ModelConfig = Field(
         description="a folder, hub id, card or stage:NAME; backend cached: stage:CACHESTAGE/TEACHER or a cache's folder"
     )
-    backend: Literal["resident", "cached"] = Field(
+    backend: Literal["resident", "offload", "cached"] = Field(
         "resident",
-        description="resident = its weights are loaded beside the student; cached = its outputs are read from a cache "
-        "(kind: cache), and it is not run",
+        description="where its weights live: resident = beside the student; offload = in host memory (GPU) or a mapped "
+        "file in the run folder (CPU), on the device only while it runs; cached = nowhere: its outputs are read from a "
+        "cache (kind: cache), and it is not run",
     )
 
     @model_validator(mode="before")

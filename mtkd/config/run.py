@@ -37,6 +37,17 @@ class EngineConfig(Config):
         description="token positions whose vocabulary-size logits exist at one time; auto: as many as keep one "
         "model's logits below 32 MiB (at most 256 positions) on a CPU and below 256 MiB (at most 4096) on a GPU",
     )
+    prefetch: bool = Field(
+        True,
+        description="offloaded teachers: bring the next one's weights while one runs; on a GPU memory for two of them",
+    )
+    compile: bool = Field(
+        False,
+        description="torch.compile of the student and of resident teachers, kind: torch; no gain measured on a CPU",
+    )
+    attention: Literal["auto", "flash", "efficient", "math"] = Field(
+        "auto", description="kernel of scaled dot product attention; auto: torch chooses; CPUs have flash and math"
+    )
     threads: Annotated[int, Field(ge=0)] = Field(
         0, description="CPU threads per process; 0 = $OMP_NUM_THREADS if set, else cores / processes"
     )
@@ -47,6 +58,14 @@ class EngineConfig(Config):
             raise ValueError("engine kind 'torch' is one process; use kind: deepspeed for more")
         if self.kind == "torch" and self.zero_stage > 0:
             raise ValueError("zero_stage needs kind: deepspeed")
+        if self.compile and self.kind != "torch":
+            raise ValueError("compile needs kind: torch: DeepSpeed's hooks would break every graph")
+        if self.compile and self.activation_checkpointing:
+            raise ValueError(
+                "compile and activation_checkpointing exclude each other: layers are recomputed uncompiled"
+            )
+        if self.attention == "efficient" and self.device == "cpu":
+            raise ValueError("attention: efficient exists on GPUs only; on a CPU: auto, flash or math")
         return self
 
     def tile_for(self, columns: int, device: str) -> int:

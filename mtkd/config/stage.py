@@ -34,7 +34,7 @@ class ScoringBatchConfig(Config):
 
 
 class BatchConfig(ScoringBatchConfig):
-    """How many examples make one optimizer step (for a cache one forward), and how they share the rows models run on."""
+    """How many examples make one optimizer step (of a cache: one forward), and how they share the models' rows."""
 
     packing: bool = Field(
         False,
@@ -190,9 +190,13 @@ class StageConfig(Config):
             raise ValueError("a cache stage needs `teachers`")
         if more := sorted(self.batch.model_fields_set - {"sequences", "tokens"}):
             raise ValueError(f"batch.{more[0]}: a cache stage has no optimizer steps; its batch is sequences or tokens")
-        cached = [t.name for t in self.teachers if t.backend == "cached"]
-        if cached:
-            raise ValueError(f"teacher {cached[0]!r} is a cache already; name it in the stage that reads it")
+        for teacher in self.teachers:
+            if teacher.backend == "cached":
+                raise ValueError(f"teacher {teacher.name!r} is a cache already; name it in the stage that reads it")
+            if teacher.backend == "offload":
+                raise ValueError(
+                    f"teacher {teacher.name!r}: a cache stage has one teacher in memory at a time; drop backend"
+                )
 
     @property
     def parts(self) -> tuple[str, ...]:

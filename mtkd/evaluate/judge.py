@@ -18,6 +18,7 @@ from mtkd.evaluate.metrics import by_domain, summarise
 from mtkd.evaluate.score import score
 from mtkd.evaluate.significance import compare, correct
 from mtkd.models.taps import TappedModel
+from mtkd.pool import OffloadedModel
 from mtkd.seal import read_jsonl, write_atomic
 
 ENSEMBLE = "ensemble:"
@@ -83,13 +84,16 @@ def _scores(shop: Workshop, model: str, key: str, data_name: str) -> Scores | No
     models = [m.to(shop.device).eval() for m in _models(shop, model, data)]
     batches = evaluation_batches(split, shop.config.evaluate.batch, shop.dist.rank, shop.dist.world_size)
     records = score(models, data, split, batches, shop.device, shop.dtype, shop.dist, shop.tile(models))
+    for each in models:
+        if isinstance(each, OffloadedModel):
+            each.close()
     if records is not None:
         write_atomic(file, "".join(json.dumps(record) + "\n" for record in records))
         write_atomic(note, key)
     return records
 
 
-def _models(shop: Workshop, model: str, data: LoadedData) -> list[TappedModel]:
+def _models(shop: Workshop, model: str, data: LoadedData) -> list[TappedModel | OffloadedModel]:
     if not model.startswith(ENSEMBLE):
         return [shop.model(ModelConfig(path=STAGE_PREFIX + model), data, seed=0)]
     stage = model.removeprefix(ENSEMBLE)

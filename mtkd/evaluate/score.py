@@ -17,6 +17,7 @@ from mtkd.engine.dist import Dist
 from mtkd.features import DenseLogits, Logits
 from mtkd.models.taps import TappedModel
 from mtkd.models.vocabulary import VocabularyMap
+from mtkd.pool import OffloadedModel
 
 WANTS = frozenset({"logits"})
 WholeHead = Callable[[], AbstractContextManager[None]]
@@ -24,7 +25,11 @@ WholeHead = Callable[[], AbstractContextManager[None]]
 
 @torch.no_grad()
 def mixture_log_probs(
-    models: Sequence[TappedModel], batch: Batch, dtype: torch.dtype, tile: int, whole_head: WholeHead = nullcontext
+    models: Sequence[TappedModel | OffloadedModel],
+    batch: Batch,
+    dtype: torch.dtype,
+    tile: int,
+    whole_head: WholeHead = nullcontext,
 ) -> Iterable[tuple[Tensor, Tensor]]:
     """Tiles (flat positions [m], log of the models' mean probability [m,V]) over the batch's targets.
 
@@ -72,7 +77,7 @@ def mean_loss(
 
 
 def score(
-    models: Sequence[TappedModel],
+    models: Sequence[TappedModel | OffloadedModel],
     data: LoadedData,
     split: Split,
     batches: Iterable[Batch],
@@ -95,7 +100,7 @@ def score(
 
 
 def _score_documents(
-    models: Sequence[TappedModel],
+    models: Sequence[TappedModel | OffloadedModel],
     split: Split,
     batches: Iterable[Batch],
     device: torch.device,
@@ -140,7 +145,7 @@ def _score_documents(
 
 
 def _score_examples(
-    models: Sequence[TappedModel],
+    models: Sequence[TappedModel | OffloadedModel],
     split: Split,
     batches: Iterable[Batch],
     device: torch.device,
@@ -173,7 +178,7 @@ def _score_examples(
     return [merged[example] for example in sorted(merged)]
 
 
-def _common_vocabulary(models: Sequence[TappedModel]) -> VocabularyMap | None:
+def _common_vocabulary(models: Sequence[TappedModel | OffloadedModel]) -> VocabularyMap | None:
     """That of the only model; a mixture at token level has whole vocabularies (teachers, which must have one)."""
     vocabulary = models[0].vocabulary
     assert vocabulary is None or len(models) == 1

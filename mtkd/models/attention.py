@@ -137,5 +137,33 @@ def tap_attention(
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
+def use_attention(kernel: str, device: str) -> None:
+    """Let scaled dot product attention use one kernel only, or ("auto") whatever torch chooses.
+
+    For the whole process, not around a forward pass: activation checkpointing runs the forward again in the backward.
+
+    Raises:
+        UserError: the device has no such kernel.
+    """
+    if kernel == "efficient" and device == "cpu":
+        raise UserError(
+            "memory-efficient attention exists on GPUs only",
+            where="engine.attention",
+            found=kernel,
+            allowed=["auto", "flash", "math"],
+        )
+    for name, switch in _ATTENTION_SWITCHES.items():
+        switch(kernel in ("auto", name))
+
+
+# torch keeps these under `cuda`, and heeds flash and math on a CPU too. cuDNN's kernel belongs to "auto" alone.
+_ATTENTION_SWITCHES = {
+    "flash": torch.backends.cuda.enable_flash_sdp,
+    "efficient": torch.backends.cuda.enable_mem_efficient_sdp,
+    "math": torch.backends.cuda.enable_math_sdp,
+    "cudnn": torch.backends.cuda.enable_cudnn_sdp,
+}
+
+
 AttentionInterface.register(TAP, tap_attention)
 AttentionMaskInterface.register(TAP, sdpa_mask)

@@ -9,9 +9,18 @@ from mtkd.errors import UserError
 from mtkd.features import Features, split_key
 from mtkd.pool.base import Teacher
 from mtkd.pool.cached import CachedTeacher
+from mtkd.pool.offload import OffloadedModel, OffloadTeacher, offload
 from mtkd.pool.resident import ResidentTeacher
 
-__all__ = ["CachedTeacher", "ResidentTeacher", "Teacher", "TeacherPool"]
+__all__ = [
+    "CachedTeacher",
+    "OffloadTeacher",
+    "OffloadedModel",
+    "ResidentTeacher",
+    "Teacher",
+    "TeacherPool",
+    "offload",
+]
 
 
 class TeacherPool:
@@ -20,12 +29,13 @@ class TeacherPool:
     Args:
         teachers: in pool order.
         wants: per teacher the feature keys the objective reads.
+        prefetch: offloaded teachers: bring the next one's weights while the one before it runs.
     Raises:
         UserError: when a teacher's backend does not provide a wanted feature.
     """
 
-    def __init__(self, teachers: Sequence[Teacher], wants: Sequence[frozenset[str]]) -> None:
-        self.teachers, self.wants = list(teachers), list(wants)
+    def __init__(self, teachers: Sequence[Teacher], wants: Sequence[frozenset[str]], prefetch: bool = True) -> None:
+        self.teachers, self.wants, self._prefetch = list(teachers), list(wants), prefetch
         for teacher, keys in zip(self.teachers, self.wants, strict=True):
             missing = sorted({split_key(key)[0] for key in keys} - teacher.provides())
             if missing:
@@ -36,7 +46,13 @@ class TeacherPool:
 
     def forward(self, batch: Batch) -> list[Features]:
         """Features of every teacher, in order; without gradients."""
-        return [t.forward(batch, wants) for t, wants in zip(self.teachers, self.wants, strict=True)]
+        features = []
+        for position, (teacher, wants) in enumerate(zip(self.teachers, self.wants, strict=True)):
+            following = self.teachers[position + 1] if position + 1 < len(self.teachers) else None
+            if self._prefetch and isinstance(following, OffloadTeacher):
+                following.prefetch()
+            features.append(teacher.forward(batch, wants))
+        return features
 
     def close(self) -> None:
         """Free every teacher's memory."""

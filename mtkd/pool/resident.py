@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from mtkd.data.batch import Batch
@@ -9,9 +11,12 @@ from mtkd.features import Features
 from mtkd.models.linear import speed_up_linears
 from mtkd.models.taps import TappedModel
 
+if TYPE_CHECKING:
+    from mtkd.pool.offload import OffloadedModel
+
 
 class ResidentTeacher:
-    """A `TappedModel` frozen for good.
+    """A model frozen for good.
 
     Args:
         name: in metrics and options.
@@ -20,11 +25,13 @@ class ResidentTeacher:
         dtype: bfloat16 runs it under autocast.
     """
 
-    def __init__(self, name: str, model: TappedModel, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, name: str, model: TappedModel | OffloadedModel, device: torch.device, dtype: torch.dtype
+    ) -> None:
         self.name, self.info = name, model.info
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self._dtype = dtype
-        self._model: TappedModel | None = model.to(device).eval().requires_grad_(False)
+        self._model: TappedModel | OffloadedModel | None = model.to(device).eval().requires_grad_(False)
         speed_up_linears(self._model)
 
     def provides(self) -> frozenset[str]:
@@ -36,7 +43,8 @@ class ResidentTeacher:
         self._model.eval()
         device = batch.input_ids.device.type
         with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
-            return self._model(batch, wants)
+            features: Features = self._model(batch, wants)
+        return features
 
     def close(self) -> None:
         self._model = None

@@ -1,0 +1,158 @@
+"""The offload backend: teachers wait outside the device's memory and take turns on it.
+
+On a CPU a waiting teacher is a mapped file whose pages are given back after its turn, so that the resident set holds
+the largest teacher and not the sum; its output head is read tile by tile after the turn, and given back after each
+tile. On a GPU it waits in pinned host memory. Values are bit-equal to the resident backend's: the same float32
+weights, equally aligned, go through the same kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from mtkd.data.batch import Batch
+from mtkd.engine.dist import Dist
+from mtkd.features import Features, HeadLogits
+from mtkd.models.taps import TappedModel
+from mtkd.pool.resident import ResidentTeacher
+from mtkd.pool.waiting import MappedParameters, PinnedParameters, Waiting
+
+
+@dataclass
+class MappedLogits:
+    """`HeadLogits` of a mapped head: whatever is made of the head is made for the rows that are read, and dropped.
+
+    Selecting columns or casting once, as `HeadLogits` does, would keep a copy of every teacher's head; one per tile is
+    a few per cent of the tile's product.
+
+    Attributes:
+        head: on the mapped weight; its `hidden` is cast already.
+        drop: gives the mapping's pages back.
+        chosen: columns, or None for all. dtype: of the product, or None for the weight's.
+    """
+
+    head: HeadLogits
+    drop: Callable[[], None]
+    chosen: Tensor | None = None
+    dtype: torch.dtype | None = None
+
+    @property
+    def num_columns(self) -> int:
+        return self.head.num_columns if self.chosen is None else len(self.chosen)
+
+    def rows(self, index: Tensor) -> Tensor:
+        head = self.head if self.chosen is None else self.head.select(self.chosen)
+        values = (head if self.dtype is None else head.in_dtype(self.dtype)).rows(index)
+        self.drop()
+        return values
+
+    def select(self, columns: Tensor) -> MappedLogits:
+        return replace(self, chosen=columns if self.chosen is None else self.chosen[columns])
+
+    def in_dtype(self, dtype: torch.dtype) -> MappedLogits:
+        return replace(self, head=replace(self.head, hidden=self.head.hidden.to(dtype)), dtype=dtype)
+
+
+class OffloadedModel(nn.Module):
+    """A frozen `TappedModel` whose parameters are on the device only while it runs.
+
+    Args:
+        model: its parameters lose `requires_grad`.
+        waiting: where its parameters are between turns.
+    """
+
+    def __init__(self, model: TappedModel, waiting: Waiting) -> None:
+        super().__init__()
+        self.model, self.waiting = model.eval().requires_grad_(False), waiting
+        self.info, self.vocabulary = model.info, model.vocabulary
+
+    @property
+    def num_columns(self) -> int:
+        """As `TappedModel` has it."""
+        return self.model.num_columns
+
+    def enable_packing(self, where: str) -> None:
+        """As `TappedModel` has it."""
+        self.model.enable_packing(where)
+
+    @property
+    def embedding_table(self) -> Tensor:
+        """As `TappedModel` has it."""
+        return self.model.embedding_table
+
+    def forward(self, batch: Batch, wants: frozenset[str]) -> Features:
+        """The wanted features: one turn. The features outlive it."""
+        self.waiting.arrive()
+        try:
+            features = self.model(batch, wants)
+            return {key: self._outliving(value) for key, value in features.items()}
+        finally:
+            self.waiting.leave()
+
+    def _outliving(self, value: Any) -> Any:
+        if not isinstance(value, HeadLogits):
+            return value
+        weight = self.waiting.keep_head(value.weight)
+        bias = None if value.bias is None else self.waiting.keep_head(value.bias)
+        head = replace(value, weight=weight, bias=bias)
+        return MappedLogits(head, self.waiting.leave) if isinstance(self.waiting, MappedParameters) else head
+
+    def close(self) -> None:
+        """End the reading thread and free what waits; the model must not run any more."""
+        self.waiting.close()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """`to`, `cuda`, `float`: where the parameters are is decided here alone."""
+        return self
+
+
+def offload(model: TappedModel, device: torch.device, file: Path, dist: Dist) -> OffloadedModel:
+    """The model with its parameters outside the device's memory; what it occupied is free. A collective.
+
+    Args:
+        model: float32, on the CPU.
+        device: where it runs.
+        file: where a CPU's mapped file is written, for the length of this call; not used for a GPU.
+        dist: the ranks that build it together.
+    Raises:
+        DataError: there is no room for the file.
+    """
+    parameters = list(model.parameters())  # a tied one once
+    if device.type == "cpu":
+        return OffloadedModel(model, MappedParameters(parameters, file, dist))
+    _move_buffers(model, device)
+    head = [p for p in model.output_head or () if p is not None]
+    return OffloadedModel(model, PinnedParameters(parameters, head, device))
+
+
+class OffloadTeacher(ResidentTeacher):
+    """An `OffloadedModel` in the pool.
+
+    Args: name, model, device, dtype: as for a resident teacher.
+    """
+
+    def __init__(self, name: str, model: OffloadedModel, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(name, model, device, dtype)
+        self._offloaded = model
+
+    def prefetch(self) -> None:
+        """Its turn is the next but one: begin to bring its weights."""
+        self._offloaded.waiting.prefetch()
+
+    def close(self) -> None:
+        super().close()
+        self._offloaded.close()
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Buffers (position tables) are small: they stay on the device."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
