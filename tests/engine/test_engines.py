@@ -113,6 +113,35 @@ def test_deepspeed_equals_torch(zero_stage, tied, packing):
     assert ranks[1][:STEPS] == pytest.approx(expected[:STEPS], rel=1e-5)
 
 
+def test_large_products_equal_torchs_own_and_resume_bit_by_bit(tmp_path, monkeypatch):
+    """Every linear layer through oneDNN, of student and teachers: the losses of torch's products, and a stop in between
+    changes no bit of what follows."""
+    plain = _engine_losses("torch", 0, False, 1)
+    monkeypatch.setattr("mtkd.products._WORTH", 1)
+    assert _engine_losses("torch", 0, False, 1) == pytest.approx(plain, rel=1e-5)
+
+    def go_on(steps: range, saved: str = "") -> tuple[TorchEngine, list[float]]:
+        objective, pool = causal_objective()
+        engine, losses = TorchEngine(objective, OPTIMIZER, STEPS, CPU), []
+        if saved:
+            engine.load(tmp_path)
+        for step in steps:
+            batch = causal_batch(LENGTHS, seed=step, prompt=1)
+            loss, _ = engine.forward(batch, pool.forward(batch), global_counts([batch], Dist())[0])
+            engine.backward(loss)
+            engine.step(step)
+            losses.append(float(loss.detach()))
+        return engine, losses
+
+    whole, expected = go_on(range(STEPS))
+    first, _ = go_on(range(2))
+    first.save(tmp_path)
+    resumed, losses = go_on(range(2, STEPS), "saved")
+    assert losses == expected[2:]
+    for name, value in resumed.model_state("student").items():
+        assert torch.equal(value, whole.model_state("student")[name]), name
+
+
 def test_padding_changes_nothing():
     objective, pool = causal_objective()
     values = []
