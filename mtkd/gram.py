@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mtkd.data.batch import Batch
 from mtkd.ensembles import as_logits
+from mtkd.errors import UserError
 from mtkd.features import Features, SparseRows
 from mtkd.objective import Counts, Objective
 from mtkd.rows import Row
@@ -66,6 +67,12 @@ def _gradient(
     with torch.enable_grad():
         for row in rows:
             kind = row.counted(objective.token_level)
+            if isinstance(teacher, SparseRows) and teacher.tail is None:
+                raise UserError(
+                    "drawn targets are unbiased in a gradient, not in inner products of gradients",
+                    where="a weighting that reads 'gram'",
+                    todo="make the cache with targets: top, or take another weighting",
+                )
             whole, options = completed(row, leaf, teacher)
             values = row.spec(leaf, whole, has_label if kind == "targets" else None, options)
             loss = loss + row.match.weight / max(counts[kind], 1) * values.sum()

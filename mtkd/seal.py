@@ -126,30 +126,26 @@ def check_seal(folder: Path, *, digests: bool = True) -> dict[str, Any]:
         raise DataError("not a folder", where=str(folder))
     _check_owner(folder)
     manifest = _manifest(folder)
-    listed: dict[str, Any] = manifest["files"]
-    present = dict(_files(folder))
-    present.pop(MANIFEST, None)
-    for name, path in present.items():
-        if name not in listed:
+    for name, path in _files(folder):
+        if name == MANIFEST:
+            continue
+        if name not in manifest["files"]:
             raise DataError("the file is not in the manifest", where=str(path))
         _check_owner(path)
-    for name, entry in listed.items():
+    for name, entry in manifest["files"].items():
         _check_file(folder / name, entry, digests)
     return manifest
 
 
 def broken_files(folder: Path) -> list[str]:
     """``file: reason`` of every listed file that is missing or not what was sealed; [] without a usable manifest."""
-    try:
-        listed: dict[str, Any] = _manifest(folder)["files"]
-    except DataError:
-        return []
     problems = []
-    for name, entry in listed.items():
-        try:
-            _check_file(folder / name, entry, digests=True)
-        except DataError as error:
-            problems.append(f"{error.where}: {error.message}")
+    with suppress(DataError):
+        for name, entry in _manifest(folder)["files"].items():
+            try:
+                _check_file(folder / name, entry, digests=True)
+            except DataError as error:
+                problems.append(f"{error.where}: {error.message}")
     return problems
 
 
@@ -158,11 +154,10 @@ def _check_file(path: Path, entry: Mapping[str, Any], digests: bool) -> None:
         raise DataError("the file is missing", where=str(path))
     if (size := path.stat().st_size) != entry["size"]:
         raise DataError("wrong size", where=str(path), found=f"{size} bytes", allowed=f"{entry['size']} bytes")
-    if not digests:
-        return
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-            raise DataError("the content differs from what was sealed (sha256)", where=str(path))
+    if digests:
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                raise DataError("the content differs from what was sealed (sha256)", where=str(path))
 
 
 def newest_sealed(parent: Path) -> Found:

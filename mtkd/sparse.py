@@ -137,12 +137,14 @@ def check_cached_row(row: Row, targets: str, k: int, temperature: float, where: 
             todo="use a divergence (kl, jsd, ...), or run the teacher itself",
         )
     top = match.options.get("top", 0)
-    if top and (targets == "sampled" or top > k or match.ensemble != "losses"):
+    # soft_ce's value with `top` has one outcome for the tail, completed rows have the student's tail in it
+    unlike = targets == "sampled" or top > k or match.ensemble != "losses" or spec.teacher_term is no_term
+    if top and unlike:
         raise UserError(
             "the cache cannot give these most probable columns",
             where=where,
             found=f"top: {top}, ensemble: {match.ensemble}",
-            allowed=f"top up to {k} with ensemble: losses" if targets == "top" else "no option top",
+            allowed=f"top up to {k} of a divergence, ensemble: losses" if targets == "top" else "no option top",
         )
     if targets == "sampled" and (spec.teacher_term is None or match.ensemble != "losses"):
         raise UserError(
