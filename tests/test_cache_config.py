@@ -202,3 +202,22 @@ def test_every_field_is_a_part_of_the_content(field: str, value: object, differs
     assert getattr(content(**{field: value}), differs) != getattr(content(), differs)
     drawn = {"targets": "sampled"}
     assert content(**drawn, proposal=1.5).proposal != content(**drawn).proposal
+
+
+def test_a_chain_below_cached_teachers(tmp_path: Path) -> None:
+    """Every stage of a DGKD chain reads the caches; the ensemble that would need them live is not scored."""
+    made = cache_runs.values(tmp_path, cache=EXACT, student={})
+    for name in ("student", "live"):
+        del made["stages"][name]
+    made["chain"] = {
+        "mode": "dgkd",
+        "teachers": cache_runs.CACHED,
+        "student": {"architecture": "gpt2", "layers": 1, "width": 4, "heads": 2},
+        "rungs": [{"layers": 1, "width": 8, "heads": 2}],
+        "steps": 2,
+    }
+    config = cache_runs.config(tmp_path, made)
+    assert config.evaluate.ensembles == ("cache",)
+    needs = {stage.name: stage.needs for stage in plan(config).stages}
+    assert needs["student"] == ["cache", "assistant-1"]
+    assert needs["direct"] == ["cache"]
