@@ -50,7 +50,7 @@ class PromptedExamples:
 def prepare_prompted(request: PrepareRequest) -> Split:
     """Prompt and response per row; the end of a response that is too long is cut, and its end token with it.
 
-    A row whose prompt leaves no room for a response token is left out. Bytes are those of the predicted response.
+    A row whose prompt leaves no room for a part of the response is left out. Bytes are those of the predicted response.
 
     Raises:
         DataError: no row is left, or a chat template that is not there or cannot be split into turns.
@@ -72,12 +72,12 @@ def prepare_prompted(request: PrepareRequest) -> Split:
         if len(document) <= asked:
             continue
         cut = len(document) < len(prompt) + len(response)
+        part = cut or asked > len(prompt)
+        text = str(tokenizer.decode(document[asked:], skip_special_tokens=True)) if part else responses[number]
+        if not text:
+            continue
         num_cut += cut
-        scored[len(kept)] = (
-            len(str(tokenizer.decode(document[asked:], skip_special_tokens=True)).encode())
-            if cut or asked > len(prompt)
-            else len(responses[number].encode())
-        )
+        scored[len(kept)] = len(text.encode())
         flat.append(document)
         before.append(asked)
         kept.append(number)
@@ -150,7 +150,7 @@ def _in_turns(request: PrepareRequest, prompts: Sequence[str], responses: Sequen
 def _note(request: PrepareRequest, num_rows: int, num_kept: int, num_cut: int) -> str:
     """What was lost to `max_length`; "" for nothing."""
     lost = num_rows - num_kept
-    parts = [f"{lost:,} of {num_rows:,} rows left out: the prompt leaves no room for a response"] if lost else []
+    parts = [f"{lost:,} of {num_rows:,} rows left out: the prompt leaves no response to predict"] if lost else []
     parts += [f"{num_cut:,} of {num_kept:,} responses cut at the end"] if num_cut else []
     if not parts:
         return ""
