@@ -10,7 +10,7 @@ the least of the medians. An arm is BACKEND[-bf16][-compile][-math|-flash].
 
 Memory is the resident set (anonymous and file pages). "held" is what holding the teachers between steps takes, "peak"
 the largest resident set of the steps after the first one (Adam's moments exist by then), both less those of a process
-without teachers (K = 0: labels alone; libraries, student and optimizer), in units of one teacher: 188 MB, of which
+without teachers (K = 0: labels alone; libraries, student and optimizer), in units of one teacher: 198 MB, of which
 output head and input embedding are 66 MB each. The peak has activations and tiles in it.
 """
 
@@ -60,7 +60,7 @@ def make_teachers(count: int, backend: str, folder: Path, dtype):
 
 
 def measure(arm: str, count: int, steps: int, folder: Path) -> dict[str, float]:
-    """First loss, seconds per step (median), MB held by the teachers between steps, MB at the peak of the steps."""
+    """First loss, seconds per step (median), the process's own CPU seconds (least), MB held by the teachers between steps, MB at the peak of the steps."""
     warnings.filterwarnings("ignore")
     import torch
 
@@ -99,21 +99,23 @@ def measure(arm: str, count: int, steps: int, folder: Path) -> dict[str, float]:
     targets = torch.full_like(ids, NO_LABEL)
     targets[:, :-1] = ids[:, 1:]
     batch = Batch(torch.arange(BATCH), ids, torch.ones_like(ids, dtype=torch.bool), targets)
-    losses, seconds = [], []
+    losses, seconds, work = [], [], []
     for step in range(steps + 1):
         if step == 1:
             Path("/proc/self/clear_refs").write_text("5")  # the largest resident set starts anew
-        begun = time.perf_counter()
+        begun, busy = time.perf_counter(), time.process_time()
         loss, _ = engine.forward(batch, pool.forward(batch), position_counts([batch]))
         engine.backward(loss)
         engine.step(step)
         losses.append(float(loss.detach()))
         del loss
         seconds.append(time.perf_counter() - begun)
+        work.append(time.process_time() - busy)
     return {
         "first_loss": losses[0],
         "last_loss": losses[-1],
         "seconds": statistics.median(seconds[1:]),
+        "cpu_seconds": min(work[1:]),
         "held_mb": resident_mb("RssAnon", "RssFile"),
         "peak_mb": resident_mb("VmHWM"),
     }
@@ -141,7 +143,7 @@ def compare(arms: list[str], counts: list[int], rounds: int, steps: int) -> None
                 print(f"{arm:24s}{count:3d}", {k: round(v, 6) for k, v in result.items()}, flush=True)
         one = sum(p.numel() for p in llama(TEACHER, 1).parameters()) * 4 / 1e6
     print(
-        f"one teacher: {one:.0f} MB\n{'arm':24s}{'K':>3s}{'s/step (min..max)':>22s}{'held':>8s}{'peak':>8s}  first loss"
+        f"one teacher: {one:.0f} MB\n{'arm':24s}{'K':>3s}{'s/step (min..max)':>24s}{'CPU s':>8s}{'held':>8s}{'peak':>8s}  first loss"
     )
     for (arm, count), results in sorted(found.items(), key=lambda item: (item[0][1], item[0][0])):
         times = [r["seconds"] for r in results]
@@ -150,7 +152,9 @@ def compare(arms: list[str], counts: list[int], rounds: int, steps: int) -> None
             (min(r[key] for r in results) - min(r[key] for r in bare)) / one for key in ("held_mb", "peak_mb")
         )
         spread = f"{min(times):.3f} ({min(times):.3f}..{max(times):.3f})"
-        print(f"{arm:24s}{count:3d}{spread:>22s}{held:8.2f}{peak:8.2f}  {results[0]['first_loss']:.7f}")
+        print(
+            f"{arm:24s}{count:3d}{spread:>24s}{min(r['cpu_seconds'] for r in results):8.3f}{held:8.2f}{peak:8.2f}  {results[0]['first_loss']:.7f}"
+        )
 
 
 def main() -> None:
