@@ -1,7 +1,7 @@
 """Distillation from a teacher cache: whole runs, written as a YAML file would have them, on the text of wikitext-2.
 
-`time`: the setting's student on labels alone and on the cache of four fresh teachers, per step. `quality`: four teachers
-that were trained, and per seed three students of the same steps: on labels, from the live teachers, from their cache.
+`time`: the setting's student on labels alone and on the cache of four fresh teachers, per step. `quality`: four trained
+teachers, and per seed three students of the same steps: on labels, from the live teachers, from their cache.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import statistics
 import sys
 from contextlib import redirect_stdout
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ def _seconds(path: Path, kind: str) -> list[float]:
     found: list[float] = []
     for stage in dict.fromkeys(line["stage"] for line in lines if line["stage"].startswith(f"{kind}-")):
         ends = [line["seconds"] for line in lines if line["stage"] == stage and "seconds" in line]
-        found += [b - a for a, b in zip(ends, ends[1:], strict=False)]
+        found += [b - a for a, b in pairwise(ends)]
     return found
 
 

@@ -6,14 +6,17 @@ Its step is its own training loop; a step's time is that between two batches it 
 
 from __future__ import annotations
 
+import importlib
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from types import ModuleType
 
 import torch
+
 from sides.setting import LEARNING_RATE, Result, bert, measured_steps, peak_mb, resident_mb
 
 STUDENT = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 1024}
@@ -33,10 +36,9 @@ def _batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 def mtkd(hidden: bool, repeats: int) -> Result:
     """Steps on the teachers' mean logits; with `hidden` also a projected MSE on both student layers per teacher."""
-    from sides import ours
-
     import mtkd as library
     from mtkd.data.batch import Batch
+    from sides import ours
 
     rows = [library.Match(loss="soft_ce", ensemble="logits")]
     if hidden:
@@ -52,9 +54,7 @@ def mtkd(hidden: bool, repeats: int) -> Result:
 
 def textbrewer(repeats: int) -> Result:
     """Steps of its own loop."""
-    _without_tensorboard()
-    from textbrewer import DistillationConfig, MultiTeacherDistiller, TrainingConfig
-
+    library = _import_textbrewer()
     ids, mask = _batch()
     batch = {"input_ids": ids, "attention_mask": mask.long()}
     student, teachers = bert(STUDENT, 0), [bert(TEACHER, 1 + k) for k in range(2)]
@@ -64,9 +64,9 @@ def textbrewer(repeats: int) -> Result:
         return {"logits": outputs.logits}
 
     # a checkpoint is written after the last step only
-    training = TrainingConfig(device="cpu", output_dir=tempfile.mkdtemp(), ckpt_steps=10**9)
-    distilling = DistillationConfig(temperature=1, kd_loss_type="ce")
-    distiller = MultiTeacherDistiller(training, distilling, teachers, student, adaptor, adaptor)
+    training = library.TrainingConfig(device="cpu", output_dir=tempfile.mkdtemp(), ckpt_steps=10**9)
+    distilling = library.DistillationConfig(temperature=1, kd_loss_type="ce")
+    distiller = library.MultiTeacherDistiller(training, distilling, teachers, student, adaptor, adaptor)
     distiller.tb_writer = _Losses()
     optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE, weight_decay=0, fused=True)
     times: list[float] = []
@@ -82,7 +82,7 @@ def textbrewer(repeats: int) -> Result:
 
     with distiller:
         distiller.train(optimizer, Loader(), num_steps=repeats + 2, max_grad_norm=1.0)
-    seconds = [b - a for a, b in zip(times[1:], times[2:], strict=False)]  # the first step warms up
+    seconds = [b - a for a, b in pairwise(times[1:])]  # the first step warms up
     peak = peak_mb()
     return {
         "first_loss": distiller.tb_writer.losses[0],
@@ -104,8 +104,15 @@ class _Losses:
             self.losses.append(value)
 
 
-def _without_tensorboard() -> None:
-    """TextBrewer imports a TensorBoard writer at once and uses it only with a log_dir, which is not given here."""
-    module = ModuleType("tensorboardX")
-    module.SummaryWriter = None  # type: ignore[attr-defined]
-    sys.modules.setdefault("tensorboardX", module)
+def _import_textbrewer() -> ModuleType:
+    """TextBrewer imports a TensorBoard writer at once and uses it only with a log_dir, which is not given here.
+
+    An empty module stands for it during the import, the only shim that this version needs.
+    """
+    stand_in = ModuleType("tensorboardX")
+    stand_in.SummaryWriter = None  # type: ignore[attr-defined]
+    sys.modules["tensorboardX"] = stand_in
+    try:
+        return importlib.import_module("textbrewer")
+    finally:
+        del sys.modules["tensorboardX"]  # transformers looks for it, and would not understand what it finds

@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable
 
 import torch
-from sides.setting import STUDENT, TEACHER, Result, forget_peak, peak_mb, resident_mb
 from torch import Tensor, nn
+
+from sides.setting import STUDENT, TEACHER, Result, forget_peak, peak_mb, resident_mb
 
 
 def measure(side: str, positions: int, columns: int, repeats: int) -> Result:
@@ -51,10 +52,9 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 def _mtkd(inputs: Inputs) -> Callable[[], Tensor]:
     """The objective of a stage, whose student is a bare output head on the given hidden states."""
-    from sides import ours
-
     from mtkd.data.batch import Batch, position_counts
     from mtkd.features import HeadLogits
+    from sides import ours
 
     hidden, head, theirs, their_head, labels = inputs
     whole = ours.objective(_Given(hidden, head), {"teacher": _Given(theirs, their_head)}, [ours.JSD])  # type: ignore

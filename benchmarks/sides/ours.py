@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from sides.setting import BATCH, BETA, LEARNING_RATE, STUDENT, TEACHER, VOCABULARY, bert, llama, token_ids
 from torch import nn
 
 import mtkd
@@ -20,6 +19,7 @@ from mtkd.pool import ResidentTeacher, TeacherPool
 from mtkd.projection import make_projections
 from mtkd.rows import compile_rows
 from mtkd.weightings.simple import Uniform
+from sides.setting import BATCH, BETA, LEARNING_RATE, STUDENT, TEACHER, VOCABULARY, bert, llama, token_ids
 
 JSD = mtkd.Match(loss="jsd", options={"beta": BETA})
 LABELS = mtkd.Match(loss="ce", target="labels")

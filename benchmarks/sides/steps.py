@@ -1,4 +1,4 @@
-"""Whole optimizer steps: one teacher, K teachers, labels alone, and the step taken apart into what it cannot do without."""
+"""Whole optimizer steps of mtkd: with K teachers, and taken apart into what no step can do without."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import statistics
 from collections.abc import Callable
 
 import torch
-from sides import ours
-from sides.setting import BATCH, LEARNING_RATE, LENGTH, Result, measured_steps, resident_mb, timed, token_ids
 from torch import Tensor
 
 from mtkd.products import product
+from sides import ours
+from sides.setting import BATCH, LEARNING_RATE, LENGTH, Result, measured_steps, resident_mb, timed, token_ids
 
 POSITIONS = BATCH * (LENGTH - 1)
 """With a target; each row of the batch has one token that predicts nothing."""
@@ -37,7 +37,7 @@ def slope(repeats: int) -> Result:
 
 
 def _bare_teacher(teacher) -> dict[str, Callable[[], object]]:
-    """Backbone and whole head of one teacher without gradients: the head by mtkd's product, and as torch computes it."""
+    """Backbone and whole head of one teacher without gradients: the head by mtkd's product, and by torch's."""
     ids = token_ids()
     model = teacher.model.eval()
     head = model.lm_head.weight.detach()

@@ -1,8 +1,8 @@
 """TRL's side: the step of its GKDTrainer, with its own loss, with TRL's chunked loss and with liger-kernel's.
 
 TRL 1.16 distils from a fixed text in GKDTrainer, whose loss needs both models' whole logits; its chunked loss stands in
-DistillationTrainer, which generates its text first. The arm `trl-chunked` is the best of both: GKDTrainer with the other
-trainer's loss function. `liger` is the same with the loss module of liger-kernel that runs without Triton.
+DistillationTrainer, which generates its text first. The arm `trl-chunked` is the best of both: GKDTrainer with the
+other trainer's loss function. `liger` is the same with the loss module of liger-kernel that runs without Triton.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import tempfile
 
 import torch
+from torch import Tensor
+
 from sides.setting import (
     BATCH,
     BETA,
@@ -24,7 +26,6 @@ from sides.setting import (
     resident_mb,
     token_ids,
 )
-from torch import Tensor
 
 
 def step(loss: str, teachers: int, repeats: int, compiled: bool = False) -> Result:
