@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from mtkd.configfile import load_config
     from mtkd.errors import UserError
     from mtkd.match import Match
-    from mtkd.planner import Plan, plan
+    from mtkd.planned import Plan
+    from mtkd.planner import plan
     from mtkd.registry import LOSSES, METHODS, WEIGHTINGS, loss, method, weighting
     from mtkd.runner import RunResult, run
     from mtkd.weightings import StageFacts, Traits, Weighting, trait
@@ -28,7 +29,7 @@ _HOMES = {
     "METHODS": "mtkd.registry",
     "WEIGHTINGS": "mtkd.registry",
     "Match": "mtkd.match",
-    "Plan": "mtkd.planner",
+    "Plan": "mtkd.planned",
     "RunConfig": "mtkd.config",
     "RunResult": "mtkd.runner",
     "StageFacts": "mtkd.weightings",

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from mtkd.cachefolder import cache_digest, cache_folder, cached_teacher
 from mtkd.chain import identity, member_of, redo_command, stage_of, stage_seed, weights_digest
 from mtkd.cofinetune import CoFinetuning, check_members
 from mtkd.config import EngineConfig, ModelConfig, RunConfig, StageConfig, TeacherConfig
@@ -41,7 +42,7 @@ from mtkd.models.load import build_model, compress_model
 from mtkd.models.taps import TappedModel, input_table
 from mtkd.models.vocabulary import VocabularyMap, compressed_teacher, compressed_twice, make_vocabulary, read_vocabulary
 from mtkd.objective import Objective
-from mtkd.pool import ResidentTeacher, TeacherPool
+from mtkd.pool import CachedTeacher, ResidentTeacher, Teacher, TeacherPool
 from mtkd.projection import make_projections
 from mtkd.rows import compile_rows
 from mtkd.rundir import RunDir, StageDir
@@ -178,7 +179,12 @@ class Workshop:
                 counted = self.config.data_name(model.vocabulary.counts)
                 texts = self.config.data[counted].model_dump(mode="json")
                 models[f"{role} vocabulary"] = fingerprint([self.raw(counted).fingerprint, texts])
-        models |= {f"teacher {t.name}": self.digest(t.model) for t in stage.teachers}
+        for i, teacher in enumerate(stage.teachers):
+            if teacher.backend == "cached" and stage_of(teacher.model.path) is None:
+                folder = cache_folder(teacher.model.path or "", self.base, f"stages.{name}.teachers[{i}].model")
+                models[f"teacher {teacher.name}"] = cache_digest(folder)
+            else:
+                models[f"teacher {teacher.name}"] = self.digest(teacher.model)
         return identity(
             self.config,
             name,
@@ -287,12 +293,20 @@ class Workshop:
     def _distillation(self, stage: StageConfig, data: LoadedData, where: str) -> tuple[Trainable, TeacherPool]:
         """Objective and pool of a stage with one student; without teachers it learns from the labels alone."""
         names, seed = tuple(t.name for t in stage.teachers), stage_seed(self.config, stage)
-        models = [self.teacher(t, data, f"{where}.teachers[{i}]") for i, t in enumerate(stage.teachers)]
-        student = self.model(stage.trained["student"], data, seed, models[0] if models else None, f"{where}.student")
+        live = {t.name: self.teacher(t, data, f"{where}.teachers[{i}]")
+                for i, t in enumerate(stage.teachers) if t.backend != "cached"}  # fmt: skip
+        first = live.get(names[0]) if names else None
+        student = self.model(stage.trained["student"], data, seed, first, f"{where}.student")
+        teachers: list[Teacher] = [
+            ResidentTeacher(t.name, live[t.name], self.device, self.dtype)
+            if t.name in live
+            else self._cached(t, data, f"{where}.teachers[{i}].model")
+            for i, t in enumerate(stage.teachers)
+        ]
         rows = compile_rows(
             stage_rows(stage, data.config, where, data.num_labels == 1),
             student.info,
-            {name: model.info for name, model in zip(names, models, strict=True)},
+            {teacher.name: teacher.info for teacher in teachers},
             token_level=data.task.token_level,
             regression=not data.task.token_level and data.num_labels == 1,
             where=f"{where}.match",
@@ -300,16 +314,29 @@ class Workshop:
         objective = Objective(
             student,
             rows,
-            make_weighting(stage.weighting, stage_facts(names, models, student, seed), f"{where}.weighting"),
-            make_projections(rows, student.info, [m.info for m in models], seed),
+            make_weighting(
+                stage.weighting,
+                stage_facts(names, [t.num_parameters for t in teachers], student, seed),
+                f"{where}.weighting",
+            ),
+            make_projections(rows, student.info, [t.info for t in teachers], seed),
             names,
             per=stage.per,
             token_level=data.task.token_level,
             tile=self.config.engine.tile,
             dtype=self.dtype,
         )
-        teachers = [ResidentTeacher(n, m, self.device, self.dtype) for n, m in zip(names, models, strict=True)]
         return objective, TeacherPool(teachers, [objective.teacher_wants(k) for k in range(len(teachers))])
+
+    def _cached(self, teacher: TeacherConfig, data: LoadedData, where: str) -> CachedTeacher:
+        """A teacher's cache, which is that of the run's data, tokenizer and (where the run knows it) teacher."""
+        path = teacher.model.path
+        assert path is not None
+        stage = stage_of(path)
+        folder = self.folder(stage).export / member_of(path) if stage else cache_folder(path, self.base, where)
+        made_of = [t.model for t in self.config.stages[stage].teachers if t.name == member_of(path)] if stage else []
+        digest = self.digest(made_of[0]) if made_of else None
+        return cached_teacher(teacher.name, folder, data, self.tokenizer, digest, where)
 
     def _train_split(self, stage: StageConfig, data: LoadedData, where: str) -> Split:
         """What the stage trains on, with the teacher that each example names where the weighting reads it."""

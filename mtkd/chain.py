@@ -30,7 +30,7 @@ def stage_of(path: str | None) -> str | None:
 
 
 def member_of(path: str | None) -> str:
-    """ "stage:x/member" -> "member"; empty for any other path."""
+    """ "stage:x/member" -> "member", "stage:cache/teacher" -> "teacher"; empty for any other path."""
     return path.partition("/")[2] if path and path.startswith(STAGE_PREFIX) else ""
 
 
@@ -121,9 +121,11 @@ def head_fits(model: str, task: str) -> bool:
 
 def stage_values(stage: StageConfig) -> dict[str, Any]:
     """The fields of a stage that determine what it makes, as plain values."""
+    if stage.kind == "cache":  # how many examples share a forward pass rounds the last bits, and decides nothing
+        return stage.model_dump(mode="json", include={"kind", "data", "teachers", "cache"})
     # Looking at a stage changes nothing, unless what is seen decides where it ends or which step is kept.
     looking = set() if stage.selects else {"evaluate_every"}
-    values = stage.model_dump(mode="json", exclude=_BOOKKEEPING | looking)
+    values = stage.model_dump(mode="json", exclude=_BOOKKEEPING | looking | {"cache"})
     # The members' order decides their seeds, and whose head is shared: canonical JSON would sort it away.
     return {**values, "member_order": list(stage.members)} if stage.members else values
 

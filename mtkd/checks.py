@@ -72,7 +72,7 @@ def _check_registered(config: RunConfig) -> None:
 def _check_heads(config: RunConfig, stage: StageConfig, rows: Sequence[Match], where: str) -> None:
     """Refuse a teacher of an earlier stage whose predictions are read, but whose stage gave it another head."""
     predicted = any(row.target == "teacher" and row.feature in ("logits", "nsp_logits") for row in rows)
-    read = predicted or stage.weighting.name not in BLIND
+    read = predicted or stage.weighting.name not in BLIND or stage.kind == "cache"
     for i, teacher in enumerate(stage.teachers):
         earlier = stage_of(teacher.model.path)
         if earlier is None:
@@ -147,6 +147,8 @@ def _check_evaluation(config: RunConfig) -> None:
     data = config.data[name]
     split = settings.split
     held_out = split == "validation" and data.validation_share > 0
+    if not config.models and not settings.ensembles:
+        return  # caches alone: there is nothing to score
     if data.source == RANDOM_TOKENS or (data.source == "files" and split not in data.files and not held_out):
         raise UserError(
             f"data '{name}' has no {split} split to score on",
@@ -166,7 +168,7 @@ def _check_evaluation(config: RunConfig) -> None:
                 todo="drop the stage, or set evaluate.data to data of its task",
             )
     scored = scored_models(config)
-    if not scored:
+    if not scored and config.models:
         raise UserError(f"no stage of this run does the task of data '{name}'", where="evaluate.data", found=name)
     for i, pair in enumerate(settings.comparisons):
         for side in (pair.candidate, pair.baseline):

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mtkd import __version__
-from mtkd.errors import EXIT_INTERNAL, UserError, nearest
+from mtkd.errors import EXIT_DATA, EXIT_INTERNAL, UserError, nearest
 
 app = typer.Typer(
     name="mtkd",
@@ -23,6 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+cache = typer.Typer(help="Teacher caches.", no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+app.add_typer(cache, name="cache")
 
 File = Annotated[Path, typer.Argument(help="the run's YAML file", metavar="FILE")]
 Run = Annotated[Path, typer.Argument(help="a run folder, e.g. runs/quickstart", metavar="RUN")]
@@ -154,6 +157,27 @@ def check_laws(
             typer.echo(str(family))
     if as_json:
         _print_json(kept)
+
+
+@cache.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="a teacher's cache: stages/NN-NAME/export/TEACHER", metavar="FOLDER")],
+    as_json: Json = False,
+) -> None:
+    """Check every digest and every position of a teacher cache; exit code 3 when something is wrong."""
+    from mtkd.cache import verify as verify_cache
+
+    found = verify_cache(folder)
+    if as_json:
+        _print_json({"folder": str(folder), "fine": found.fine, "facts": found.facts, "problems": found.problems})
+    else:
+        for problem in found.problems:
+            typer.echo(problem)
+        for name, value in found.facts.items():
+            typer.echo(f"{name}: {value:,.6g}" if isinstance(value, float) else f"{name}: {value:,}")
+        typer.echo(f"{folder}: {'whole' if found.fine else 'broken'}")
+    if not found.fine:
+        sys.exit(EXIT_DATA)
 
 
 @app.command()

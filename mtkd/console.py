@@ -21,16 +21,17 @@ def say(text: str, *, main: bool = True) -> None:
 
 
 class StageProgress:
-    """Rate, loss and time left of a training stage.
+    """Rate, loss and time left of a stage.
 
     Args:
         name: of the stage.
         steps: all of them; `done` of these were made by an earlier session.
         main: whether this rank shows anything.
+        unit: what a step is.
     """
 
-    def __init__(self, name: str, steps: int, done: int, main: bool) -> None:
-        self._name, self._steps, self._main = name, steps, main
+    def __init__(self, name: str, steps: int, done: int, main: bool, unit: str = "step") -> None:
+        self._name, self._steps, self._main, self._unit = name, steps, main, unit
         self._begun, self._first = time.monotonic(), done
         self._spoke = self._begun
         self._bar: Progress | None = None
@@ -56,17 +57,19 @@ class StageProgress:
         if self._bar:
             self._bar.stop()
 
-    def update(self, step: int, loss: float | None) -> None:
-        """Show that `step` steps are done; `loss` in nats when it was read at this step."""
+    def update(self, step: int, loss: float | None, *, note: str = "") -> None:
+        """Show that `step` steps are done; `loss` in nats when it was read at this step, or another short `note`."""
         if not self._main:
             return
         now = time.monotonic()
         rate = (step - self._first) / max(now - self._begun, 1e-9)
         if self._bar:
-            if loss is not None:
-                self._bar.update(self._task, note=f"loss {loss:.3f}  {rate:.1f} steps/s")
+            if loss is not None or note:
+                text = note if loss is None else f"loss {loss:.3f}"
+                self._bar.update(self._task, note=f"{text}  {rate:.1f} {self._unit}s/s")
             self._bar.update(self._task, completed=step)
-        elif loss is not None and (now - self._spoke > _PLAIN_INTERVAL or step == self._steps):
+        elif (loss is not None or note) and (now - self._spoke > _PLAIN_INTERVAL or step == self._steps):
             self._spoke = now
             left = (self._steps - step) / max(rate, 1e-9)
-            say(f"  {self._name}: step {step}/{self._steps}  loss {loss:.4f}  {rate:.2f} steps/s  {left:.0f} s left")
+            text, unit = note if loss is None else f"loss {loss:.4f}", self._unit
+            say(f"  {self._name}: {unit} {step}/{self._steps}  {text}  {rate:.2f} {unit}s/s  {left:.0f} s left")

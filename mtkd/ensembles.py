@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mtkd.features import DenseLogits, Logits
+from mtkd.features import DenseLogits, Logits, SparseRows
 from mtkd.registry import LossSpec
 from mtkd.rows import Row
+from mtkd.sparse import completed, read
 
 
 class TeacherTiles:
@@ -18,24 +19,25 @@ class TeacherTiles:
     def __init__(self, logits: Sequence[Logits], index: Tensor, tile: int) -> None:
         self._logits, self._index, self._tile = logits, index, tile
         self._start = -1
-        self._held: list[Tensor] = []
+        self._held: list[Tensor | SparseRows] = []
 
-    def __call__(self, positions: slice) -> list[Tensor]:
-        """T of [m,V]; `positions` lies within one tile, or is everything."""
+    def __call__(self, positions: slice) -> list[Tensor | SparseRows]:
+        """T of [m,V], or what is known of a cached one; `positions` lies within one tile, or is everything."""
         size = max(positions.stop - positions.start, self._tile)
         start = positions.start - positions.start % size
         if start != self._start or (self._held and len(self._held[0]) < positions.stop - start):
-            self._start, self._held = start, [t.rows(self._index[start : start + size]) for t in self._logits]
+            self._start, self._held = start, [read(t, self._index[start : start + size]) for t in self._logits]
         return [rows[positions.start - start : positions.stop - start] for rows in self._held]
 
 
 def ensemble_losses(
-    row: Row, student: Tensor, teachers: Sequence[Tensor], weights: Tensor, mask: Tensor | None
+    row: Row, student: Tensor, teachers: Sequence[Tensor | SparseRows], weights: Tensor, mask: Tensor | None
 ) -> Tensor:
     """Per-position loss of one logits row over all teachers.
 
     Args:
-        student: [m,V]. teachers: T of [m,V]. weights: [T,m]. mask: [m], or None when every position counts.
+        student: [m,V]. teachers: T of [m,V], or sparse: then completed by the student. weights: [T,m]. mask: [m], or
+            None when every position counts.
     Returns:
         [m]. ``losses``: ``sum_k w_k l(s, t_k)``. ``probabilities`` and ``logits``: ``(sum_k w_k) l(s, mixture)``, the
         mixture arithmetic (of softmax at the row's temperature) or geometric (of logits), with weights of sum 1.
@@ -43,21 +45,23 @@ def ensemble_losses(
     if not row.match.weighted:
         weights = torch.ones_like(weights)
     spec, options, ensemble = row.spec, row.match.options, row.match.ensemble
+    pairs = [completed(row, student, teacher) for teacher in teachers]
+    wholes = [whole for whole, _ in pairs]
     if len(teachers) == 1:
-        return weights[0] * spec(student, teachers[0], mask, options)
+        return weights[0] * spec(student, wholes[0], mask, pairs[0][1])
     if ensemble == "losses" and spec.mixes(options):
         assert spec.teacher_term is not None
-        return _soft_target_losses(spec, spec.teacher_term, student, teachers, weights, mask, options)
+        return _soft_target_losses(spec, spec.teacher_term, student, wholes, weights, mask, options)
     if ensemble == "losses":
-        losses = [w * spec(student, t, mask, options) for w, t in zip(weights, teachers, strict=True)]
+        losses = [w * spec(student, t, mask, own) for w, (t, own) in zip(weights, pairs, strict=True)]
         return torch.stack(losses).sum(0)
     total = weights.sum(0)
     shares = weights / total.clamp_min(1e-30)
     if ensemble == "logits":
-        mixture = sum(w[:, None] * t for w, t in zip(shares, teachers, strict=True))
+        mixture = sum(w[:, None] * t for w, t in zip(shares, wholes, strict=True))
     else:
-        temperature, _ = _temperature(spec, options)
-        probs = sum(w[:, None] * torch.softmax(t / temperature, -1) for w, t in zip(shares, teachers, strict=True))
+        temperature, _ = spec.temperature(options)
+        probs = sum(w[:, None] * torch.softmax(t / temperature, -1) for w, t in zip(shares, wholes, strict=True))
         assert isinstance(probs, Tensor)
         mixture = probs.clamp_min(torch.finfo(probs.dtype).tiny).log() * temperature
     return total * spec(student, mixture, mask, options)
@@ -73,7 +77,7 @@ def _soft_target_losses(
     options: Mapping[str, object],
 ) -> Tensor:
     """``T^2 (sum_k w_k c(p_k) - <sum_k w_k p_k, log p_S>)``, [m]: the student is read once for any T."""
-    temperature, factor = _temperature(spec, options)
+    temperature, factor = spec.temperature(options)
     mixed: Tensor | None = None
     constant = student.new_zeros(student.shape[0])
     for weight, teacher in zip(weights, teachers, strict=True):
@@ -90,15 +94,6 @@ def _soft_target_losses(
 def _keep(logits: Tensor, mask: Tensor | None) -> Tensor:
     """Logits with 0 in the rows that do not count."""
     return logits if mask is None else logits.masked_fill(~mask[:, None], 0)
-
-
-def _temperature(spec: LossSpec, options: Mapping[str, object]) -> tuple[float, float]:
-    """(temperature, factor) of a loss on distributions: its options, or their defaults; (1, 1) for one without."""
-    defaults = {name: parameter.default for name, parameter in spec.options().items()}
-    values = {**defaults, **options}
-    temperature = values.get("temperature", 1.0)
-    assert isinstance(temperature, (int, float))
-    return float(temperature), float(temperature) ** 2 if values.get("scale", True) else 1.0
 
 
 def as_logits(value: Tensor | Logits) -> Logits:

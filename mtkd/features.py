@@ -26,6 +26,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mtkd.errors import DataError, UserError
 from mtkd.products import product
 
 NO_LABEL = -100
@@ -126,6 +127,119 @@ class HeadLogits:
     def in_dtype(self, dtype: torch.dtype) -> HeadLogits:
         bias = None if self.bias is None else self.bias.to(dtype)
         return HeadLogits(self.hidden.to(dtype), self.weight.to(dtype), bias, self.columns, self.transform)
+
+
+@dataclass
+class SparseRows:
+    """What is known of a teacher's distribution at m positions.
+
+    Attributes:
+        ids: columns, distinct at a position (but for unused places), [m,k] int64.
+        log_probs: their log-probabilities (log-weights of drawn columns), [m,k] float32, nats; very small, but finite,
+            in unused places.
+        tail: log of the mass of all other columns, [m] float32; None for drawn columns, which stand for all of them.
+        temperature: of the distribution.
+        entropy: of the whole distribution, nats, [m]; None where it is not stored.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    tail: Tensor | None
+    temperature: float
+    entropy: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, at: slice | Tensor) -> SparseRows:
+        tail = None if self.tail is None else self.tail[at]
+        entropy = None if self.entropy is None else self.entropy[at]
+        return SparseRows(self.ids[at], self.log_probs[at], tail, self.temperature, entropy)
+
+
+@dataclass
+class SparseLogits:
+    """A cached teacher: k columns with their log-probabilities at the positions with a target, and traits.
+
+    A whole row is not known. `mtkd.sparse` compares what is known with the student, or completes it by the student.
+
+    Attributes:
+        name: of the teacher, for messages.
+        at: row of `values` for every flat position, [B*L] int64; -1 where nothing was stored.
+        values: of all stored positions; None when no targets were stored.
+        columns: V.
+        traits: stored traits by name, each [P] float32.
+    """
+
+    name: str
+    at: Tensor
+    values: SparseRows | None
+    columns: int
+    traits: dict[str, Tensor]
+
+    @property
+    def num_columns(self) -> int:
+        return self.columns
+
+    def sparse(self, index: Tensor) -> SparseRows:
+        """What is known at the flat positions `index` [m].
+
+        Raises:
+            DataError: for a position that was not stored.
+        """
+        if self.values is None:
+            raise DataError("the cache holds no targets", where=f"teacher '{self.name}'")
+        return self.values[self._found(index)]
+
+    def trait(self, name: str, index: Tensor) -> Tensor:
+        """A trait at the flat positions `index` [m], float32: stored, or read off the most probable columns.
+
+        Those tell the choice exactly, and at temperature 1, where traits are defined, confidence and margin.
+
+        Raises:
+            UserError: when the cache does not know it.
+        """
+        found = self._found(index)
+        if name in self.traits:
+            return self.traits[name][found]
+        values = self.values
+        if values is not None and values.tail is not None:
+            best, place = values.log_probs[found].topk(min(2, values.ids.shape[1]), -1)
+            if name == "choice":
+                return values.ids[found].gather(-1, place[:, :1]).squeeze(-1).float()
+            if name == "confidence" and values.temperature == 1:
+                return best[:, 0].exp()
+            if name == "margin" and values.temperature == 1 and best.shape[1] == 2:
+                return best[:, 0].exp() - best[:, 1].exp()
+        raise UserError(
+            f"the cache does not know the trait '{name}'",
+            where=f"teacher '{self.name}'",
+            allowed=sorted(self.traits) or "none",
+            todo="make the cache with this trait, or take a weighting that does not read it",
+        )
+
+    def _found(self, index: Tensor) -> Tensor:
+        rows = self.at[index]
+        if bool((rows < 0).any()):
+            raise DataError("the cache has nothing at a position that counts", where=f"teacher '{self.name}'")
+        return rows
+
+    def rows(self, index: Tensor) -> Tensor:
+        raise UserError(
+            "a cache of some columns has no whole rows of logits",
+            where=f"teacher '{self.name}'",
+            todo="run this teacher instead of its cache where something reads its whole distribution",
+        )
+
+    def select(self, columns: Tensor) -> SparseLogits:
+        raise UserError(
+            "a cached teacher cannot be compared with a student of a compressed vocabulary",
+            where=f"teacher '{self.name}'",
+            todo="run the teacher itself; its cache knows some columns only",
+        )
+
+    def in_dtype(self, dtype: torch.dtype) -> SparseLogits:
+        return self
 
 
 Features = dict[str, Tensor | Logits]

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from mtkd.data.batch import Batch
 from mtkd.ensembles import as_logits
-from mtkd.features import Features
+from mtkd.features import Features, SparseRows
 from mtkd.objective import Counts, Objective
 from mtkd.rows import Row
+from mtkd.sparse import completed, read
 from mtkd.weightings.gradients import has_gradient
 
 
@@ -45,14 +46,19 @@ def gram(
         for tile in index.split(objective.tile):
             has_label, ours = batch.target_mask.reshape(-1)[tile], student.rows(tile)
             stacked = torch.stack(
-                [_gradient(objective, rows, ours, logits.rows(tile), has_label, counts) for logits in theirs]
+                [_gradient(objective, rows, ours, read(logits, tile), has_label, counts) for logits in theirs]
             )
             total += (stacked @ stacked.t()).double()
     return total
 
 
 def _gradient(
-    objective: Objective, rows: list[Row], student: Tensor, teacher: Tensor, has_label: Tensor, counts: Counts
+    objective: Objective,
+    rows: list[Row],
+    student: Tensor,
+    teacher: Tensor | SparseRows,
+    has_label: Tensor,
+    counts: Counts,
 ) -> Tensor:
     """Of one teacher's loss on a tile with respect to the student's logits [m,V], flat."""
     leaf = student.clone().requires_grad_()
@@ -60,7 +66,8 @@ def _gradient(
     with torch.enable_grad():
         for row in rows:
             kind = row.counted(objective.token_level)
-            values = row.spec(leaf, teacher, has_label if kind == "targets" else None, row.match.options)
+            whole, options = completed(row, leaf, teacher)
+            values = row.spec(leaf, whole, has_label if kind == "targets" else None, options)
             loss = loss + row.match.weight / max(counts[kind], 1) * values.sum()
         (gradient,) = torch.autograd.grad(loss, leaf)
     return gradient.reshape(-1)

@@ -29,7 +29,8 @@ def given_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     if settings is not None and settings.path is not None:
         return read_tokenizer(resolve_path(settings.path, config.base))
     for stage in config.stages.values():
-        for model in (*(t.model for t in stage.teachers), *stage.trained.values()):
+        live = [t.model for t in stage.teachers if t.backend != "cached"]
+        for model in (*live, *stage.trained.values()):
             if model.path is not None and stage_of(model.path) is None:
                 return read_tokenizer(resolve_path(model.path, config.base), model.revision)
     raise UserError("no model brings a tokenizer", where="tokenizer", todo="set tokenizer.path or tokenizer.train_on")

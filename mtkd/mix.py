@@ -13,7 +13,7 @@ _ORDER = {True: ("pre-train", "fine-tune", "prediction"), False: ("fine-tune", "
 
 
 def stage_rows(stage: StageConfig, data: DataConfig, where: str, regression: bool = False) -> tuple[Match, ...]:
-    """The Match rows of a stage: its method's, then its own; without teachers the label rows alone.
+    """The Match rows of a stage: its method's, then its own; without teachers the label rows alone; of a cache none.
 
     Args:
         data: its `data` block; whether targets are tokens chooses the default step of a method.
@@ -22,6 +22,8 @@ def stage_rows(stage: StageConfig, data: DataConfig, where: str, regression: boo
     Raises:
         UserError: unknown method, step, option or label, or no row that is left.
     """
+    if stage.kind == "cache":
+        return ()
     if stage.kind != "distill":
         return label_rows(data, regression)
     named = method_rows(stage.method, TASKS.find(data.task).token_level, f"{where}.method") if stage.method else {}

@@ -20,6 +20,7 @@ from mtkd.features import Features, HeadLogits, Logits
 from mtkd.models.taps import TappedModel
 from mtkd.projection import projection_key
 from mtkd.rows import Row
+from mtkd.sparse import ReadOnce
 from mtkd.tiles import tiled
 from mtkd.weightings.base import Weighting
 from mtkd.weightings.traits import Around, Traits
@@ -256,18 +257,24 @@ class Objective(Trainable):
         weights = spread.flatten(1)[:, index]
         rows, divisors = self.logit_rows, [self._count(row, counts) for row in self.logit_rows]
         read = TeacherTiles(logits, index, self.tile)
+        once = None if everywhere else ReadOnce(rows, logits, index, labels)
 
         def tile_loss(ours: Tensor, weights: Tensor, positions: slice) -> tuple[Tensor, Tensor]:
-            theirs = read(positions)
+            shared = None if once is None else once.at(ours, positions)
             total, values = ours.new_zeros(()), []
             for row, divisor in zip(rows, divisors, strict=True):
                 # where only targets were selected there is nothing left to mask
                 masked = everywhere and row.counted(self.token_level) == "targets"
                 mask = has_label[positions] if masked else None
-                if row.from_labels:
+                losses = None if shared is None else shared.losses(row, weights)
+                if losses is None and row.from_labels:
                     losses = row.spec(ours, labels[positions], mask, row.match.options)
-                else:
-                    losses = ensemble_losses(row, ours, theirs, weights, mask)
+                elif losses is None:
+                    losses = ensemble_losses(row, ours, read(positions), weights, mask)
+                elif once is not None and once.rest and not row.from_labels:
+                    theirs = read(positions)
+                    live = [theirs[k] for k in once.rest]
+                    losses = losses + ensemble_losses(row, ours, live, weights[once.rest], mask)
                 value = losses.sum() / divisor
                 total = total + row.match.weight * value
                 values.append(value.detach())

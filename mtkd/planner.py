@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
-from rich.table import Table
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from mtkd.cachefolder import CacheFacts, check_tokenizer_of, read_facts
+from mtkd.cacheplan import (
+    check_cacheable,
+    check_cached,
+    check_layers,
+    check_same_data,
+    compressed_from_cache,
+    content_of,
+    describe,
+    train_tokens,
+)
 from mtkd.chain import model_name, model_of, needed_stages, scored_models, stage_of, stage_values
 from mtkd.checks import check
 from mtkd.cofinetune import check_members
-from mtkd.config import ModelConfig, RunConfig, StageConfig
+from mtkd.config import DataConfig, ModelConfig, RunConfig, StageConfig
 from mtkd.data.tokenizers import check_same_tokenizer, num_real_ids, train_tokenizer
 from mtkd.errors import UserError
 from mtkd.ladder import Look, complete
@@ -22,76 +31,14 @@ from mtkd.models.info import CLASSIFIER, ModelInfo, count_parameters, model_info
 from mtkd.models.load import load_config as load_model_config
 from mtkd.models.load import smaller_config
 from mtkd.models.vocabulary import compressed_teacher, compressed_twice, read_vocabulary
+from mtkd.planned import SKIPPED, Plan, PlannedModel, PlannedStage, of_cache, planned_model, row_text, with_consequences
 from mtkd.registry import TASKS, load_plugins
 from mtkd.rows import compile_rows
 from mtkd.rundir import RunDir
 
-SKIPPED = "done, skipped"
 _FLOAT = 4  # bytes of a float32
 # Float32 copies of a trainable parameter in training: weight, gradient, two Adam moments.
 _COPIES = {"weight": 1, "gradient": 1, "optimizer": 2}
-
-
-@dataclass(frozen=True)
-class PlannedModel:
-    """A model of a stage: `role` is "student" or the teacher's name; `parameters` counted on the meta device."""
-
-    role: str
-    origin: str
-    architecture: str
-    layers: int
-    width: int
-    heads: int
-    parameters: int
-
-
-@dataclass(frozen=True)
-class PlannedStage:
-    """A stage as it would run; `steps` and `tokens` (upper bound) are None while they depend on data or stages."""
-
-    name: str
-    kind: str
-    state: str
-    needs: list[str]
-    models: list[PlannedModel]
-    rows: list[str]
-    steps: int | None
-    tokens: int | None
-    memory_gb: float
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What `mtkd run` would do."""
-
-    name: str
-    folder: str
-    engine: str
-    command: str
-    stages: list[PlannedStage] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
-
-    def tables(self) -> list[Table]:
-        """For the terminal."""
-        table = Table(
-            "stage", "kind", "state", "model", "origin", "shape", "parameters", "steps", "tokens <=", "GB per rank",
-            title=f"{self.name}  ->  {self.folder}   engine: {self.engine}",
-        )  # fmt: skip
-        for stage in self.stages:
-            for i, model in enumerate(stage.models):
-                shape = f"{model.architecture} {model.layers}x{model.width}, {model.heads} heads"
-                first = (stage.name, stage.kind, stage.state) if i == 0 else ("", "", "")
-                work = (_number(stage.steps), _number(stage.tokens), f"{stage.memory_gb:.2f}") if i == 0 else ("",) * 3
-                table.add_row(*first, model.role, model.origin, shape, f"{model.parameters:,}", *work)
-        rows = Table("stage", "row", title="rows of the objective")
-        for stage in self.stages:
-            for row in stage.rows:
-                rows.add_row(stage.name, row)
-        table.caption = f"started by: {self.command}"
-        return [table, rows]
 
 
 def resolve(config: RunConfig) -> RunConfig:
@@ -113,7 +60,7 @@ def plan(config: RunConfig) -> Plan:
     config = resolve(config)
     check(config)
     planner = _Planner(config)
-    stages = _with_consequences([planner.stage(name) for name in config.stages])
+    stages = with_consequences([planner.stage(name) for name in config.stages])
     planner.check_scored()
     engine = config.engine
     command = ["mtkd", "run", "FILE"]
@@ -126,21 +73,11 @@ def plan(config: RunConfig) -> Plan:
     return Plan(config.name, str(config.folder), kind, " ".join(command), stages)
 
 
-def _with_consequences(stages: list[PlannedStage]) -> list[PlannedStage]:
-    """A stage is not skipped when one that it uses is to be made: its teacher will be another."""
-    found: dict[str, PlannedStage] = {}
-    for stage in stages:
-        stale = [need for need in stage.needs if found[need].state != SKIPPED]
-        if stage.state == SKIPPED and stale:
-            stage = replace(stage, state=f"done, but {stale[0]} is not")
-        found[stage.name] = stage
-    return list(found.values())
-
-
 class _Planner:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self._made: dict[str, PretrainedConfig] = {}
+        self._cached: dict[str, CacheFacts] = {}  # what cache stages will have made
         self._compressed: dict[str, int] = {}  # stages whose model has a compressed vocabulary: its ids
         settings = config.tokenizer
         self._trains_tokenizer = settings is not None and settings.train_on is not None
@@ -158,6 +95,8 @@ class _Planner:
         data = self.config.data[self.config.data_name(stage.data)]
         task = TASKS.find(data.task, f"data.{stage.data}.task")
         auto_class = task.class_for(data)
+        if stage.kind == "cache":
+            return self._cache_stage(name, stage, auto_class, where)
         models = [(role, m, self._model_config(stage, m, f"{where}.{role}")) for role, m in stage.trained.items()]
         own = len(models)
         self._made |= {model_name(name, stage, role): made for role, _, made in models}
@@ -165,28 +104,32 @@ class _Planner:
             if model.vocabulary is not None or self._vocabulary(model) is not None:
                 self._compressed[model_name(name, stage, role)] = made.vocab_size
             self._check_tokenizer(model, f"{where}.{role}", token_level=False)
+        sized = [self._sized(role, model, made, data, auto_class) for role, model, made in models]
+        caches = self._caches(stage, data, auto_class, where)
         for i, teacher in enumerate(stage.teachers):
             place = f"{where}.teachers[{i}]"
-            models.append((teacher.name, teacher.model, self._model_config(stage, teacher.model, place)))
+            if teacher.name in caches:
+                sized.append(of_cache(teacher, caches[teacher.name]))
+                continue
+            made = self._model_config(stage, teacher.model, place)
+            sized.append(self._sized(teacher.name, teacher.model, made, data, auto_class))
             self._check_tokenizer(teacher.model, place, task.token_level)
-        planned, infos = [], []
-        for role, model, config in models:
-            info = model_info(config, auto_class)
-            if auto_class == CLASSIFIER and not data.labels:  # found in the data: whatever they are, they fit
-                info = replace(info, num_labels=2)
-            infos.append(info)
-            planned.append(_planned(role, model, info, count_parameters(config, auto_class)))
+        planned, infos = [p for p, _ in sized], [info for _, info in sized]
         if stage.members:
-            check_members({role: info for (role, _, _), info in zip(models, infos, strict=True)}, f"{where}.members")
+            check_members({p.role: info for p, info in sized}, f"{where}.members")
         rows = compile_rows(
             stage_rows(stage, data, where),
             infos[0],
-            {role: info for (role, _, _), info in zip(models[own:], infos[own:], strict=True)},
+            {p.role: info for p, info in sized[own:]},
             token_level=task.token_level,
             regression=False if task.token_level or data.labels else None,
             where=f"{where}.match",
         )
-        texts = [_row_text(row.match.weight, row.key, row.pairs) for row in rows]
+        check_cached(stage, rows, caches, token_level=task.token_level, where=where)
+        if caches and task.token_level and name in self._compressed:
+            raise compressed_from_cache(next(iter(caches)), f"{where}.student.vocabulary")
+        texts = [row_text(row.match.weight, row.key, row.pairs) for row in rows]
+        live = [p for p in planned[own:] if p.role not in caches]
         return PlannedStage(
             name,
             stage.kind,
@@ -196,8 +139,57 @@ class _Planner:
             texts,
             stage.steps,
             self._tokens(stage, data.max_length),
-            self._memory(planned[:own], planned[own:], infos[0]),
+            self._memory(planned[:own], live, infos[0]),
         )
+
+    def _sized(
+        self, role: str, model: ModelConfig, made: PretrainedConfig, data: DataConfig, auto_class: str
+    ) -> tuple[PlannedModel, ModelInfo]:
+        info = model_info(made, auto_class)
+        if auto_class == CLASSIFIER and not data.labels:  # found in the data: whatever they are, they fit
+            info = replace(info, num_labels=2)
+        return planned_model(role, model, info, count_parameters(made, auto_class)), info
+
+    def _cache_stage(self, name: str, stage: StageConfig, auto_class: str, where: str) -> PlannedStage:
+        """The teachers of a cache stage, what is kept of each, and how large that may become."""
+        data = self.config.data[self.config.data_name(stage.data)]
+        check_cacheable(stage, data, where)
+        token_level = TASKS.find(data.task).token_level
+        planned, texts = [], []
+        for i, teacher in enumerate(stage.teachers):
+            place = f"{where}.teachers[{i}]"
+            made = self._model_config(stage, teacher.model, place)
+            self._check_tokenizer(teacher.model, place, token_level)
+            model, info = self._sized(teacher.name, teacher.model, made, data, auto_class)
+            columns = self._num_ids if token_level else info.num_labels
+            content = content_of(stage.cache, token_level=token_level, columns=columns, seed=self.config.seed)
+            check_layers(content, info, f"{where}.cache", teacher.name)
+            self._made[f"{name}/{teacher.name}"] = made
+            self._cached[f"{name}/{teacher.name}"] = CacheFacts(content, info, model.parameters, f"stages.{name}")
+            planned.append(model)
+            texts.append(f"{teacher.name}: {describe(content, info, train_tokens(data, self.config.base))}")
+        largest = max(planned, key=lambda model: model.parameters)  # they are run one after the other
+        memory = largest.parameters * _FLOAT + self.config.engine.tile * self._num_ids * _FLOAT * 2 * token_level
+        return PlannedStage(
+            name, stage.kind, self._state(name), needed_stages(stage), planned, texts, None, None, memory / 1e9
+        )
+
+    def _caches(self, stage: StageConfig, data: DataConfig, auto_class: str, where: str) -> dict[str, CacheFacts]:
+        """What is known of the caches that a stage reads, by teacher; those of earlier stages need not exist yet."""
+        found = {}
+        for i, teacher in enumerate(stage.teachers):
+            if teacher.backend != "cached":
+                continue
+            place, made = f"{where}.teachers[{i}].model", model_of(teacher.model.path)
+            if made is None:
+                found[teacher.name] = read_facts(teacher.model.path or "", self.config.base, auto_class, place)
+                if not self._trains_tokenizer:
+                    check_tokenizer_of(found[teacher.name], self._tokenizer, place)
+            else:
+                found[teacher.name] = self._cached[made]
+                earlier = self.config.stages[stage_of(teacher.model.path) or ""]
+                check_same_data(self.config, earlier, stage, place)
+        return found
 
     def _model_config(self, stage: StageConfig, model: ModelConfig, where: str) -> PretrainedConfig:
         vocabulary = self._vocabulary(model)
@@ -316,23 +308,3 @@ class _Planner:
         total += sum(m.parameters for m in teachers) * _FLOAT
         total += engine.tile * student.vocabulary * _FLOAT * (3 + len(teachers))
         return total / 1e9
-
-
-def _planned(role: str, model: ModelConfig, info: ModelInfo, parameters: int) -> PlannedModel:
-    origin = model.path or "fresh"
-    if model.keep_layers:
-        origin += f" layers {','.join(map(str, model.keep_layers))}"
-    if model.slice:
-        origin += ", sliced"
-    if model.vocabulary:
-        origin += f", {info.vocabulary:,} ids"
-    return PlannedModel(role, origin, info.architecture, info.num_layers, info.width, info.num_heads, parameters)
-
-
-def _row_text(weight: float, key: str, pairs: tuple[tuple[tuple[int, int], ...], ...]) -> str:
-    layers = [f"{s}<-{t}" for s, t in pairs[0]] if pairs and pairs[0] != ((0, 0),) else []
-    return f"{weight:g} x {key}" + (f"  (student<-teacher layers {', '.join(layers)})" if layers else "")
-
-
-def _number(value: int | None) -> str:
-    return "?" if value is None else f"{value:,}"

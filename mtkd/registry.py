@@ -128,6 +128,13 @@ class LossSpec:
         """Whether teachers may meet in one mixture: not where each has its own support (option ``top``)."""
         return self.teacher_term is not None and not options.get("top")
 
+    def temperature(self, options: Mapping[str, Any]) -> tuple[float, float]:
+        """(temperature, factor) of a loss on distributions: its options, or their defaults; (1, 1) for one without."""
+        defaults = {name: parameter.default for name, parameter in self.options().items()}
+        values = {**defaults, **options}
+        temperature = float(values.get("temperature", 1.0))
+        return temperature, temperature**2 if values.get("scale", True) else 1.0
+
     def __call__(self, student: Any, teacher: Any, mask: Any, options: Mapping[str, Any] | None = None) -> Any:
         """The loss per position, 0 where `mask` is False whatever stands there (NaN and infinity included).
 

@@ -240,6 +240,11 @@ class StageDir:
         return self.path / "export"
 
     @property
+    def partial(self) -> Path:
+        """Caches that are being written; moved to `export` when they are whole."""
+        return self.path / "partial"
+
+    @property
     def scores_file(self) -> Path:
         """One JSON line per scored example."""
         return self.path / "scores.jsonl"

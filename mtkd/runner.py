@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from mtkd.build import BuiltStage, Workshop, start_processes
+from mtkd.capture import capture
 from mtkd.chain import changed_stages, finished, to_redo
 from mtkd.checks import check
 from mtkd.config import RunConfig
 from mtkd.configfile import config_digest, fingerprint, load_config
 from mtkd.console import say
 from mtkd.data.vocabulary import compress_tokenizer
-from mtkd.engine.dist import Dist
+from mtkd.engine.dist import on_main
 from mtkd.errors import DataError, UserError
 from mtkd.evaluate.judge import judge
 from mtkd.models.load import quiet
@@ -44,11 +45,13 @@ class RunResult:
     results: dict[str, Any]
 
     def export(self, stage: str) -> Path:
-        """Folder of the model STAGE, or STAGE/MEMBER of several, for plain `AutoModel*.from_pretrained`."""
+        """Folder of the model STAGE, or STAGE/MEMBER, for plain `AutoModel*.from_pretrained`; or of a cache."""
         name, _, member = stage.partition("/")
-        members = self.stages[name].get("members") or {}
+        members = self.stages[name].get("members") or self.stages[name].get("caches") or {}
         if members and member not in members:
-            raise UserError("this stage made several models", found=stage, allowed=[f"{name}/{m}" for m in members])
+            raise UserError(
+                "this stage made several models or caches", found=stage, allowed=[f"{name}/{m}" for m in members]
+            )
         return RunDir(self.folder).stage(list(self.stages).index(name) + 1, name).export / member
 
 
@@ -111,7 +114,7 @@ def reopen(path: Path) -> RunConfig:
     config = load_config(folder.config_file).model_copy(update={"output": str(path.parent)})
     config._base = Path(json.loads(folder.environment_file.read_text()).get(_BASE, Path.cwd()))
     stages = [folder.stage(i, name) for i, name in enumerate(config.stages, 1)]
-    if not any(s.done() or newest_sealed(s.checkpoints).path for s in stages):
+    if not any(s.done() or newest_sealed(s.checkpoints).path or s.partial.is_dir() for s in stages):
         raise DataError(
             "nothing to resume: no stage is finished and no checkpoint is whole",
             where=str(path),
@@ -130,22 +133,6 @@ def _remember(config: RunConfig, folder: RunDir) -> None:
 
 _BASE = "configuration_folder"
 
-Value = TypeVar("Value")
-
-
-def on_main(dist: Dist, action: Callable[[], Value]) -> Value:
-    """Do something on the main rank; every rank gets its result, or raises its UserError."""
-    outcome: list[Value | UserError] = []
-    if dist.is_main:
-        try:
-            outcome = [action()]
-        except UserError as error:
-            outcome = [error]
-    value = dist.broadcast_object(outcome)[0]
-    if isinstance(value, UserError):
-        raise value
-    return value
-
 
 def _stage(shop: Workshop, name: str, run: RunDir) -> dict[str, Any]:
     """Make a stage, or find it made."""
@@ -154,9 +141,15 @@ def _stage(shop: Workshop, name: str, run: RunDir) -> dict[str, Any]:
     folders = {other: shop.folder(other) for other in shop.config.stages}
     record = finished(folder, name, wanted, list(dict.fromkeys([name, *changed_stages(shop.config, folders)])))
     if record is not None:
-        say(f"stage {name}: done ({record['steps']} steps, {record['seconds']:.0f} s), skipped", main=main)
+        work = f"{len(record['caches'])} caches" if record.get("caches") else f"{record['steps']} steps"
+        say(f"stage {name}: done ({work}, {record['seconds']:.0f} s), skipped", main=main)
         return record
     say(f"stage {name}: {shop.config.stages[name].kind}", main=main)
+    if shop.config.stages[name].kind == "cache":
+        made = {**capture(shop, name, wanted), "fingerprint": fingerprint(wanted), "identity": wanted}
+        fault_point("before-done", made["steps"])
+        on_main(shop.dist, lambda: folder.mark_done(made))
+        return made
     built = shop.build(name)
     facts = train(built, shop.config, run, folder)
     record = {

@@ -134,17 +134,35 @@ def check_seal(folder: Path, *, digests: bool = True) -> dict[str, Any]:
             raise DataError("the file is not in the manifest", where=str(path))
         _check_owner(path)
     for name, entry in listed.items():
-        path = folder / name
-        if name not in present:
-            raise DataError("the file is missing", where=str(path))
-        if (size := path.stat().st_size) != entry["size"]:
-            raise DataError("wrong size", where=str(path), found=f"{size} bytes", allowed=f"{entry['size']} bytes")
-        if not digests:
-            continue
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                raise DataError("the content differs from what was sealed (sha256)", where=str(path))
+        _check_file(folder / name, entry, digests)
     return manifest
+
+
+def broken_files(folder: Path) -> list[str]:
+    """``file: reason`` of every listed file that is missing or not what was sealed; [] without a usable manifest."""
+    try:
+        listed: dict[str, Any] = _manifest(folder)["files"]
+    except DataError:
+        return []
+    problems = []
+    for name, entry in listed.items():
+        try:
+            _check_file(folder / name, entry, digests=True)
+        except DataError as error:
+            problems.append(f"{error.where}: {error.message}")
+    return problems
+
+
+def _check_file(path: Path, entry: Mapping[str, Any], digests: bool) -> None:
+    if not path.is_file() or path.is_symlink():
+        raise DataError("the file is missing", where=str(path))
+    if (size := path.stat().st_size) != entry["size"]:
+        raise DataError("wrong size", where=str(path), found=f"{size} bytes", allowed=f"{entry['size']} bytes")
+    if not digests:
+        return
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+            raise DataError("the content differs from what was sealed (sha256)", where=str(path))
 
 
 def newest_sealed(parent: Path) -> Found:

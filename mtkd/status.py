@@ -12,11 +12,14 @@ from mtkd.seal import newest_sealed, read_jsonl
 
 
 def status(path: Path) -> dict[str, Any]:
-    """Stages with their state (done, started, waiting), last step, newest sealed checkpoint; who holds the run."""
+    """Stages with their state (done, started, waiting), last step, newest sealed checkpoint; who holds the run.
+
+    A step of a cache stage is a shard; in the place of its checkpoint stands what it made.
+    """
     config, run = load_config(path / "run.yaml"), RunDir.open(path)
     logged: dict[str, dict[str, Any]] = {}
     for line in read_jsonl(run.metrics_file):
-        if "loss" in line:
+        if "loss" in line or "examples" in line:  # of training, and of a cache
             logged[line["stage"]] = line
     stages = [
         _stage(name, run.stage(position, name), logged.get(name, {})) for position, name in enumerate(config.stages, 1)
@@ -45,13 +48,19 @@ def _stage(name: str, folder: StageDir, line: dict[str, Any]) -> dict[str, Any]:
             "state": "done",
             "step": record["steps"],
             "seconds": round(record["seconds"], 1),
-            "checkpoint": "-",
+            "checkpoint": _caches(record) or "-",
         }
     found = newest_sealed(folder.checkpoints)
     return {
         "stage": name,
-        "state": "started" if line or found.path else "waiting",
+        "state": "started" if line or found.path or folder.partial.is_dir() else "waiting",
         "step": line.get("step", 0),
         "seconds": line.get("seconds", 0.0),
         "checkpoint": found.path.name if found.path else "none",
     }
+
+
+def _caches(record: dict[str, Any]) -> str:
+    """What a cache stage made, in a few words; "" for another stage."""
+    made = record.get("caches") or {}
+    return "; ".join(f"{n}: {f['bytes'] / 1e6:,.1f} MB, {f['bytes_per_position']:.0f} B each" for n, f in made.items())

@@ -46,7 +46,7 @@ def train(built: BuiltStage, config: RunConfig, run: RunDir, folder: StageDir) -
     check_selection(built)
     state = _restore(built, folder)
     meter = _Meter(built, run, dist, state)
-    with _stop_flag() as stopped, StageProgress(built.name, built.steps, state.step, dist.is_main) as progress:
+    with stop_flag() as stopped, StageProgress(built.name, built.steps, state.step, dist.is_main) as progress:
         built.objective.train()
         begun = time.monotonic() - state.seconds
         for step in range(state.step, state.step if state.ended else built.steps):
@@ -234,8 +234,11 @@ def _preempted(built: BuiltStage, state: TrainState) -> Preempted:
     )
 
 
+StopFlag = Callable[[], bool]
+
+
 @contextmanager
-def _stop_flag() -> Iterator[Callable[[], bool]]:
+def stop_flag() -> Iterator[StopFlag]:
     """A function that says whether SIGTERM or SIGINT arrived; a second SIGINT interrupts at once."""
     arrived: list[int] = []
 

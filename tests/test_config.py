@@ -96,8 +96,8 @@ def test_a_value_under_an_unknown_key_stays_untold(refused: Refused) -> None:
 def test_a_wrong_literal_is_told_with_the_allowed_values(refused: Refused) -> None:
     text = refused(changed("kind: finetune", "kind: finetun"))
     assert text == (
-        "run.yaml:6: stages.prose.kind: not allowed; found 'finetun'; allowed: 'finetune', 'cofinetune' or 'distill'; "
-        "did you mean 'finetune'?"
+        "run.yaml:6: stages.prose.kind: not allowed; found 'finetun'; allowed: 'finetune', 'cofinetune', "
+        "'distill' or 'cache'; did you mean 'finetune'?"
     )
 
 

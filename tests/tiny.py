@@ -121,10 +121,11 @@ def make_objective(
         regression=False,
         where="match",
     )
+    sizes = [sum(p.numel() for p in t.parameters()) for t in teachers]
     objective = Objective(
         student,
         rows,
-        make_weighting(named, stage_facts(tuple(names), teachers, student, seed=0), "weighting"),
+        make_weighting(named, stage_facts(tuple(names), sizes, student, seed=0), "weighting"),
         make_projections(rows, student.info, [t.info for t in teachers], seed=0),
         names,
         per=per,

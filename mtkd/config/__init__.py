@@ -4,6 +4,7 @@ Read by `mtkd.configfile.load_config`, printed as JSON Schema by `mtkd schema`. 
 """
 
 from mtkd.config.base import STAGE_PREFIX, Config, Name, Named, Positive, Share, check_name
+from mtkd.config.cache import CacheConfig
 from mtkd.config.chain import ChainConfig, Rung, Training
 from mtkd.config.data import RANDOM_TOKENS, DataConfig, TokenizerConfig, TransferConfig
 from mtkd.config.model import ModelConfig, SliceConfig, TeacherConfig, VocabularyConfig
@@ -14,6 +15,7 @@ __all__ = [
     "RANDOM_TOKENS",
     "STAGE_PREFIX",
     "BatchConfig",
+    "CacheConfig",
     "ChainConfig",
     "Comparison",
     "Config",

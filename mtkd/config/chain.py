@@ -134,9 +134,10 @@ class ChainConfig(Training):
 
     @property
     def teacher_stage(self) -> str | None:
-        """The stage of the only teacher, None when there are several or it comes from elsewhere."""
+        """The stage of the only teacher, None when there are several, it comes from elsewhere or from a cache."""
         path = self.teachers[0].model.path or ""
-        return path.removeprefix(STAGE_PREFIX) if len(self.teachers) == 1 and path.startswith(STAGE_PREFIX) else None
+        alone = len(self.teachers) == 1 and self.teachers[0].backend != "cached"
+        return path.removeprefix(STAGE_PREFIX) if alone and path.startswith(STAGE_PREFIX) else None
 
     @property
     def names(self) -> list[str]:

@@ -127,9 +127,13 @@ class TeacherConfig(Config):
         description="name in metrics and options; default: the last part of the model's path",
         validate_default=False,
     )
-    model: ModelConfig = Field(description="a folder, hub id, card or stage:NAME")
-    backend: Literal["resident"] = Field(
-        "resident", description="where its weights live: resident = loaded beside the student"
+    model: ModelConfig = Field(
+        description="a folder, hub id, card or stage:NAME; backend cached: stage:CACHESTAGE/TEACHER or a cache's folder"
+    )
+    backend: Literal["resident", "cached"] = Field(
+        "resident",
+        description="resident = its weights are loaded beside the student; cached = its outputs are read from a cache "
+        "(kind: cache), and it is not run",
     )
 
     @model_validator(mode="before")
@@ -148,4 +152,10 @@ class TeacherConfig(Config):
     def _whole_vocabulary(self) -> TeacherConfig:
         if self.model.vocabulary is not None:
             raise ValueError("vocabulary is for students: a teacher predicts the whole vocabulary")
+        return self
+
+    @model_validator(mode="after")
+    def _plain_cache(self) -> TeacherConfig:
+        if self.backend == "cached" and (more := sorted(self.model.model_fields_set - {"path"})):
+            raise ValueError(f"a cached teacher is read as it was written; drop model.{more[0]}")
         return self

@@ -120,7 +120,7 @@ class RunConfig(Config):
             return
         # The model is frozen for its users; this is still its construction.
         object.__setattr__(self, "stages", expand(chain, self.stages))
-        scorable = [name for name, stage in self.stages.items() if self._may_be_scored(stage)]
+        scorable = [n for n, stage in self.stages.items() if stage.kind != "cache" and self._may_be_scored(stage)]
         object.__setattr__(self, "evaluate", with_control(self.evaluate, chain, scorable))
         self.model_fields_set.update(("stages", "evaluate"))
 
@@ -137,15 +137,16 @@ class RunConfig(Config):
             for role, model in stage.trained.items():
                 self._known_vocabulary(model, stage, f"{where}.{role}.vocabulary")
             earlier = names[:position]
-            used = [(f"{where}.{role}", model.path) for role, model in stage.trained.items()]
-            used += [(f"{where}.teachers[{i}]", t.model.path) for i, t in enumerate(stage.teachers)]
+            used = [(f"{where}.{role}", model.path, False) for role, model in stage.trained.items()]
+            used += [
+                (f"{where}.teachers[{i}]", t.model.path, t.backend == "cached") for i, t in enumerate(stage.teachers)
+            ]
             if stage.equal_time:
-                used += [
-                    (f"{where}.equal_time", STAGE_PREFIX + s) for s in (stage.equal_time.to, stage.equal_time.rate_of)
-                ]
-            for place, path in used:
+                timed = (stage.equal_time.to, stage.equal_time.rate_of)
+                used += [(f"{where}.equal_time", STAGE_PREFIX + s, False) for s in timed]
+            for place, path, cached in used:
                 if path and path.startswith(STAGE_PREFIX):
-                    self._known_stage(path.removeprefix(STAGE_PREFIX), earlier, place)
+                    self._known_stage(path.removeprefix(STAGE_PREFIX), earlier, place, cached)
         self._known_scored()
 
     @property
@@ -171,28 +172,50 @@ class RunConfig(Config):
                 f"{where}: a fresh model's ids are compared by its first teacher's embedding, and this stage has no "
                 "teachers"
             )
+        if model.path is None and stage.teachers[0].backend == "cached":
+            raise ValueError(
+                f"{where}: a fresh model's ids are compared by its first teacher's embedding, which a cache does not "
+                "have; put a resident teacher first, or load the student"
+            )
 
-    def _known_stage(self, reference: str, earlier: list[str], where: str) -> None:
-        """`reference` is NAME of an earlier stage, or NAME/MEMBER of one that makes several models."""
+    def _known_stage(self, reference: str, earlier: list[str], where: str, cached: bool) -> None:
+        """`reference` is NAME of an earlier stage, or NAME/PART of one that makes several models or caches.
+
+        Args: cached: whether a cache is asked for.
+        """
         stage, slash, _ = reference.partition("/")
         if stage not in earlier:
             raise ValueError(
                 f"{where}: '{STAGE_PREFIX}{reference}' is not an earlier stage; earlier are: "
                 f"{', '.join(earlier) or 'none'}"
             )
+        caches = self.stages[stage].kind == "cache"
         if where.rpartition(".")[2] == "equal_time":
+            if caches:
+                raise ValueError(f"{where}: stage {stage!r} is a cache: it has no training to be as long as")
             return
-        members = [f"{stage}/{name}" for name in self.stages[stage].members]
-        if (members and reference not in members) or (slash and not members):
+        parts, kind = [f"{stage}/{name}" for name in self.stages[stage].parts], "cache" if caches else "model"
+        if (parts and reference not in parts) or (slash and not parts):
             raise ValueError(
-                f"{where}: '{STAGE_PREFIX}{reference}' is not a model of that stage; its models are: "
-                f"{', '.join(STAGE_PREFIX + m for m in members or [stage])}"
+                f"{where}: '{STAGE_PREFIX}{reference}' is not a {kind} of that stage; its {kind}s are: "
+                f"{', '.join(STAGE_PREFIX + m for m in parts or [stage])}"
+            )
+        if caches and not cached:
+            raise ValueError(
+                f"{where}: '{STAGE_PREFIX}{reference}' is a cache of a teacher's outputs, not a model; a teacher reads "
+                f"it with {{model: {STAGE_PREFIX}{reference}, backend: cached}}"
+            )
+        if cached and not caches:
+            raise ValueError(
+                f"{where}: backend: cached reads a cache, and stage {stage!r} makes a model; cache it first: "
+                f"{{kind: cache, teachers: [{STAGE_PREFIX}{reference}]}}"
             )
 
     @property
     def models(self) -> list[str]:
-        """Every model the run makes: NAME, or NAME/MEMBER where a stage makes several."""
-        return [m for name, stage in self.stages.items() for m in ([f"{name}/{k}" for k in stage.members] or [name])]
+        """Every model the run makes: NAME, or NAME/MEMBER where a stage makes several; caches are none."""
+        trained = {name: stage for name, stage in self.stages.items() if stage.kind != "cache"}
+        return [m for name, stage in trained.items() for m in ([f"{name}/{k}" for k in stage.members] or [name])]
 
     @property
     def scored(self) -> list[str]:
@@ -204,6 +227,11 @@ class RunConfig(Config):
         for stage in self.evaluate.stages:
             if stage not in self.stages and stage not in self.models:
                 raise ValueError(f"evaluate: {stage!r} is not a stage; stages are: {', '.join(self.stages)}")
+            if stage in self.stages and self.stages[stage].kind == "cache":
+                raise ValueError(
+                    f"evaluate.stages: {stage!r} is a cache, not a model; its teachers together can be scored: name it "
+                    "in evaluate.ensembles"
+                )
         scored = {*self.scored, *(f"ensemble:{s}" for s in self.evaluate.ensembles)}
         for stage in self.evaluate.ensembles:
             if stage not in self.stages:
@@ -211,12 +239,26 @@ class RunConfig(Config):
         for stage in self.evaluate.ensembles:
             if not self.stages[stage].teachers:
                 raise ValueError(f"evaluate.ensembles: stage {stage!r} has no teachers")
+            self._live_ensemble(stage)
         for i, pair in enumerate(self.evaluate.comparisons):
             for side in (pair.candidate, pair.baseline):
                 if side not in scored:
                     raise ValueError(
                         f"evaluate.comparisons[{i}]: {side!r} is not scored; scored are: {', '.join(sorted(scored))}"
                     )
+
+    def _live_ensemble(self, stage: str) -> None:
+        """Refuse to score teachers that are read from a cache: it holds the train split alone."""
+        cached = [t for t in self.stages[stage].teachers if t.backend == "cached"]
+        if not cached:
+            return
+        paths = [t.model.path or "" for t in cached]
+        made_by = dict.fromkeys(stage_name(path) for path in paths if path.startswith(STAGE_PREFIX))
+        advice = f"name {' or '.join(made_by)} instead" if made_by else "score them in the run that made the cache"
+        raise ValueError(
+            f"evaluate.ensembles: teacher {cached[0].name!r} of stage {stage!r} is read from a cache, which holds the "
+            f"train split alone; the teachers of a cache stage are live and can be scored: {advice}"
+        )
 
     def _known_data(self, name: str, where: str) -> None:
         if name and name not in self.data:
@@ -242,6 +284,7 @@ def with_control(evaluate: EvaluateConfig, chain: ChainConfig, stages: list[str]
     if chain.direct and {pair.candidate, pair.baseline} <= set(scored) and pair not in evaluate.comparisons:
         changes["comparisons"] = (*evaluate.comparisons, pair)
     first = chain.names[0]
-    if chain.teacher_stage is None and first in stages and first not in evaluate.ensembles:
+    live = all(teacher.backend != "cached" for teacher in chain.teachers)
+    if chain.teacher_stage is None and live and first in stages and first not in evaluate.ensembles:
         changes["ensembles"] = (*evaluate.ensembles, first)
     return evaluate.model_copy(update=changes) if changes else evaluate

@@ -7,12 +7,16 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from mtkd.config.base import Config, Name, Named, Positive, Share
+from mtkd.config.cache import CacheConfig
 from mtkd.config.model import ModelConfig, TeacherConfig
 from mtkd.match import Match
 
+# Fields that a cache stage reads.
+_OF_CACHES = {"kind", "data", "teachers", "batch", "cache"}
+
 
 class BatchConfig(Config):
-    """How many examples make one optimizer step, over all ranks and accumulation together."""
+    """How many examples make one optimizer step, over all ranks and accumulation together; for a cache one forward."""
 
     sequences: Positive | None = Field(None, description="sequences per optimizer step")
     tokens: Positive | None = Field(
@@ -63,16 +67,19 @@ class EarlyStop(Config):
 class StageConfig(Config):
     """One thing the run makes: a model that later stages use as stage:NAME, or several, used as stage:NAME/MEMBER."""
 
-    kind: Literal["finetune", "cofinetune", "distill"] = Field(
+    kind: Literal["finetune", "cofinetune", "distill", "cache"] = Field(
         description="finetune: labels only; cofinetune: several models on labels that share their pooling and "
-        "prediction layers; distill: from teachers"
+        "prediction layers; distill: from teachers; cache: the teachers' outputs on the train split, for later stages"
     )
     data: str = Field("", description="name of a `data` entry; may be left out when there is only one")
     student: ModelConfig | None = Field(None, description="the model that is trained (finetune, distill)")
     members: dict[Name, ModelConfig] = Field(
         default_factory=dict, description="cofinetune: the models trained together, by name; used as stage:NAME/MEMBER"
     )
-    teachers: tuple[TeacherConfig, ...] = Field((), description="the pool, in order")
+    teachers: tuple[TeacherConfig, ...] = Field(
+        (), description="the pool, in order; of a cache stage those that are run, used as stage:NAME/TEACHER"
+    )
+    cache: CacheConfig = Field(CacheConfig(), description="cache: what is kept of the teachers")
     method: Named | None = Field(None, description="a method of the table; its rows come first")
     match: tuple[Match, ...] = Field((), description="further rows, or with `replace` in place of the method's")
     weighting: Named = Field(Named(name="uniform"), description="how much each teacher counts")
@@ -118,6 +125,11 @@ class StageConfig(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> StageConfig:
+        if self.kind == "cache":
+            self._check_cache()
+            return self
+        if "cache" in self.model_fields_set:
+            raise ValueError("cache is for kind: cache; a stage that reads one has teachers with backend: cached")
         if sum(x is not None for x in (self.steps, self.epochs, self.equal_time)) != 1:
             raise ValueError("give exactly one of `steps`, `epochs`, `equal_time`")
         if self.kind == "cofinetune":
@@ -140,6 +152,27 @@ class StageConfig(Config):
                     f"a {self.kind} stage trains on labels alone; drop {', '.join(given or ['weighting'])}"
                 )
         return self
+
+    def _check_cache(self) -> None:
+        """A cache stage trains nothing: it runs live teachers once over the train split."""
+        unread = sorted(self.model_fields_set - _OF_CACHES)
+        if unread:
+            raise ValueError(
+                "a cache stage trains nothing, it runs its teachers once over the train split; drop "
+                + ", ".join(unread)
+            )
+        if not self.teachers:
+            raise ValueError("a cache stage needs `teachers`")
+        if more := sorted(self.batch.model_fields_set - {"sequences", "tokens"}):
+            raise ValueError(f"batch.{more[0]}: a cache stage has no optimizer steps; its batch is sequences or tokens")
+        cached = [t.name for t in self.teachers if t.backend == "cached"]
+        if cached:
+            raise ValueError(f"teacher {cached[0]!r} is a cache already; name it in the stage that reads it")
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What is used as stage:NAME/PART, by name: the members, or a cache stage's teachers; else nothing."""
+        return tuple(t.name for t in self.teachers) if self.kind == "cache" else tuple(self.members)
 
     @property
     def trained(self) -> dict[str, ModelConfig]:

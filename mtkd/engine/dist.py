@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
+
+from mtkd.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -86,3 +88,17 @@ class Dist:
 
         on_gpu = torch.distributed.get_backend() == "nccl"
         return torch.device("cuda", self.local_rank) if on_gpu else torch.device("cpu")
+
+
+def on_main(dist: Dist, action: Callable[[], Object]) -> Object:
+    """Do something on the main rank; every rank gets its result, or raises its UserError."""
+    outcome: list[Object | UserError] = []
+    if dist.is_main:
+        try:
+            outcome = [action()]
+        except UserError as error:
+            outcome = [error]
+    value = dist.broadcast_object(outcome)[0]
+    if isinstance(value, UserError):
+        raise value
+    return value

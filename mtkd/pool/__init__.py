@@ -8,9 +8,10 @@ from mtkd.data.batch import Batch
 from mtkd.errors import UserError
 from mtkd.features import Features, split_key
 from mtkd.pool.base import Teacher
+from mtkd.pool.cached import CachedTeacher
 from mtkd.pool.resident import ResidentTeacher
 
-__all__ = ["ResidentTeacher", "Teacher", "TeacherPool"]
+__all__ = ["CachedTeacher", "ResidentTeacher", "Teacher", "TeacherPool"]
 
 
 class TeacherPool:

@@ -6,12 +6,21 @@ from typing import Protocol
 
 from mtkd.data.batch import Batch
 from mtkd.features import Features
+from mtkd.models.info import ModelInfo
 
 
 class Teacher(Protocol):
-    """A frozen model: always in eval mode, always without gradients."""
+    """A frozen model: always in eval mode, always without gradients.
+
+    Attributes:
+        name: in metrics and options.
+        info: shape and capabilities of the model, wherever it runs; rows and width adapters are made from it.
+        num_parameters: of the model.
+    """
 
     name: str
+    info: ModelInfo
+    num_parameters: int
 
     def provides(self) -> frozenset[str]:
         """Feature names it can give ("logits", "hidden", ...), see `mtkd.features`."""

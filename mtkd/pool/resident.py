@@ -20,13 +20,13 @@ class ResidentTeacher:
     """
 
     def __init__(self, name: str, model: TappedModel, device: torch.device, dtype: torch.dtype) -> None:
-        self.name = name
+        self.name, self.info = name, model.info
+        self.num_parameters = sum(p.numel() for p in model.parameters())
         self._dtype = dtype
         self._model: TappedModel | None = model.to(device).eval().requires_grad_(False)
 
     def provides(self) -> frozenset[str]:
-        assert self._model is not None
-        return self._model.info.taps
+        return self.info.taps
 
     def forward(self, batch: Batch, wants: frozenset[str]) -> Features:
         assert self._model is not None

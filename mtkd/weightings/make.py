@@ -14,12 +14,9 @@ from mtkd.weightings.base import READABLE, StageFacts, Weighting
 from mtkd.weightings.gradients import has_gradient
 
 
-def stage_facts(
-    teachers: tuple[str, ...], models: Sequence[TappedModel], student: TappedModel, seed: int
-) -> StageFacts:
-    """What a weighting may know of its stage."""
-    sizes = tuple(sum(p.numel() for p in model.parameters()) for model in models)
-    return StageFacts(teachers, sizes, student.info.width, student.info.num_labels, seed)
+def stage_facts(teachers: tuple[str, ...], sizes: Sequence[int], student: TappedModel, seed: int) -> StageFacts:
+    """What a weighting may know of its stage. Args: sizes: the teachers' numbers of parameters."""
+    return StageFacts(teachers, tuple(sizes), student.info.width, student.info.num_labels, seed)
 
 
 def make_weighting(named: Named, facts: StageFacts, where: str) -> Weighting:

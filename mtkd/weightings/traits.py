@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mtkd.features import Logits
+from mtkd.features import Logits, SparseLogits
 
 TraitFunction = Callable[[Tensor, Tensor | None], Tensor]
 TRAITS: dict[str, TraitFunction] = {}
@@ -246,6 +246,9 @@ class Traits:
         index = self._counted(name).reshape(-1).nonzero().squeeze(-1)
         values = self._mask.new_zeros(self._mask.numel(), dtype=torch.float32)
         labels = self._targets.reshape(-1)
+        if isinstance(logits, SparseLogits):
+            values[index] = logits.trait(name, index).float()
+            return values.reshape(self._mask.shape)
         for tile in index.split(self.tile):
             values[tile] = function(logits.rows(tile), labels[tile]).float()
         return values.reshape(self._mask.shape)

@@ -1,0 +1,188 @@
+"""Reads a cache by example number, in any order, and checks one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mtkd.cache.codec import Arrays
+from mtkd.cache.content import FORMAT, PER_EXAMPLE, CacheContent, CacheOrigin
+from mtkd.cache.records import Records
+from mtkd.cache.shard import Shard, sampled_codec, shard_name, top_codec
+from mtkd.cache.writer import PLAN
+from mtkd.errors import DataError
+from mtkd.features import SparseRows, split_key
+from mtkd.seal import MANIFEST, broken_files, check_seal
+
+
+class CacheReader:
+    """A finished cache. Shards are mapped when they are first read; memory stays with the operating system's cache.
+
+    Args:
+        folder: with a manifest; names and sizes of its files are checked here, digests by `verify`.
+    Raises:
+        DataError: for a folder that is no finished cache, or whose files are not those that were sealed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        manifest = check_seal(folder, digests=False)
+        where = str(folder / MANIFEST)
+        if manifest.get("cache_format") != FORMAT:
+            raise DataError(
+                "not a cache that this version reads", where=where, found=manifest.get("cache_format"), allowed=FORMAT
+            )
+        self.content = CacheContent.from_json(manifest.get("content"), where)
+        self.origin = CacheOrigin.from_json(manifest.get("origin"), where)
+        self.content.check(where)
+        size, facts = manifest.get("shard_examples"), manifest.get("facts")
+        if not isinstance(size, int) or size < 1 or not isinstance(facts, dict):
+            raise DataError("the manifest is malformed", where=where)
+        self.shard_examples: int = size
+        self.facts: dict[str, Any] = facts
+        expected = {PLAN, *(shard_name(number) for number in range(self.num_shards))}
+        if missing := sorted(expected - manifest["files"].keys()):
+            raise DataError("a shard is not in the manifest", where=where, found=missing[0])
+        self._shards: dict[int, Shard] = {}
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.origin.num_examples // self.shard_examples)
+
+    def check(self, origin: CacheOrigin, where: str) -> None:
+        """Refuse a cache of another teacher, tokenizer or data set: DataError with both digests."""
+        self.origin.check(origin, where)
+
+    def shard(self, number: int) -> Shard:
+        """A mapped shard, of examples ``number * shard_examples`` and on."""
+        if number not in self._shards:
+            first = number * self.shard_examples
+            count = min(self.shard_examples, self.origin.num_examples - first)
+            self._shards[number] = Shard(self.folder / shard_name(number), self.content, first, count)
+        return self._shards[number]
+
+    def read(self, ids: Sequence[int]) -> Records:
+        """The records of examples, in this order; -1 stands for a filler row.
+
+        Raises:
+            DataError: for an example that the cache does not have, or a broken shard.
+        """
+        found: list[tuple[Shard, int] | None] = []
+        for example in ids:
+            if not -1 <= example < self.origin.num_examples:
+                raise DataError(
+                    f"the cache has no example {example}",
+                    where=str(self.folder),
+                    allowed=f"0 to {self.origin.num_examples - 1}",
+                )
+            number, local = divmod(example, self.shard_examples)
+            found.append(None if example < 0 else (self.shard(number), local))
+        values, traits = self._positions([pair for pair in found if pair])
+        return Records(
+            self.content,
+            tuple(ids),
+            tokens=torch.tensor([int(p[0].part("tokens", p[1])[0]) if p else 0 for p in found]),
+            positions=torch.tensor([int(p[0].part("positions", p[1])[0]) if p else 0 for p in found]),
+            values=values,
+            traits=traits,
+            classes=self._rows("classes", found) if self.content.targets == "classes" else None,
+            hidden={key: self._hidden(key, found) for key in self.content.hidden},
+            where=str(self.folder),
+        )
+
+    def _positions(self, found: list[tuple[Shard, int]]) -> tuple[SparseRows | None, dict[str, Tensor]]:
+        traits = {name: _tensor(_parts(f"trait.{name}", found)) for name in self.content.stored_traits}
+        if not self.content.per_token:
+            return None, traits
+        if not found:
+            empty, none = torch.zeros(0, self.content.k), torch.zeros(0)
+            tail = none if self.content.targets == "top" else None
+            return SparseRows(empty.long(), empty, tail, self.content.temperature, None), traits
+        kept = [name for name in found[0][0].arrays if name.startswith("target.")]
+        coded = {name.removeprefix("target."): _parts(name, found) for name in kept}
+        try:
+            values = self._decoded(coded)
+        except ValueError as error:
+            raise found[0][0].fail(f"the targets of {len(found)} examples are broken: {error}") from None
+        return values, traits
+
+    def _decoded(self, coded: Arrays) -> SparseRows:
+        temperature = self.content.temperature
+        if self.content.targets == "top":
+            ids, log_probs, tail = top_codec(self.content).decode(coded)
+            return SparseRows(torch.from_numpy(ids), torch.from_numpy(log_probs), torch.from_numpy(tail), temperature)
+        ids, log_probs = sampled_codec(self.content).decode(coded)
+        entropy = torch.from_numpy(coded["entropy"])
+        return SparseRows(torch.from_numpy(ids), torch.from_numpy(log_probs), None, temperature, entropy)
+
+    def _rows(self, name: str, found: list[tuple[Shard, int] | None]) -> Tensor:
+        """One row per example, zeros in filler rows."""
+        real = [pair for pair in found if pair]
+        width = self.shard(0).arrays[name].shape[1:]
+        rows = np.concatenate([np.zeros((0, *width), np.float32), *([_parts(name, real)] if real else [])])
+        whole = torch.zeros(len(found), *width)
+        whole[torch.tensor([pair is not None for pair in found], dtype=torch.bool)] = torch.from_numpy(rows)
+        return whole
+
+    def _hidden(self, key: str, found: list[tuple[Shard, int] | None]) -> Tensor:
+        name = f"hidden.{key}"
+        real = [pair for pair in found if pair]
+        width = self.shard(0).arrays[name].shape[1:]
+        values = _parts(name, real) if real else np.zeros((0, *width), self.shard(0).arrays[name].dtype)
+        tensor = torch.from_numpy(values)
+        tensor = tensor.view(torch.bfloat16) if self.content.dtype == "bfloat16" else tensor
+        if split_key(key)[0] not in PER_EXAMPLE:
+            return tensor
+        whole = torch.zeros(len(found), *width, dtype=tensor.dtype)
+        whole[torch.tensor([pair is not None for pair in found], dtype=torch.bool)] = tensor
+        return whole
+
+
+def _parts(name: str, found: Sequence[tuple[Shard, int]]) -> np.ndarray:
+    """An array of several examples, one after another, copied out of the map."""
+    if not found:
+        return np.zeros(0, np.float32)
+    return np.concatenate([shard.part(name, local) for shard, local in found])
+
+
+def _tensor(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values, np.float32))
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """What `verify` found: the facts of the manifest (empty when there is none), and every problem with its file."""
+
+    facts: dict[str, Any]
+    problems: list[str]
+
+    @property
+    def fine(self) -> bool:
+        return not self.problems
+
+
+def verify(folder: Path) -> VerifyResult:
+    """Every digest, every shard's structure and every position's bytes; all problems, not only the first."""
+    try:
+        reader = CacheReader(folder)
+    except DataError as error:
+        return VerifyResult({}, [_told(error), *broken_files(folder)])
+    problems = broken_files(folder)
+    for number in range(reader.num_shards):
+        first = number * reader.shard_examples
+        try:
+            for example in range(first, min(first + reader.shard_examples, reader.origin.num_examples)):
+                reader.read([example])
+        except DataError as error:
+            problems.append(_told(error))
+    return VerifyResult(reader.facts, list(dict.fromkeys(problems)))
+
+
+def _told(error: DataError) -> str:
+    return f"{error.where}: {error.message}"

@@ -1,0 +1,135 @@
+"""Caches that are finished: their folders, what they say of themselves, and the teachers that they stand for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from mtkd.cache import CacheContent, CacheOrigin, CacheReader
+from mtkd.data.collate import LoadedData
+from mtkd.data.tokenizers import tokenizer_fingerprint
+from mtkd.errors import DataError, UserError
+from mtkd.models.info import ModelInfo, count_parameters, model_info
+from mtkd.pool import CachedTeacher
+from mtkd.seal import MANIFEST
+
+
+@dataclass(frozen=True)
+class CacheFacts:
+    """What is known of a teacher's cache before it is read.
+
+    Attributes:
+        content: what it holds. info, num_parameters: of the teacher that it was, or will be, made of.
+        settings: where more can be asked for: the stage that makes it, or the folder.
+        origin: None while the cache is only planned.
+    """
+
+    content: CacheContent
+    info: ModelInfo
+    num_parameters: int
+    settings: str
+    origin: CacheOrigin | None = None
+
+
+def read_facts(path: str, base: Path, auto_class: str, where: str) -> CacheFacts:
+    """What the folder of a cache says of itself.
+
+    Raises:
+        DataError: there is no cache, or not one that can be read here.
+    """
+    return open_cache(cache_folder(path, base, where), auto_class, where)[1]
+
+
+def open_cache(folder: Path, auto_class: str, where: str) -> tuple[CacheReader, CacheFacts]:
+    """A finished cache and what it says of itself.
+
+    Args: auto_class: the teacher's head, from the task.
+    Raises:
+        DataError: as `CacheReader`.
+    """
+    reader = CacheReader(folder)
+    made = _model_config(reader.origin, where)
+    facts = CacheFacts(
+        reader.content, model_info(made, auto_class), count_parameters(made, auto_class), str(folder), reader.origin
+    )
+    return reader, facts
+
+
+def cache_digest(folder: Path) -> str:
+    """What identifies a finished cache: its manifest, which has the digest of every file.
+
+    Raises:
+        DataError: the folder is no finished cache.
+    """
+    CacheReader(folder)
+    return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+
+
+def model_values(config: PretrainedConfig) -> dict[str, Any]:
+    """A model's configuration as a cache keeps it: without the folder it lay in, and the version that wrote it."""
+    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return {key: value for key, value in values.items() if key not in ("_name_or_path", "transformers_version")}
+
+
+def cache_folder(path: str, base: Path, where: str) -> Path:
+    """The folder of a cache, relative to `base` or to the working directory.
+
+    Raises:
+        UserError: there is none.
+    """
+    for candidate in (base / path, Path(path)):
+        if candidate.is_dir():
+            return candidate
+    raise UserError(
+        "there is no folder of a cache here",
+        where=where,
+        found=path,
+        todo="give a folder that a cache stage made (stages/NN-NAME/export/TEACHER), or stage:CACHESTAGE/TEACHER",
+    )
+
+
+def _model_config(origin: CacheOrigin, where: str) -> PretrainedConfig:
+    values = dict(origin.model)
+    try:
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+    except (KeyError, ValueError, TypeError) as error:
+        raise DataError("the cache does not tell which model its teacher was", where=where, found=str(error)) from None
+
+
+def check_tokenizer_of(facts: CacheFacts, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Refuse the cache of a teacher with another tokenizer, where the run's own is known already."""
+    assert facts.origin is not None
+    ours = tokenizer_fingerprint(tokenizer)
+    if facts.origin.tokenizer != ours:
+        raise DataError(
+            "the cache was made with another tokenizer",
+            where=where,
+            found=f"{facts.origin.tokenizer} in the cache",
+            allowed=f"{ours} in this run",
+            todo="make the cache again with this run's tokenizer, or give the run that of the cache",
+        )
+
+
+def origin_of(teacher: str, data: LoadedData, tokenizer: PreTrainedTokenizerBase, model: dict[str, Any]) -> CacheOrigin:
+    """What a cache of a run's train split is made of. Args: teacher: its digest. model: its configuration."""
+    examples = len(data.splits["train"])
+    return CacheOrigin(teacher, tokenizer_fingerprint(tokenizer), data.fingerprint, "train", examples, model)
+
+
+def cached_teacher(
+    name: str, folder: Path, data: LoadedData, tokenizer: PreTrainedTokenizerBase, digest: str | None, where: str
+) -> CachedTeacher:
+    """The teacher of a cache.
+
+    Args: digest: of the teacher that it must be made of; None where the run does not know it.
+    Raises:
+        DataError: it was made of another teacher, tokenizer or data set, or is not finished.
+    """
+    reader, facts = open_cache(folder, data.task.class_for(data.config), where)
+    reader.check(origin_of(digest or reader.origin.teacher, data, tokenizer, reader.origin.model), where)
+    return CachedTeacher(name, reader, facts.info, facts.num_parameters)

@@ -1,0 +1,310 @@
+"""A cache stage: its teachers run once over the train split, one after the other, and what they say goes to disk.
+
+Ranks take disjoint shards and talk after every round of them; nothing else is collective, so unequal examples do not
+matter. A shard's batches are made of its own examples alone: what stands in it depends neither on the number of ranks
+nor on where an earlier session stopped.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mtkd.build import Workshop
+from mtkd.cache import CacheContent, CacheReader, CacheWriter, Record, make_records
+from mtkd.cachefolder import model_values, open_cache, origin_of
+from mtkd.cacheplan import check_layers, content_of
+from mtkd.chain import redo_command
+from mtkd.config import BatchConfig, StageConfig, TeacherConfig
+from mtkd.configfile import differences
+from mtkd.console import StageProgress, say
+from mtkd.data.collate import LoadedData, Split
+from mtkd.data.sampler import by_length, token_batches
+from mtkd.data.tokenizers import num_real_ids
+from mtkd.engine.dist import Dist, on_main
+from mtkd.ensembles import as_logits
+from mtkd.errors import DataError, NonFiniteError, Preempted, UserError
+from mtkd.pool import ResidentTeacher
+from mtkd.rundir import RunDir, StageDir
+from mtkd.seal import MANIFEST, append_jsonl, fault_point, write_atomic
+from mtkd.train import StopFlag, stop_flag
+
+_IDENTITY, _SECONDS = "identity.json", "seconds.json"
+_LOOKED_AT = 16  # examples whose inputs of two epochs are compared
+
+
+@dataclass
+class _Job:
+    """What the caches of a stage have in common, and how far they are.
+
+    Attributes:
+        seconds: that teachers ran, earlier sessions included. shards, examples: done so far, over all teachers.
+    """
+
+    shop: Workshop
+    name: str
+    stage: StageConfig
+    data: LoadedData
+    folder: StageDir
+    seconds: float = 0.0
+    shards: int = 0
+    examples: int = 0
+
+    @property
+    def split(self) -> Split:
+        return self.data.splits["train"]
+
+
+def capture(shop: Workshop, name: str, identity: dict[str, Any]) -> dict[str, Any]:
+    """Make the caches of a stage, going on with those that an earlier session began.
+
+    Returns:
+        Facts for the stage's DONE record; `caches`: per teacher what `CacheWriter.finish` measured, with its examples.
+    Raises:
+        Preempted: SIGTERM or SIGINT arrived; finished shards stay.
+        DataError: what was begun is another cache, or inputs change with the epoch.
+        NonFiniteError: a teacher's outputs are NaN.
+    """
+    stage = shop.config.stages[name]
+    job = _Job(shop, name, stage, shop.data(shop.config.data_name(stage.data)), shop.folder(name))
+    _check_same_every_epoch(job.split, f"stages.{name}.data")
+    if not on_main(shop.dist, lambda: _begun(job, identity)):
+        unit = len(job.split) * len(stage.teachers)
+        with stop_flag() as stopped, StageProgress(name, unit, 0, shop.dist.is_main, "example") as progress:
+            for i, teacher in enumerate(stage.teachers):
+                _cache(job, teacher, f"stages.{name}.teachers[{i}]", stopped, progress)
+            if not shop.dist.all_ok(not stopped()):
+                raise _preempted(job)
+        fault_point("before-cache-export", 0)
+        on_main(shop.dist, lambda: job.folder.partial.rename(job.folder.export) and None)
+    shop.dist.barrier()
+    made = {t.name: _facts(job.folder.export / t.name, job.data) for t in stage.teachers}
+    for teacher_name, facts in made.items():
+        say(f"  {name}/{teacher_name}: {_sentence(facts)}", main=shop.dist.is_main)
+    return {
+        "stage": name,
+        "kind": stage.kind,
+        "parameters": sum(facts["parameters"] for facts in made.values()),
+        "teachers": [t.name for t in stage.teachers],
+        "steps": sum(facts["shards"] for facts in made.values()),
+        "seconds": json.loads((job.folder.export / _SECONDS).read_text()),
+        "tokens": sum(facts["positions"] for facts in made.values()),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "caches": made,
+    }
+
+
+def _begun(job: _Job, identity: dict[str, Any]) -> bool:
+    """Whether an earlier session had only the DONE record left to write; makes the working folder else.
+
+    Raises:
+        DataError: with every difference, when what was begun is another cache.
+    """
+    for folder in (job.folder.export, job.folder.partial):
+        note = folder / _IDENTITY
+        if not note.is_file():
+            continue
+        changed = differences(json.loads(note.read_text()), json.loads(json.dumps(identity)))
+        if changed:
+            raise DataError(
+                "the caches begun here are of another configuration, teacher, data set or tokenizer",
+                where=f"stage '{job.name}'",
+                found="\n           ".join(changed),
+                todo="undo the change, give the run another name, or begin this stage anew: "
+                + redo_command([job.name]),
+            )
+        if folder == job.folder.partial:
+            job.seconds = float(json.loads((folder / _SECONDS).read_text()))
+        return folder == job.folder.export
+    job.folder.partial.mkdir(parents=True, exist_ok=True)
+    write_atomic(job.folder.partial / _SECONDS, "0.0")
+    write_atomic(job.folder.partial / _IDENTITY, json.dumps(identity, indent=1, sort_keys=True))
+    return False
+
+
+def _cache(job: _Job, config: TeacherConfig, where: str, stopped: StopFlag, progress: StageProgress) -> None:
+    """One teacher's cache in the working folder, as far as it is missing."""
+    shop, dist = job.shop, job.shop.dist
+    folder = job.folder.partial / config.name
+    if dist.broadcast_object((folder / MANIFEST).is_file()):
+        finished = CacheReader(folder)
+        job.shards, job.examples = job.shards + finished.num_shards, job.examples + finished.origin.num_examples
+        progress.update(job.examples, None, note=config.name)
+        return
+    model = shop.teacher(config, job.data, where)
+    token_level = job.data.task.token_level
+    columns = num_real_ids(shop.tokenizer) if token_level else job.data.num_labels
+    content = content_of(job.stage.cache, token_level=token_level, columns=columns, seed=shop.config.seed)
+    check_layers(content, model.info, f"stages.{job.name}.cache", config.name)
+    origin = origin_of(shop.digest(config.model), job.data, shop.tokenizer, model_values(model.model.config))
+
+    def open_writer() -> CacheWriter:
+        return CacheWriter(folder, content, origin, job.stage.cache.shard_examples)
+
+    on_main(dist, lambda: open_writer() and None)  # one rank makes the folder; the others find it and compare
+    writer = open_writer()
+    missing = dist.broadcast_object(writer.missing())
+    job.shards += writer.num_shards - len(missing)
+    job.examples += origin.num_examples - sum(len(examples) for _, examples in missing)
+    teacher = ResidentTeacher(config.name, model, shop.device, shop.dtype)
+    for start in range(0, len(missing), dist.world_size):
+        _round(job, teacher, writer, missing[start : start + dist.world_size], stopped, progress)
+    teacher.close()
+    del teacher, model
+    gc.collect()
+    on_main(dist, writer.finish)
+
+
+def _round(
+    job: _Job,
+    teacher: ResidentTeacher,
+    writer: CacheWriter,
+    shards: list[tuple[int, range]],
+    stopped: StopFlag,
+    progress: StageProgress,
+) -> None:
+    """At most one shard per rank; afterwards every rank knows whether all went well, and whether to stop."""
+    dist, begun = job.shop.dist, time.monotonic()
+    error: Exception | None = None
+    written = 0
+    if dist.rank < len(shards):
+        number, examples = shards[dist.rank]
+        try:
+            records = _records(job, teacher, writer.content, examples, stopped)
+            if records is not None:
+                writer.write(number, records)
+                written = len(records)
+        except (UserError, OSError, RuntimeError) as caught:
+            error = caught
+    _together(dist, error, writer.folder)
+    stops, new_shards, new_examples = dist.sum([stopped(), bool(written), written])
+    job.seconds += time.monotonic() - begun
+    job.shards, job.examples = job.shards + int(new_shards), job.examples + int(new_examples)
+    if dist.is_main:
+        _log(job)
+    progress.update(job.examples, None, note=teacher.name)
+    if stops:
+        raise _preempted(job)
+
+
+def _preempted(job: _Job) -> Preempted:
+    return Preempted(
+        f"stopped; {job.shards} shards of its caches are written",
+        where=f"stage '{job.name}'",
+        todo="run it again (without --redo) to go on from there",
+    )
+
+
+def _records(
+    job: _Job, teacher: ResidentTeacher, content: CacheContent, examples: range, stopped: StopFlag
+) -> list[Record] | None:
+    """What a teacher says about some examples; None when the process was told to stop before the end."""
+    wants, records = frozenset({"logits", *content.hidden}), list[Record]()
+    for batch in _batches(job.split, job.stage.batch, examples):
+        if stopped():
+            return None
+        batch = batch.to(job.shop.device)
+        features = teacher.forward(batch, wants)
+        features["logits"] = as_logits(features["logits"]).in_dtype(job.shop.dtype)
+        records += make_records(content, batch, features, job.shop.config.engine.tile)
+    for record in records:
+        _check_finite(record, teacher.name, content.dtype)
+    return records
+
+
+def _batches(split: Split, batch: BatchConfig, examples: range) -> Iterator[Any]:
+    """The examples of a shard, by falling length, with as many at a time as the stage's `batch` says."""
+    ordered = by_length(np.array(examples), split.lengths)
+    if batch.sequences is not None:
+        parts = [ordered[i : i + batch.sequences] for i in range(0, len(ordered), batch.sequences)]
+    else:
+        assert batch.tokens is not None
+        parts = token_batches(ordered, split.lengths, batch.tokens)
+    for part in parts:
+        yield split.collate(part.tolist())
+
+
+def _check_finite(record: Record, teacher: str, dtype: str) -> None:
+    """Refuse to keep NaN; a mass of 0 (log -inf) is a number."""
+    arrays = [*record.targets.values(), *record.traits.values()]
+    arrays += [] if record.classes is None else [record.classes]
+    if any(np.isnan(values).any() for values in arrays):
+        raise NonFiniteError("a teacher's logits are not finite", where=f"teacher '{teacher}'",
+                             found=f"example {record.id}")  # fmt: skip
+    for key, values in record.hidden.items():
+        if not torch.isfinite(values).all():
+            raise NonFiniteError(
+                f"a hidden state is not finite in {dtype}",
+                where=f"teacher '{teacher}'",
+                found=f"{key} of example {record.id}",
+                todo="set cache.dtype to bfloat16 or float32: float16 ends at 65,504",
+            )
+
+
+def _together(dist: Dist, error: Exception | None, folder: Path) -> None:
+    """Raise on every rank when one of them failed."""
+    if isinstance(error, OSError):
+        error = UserError(
+            f"a shard could not be written: {error.strerror or error}",
+            where=str(folder),
+            todo="mend the cause and run it again: the shards that are written stay",
+        )
+    if dist.all_ok(error is None):
+        return
+    told = dist.gather_objects(f"rank {dist.rank}: {type(error).__name__}: {error}" if error else "")
+    message = dist.broadcast_object("; ".join(filter(None, told or [])))
+    raise error or UserError(f"another process failed: {message}", where=str(folder))
+
+
+def _log(job: _Job) -> None:
+    """Where the stage stands, for `mtkd status`, and the seconds for a later session."""
+    write_atomic(job.folder.partial / _SECONDS, json.dumps(job.seconds))
+    line = {"stage": job.name, "step": job.shards, "time": time.time(), "seconds": round(job.seconds, 3)}
+    append_jsonl(RunDir(job.shop.run.path).metrics_file, {**line, "examples": job.examples})
+
+
+def _facts(folder: Path, data: LoadedData) -> dict[str, Any]:
+    """What a finished cache tells of itself, with its size in examples and shards."""
+    reader, facts = open_cache(folder, data.task.class_for(data.config), str(folder))
+    return {
+        **reader.facts,
+        "parameters": facts.num_parameters,
+        "examples": reader.origin.num_examples,
+        "shards": reader.num_shards,
+        "targets": reader.content.targets,
+    }
+
+
+def _sentence(facts: dict[str, Any]) -> str:
+    text = f"{facts['examples']:,} examples, {facts['bytes'] / 1e6:,.1f} MB, {facts['bytes_per_position']:.1f} bytes "
+    text += "per example" if facts["targets"] == "classes" else "per target"
+    return text + (f", KL of the reconstruction {facts['kl']:.2g} nats" if "kl" in facts else "")
+
+
+def _check_same_every_epoch(split: Split, where: str) -> None:
+    """Refuse data whose inputs change with the epoch: what a teacher says once is then not what it would say again.
+
+    Raises:
+        DataError: naming the first example that differs.
+    """
+    for example in np.linspace(0, len(split) - 1, min(_LOOKED_AT, len(split))).astype(int).tolist():
+        one, other = (split.collate([example], epoch=epoch) for epoch in (0, 1))
+        same = torch.equal(one.input_ids, other.input_ids) and torch.equal(
+            one.targets.nan_to_num(), other.targets.nan_to_num()
+        )
+        if not same:
+            raise DataError(
+                "the inputs of these data change with the epoch: a cache would hold those of one epoch only",
+                where=where,
+                found=f"example {example}",
+                todo="use resident teachers for these data",
+            )

@@ -1,0 +1,113 @@
+"""What `mtkd plan` shows: stages and models as they would run, as plain values and as tables."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from rich.table import Table
+
+from mtkd.cachefolder import CacheFacts
+from mtkd.config import ModelConfig, TeacherConfig
+from mtkd.models.info import ModelInfo
+
+SKIPPED = "done, skipped"
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A model of a stage: `role` is "student" or the teacher's name; `parameters` counted on the meta device."""
+
+    role: str
+    origin: str
+    architecture: str
+    layers: int
+    width: int
+    heads: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage as it would run; `steps` and `tokens` (upper bound) are None while they depend on data or stages."""
+
+    name: str
+    kind: str
+    state: str
+    needs: list[str]
+    models: list[PlannedModel]
+    rows: list[str]
+    steps: int | None
+    tokens: int | None
+    memory_gb: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `mtkd run` would do."""
+
+    name: str
+    folder: str
+    engine: str
+    command: str
+    stages: list[PlannedStage] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    def tables(self) -> list[Table]:
+        """For the terminal."""
+        table = Table(
+            "stage", "kind", "state", "model", "origin", "shape", "parameters", "steps", "tokens <=", "GB per rank",
+            title=f"{self.name}  ->  {self.folder}   engine: {self.engine}",
+        )  # fmt: skip
+        for stage in self.stages:
+            for i, model in enumerate(stage.models):
+                shape = f"{model.architecture} {model.layers}x{model.width}, {model.heads} heads"
+                first = (stage.name, stage.kind, stage.state) if i == 0 else ("", "", "")
+                work = (_number(stage.steps), _number(stage.tokens), f"{stage.memory_gb:.2f}") if i == 0 else ("",) * 3
+                table.add_row(*first, model.role, model.origin, shape, f"{model.parameters:,}", *work)
+        rows = Table("stage", "row", title="rows of the objectives, and what caches keep")
+        for stage in self.stages:
+            for row in stage.rows:
+                rows.add_row(stage.name, row)
+        table.caption = f"started by: {self.command}"
+        return [table, rows]
+
+
+def with_consequences(stages: list[PlannedStage]) -> list[PlannedStage]:
+    """A stage is not skipped when one that it uses is to be made: its teacher will be another."""
+    found: dict[str, PlannedStage] = {}
+    for stage in stages:
+        stale = [need for need in stage.needs if found[need].state != SKIPPED]
+        if stage.state == SKIPPED and stale:
+            stage = replace(stage, state=f"done, but {stale[0]} is not")
+        found[stage.name] = stage
+    return list(found.values())
+
+
+def planned_model(role: str, model: ModelConfig, info: ModelInfo, parameters: int) -> PlannedModel:
+    origin = model.path or "fresh"
+    if model.keep_layers:
+        origin += f" layers {','.join(map(str, model.keep_layers))}"
+    if model.slice:
+        origin += ", sliced"
+    if model.vocabulary:
+        origin += f", {info.vocabulary:,} ids"
+    return PlannedModel(role, origin, info.architecture, info.num_layers, info.width, info.num_heads, parameters)
+
+
+def of_cache(teacher: TeacherConfig, facts: CacheFacts) -> tuple[PlannedModel, ModelInfo]:
+    """A teacher that is not run: its shape as its cache knows it."""
+    made = planned_model(teacher.name, teacher.model, facts.info, facts.num_parameters)
+    return replace(made, origin=f"cache {teacher.model.path}"), facts.info
+
+
+def row_text(weight: float, key: str, pairs: tuple[tuple[tuple[int, int], ...], ...]) -> str:
+    layers = [f"{s}<-{t}" for s, t in pairs[0]] if pairs and pairs[0] != ((0, 0),) else []
+    return f"{weight:g} x {key}" + (f"  (student<-teacher layers {', '.join(layers)})" if layers else "")
+
+
+def _number(value: int | None) -> str:
+    return "?" if value is None else f"{value:,}"

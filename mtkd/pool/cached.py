@@ -1,0 +1,38 @@
+"""The cached backend: what a teacher said once is read from disk by example number, and the teacher is not run."""
+
+from __future__ import annotations
+
+from mtkd.cache import CacheReader
+from mtkd.data.batch import Batch
+from mtkd.features import Features, split_key
+from mtkd.models.info import ModelInfo
+
+
+class CachedTeacher:
+    """The cache of a teacher in the place of the teacher.
+
+    Args:
+        name: in metrics and options.
+        reader: of its cache, checked against the run. Every rank reads its own examples.
+        info, num_parameters: of the model that the cache was made of.
+    """
+
+    def __init__(self, name: str, reader: CacheReader, info: ModelInfo, num_parameters: int) -> None:
+        self.name, self.info, self.num_parameters = name, info, num_parameters
+        self._reader: CacheReader | None = reader
+        self._provides = frozenset({"logits", *(split_key(key)[0] for key in reader.content.hidden)})
+
+    def provides(self) -> frozenset[str]:
+        return self._provides
+
+    def forward(self, batch: Batch, wants: frozenset[str]) -> Features:
+        """The wanted features of the batch's examples, looked up by number.
+
+        Raises:
+            DataError: an example that the cache does not have, or of another length than when it was made.
+        """
+        assert self._reader is not None
+        return self._reader.read(batch.ids.tolist()).features(self.name, batch, wants)
+
+    def close(self) -> None:
+        self._reader = None
