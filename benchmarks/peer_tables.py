@@ -205,7 +205,7 @@ def cached(found: Found) -> list[str]:
         r = line["result"]
         lines.append(
             f"- `THP_MEM_ALLOC_ENABLE={line['huge']}`: label-only step {r['labels']:.3f} s, step from the cache of "
-            f"four teachers {r['cached']:.3f} s, ratio {ratio:.2f}; {r['bytes_per_token']:.0f} bytes per token and teacher"
+            f"four teachers {r['cached']:.3f} s, ratio {ratio:.2f}; {r['bytes_per_token']:.0f} bytes per token, teacher"
         )
     if per:
         lines.append(_against(min(ratio for ratio, _ in per), 1.10, "cached step over the label-only step"))

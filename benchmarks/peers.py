@@ -158,8 +158,8 @@ def facts(threads: int, peers: str) -> dict[str, str]:
     read = {a.strip(): b.strip() for a, _, b in (line.partition(":") for line in lines)}
     wide = next((name for name in ("avx512f", "avx2") if name in read.get("flags", "").split()), "")
     program = "import importlib.metadata as m, json, sys\n" + (
-        "names = sys.argv[1:]\nfound = {d.metadata['Name'].lower().replace('_', '-'): d.version for d in m.distributions()}\n"
-        "print(json.dumps({n: found[n] for n in names if n in found}))"
+        "found = {d.metadata['Name'].lower().replace('_', '-'): d.version for d in m.distributions()}\n"
+        "print(json.dumps({n: found[n] for n in sys.argv[1:] if n in found}))"
     )
     output = subprocess.check_output([sys.executable, "-c", program, *VERSIONED], env=environment(peers, threads, "0"))
     return {
