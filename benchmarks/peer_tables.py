@@ -165,15 +165,15 @@ def floor(found: Found) -> list[str]:
     rows, ratios = [], {"product": [], "torch": []}
     for line in found.lines:
         r = line["result"]
-        base = r["student"] + r["teacher"] + r["optimizer"]
+        models = {"product": r["student"] + r["teacher"], "torch": r["student_torch"] + r["teacher_torch"]}
         for name, kept in ratios.items():
-            kept.append(r["step"] / (base + r[f"head_{name}"]))
-        keys = ("step", "student", "teacher", "head_product", "head_torch", "optimizer")
-        rows.append([line["huge"], *(f"{1000 * r[key]:.0f}" for key in keys)])
-    head = ["`THP_MEM_ALLOC_ENABLE`", "step, ms", "student below the head", "teacher below the head"]
-    head += ["head products (mtkd's routine)", "head products (torch's)", "clipping and AdamW"]
+            kept.append(r["step"] / (models[name] + r[f"head_{name}"] + r["optimizer"]))
+        pairs = [f"{1000 * r[a]:.0f} / {1000 * r[b]:.0f}" for a, b in PAIRS]
+        rows.append([line["huge"], f"{1000 * r['step']:.0f}", *pairs, f"{1000 * r['optimizer']:.0f}"])
+    head = ["`THP_MEM_ALLOC_ENABLE`", "step, ms", "student below the head: mtkd's products / torch's"]
+    head += ["teacher below the head", "head products", "clipping and AdamW"]
     lines = [*_table(head, rows), ""]
-    for name, what in (("product", "head products by the same routine as the step"), ("torch", "all by torch")):
+    for name, what in (("product", "all products by the step's routines"), ("torch", "all by torch")):
         lines.append(_against(min(ratios[name], default=float("inf")), 1.10, f"step over its floor, {what}"))
     return lines + [f"- `{arm}` did not run: {_plain(why)}" for arm, why in found.failed.items()]
 
@@ -250,6 +250,9 @@ def packing(found: Found) -> list[str]:
 def _number(value: float, form: str) -> str:
     return "" if value == float("inf") else format(value, form)
 
+
+PAIRS = (("student", "student_torch"), ("teacher", "teacher_torch"), ("head_product", "head_torch"))
+"""Parts of the floor, as mtkd computes them and as torch does."""
 
 TITLES = {
     "step": (step, "One step, one teacher"),

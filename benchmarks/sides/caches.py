@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import statistics
 import sys
 from contextlib import redirect_stdout
@@ -16,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from sides.setting import BATCH, LENGTH, STUDENT, TEACHER, Result
+from sides.setting import BATCH, LENGTH, STUDENT, TEACHER, VOCABULARY, Result
 
 TEACHERS = 4
 KEPT = 50
@@ -26,7 +27,8 @@ KEPT = 50
 def time(quick: bool, folder: Path, threads: int) -> Result:
     """Seconds per step (medians) of a label-only step and a cached one, and what the cache holds per token.
 
-    Teachers are fresh: their distributions are flat, which is the worst case for a codec and says nothing about `kl`.
+    The teachers (of two layers: a cached step does not know) are fresh and the text is random words: that decides no
+    time, and distributions this flat are a codec's worst case.
     """
     steps = 3 if quick else 12
     teacher = _shape(TEACHER, 2)
@@ -38,8 +40,10 @@ def time(quick: bool, folder: Path, threads: int) -> Result:
     for turn in range(1 if quick else 2):  # in turns, so that a machine that slows down hurts both
         stages[f"labels-{turn}"] = {"kind": "finetune", "student": _shape(STUDENT), **fast}
         stages[f"cached-{turn}"] = {"kind": "distill", "student": _shape(STUDENT), **_from_cache(), **fast}
-    limit = {"train": 16 if quick else 100, "validation": 1}
-    config = _config("cached-time", folder, threads, 32_000, {"limit": limit, "max_length": LENGTH}, stages, "fp32")
+    source = _made_up(folder / "text", 40 if quick else 100)
+    data = {"path": str(source), "files": {"train": "train.txt", "test": "test.txt"}, "validation_share": 0.05}
+    config = _config("cached-time", folder, threads, {**data, "max_length": LENGTH}, stages, "fp32")
+    config["tokenizer"] = {"path": str(source)}
     path = _run({**config, "log_every": 1})
     found = {name: statistics.median(_seconds(path, name)) for name in ("labels", "cached")}
     return {**found, "bytes_per_token": _stored(path)["bytes_per_token"]}
@@ -68,10 +72,17 @@ def quality(quick: bool, folder: Path, threads: int) -> Result:
         stages[f"labels-{seed}"] = {"kind": "finetune", **own}
         stages[f"live-{seed}"] = {"kind": "distill", "teachers": live, "match": rows, **own}
         stages[f"cached-{seed}"] = {"kind": "distill", **_from_cache(), "match": rows, **own}
-    data = {"max_length": 128, "limit": {"validation": 1, "test": 20 if quick else 300}}
+    data: dict[str, Any] = {
+        "path": str(_text_folder()),
+        "files": {"train": "valid.txt", "test": "test.txt"},  # train.txt is not in the data folder
+        "validation_share": 0.02,
+        "max_length": 128,
+        "limit": {"validation": 20, "test": 20 if quick else 300},
+    }
     if quick:
         data["limit"]["train"] = 60
-    config = _config("cached-quality", folder, threads, 4_096, data, stages, "bf16")
+    config = _config("cached-quality", folder, threads, data, stages, "bf16")
+    config["tokenizer"] = {"train_on": "text", "vocab_size": 4_096}
     scored = [n for n in stages if n != "cache"]
     path = _run({**config, "evaluate": {"stages": scored, "ensembles": ["live-0"], "resamples": 20}, "log_every": 50})
     models = json.loads((path / "results.json").read_text())["models"]
@@ -106,26 +117,33 @@ def _from_cache() -> dict[str, Any]:
 
 
 def _config(
-    name: str, folder: Path, threads: int, ids: int, data: dict[str, Any], stages: dict[str, Any], precision: str
+    name: str, folder: Path, threads: int, data: dict[str, Any], stages: dict[str, Any], precision: str
 ) -> dict[str, Any]:
-    text = _text_folder()
     return {
         "name": name,
         "seed": 0,
         "output": str(folder / "runs"),
-        "tokenizer": {"train_on": "text", "vocab_size": ids},
-        "data": {
-            "text": {
-                "source": "files",
-                "path": str(text),
-                "files": {"train": "valid.txt", "test": "test.txt"},  # train.txt is not in the data folder
-                "validation_share": 0.02,
-                **data,
-            }
-        },
+        "data": {"text": {"source": "files", **data}},
         "engine": {"kind": "torch", "device": "cpu", "precision": precision, "threads": threads},
         "stages": stages,
     }
+
+
+def _made_up(folder: Path, lines: int) -> Path:
+    """Lines of random words, and a tokenizer of VOCABULARY ids that knows them: text has fewer at this size."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder.mkdir(parents=True, exist_ok=True)
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "t0", "bos_token": "t1", "eos_token": "t2", "unk_token": "t0"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+    draw = random.Random(0)
+    for file, count in (("train.txt", lines), ("test.txt", 2)):
+        text = [" ".join(f"t{draw.randrange(3, VOCABULARY)}" for _ in range(LENGTH)) for _ in range(count)]
+        (folder / file).write_text("\n".join(text) + "\n")
+    return folder
 
 
 def _text_folder() -> Path:

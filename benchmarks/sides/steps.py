@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from mtkd.products import product
 from sides import ours
-from sides.setting import BATCH, LEARNING_RATE, LENGTH, Result, measured_steps, resident_mb, timed, token_ids
+from sides.setting import (
+    BATCH,
+    LEARNING_RATE,
+    LENGTH,
+    STUDENT,
+    TEACHER,
+    Result,
+    llama,
+    measured_steps,
+    resident_mb,
+    timed,
+    token_ids,
+)
 
 POSITIONS = BATCH * (LENGTH - 1)
 """With a target; each row of the batch has one token that predicts nothing."""
@@ -39,7 +52,7 @@ def slope(repeats: int) -> Result:
 def _bare_teacher(teacher) -> dict[str, Callable[[], object]]:
     """Backbone and whole head of one teacher without gradients: the head by mtkd's product, and by torch's."""
     ids = token_ids()
-    model = teacher.model.eval()
+    model, plain = teacher.model.eval(), llama(TEACHER, 1).eval()
     head = model.lm_head.weight.detach()
 
     @torch.no_grad()
@@ -49,7 +62,7 @@ def _bare_teacher(teacher) -> dict[str, Callable[[], object]]:
 
     @torch.no_grad()
     def torchs() -> object:
-        return model.model(ids, use_cache=False).last_hidden_state[:, :-1] @ head.t()
+        return plain.model(ids, use_cache=False).last_hidden_state[:, :-1] @ head.t()
 
     return {"product": ours_, "torch": torchs}
 
@@ -57,7 +70,8 @@ def _bare_teacher(teacher) -> dict[str, Callable[[], object]]:
 def floor(repeats: int) -> Result:
     """The step and its parts, alternating in one process; the parts are what no implementation can leave out.
 
-    Keys: `step`; `student` forward and backward below the head; `teacher` forward below the head; `head_product` and
+    Keys: `step`; `student` forward and backward below the head; `teacher` forward below the head, both as mtkd runs
+    them and (`_torch`) as transformers does; `head_product` and
     `head_torch`, the four products of vocabulary size (student's logits, their gradient to the hidden states and to the
     head, teacher's logits) by mtkd's routine in tiles and by torch's whole; `optimizer`: clipping and AdamW.
     """
@@ -65,32 +79,32 @@ def floor(repeats: int) -> Result:
     step = ours.distil(student, [teacher], [ours.JSD], ours.text_batch())
     bare, (bare_teacher,) = ours.student_and_teachers(1)
     ids, model = token_ids(), bare.model.train()
+    plain_student, plain_teacher = llama(STUDENT, 0).train(), llama(TEACHER, 1)
     backbone_grad = torch.randn(BATCH, LENGTH, 256) * 1e-3
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0, fused=True)
     heads = _Heads(model.lm_head.weight.detach(), bare_teacher.model.lm_head.weight.detach())
     gradients = [torch.randn_like(p) * 1e-4 for p in model.parameters()]
 
-    def student_alone() -> None:
+    def student_alone(model=model) -> None:
         model.model.zero_grad()
         model.model(ids, use_cache=False).last_hidden_state.backward(backbone_grad)
 
     @torch.no_grad()
-    def teacher_alone() -> None:
-        bare_teacher.model.eval().model(ids, use_cache=False)
-
-    def update() -> None:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+    def teacher_alone(model=bare_teacher.model) -> None:
+        model.eval().model(ids, use_cache=False)
 
     def update_alone() -> None:
         for parameter, gradient in zip(model.parameters(), gradients, strict=True):
             parameter.grad = gradient
-        update()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
 
     work: dict[str, Callable[[], object]] = {
         "step": step,
         "student": student_alone,
         "teacher": teacher_alone,
+        "student_torch": partial(student_alone, plain_student),
+        "teacher_torch": partial(teacher_alone, plain_teacher),
         "head_product": heads.tiled,
         "head_torch": heads.whole,
         "optimizer": update_alone,
