@@ -175,7 +175,8 @@ class _Planner:
             planned.append(model)
             texts.append(f"{teacher.name}: {describe(content, info, train_tokens(data, self.config.base))}")
         largest = max(planned, key=lambda model: model.parameters)  # they are run one after the other
-        memory = largest.parameters * FLOAT + self.config.engine.tile * self._num_ids * FLOAT * 2 * token_level
+        logits = self._tile(self._num_ids) * self._num_ids * 2 if token_level else 0
+        memory = (largest.parameters + logits) * FLOAT
         return PlannedStage(
             name, stage.kind, self._state(name), needed_stages(stage), planned, texts, None, None, memory / 1e9
         )
@@ -317,6 +318,9 @@ class _Planner:
         device = self.config.engine.device
         return device == "cuda" or (device == "auto" and torch.cuda.is_available())
 
+    def _tile(self, columns: int) -> int:
+        return self.config.engine.tile_for(columns, "cuda" if self._on_gpu else "cpu")
+
     def _memory(self, trained: list[PlannedModel], teachers: list[TeacherSize], student: ModelInfo) -> float:
         """GB (1e9 bytes) per rank of weights, gradients, Adam's moments and one vocabulary tile; no activations."""
         engine = self.config.engine
@@ -326,7 +330,6 @@ class _Planner:
         total += own * _COPIES["gradient"] / (ranks if shard >= 2 else 1)
         total += own * _COPIES["weight"] / (ranks if shard >= 3 else 1)
         total += teacher_bytes(teachers, on_gpu=self._on_gpu, prefetch=engine.prefetch)
-        tile = engine.tile_for(student.vocabulary, "cuda" if self._on_gpu else "cpu")
         live = sum(t.backend != "cached" for t in teachers)
-        total += tile * student.vocabulary * FLOAT * (3 + live)
+        total += self._tile(student.vocabulary) * student.vocabulary * FLOAT * (3 + live)
         return total / 1e9

@@ -75,10 +75,14 @@ def _top(content: CacheContent, whole: Arrays) -> tuple[Arrays, dict[str, float]
     order = np.argsort(whole["ids"], 1)
     exact, tail = np.take_along_axis(whole["log_probs"], order, 1).astype(np.float64), whole["tail"].astype(np.float64)
     _, found, found_tail = codec.decode(coded)
-    gaps = np.exp(exact) * (np.maximum(exact, -1e30) - found)
-    others = np.exp(tail) * (np.maximum(tail, -1e30) - found_tail)
     largest = float(np.abs(exact - found)[np.isfinite(exact)].max(initial=0))
-    return coded, {"kl": float(gaps.sum() + others.sum()), "max_log_prob_error": largest}
+    return coded, {"kl": _divergence(exact, found) + _divergence(tail, found_tail), "max_log_prob_error": largest}
+
+
+def _divergence(exact: np.ndarray, found: np.ndarray) -> float:
+    """``sum p log(p/q) - p + q`` in nats: KL for masses that sum to 1, and never below 0 where rounding left 1e-8."""
+    p, q = np.exp(exact), np.exp(found)
+    return float((p * (np.maximum(exact, -1e30) - found) - p + q).sum())
 
 
 def _sampled(content: CacheContent, records: Sequence[Record], whole: Arrays) -> tuple[Arrays, dict[str, float]]:
