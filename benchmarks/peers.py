@@ -22,6 +22,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -223,7 +224,8 @@ def measure(job: Job, arguments: argparse.Namespace) -> dict[str, Any]:
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         (arguments.output / f"failed-{job.part}-{job.arm}.txt").write_text(done.stderr)
-        return {"failed": lines[-1][:200]}
+        named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+        return {"failed": (named or lines)[-1][:200]}
     return {"result": json.loads(done.stdout.splitlines()[-1])}
 
 

@@ -143,7 +143,7 @@ def _made_up(folder: Path, lines: int) -> Path:
     draw = random.Random(0)
     for file, count in (("train.txt", lines), ("test.txt", 2)):
         text = [" ".join(f"t{draw.randrange(3, VOCABULARY)}" for _ in range(LENGTH)) for _ in range(count)]
-        (folder / file).write_text("\n".join(text) + "\n")
+        (folder / file).write_text("\n\n".join(text) + "\n")
     return folder
 
 
