@@ -238,7 +238,9 @@ def inside(call: str, options: dict[str, Any], threads: int, output: Path) -> No
     torch.set_num_threads(threads)
     module, _, name = call.partition(".")
     if module in ("caches", "lengths"):
-        options = {**options, "folder": output, "threads": threads}
+        # finished runs are not redone: one of other code, or of the other kind of memory, must not be found
+        own = output / f"{code_digest()}-{os.environ.get('THP_MEM_ALLOC_ENABLE', '0')}"
+        options = {**options, "folder": own, "threads": threads}
     print(json.dumps(getattr(importlib.import_module(f"sides.{module}"), name)(**options)))
 
 
