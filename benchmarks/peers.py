@@ -22,6 +22,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -223,7 +224,8 @@ def measure(job: Job, arguments: argparse.Namespace) -> dict[str, Any]:
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         (arguments.output / f"failed-{job.part}-{job.arm}.txt").write_text(done.stderr)
-        return {"failed": lines[-1][:200]}
+        named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+        return {"failed": (named or lines)[-1][:200]}
     return {"result": json.loads(done.stdout.splitlines()[-1])}
 
 
@@ -236,7 +238,9 @@ def inside(call: str, options: dict[str, Any], threads: int, output: Path) -> No
     torch.set_num_threads(threads)
     module, _, name = call.partition(".")
     if module in ("caches", "lengths"):
-        options = {**options, "folder": output, "threads": threads}
+        # finished runs are not redone: one of other code, or of the other kind of memory, must not be found
+        own = output / f"{code_digest()}-{os.environ.get('THP_MEM_ALLOC_ENABLE', '0')}"
+        options = {**options, "folder": own, "threads": threads}
     print(json.dumps(getattr(importlib.import_module(f"sides.{module}"), name)(**options)))
 
 

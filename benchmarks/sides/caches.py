@@ -132,17 +132,18 @@ def _config(
 def _made_up(folder: Path, lines: int) -> Path:
     """Lines of random words, and a tokenizer of VOCABULARY ids that knows them: text has fewer at this size."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
 
     folder.mkdir(parents=True, exist_ok=True)
     words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     special = {"pad_token": "t0", "bos_token": "t1", "eos_token": "t2", "unk_token": "t0"}
     PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+    LlamaConfig(vocab_size=VOCABULARY).save_pretrained(folder)  # a tokenizer is looked for in a model's folder
     draw = random.Random(0)
     for file, count in (("train.txt", lines), ("test.txt", 2)):
         text = [" ".join(f"t{draw.randrange(3, VOCABULARY)}" for _ in range(LENGTH)) for _ in range(count)]
-        (folder / file).write_text("\n".join(text) + "\n")
+        (folder / file).write_text("\n\n".join(text) + "\n")
     return folder
 
 
