@@ -60,7 +60,7 @@ def make_teachers(count: int, backend: str, folder: Path, dtype):
 
 
 def measure(arm: str, count: int, steps: int, folder: Path) -> dict[str, float]:
-    """First loss, seconds per step (median), the process's own CPU seconds (least), MB held by the teachers between steps, MB at the peak of the steps."""
+    """First loss, seconds per step (median), CPU seconds of the process per step (least), MB held between steps, peak MB."""
     warnings.filterwarnings("ignore")
     import torch
 
@@ -142,9 +142,8 @@ def compare(arms: list[str], counts: list[int], rounds: int, steps: int) -> None
                 found.setdefault((arm, count), []).append(result)
                 print(f"{arm:24s}{count:3d}", {k: round(v, 6) for k, v in result.items()}, flush=True)
         one = sum(p.numel() for p in llama(TEACHER, 1).parameters()) * 4 / 1e6
-    print(
-        f"one teacher: {one:.0f} MB\n{'arm':24s}{'K':>3s}{'s/step (min..max)':>24s}{'CPU s':>8s}{'held':>8s}{'peak':>8s}  first loss"
-    )
+    print(f"one teacher: {one:.0f} MB")
+    print(f"{'arm':24s}{'K':>3s}{'s/step (min..max)':>24s}{'CPU s':>8s}{'held':>8s}{'peak':>8s}  first loss")
     for (arm, count), results in sorted(found.items(), key=lambda item: (item[0][1], item[0][0])):
         times = [r["seconds"] for r in results]
         bare = found[arm.replace("offload", "resident"), 0]
@@ -152,9 +151,8 @@ def compare(arms: list[str], counts: list[int], rounds: int, steps: int) -> None
             (min(r[key] for r in results) - min(r[key] for r in bare)) / one for key in ("held_mb", "peak_mb")
         )
         spread = f"{min(times):.3f} ({min(times):.3f}..{max(times):.3f})"
-        print(
-            f"{arm:24s}{count:3d}{spread:>24s}{min(r['cpu_seconds'] for r in results):8.3f}{held:8.2f}{peak:8.2f}  {results[0]['first_loss']:.7f}"
-        )
+        cpu, loss = min(r["cpu_seconds"] for r in results), results[0]["first_loss"]
+        print(f"{arm:24s}{count:3d}{spread:>24s}{cpu:8.3f}{held:8.2f}{peak:8.2f}  {loss:.7f}")
 
 
 def main() -> None:

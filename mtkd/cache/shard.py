@@ -81,7 +81,7 @@ def _top(content: CacheContent, whole: Arrays) -> tuple[Arrays, dict[str, float]
 
 def _divergence(exact: np.ndarray, found: np.ndarray) -> float:
     """``sum p log(p/q) - p + q`` in nats: KL for masses that sum to 1, and never below 0 where rounding left 1e-8."""
-    p, q = np.exp(exact), np.exp(found)
+    p, q = np.exp(exact), np.exp(found.astype(np.float64))
     return float((p * (np.maximum(exact, -1e30) - found) - p + q).sum())
 
 
