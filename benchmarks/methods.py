@@ -74,6 +74,11 @@ class Setting:
         made = prepare(self.task, self.output)
         self.data, self.model = made["data"], made["model"]
 
+    @property
+    def transfer(self) -> dict[str, Any]:
+        """The task's texts and as many more, which only teachers label."""
+        return {**self.data, "limit": {"train": TASKS[self.task].transfer}}
+
     def folder(self, run: str) -> Path:
         return self.output / "runs" / self.task / run
 
@@ -130,6 +135,9 @@ def hinton_arms(setting: Setting) -> Iterator[Arm]:
     yield Arm("single model, labels", {"student": setting.labels(3)})
     yield Arm("distilled from ten", {"student": setting.distil(3, ten, match=[soft, hard])}, ensemble=True)
     yield Arm("distilled from one", {"student": setting.distil(3, ten[:1], match=[soft, hard])})
+    # The teachers know the answers to their own training texts by heart: what they say about others tells more.
+    more = setting.distil(3, ten, match=[soft], data="transfer")
+    yield Arm("distilled from ten on more, unlabelled texts", {"student": more})
 
 
 def weighting_arms(setting: Setting) -> Iterator[Arm]:
@@ -176,14 +184,17 @@ PARTS = {
 def configuration(setting: Setting, run: str, arm: Arm, seed: int) -> dict[str, Any]:
     """The run file of an arm and seed, as plain values."""
     last = list(arm.stages)[-1]
-    evaluate = {"stages": [last], "resamples": 100, **({"ensembles": [last]} if arm.ensemble else {})}
+    transfer = any(stage.get("data") == "transfer" for stage in arm.stages.values())
+    evaluate = {"data": setting.task, "stages": [last], "resamples": 100}
+    if arm.ensemble:
+        evaluate["ensembles"] = [last]
     return {
         "name": run,
         "seed": seed,
         "output": str(setting.folder(run).parent),
-        "data": {setting.task: setting.data},
+        "data": {setting.task: setting.data, **({"transfer": setting.transfer} if transfer else {})},
         "engine": {"kind": "torch", "device": "cpu", "precision": "bf16", "threads": 1},
-        "stages": arm.stages,
+        "stages": {name: {"data": setting.task, **stage} for name, stage in arm.stages.items()},
         "evaluate": evaluate,
         "log_every": 50,
     }

@@ -29,13 +29,14 @@ Row = dict[str, str]
 
 @dataclass(frozen=True)
 class Task:
-    """A data set: its readers, how many rows train and for how long, and the longest example in tokens."""
+    """A data set: its readers, how many rows train and for how long, and the longest example."""
 
     train: Callable[[Path], Iterator[Row]]
     test: Callable[[Path], Iterator[Row]]
     limit: int
     max_length: int
     steps: int  # of 16 sequences
+    transfer: int  # rows whose labels are not read
     lr: float = 3e-4
     pair: bool = False
     held: int = 0  # training rows that are tested on instead
@@ -75,9 +76,10 @@ TASKS = {
         2_000,
         48,
         500,
+        20_000,
     ),
     "trec": Task(
-        _trec("classification/TREC/train.txt"), _trec("classification/TREC/test.txt"), 1_500, 40, 600, held=3_000
+        _trec("classification/TREC/train.txt"), _trec("classification/TREC/test.txt"), 1_500, 40, 600, 2_452, held=3_000
     ),
     "rte": Task(
         _tsv("glue/RTE/train.tsv", "sentence1", "label", "sentence2"),
@@ -85,11 +87,12 @@ TASKS = {
         2_500,
         96,
         600,
+        2_500,
         1e-4,
         pair=True,
     ),
     "banking77": Task(
-        _csv("classification/banking77/train.csv"), _csv("classification/banking77/test.csv"), 4_000, 40, 1_000
+        _csv("classification/banking77/train.csv"), _csv("classification/banking77/test.csv"), 4_000, 40, 1_000, 10_003
     ),
 }
 
