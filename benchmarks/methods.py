@@ -23,7 +23,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,7 +52,7 @@ ENSEMBLES = ("probabilities", "logits")
 
 @dataclass(frozen=True)
 class Arm:
-    """One arm of a comparison: its stages; the last one is scored, and the ensemble of its teachers if asked for."""
+    """One arm of a comparison: its stages; the last one is scored, and the ensemble of the cached teachers if asked."""
 
     name: str
     stages: dict[str, dict[str, Any]]
@@ -102,6 +102,17 @@ class Setting:
         named = [{"name": f"t{k}", "model": path} for k, path in enumerate(teachers)]
         return self.stage(share, **{"kind": "distill", "student": self.student(layers), "teachers": named, **values})
 
+    def cached(self, teachers: list[str], **values: Any) -> dict[str, Any]:
+        """A stage that runs the teachers once over the training texts and keeps their class logits."""
+        named = [{"name": f"t{k}", "model": path} for k, path in enumerate(teachers)]
+        return {"kind": "cache", "teachers": named, "batch": {"sequences": 64}, **values}
+
+    def from_cache(self, layers: int, run: str, count: int, **values: Any) -> dict[str, Any]:
+        """As `distil`, from the first `count` teachers whose outputs a run has cached."""
+        caches = self.folder(run) / "stages" / "01-cache" / "export"
+        stage = self.distil(layers, [str((caches / f"t{k}").resolve()) for k in range(count)], **values)
+        return {**stage, "teachers": [{**teacher, "backend": "cached"} for teacher in stage["teachers"]]}
+
 
 def teachers(setting: Setting, count: int, layers: int = 6) -> dict[str, Arm]:
     """Runs that fine-tune the teachers, by run name."""
@@ -128,29 +139,45 @@ def method_arms(setting: Setting) -> Iterator[Arm]:
         yield Arm(name, {"layers": setting.distil(3, teacher, 0.5, **layers), "student": last})
 
 
-def hinton_arms(setting: Setting) -> Iterator[Arm]:
+def hinton_caches(setting: Setting) -> dict[str, Arm]:
     ten = [setting.export(f"teacher3-{k}") for k in range(10)]
+    return {
+        "cache-ten": Arm("ensemble of the ten", {"cache": setting.cached(ten)}, ensemble=True),
+        "cache-ten-more": Arm("ten on more texts", {"cache": setting.cached(ten, data="transfer")}),
+    }
+
+
+def hinton_arms(setting: Setting) -> Iterator[Arm]:
     soft = {"feature": "logits", "loss": "kl", "ensemble": "probabilities", "options": {"temperature": 2.0}}
     hard = {"feature": "logits", "loss": "ce", "target": "labels", "weight": 0.5}
     yield Arm("single model, labels", {"student": setting.labels(3)})
-    yield Arm("distilled from ten", {"student": setting.distil(3, ten, match=[soft, hard])}, ensemble=True)
-    yield Arm("distilled from one", {"student": setting.distil(3, ten[:1], match=[soft, hard])})
+    yield Arm("distilled from ten", {"student": setting.from_cache(3, "cache-ten", 10, match=[soft, hard])})
+    yield Arm("distilled from one", {"student": setting.from_cache(3, "cache-ten", 1, match=[soft, hard])})
     # The teachers know the answers to their own training texts by heart: what they say about others tells more.
-    more = setting.distil(3, ten, match=[soft], data="transfer")
+    more = setting.from_cache(3, "cache-ten-more", 10, match=[soft], data="transfer")
     yield Arm("distilled from ten on more, unlabelled texts", {"student": more})
 
 
-def weighting_arms(setting: Setting) -> Iterator[Arm]:
+def weighting_caches(setting: Setting) -> dict[str, Arm]:
     three = [setting.export(f"teacher6-{k}") for k in range(3)]
+    return {"cache-three": Arm("ensemble of the three", {"cache": setting.cached(three)}, ensemble=True)}
+
+
+def weighting_arms(setting: Setting) -> Iterator[Arm]:
     kd = {"method": {"name": "kd", "options": {"temperature": 2.0}}}
     yield Arm("labels alone", {"student": setting.labels(2)})
-    yield Arm("one teacher", {"student": setting.distil(2, three[:1], **kd)})
+    yield Arm("one teacher", {"student": setting.from_cache(2, "cache-three", 1, **kd)})
     for name in WEIGHTINGS:
-        yield Arm(name, {"student": setting.distil(2, three, weighting=name, **kd)}, ensemble=name == "uniform")
+        yield Arm(name, {"student": setting.from_cache(2, "cache-three", 3, weighting=name, **kd)})
     for ensemble in ENSEMBLES:
         soft = {"feature": "logits", "loss": "kl", "weight": 0.5, "options": {"temperature": 2.0}, "ensemble": ensemble}
         hard = {"feature": "logits", "loss": "ce", "target": "labels", "weight": 0.5}
-        yield Arm(f"uniform over {ensemble}", {"student": setting.distil(2, three, match=[soft, hard])})
+        student = setting.from_cache(2, "cache-three", 3, match=[soft, hard])
+        yield Arm(f"uniform over {ensemble}", {"student": student})
+
+
+def no_caches(setting: Setting) -> dict[str, Arm]:
+    return {}
 
 
 def chain_arms(setting: Setting) -> Iterator[Arm]:
@@ -173,11 +200,21 @@ def chain_arms(setting: Setting) -> Iterator[Arm]:
     yield Arm("dgkd 6-3-2-1", dense)
 
 
+@dataclass(frozen=True)
+class Part:
+    """A comparison: its arms, the runs that cache teachers for them, which teachers, and the arm it starts from."""
+
+    arms: Callable[[Setting], Iterator[Arm]]
+    caches: Callable[[Setting], dict[str, Arm]]
+    teachers: tuple[int, int]  # how many, of how many layers
+    baseline: str
+
+
 PARTS = {
-    "methods": (method_arms, (1, 6), "labels alone"),
-    "hinton": (hinton_arms, (10, 3), "single model, labels"),
-    "weightings": (weighting_arms, (3, 6), "one teacher"),
-    "chains": (chain_arms, (1, 6), "direct"),
+    "methods": Part(method_arms, no_caches, (1, 6), "labels alone"),
+    "hinton": Part(hinton_arms, hinton_caches, (10, 3), "single model, labels"),
+    "weightings": Part(weighting_arms, weighting_caches, (3, 6), "one teacher"),
+    "chains": Part(chain_arms, no_caches, (1, 6), "direct"),
 }
 
 
@@ -185,9 +222,9 @@ def configuration(setting: Setting, run: str, arm: Arm, seed: int) -> dict[str, 
     """The run file of an arm and seed, as plain values."""
     last = list(arm.stages)[-1]
     transfer = any(stage.get("data") == "transfer" for stage in arm.stages.values())
-    evaluate = {"data": setting.task, "stages": [last], "resamples": 100}
-    if arm.ensemble:
-        evaluate["ensembles"] = [last]
+    evaluate = {"data": setting.task, "resamples": 100}
+    evaluate |= {"ensembles": [last]} if arm.ensemble else {}
+    evaluate |= {"stages": [last]} if last != "cache" else {}
     return {
         "name": run,
         "seed": seed,
@@ -253,16 +290,15 @@ def table(part: str, setting: Setting, seeds: int) -> None:
 
     from mtkd.evaluate.significance import holm
 
-    make, (count, layers), baseline_name = PARTS[part]
+    compared, (count, layers) = PARTS[part], PARTS[part].teachers
+    baseline_name = compared.baseline
     found: dict[str, list[list[float]]] = {}
-    for arm in make(setting):
+    for arm in compared.arms(setting):
         held = [accuracy(setting.folder(run_name(part, arm.name, seed))) for seed in range(seeds)]
         found[arm.name] = [h for h in held if h is not None]
-        if arm.ensemble and found[arm.name]:
-            folder = setting.folder(run_name(part, arm.name, 0))
-            hits = accuracy(folder, "ensemble-scores.jsonl")
-            if hits:
-                found[f"ensemble of {arm.name}'s teachers"] = [hits]
+    for run, arm in compared.caches(setting).items():
+        hits = accuracy(setting.folder(run), "ensemble-scores.jsonl") if arm.ensemble else None
+        found |= {arm.name: [hits]} if hits else {}
     alone = [accuracy(setting.folder(f"teacher{layers}-{k}")) for k in range(count)]
     print(f"\n{part}, {setting.task}: {setting.steps} steps; {count} teacher(s) of {layers} layers:", end=" ")
     print(", ".join(f"{100 * statistics.mean(a):.2f}" for a in alone if a))
@@ -295,13 +331,12 @@ def table(part: str, setting: Setting, seeds: int) -> None:
 
 def _kept_share(found: dict[str, list[list[float]]]) -> None:
     """Hinton's question: how much of the ensemble's gain over a single model the distilled model keeps."""
-    names = ("single model, labels", "distilled from ten", "ensemble of distilled from ten's teachers")
-    if all(found.get(name) for name in names):
-        single, distilled, ensemble = (statistics.mean(map(statistics.mean, found[name])) for name in names)
-        print(
-            f"gain of the ensemble {100 * (ensemble - single):+.2f}, of the distilled model "
-            f"{100 * (distilled - single):+.2f}: kept {100 * (distilled - single) / (ensemble - single):.0f}%"
-        )
+    single, ensemble = (found.get(name) for name in ("single model, labels", "ensemble of the ten"))
+    for name, runs in found.items():
+        if name.startswith("distilled") and runs and single and ensemble:
+            low, high, kept = (100 * statistics.mean(map(statistics.mean, held)) for held in (single, ensemble, runs))
+            share = (kept - low) / (high - low)
+            print(f"{name}: {kept - low:+.2f} of the ensemble's {high - low:+.2f}: kept {share:.0%}")
 
 
 def main() -> None:
@@ -320,14 +355,18 @@ def main() -> None:
     # read by the workers when they import torch
     os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
     deadline = time.monotonic() + 60 * arguments.minutes
-    make, (count, layers), _ = PARTS[arguments.part]
+    part = PARTS[arguments.part]
     for task in arguments.tasks:
         setting = Setting(task, arguments.output, arguments.steps)
         if not arguments.table:
-            first = teachers(setting, count, layers)
+            first = teachers(setting, *part.teachers)
             work([configuration(setting, run, arm, 0) for run, arm in first.items()], arguments.workers, deadline)
+            caches = part.caches(setting)
+            work([configuration(setting, run, arm, 0) for run, arm in caches.items()], arguments.workers, deadline)
             arms = [
-                (run_name(arguments.part, arm.name, s), arm, s) for s in range(arguments.seeds) for arm in make(setting)
+                (run_name(arguments.part, arm.name, s), arm, s)
+                for s in range(arguments.seeds)
+                for arm in part.arms(setting)
             ]
             work([configuration(setting, run, arm, s) for run, arm, s in arms], arguments.workers, deadline)
         table(arguments.part, setting, arguments.seeds)

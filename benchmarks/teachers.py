@@ -60,7 +60,7 @@ def make_teachers(count: int, backend: str, folder: Path, dtype):
 
 
 def measure(arm: str, count: int, steps: int, folder: Path) -> dict[str, float]:
-    """First loss, seconds per step (median), CPU seconds of the process per step (least), MB held between steps, peak MB."""
+    """First loss, seconds per step (median), its CPU seconds (least), MB held between steps, peak MB."""
     warnings.filterwarnings("ignore")
     import torch
 
