@@ -114,20 +114,32 @@ def teachers(found: Found) -> list[str]:
     for k in range(1, 5):
         sides = [f"mtkd-{k}", f"trl-{k}"]
         agree = found.same_work(sides[1:], sides[0])
-        times = [found.best("slope", f"step_{k}"), found.best(sides[1], "seconds")]
+        times = [found.best("slope", f"kl_{k}"), found.best("slope", f"step_{k}"), found.best(sides[1], "seconds")]
         row = [str(k), *(_number(t, ".3f") for t in times)]
         row += [_number(found.best(side, "peak_mb"), ",.0f") for side in sides]
         rows.append([*row, "yes" if agree else "**no**" if found.values(sides[1], "first_loss") else ""])
-    head = ["teachers", "mtkd, s per step", "trl, s per step", "mtkd, peak MB", "trl, peak MB", "same first loss"]
+    head = [
+        "teachers",
+        "mtkd KL, s per step",
+        "mtkd JSD",
+        "trl JSD",
+        "mtkd, peak MB",
+        "trl, peak MB",
+        "same first loss",
+    ]
     lines = [*_table(head, rows), ""]
-    for name, what in (("product", "head by mtkd's product"), ("torch", "all by torch")):
-        per = [
-            (x["result"]["step_4"] - x["result"]["step_1"]) / 3 / x["result"][f"bare_{name}"]
-            for x in found.lines
-            if x["arm"] == "slope"
-        ]
-        text = f"time per further teacher over one bare teacher forward ({what}; in the same process)"
-        lines.append(_against(_middle(per), 1.15, text))
+    for loss, key in (("KL", "kl"), ("JSD", "step")):
+        for name, what in (
+            ("product", "the linear layers and the head as mtkd computes them"),
+            ("torch", "all by torch"),
+        ):
+            per = [
+                (x["result"][f"{key}_4"] - x["result"][f"{key}_1"]) / 3 / x["result"][f"bare_{name}"]
+                for x in found.lines
+                if x["arm"] == "slope"
+            ]
+            text = f"{loss}: time per further teacher over one bare teacher forward ({what}; in the same process)"
+            lines.append(_against(_middle(per), 1.15, text))
     for side in ("mtkd", "trl"):
         first, last = found.best(f"{side}-1", "peak_mb"), found.best(f"{side}-4", "peak_mb")
         size = found.best("mtkd-1", "teacher_mb")

@@ -22,6 +22,7 @@ from mtkd.weightings.simple import Uniform
 from sides.setting import BATCH, BETA, LEARNING_RATE, STUDENT, TEACHER, VOCABULARY, bert, llama, token_ids
 
 JSD = mtkd.Match(loss="jsd", options={"beta": BETA})
+KL = mtkd.Match(loss="kl")
 LABELS = mtkd.Match(loss="ce", target="labels")
 CPU = torch.device("cpu")
 

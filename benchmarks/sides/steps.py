@@ -39,10 +39,14 @@ def mtkd(teachers: int, repeats: int) -> Result:
 
 
 def slope(repeats: int) -> Result:
-    """Seconds of steps with 1 to 4 of the same teachers, and of one bare forward, all alternating in one process."""
+    """Seconds of steps with 1 to 4 of the same teachers, and of one bare forward, all alternating in one process.
+
+    Under KL the teachers meet in one mixture before the student is read; under JSD each is compared by itself.
+    """
     student, pool = ours.student_and_teachers(4)
     batch = ours.text_batch()
     work = {f"step_{k}": ours.distil(student, pool[:k], [ours.JSD], batch) for k in range(1, 5)}
+    work |= {f"kl_{k}": ours.distil(student, pool[:k], [ours.KL], batch) for k in range(1, 5)}
     work |= {f"bare_{name}": call for name, call in _bare_teacher(pool[0]).items()}
     for function in work.values():
         function()
