@@ -69,7 +69,7 @@ def ensemble_losses(
 
 def _soft_target_losses(
     spec: LossSpec,
-    teacher_term: Callable[[Tensor], Tensor],
+    teacher_term: Callable[[Tensor, Tensor], Tensor],
     student: Tensor,
     teachers: Sequence[Tensor],
     weights: Tensor,
@@ -85,7 +85,7 @@ def _soft_target_losses(
 
 
 def _mixture(
-    teacher_term: Callable[[Tensor], Tensor],
+    teacher_term: Callable[[Tensor, Tensor], Tensor],
     teachers: Sequence[Tensor],
     weights: Tensor,
     mask: Tensor | None,
@@ -97,11 +97,12 @@ def _mixture(
     constant = mixed.new_zeros(len(mixed))
     for weight, teacher in zip(weights, teachers, strict=True):
         log_probs = _log_probs(teacher, mask, temperature)
-        constant = constant + weight * teacher_term(log_probs)
+        probs = log_probs.exp()
+        constant = constant + weight * teacher_term(log_probs, probs)
         if learned:  # the weights' gradients need every teacher's own probabilities
-            mixed = mixed + weight[:, None] * log_probs.exp()
+            mixed = mixed + weight[:, None] * probs
         else:
-            mixed.addcmul_(log_probs.exp_(), weight[:, None])
+            mixed.addcmul_(probs, weight[:, None])
     return mixed, constant
 
 

@@ -18,12 +18,12 @@ from mtkd.registry import loss
 LOGITS = ("logits", "nsp_logits")
 
 
-def negative_entropy(log_probs: Tensor) -> Tensor:
-    """``sum_v p(v) log p(v)`` of log-probabilities [n,V] -> [n], nats; columns with p = 0 count 0."""
-    return (log_probs.exp() * log_probs.clamp_min(torch.finfo(log_probs.dtype).min)).sum(-1)
+def negative_entropy(log_probs: Tensor, probs: Tensor) -> Tensor:
+    """``sum_v p(v) log p(v)`` of (log-)probabilities [n,V] -> [n], nats; columns with p = 0 count 0."""
+    return torch.linalg.vecdot(probs, log_probs.clamp_min(torch.finfo(log_probs.dtype).min))
 
 
-def no_term(log_probs: Tensor) -> Tensor:
+def no_term(log_probs: Tensor, probs: Tensor) -> Tensor:
     """0 for every position, [n]."""
     return log_probs.new_zeros(log_probs.shape[0])
 

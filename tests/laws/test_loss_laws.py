@@ -13,7 +13,7 @@ from torch import Tensor
 import mtkd.laws.tiled
 from mtkd.errors import UserError
 from mtkd.laws import LawBroken, check_loss, check_tiled
-from mtkd.losses.distributions import negative_entropy
+from mtkd.losses.distributions import negative_entropy, no_term
 from mtkd.registry import LOSSES, LossSpec, load_plugins
 
 OPTIONS = {
@@ -181,8 +181,8 @@ def test_tiled_law_catches_a_loss_that_mixes_positions() -> None:
     assert caught.value.law == "tiled"
 
 
-@pytest.mark.parametrize("term", [lambda logs: logs.new_zeros(len(logs)), lambda logs: 1.1 * negative_entropy(logs)])
-def test_ensemble_law_catches_a_teacher_term_of_another_loss(term: Callable[[Tensor], Tensor]) -> None:
+@pytest.mark.parametrize("term", [no_term, lambda logs, probs: 1.1 * negative_entropy(logs, probs)])
+def test_ensemble_law_catches_a_teacher_term_of_another_loss(term: Callable[[Tensor, Tensor], Tensor]) -> None:
     with pytest.raises(LawBroken, match="values of three teachers") as caught:
         check_tiled(replace(LOSSES["kl"], name="mine", teacher_term=term))
     assert caught.value.law == "ensemble"
