@@ -109,7 +109,7 @@ class LossSpec:
         labels: the "teacher" argument is a tensor of labels instead of a teacher's feature.
         zero_at_equality: exactly 0 when student and teacher are equal.
         teacher_term: c, for a loss of the form ``T^2 (c(p_T) - sum_v p_T log p_S)`` with options `temperature` T and
-            `scale`: its part without the student, from the teacher's (log p_T, p_T), [n,V] each, to [n]. Such losses are
+            `scale`: its part without the student, of (log p_T, p_T), [n,V] each, to [n]. Such losses are
             linear in p_T up to c, so several teachers meet in one mixture before the student is looked at.
         constant_weights: the value holds weights that depend on the student and count as constants, so that the
             gradient is not the value's derivative.
