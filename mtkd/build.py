@@ -177,6 +177,7 @@ class Workshop:
     def identity(self, name: str) -> dict[str, Any]:
         """What determines the model this stage makes; see `chain.identity`. Earlier stages must be done."""
         stage = self.config.stages[name]
+        data = self.config.data_name(stage.data)
         steps = self._equal_time_steps(stage) if stage.equal_time else stage.steps or 0
         models = {name: self.digest(model) for name, model in stage.trained.items()}
         for role, model in stage.trained.items():
@@ -193,14 +194,18 @@ class Workshop:
         return identity(
             self.config,
             name,
-            data=self.raw(self.config.data_name(stage.data)).fingerprint,
-            tokenizer=tokenizer_fingerprint(self.tokenizer),
+            data=self.raw(data).fingerprint,
+            tokenizer=tokenizer_fingerprint(self.tokenizer, chat=self.config.data[data].chat),
             models=models,
             steps=steps,
         )
 
     def digest(self, model: ModelConfig) -> str:
-        """What identifies the weights a model starts from."""
+        """What identifies the weights a model starts from, and what is cut from them."""
+        whole, cut = self._whole_digest(model), model.model_dump(mode="json", include={"keep_layers", "slice"})
+        return fingerprint([whole, cut]) if model.is_cut else whole
+
+    def _whole_digest(self, model: ModelConfig) -> str:
         if model.path is None:
             return "fresh"
         stage = stage_of(model.path)
@@ -368,7 +373,7 @@ class Workshop:
         folder = self.folder(stage).export / member_of(path) if stage else cache_folder(path, self.base, where)
         made_of = [t.model for t in self.config.stages[stage].teachers if t.name == member_of(path)] if stage else []
         digest = self.digest(made_of[0]) if made_of else None
-        return cached_teacher(teacher.name, folder, data, self.tokenizer, digest, where)
+        return cached_teacher(teacher.name, folder, data, self.tokenizer, digest, self.config.engine.precision, where)
 
     def _train_split(self, stage: StageConfig, data: LoadedData, where: str) -> Split:
         """What the stage trains on, with the teacher that each example names where the weighting reads it."""

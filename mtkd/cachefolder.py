@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,21 +115,35 @@ def check_tokenizer_of(facts: CacheFacts, tokenizer: PreTrainedTokenizerBase, wh
         )
 
 
-def origin_of(teacher: str, data: LoadedData, tokenizer: PreTrainedTokenizerBase, model: dict[str, Any]) -> CacheOrigin:
+def check_precision_of(facts: CacheFacts, precision: str, where: str) -> None:
+    """Refuse the cache of a teacher that ran in another precision than this run's teachers would."""
+    assert facts.origin is not None
+    facts.origin.check(replace(facts.origin, precision=precision), where)
+
+
+def origin_of(
+    teacher: str, data: LoadedData, tokenizer: PreTrainedTokenizerBase, model: dict[str, Any], precision: str
+) -> CacheOrigin:
     """What a cache of a run's train split is made of. Args: teacher: its digest. model: its configuration."""
-    examples = len(data.splits["train"])
-    return CacheOrigin(teacher, tokenizer_fingerprint(tokenizer), data.fingerprint, "train", examples, model)
+    examples, ids = len(data.splits["train"]), tokenizer_fingerprint(tokenizer)
+    return CacheOrigin(teacher, ids, data.fingerprint, "train", examples, model, precision)
 
 
 def cached_teacher(
-    name: str, folder: Path, data: LoadedData, tokenizer: PreTrainedTokenizerBase, digest: str | None, where: str
+    name: str,
+    folder: Path,
+    data: LoadedData,
+    tokenizer: PreTrainedTokenizerBase,
+    digest: str | None,
+    precision: str,
+    where: str,
 ) -> CachedTeacher:
     """The teacher of a cache.
 
-    Args: digest: of the teacher that it must be made of; None where the run does not know it.
+    Args: digest: of the teacher that it must be made of; None where the run does not know it. precision: the run's.
     Raises:
-        DataError: it was made of another teacher, tokenizer or data set, or is not finished.
+        DataError: it was made of another teacher, tokenizer or data set, in another precision, or is not finished.
     """
     reader, facts = open_cache(folder, data.task.class_for(data.config), where)
-    reader.check(origin_of(digest or reader.origin.teacher, data, tokenizer, reader.origin.model), where)
+    reader.check(origin_of(digest or reader.origin.teacher, data, tokenizer, reader.origin.model, precision), where)
     return CachedTeacher(name, reader, facts.info, facts.num_parameters)

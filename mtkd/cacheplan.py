@@ -159,15 +159,25 @@ def _check_traits(stage: StageConfig, caches: Mapping[str, CacheFacts], where: s
     weighting = make_weighting(stage.weighting, StageFacts.stand_in(names), where)
     reads = read_traits(weighting, len(names), stage.per)
     for name, facts in caches.items():
+        if "gram" in weighting.reads and facts.content.targets == "sampled" and len(names) > 1:
+            raise UserError(
+                f"weighting '{stage.weighting.name}' reads inner products of the teachers' gradients; drawn targets "
+                "are unbiased in a gradient, not in those",
+                where=where,
+                found=f"the cache of '{name}' has targets: sampled",
+                todo=f"make it with targets: top ({facts.settings}), or choose another weighting",
+            )
         missing = sorted(reads - facts.content.known_traits())
         if missing:
+            other = ", keep k: 2 or more" if facts.content.knows_with_two(missing) else ""
             raise UserError(
                 f"weighting '{stage.weighting.name}' reads the trait '{missing[0]}' of every teacher, which the cache "
                 f"of '{name}' lacks",
                 where=where,
                 found=", ".join(missing),
                 allowed=sorted(facts.content.known_traits()) or "no trait",
-                todo=f"add it to `traits` of the cache ({facts.settings}), or choose a weighting that does not read it",
+                todo=f"add it to `traits` of the cache ({facts.settings}){other}, or choose a weighting that does not "
+                "read it",
             )
 
 

@@ -147,7 +147,8 @@ def _cache(job: _Job, config: TeacherConfig, where: str, stopped: StopFlag, prog
     columns = num_real_ids(shop.tokenizer) if token_level else job.data.num_labels
     content = content_of(job.stage.cache, token_level=token_level, columns=columns, seed=shop.config.seed)
     check_layers(content, model.info, f"stages.{job.name}.cache", config.name)
-    origin = origin_of(shop.digest(config.model), job.data, shop.tokenizer, model_values(model.model.config))
+    made, precision = model_values(model.model.config), shop.config.engine.precision
+    origin = origin_of(shop.digest(config.model), job.data, shop.tokenizer, made, precision)
 
     def open_writer() -> CacheWriter:
         return CacheWriter(folder, content, origin, job.stage.cache.shard_examples)

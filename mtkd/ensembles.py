@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mtkd.features import DenseLogits, Logits, SparseRows
+from mtkd.losses.distributions import log_distribution
 from mtkd.registry import LossSpec
 from mtkd.rows import Row
 from mtkd.sparse import completed, read
@@ -107,8 +108,7 @@ def _mixture(
 
 
 def _log_probs(logits: Tensor, mask: Tensor | None, temperature: float) -> Tensor:
-    kept = _keep(logits, mask)
-    return torch.log_softmax(kept if temperature == 1.0 else kept / temperature, -1)
+    return log_distribution(_keep(logits, mask), temperature)
 
 
 def _keep(logits: Tensor, mask: Tensor | None) -> Tensor:

@@ -165,14 +165,14 @@ class SparseLogits:
     Attributes:
         name: of the teacher, for messages.
         at: row of `values` for every flat position, [B*L] int64; -1 where nothing was stored.
-        values: of all stored positions; None when no targets were stored.
+        values: of all stored positions.
         columns: V.
         traits: stored traits by name, each [P] float32.
     """
 
     name: str
     at: Tensor
-    values: SparseRows | None
+    values: SparseRows
     columns: int
     traits: dict[str, Tensor]
 
@@ -186,14 +186,13 @@ class SparseLogits:
         Raises:
             DataError: for a position that was not stored.
         """
-        if self.values is None:
-            raise DataError("the cache holds no targets", where=f"teacher '{self.name}'")
         return self.values[self._found(index)]
 
     def trait(self, name: str, index: Tensor) -> Tensor:
         """A trait at the flat positions `index` [m], float32: stored, or read off the most probable columns.
 
-        Those tell the choice exactly, and at temperature 1, where traits are defined, confidence and margin.
+        Those tell the choice exactly (of equally probable columns the first), and at temperature 1, where traits are
+        defined, confidence and margin to the rounding of the cache.
 
         Raises:
             UserError: when the cache does not know it.
@@ -202,10 +201,11 @@ class SparseLogits:
         if name in self.traits:
             return self.traits[name][found]
         values = self.values
-        if values is not None and values.tail is not None:
-            best, place = values.log_probs[found].topk(min(2, values.ids.shape[1]), -1)
+        if values.tail is not None:
             if name == "choice":
-                return values.ids[found].gather(-1, place[:, :1]).squeeze(-1).float()
+                place = values.log_probs[found].argmax(-1, keepdim=True)
+                return values.ids[found].gather(-1, place).squeeze(-1).float()
+            best = values.log_probs[found].topk(min(2, values.ids.shape[1]), -1).values
             if name == "confidence" and values.temperature == 1:
                 return best[:, 0].exp()
             if name == "margin" and values.temperature == 1 and best.shape[1] == 2:

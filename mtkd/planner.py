@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from mtkd.cachefolder import CacheFacts, check_tokenizer_of, read_facts
+from mtkd.cachefolder import CacheFacts, check_precision_of, check_tokenizer_of, read_facts
 from mtkd.cacheplan import (
     check_cacheable,
     check_cached,
@@ -190,6 +190,7 @@ class _Planner:
             place, made = f"{where}.teachers[{i}].model", model_of(teacher.model.path)
             if made is None:
                 found[teacher.name] = read_facts(teacher.model.path or "", self.config.base, auto_class, place)
+                check_precision_of(found[teacher.name], self.config.engine.precision, place)
                 if not self._trains_tokenizer:
                     check_tokenizer_of(found[teacher.name], self._tokenizer, place)
             else:

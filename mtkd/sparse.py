@@ -27,6 +27,9 @@ _SURE = 2e-3
 # Above this ratio of the teacher's tail to the student's, the tail's pull on the kept columns, which cancels there, is
 # left out instead of added and taken away again: the rest of it would be ratio * 1e-7.
 _SHARP = 100.0
+# Below this share of the teacher's tail the entropy of the student's is summed from the tail's own columns: as the
+# difference of two sums of about 10 nats in float32, divided by the tail's mass, it is off by 2e-6 / 0.05.
+_FAR = 0.05
 
 
 def read(logits: Logits, index: Tensor) -> Tensor | SparseRows:
@@ -119,8 +122,6 @@ def check_cached_row(row: Row, targets: str, k: int, temperature: float, where: 
     if row.from_labels or not row.is_logits or targets == "classes":
         return
     spec, match = row.spec, row.match
-    if targets == "none":
-        raise UserError("the cache holds no targets", where=where, todo="make it with targets: top or sampled")
     asked, _ = spec.temperature(match.options)
     if asked != temperature:
         raise UserError(
@@ -323,13 +324,13 @@ class _CrossEntropies(torch.autograd.Function):
         flat = ids.flatten(1)
         log_kept = (scaled.gather(-1, flat) - log_total).view_as(probs)
         kept = (powers.gather(-1, flat) / total).view_as(probs)
-        outside = _outside(powers, total, ids, kept, tail)
-        cross = -(probs * log_kept).sum(-1) - tail * outside.log()
+        outside, log_outside = _outside(scaled, powers, total, ids, kept, tail)
+        cross = -(probs * log_kept).sum(-1) - tail * log_outside
         inside = cross.new_zeros(cross.shape)
         if needs_mean:
-            # sum over the others of -s log s, which a soft target in the tail's shape adds to the cross entropy
-            mean = ((powers * scaled).sum(-1, keepdim=True) / total - log_total) - (kept * log_kept).sum(-1)
-            inside = tail * (outside.log() - mean / outside)
+            # sum over the others of s log s; a soft target in the tail's shape adds their entropy to the cross entropy
+            sums = ((powers * scaled).sum(-1, keepdim=True) / total - log_total) - (kept * log_kept).sum(-1)
+            inside = tail * _entropy_outside(scaled, ids, tail, outside, sums)
         label = cross.new_zeros(len(cross))
         if labels is not None:
             label = (log_total - scaled.gather(-1, labels[:, None])).squeeze(-1)
@@ -360,8 +361,10 @@ class _CrossEntropies(torch.autograd.Function):
         return result, None, None, None, None, None, None
 
 
-def _outside(powers: Tensor, total: Tensor, ids: Tensor, kept: Tensor, tail: Tensor) -> Tensor:
-    """The student's mass outside the kept columns, [m,T]; summed anew where the difference is too coarse."""
+def _outside(
+    scaled: Tensor, powers: Tensor, total: Tensor, ids: Tensor, kept: Tensor, tail: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The student's mass outside the kept columns and its log, [m,T]; summed anew where that is too coarse."""
     tiny = torch.finfo(powers.dtype).tiny
     outside = (1 - kept.sum(-1)).clamp_min(tiny)
     coarse = outside.square() < _SURE * tail
@@ -369,4 +372,25 @@ def _outside(powers: Tensor, total: Tensor, ids: Tensor, kept: Tensor, tail: Ten
         position, teacher = coarse.nonzero(as_tuple=True)
         others = powers[position].scatter(-1, ids[position, teacher], 0)
         outside[position, teacher] = (others.sum(-1) / total[position, 0]).clamp_min(tiny)
-    return outside
+    log_outside, lost = outside.log(), coarse & (outside <= tiny)
+    if bool(lost.any()):  # less than the smallest float, whose log is -87
+        position, teacher = lost.nonzero(as_tuple=True)
+        log_others = _others(scaled, ids, position, teacher).logsumexp(-1) - scaled[position].logsumexp(-1)
+        log_outside[position, teacher] = log_others.clamp_min(torch.finfo(powers.dtype).min)
+    return outside, log_outside
+
+
+def _entropy_outside(scaled: Tensor, ids: Tensor, tail: Tensor, outside: Tensor, sums: Tensor) -> Tensor:
+    """Entropy of the student over the columns not kept, from their sums of s log s, [m,T]; 0 without a tail."""
+    # drawn columns have no tail, and their unused places repeat a column: `outside` means nothing there
+    found = (outside.log() - sums / outside).masked_fill(tail == 0, 0)
+    far = outside < _FAR * tail
+    if bool(far.any()):
+        position, teacher = far.nonzero(as_tuple=True)
+        found[position, teacher] = -negative_entropy(_others(scaled, ids, position, teacher).log_softmax(-1))
+    return found
+
+
+def _others(scaled: Tensor, ids: Tensor, position: Tensor, teacher: Tensor) -> Tensor:
+    """The student's scaled logits at some positions, -inf at the columns that a teacher keeps there."""
+    return scaled[position].scatter(-1, ids[position, teacher], -torch.inf)

@@ -24,7 +24,7 @@ from mtkd.weightings.traits import TRAITS
 
 COLUMNS, WIDTH, LENGTH = 40, 6, 9
 EXAMPLES = 11
-ORIGIN = CacheOrigin("teacher-a", "tokenizer-a", "data-a", "train", EXAMPLES, {"hidden_size": WIDTH})
+ORIGIN = CacheOrigin("teacher-a", "tokenizer-a", "data-a", "train", EXAMPLES, {"hidden_size": WIDTH}, "fp32")
 TOP = CacheContent("top", 8, 1.0, COLUMNS, ("hidden.2", "cls.2"), True, "float32", 8, scalars=("entropy",))
 SAMPLED = CacheContent("sampled", 16, 2.0, COLUMNS, proposal=1.5, seed=3)
 
@@ -112,7 +112,7 @@ def test_targets_and_traits_come_back_at_their_positions(tmp_path: Path) -> None
 
 def test_class_logits_are_whole(tmp_path: Path) -> None:
     content = CacheContent("classes", 0, 1.0, 3)
-    origin = CacheOrigin("t", "k", "d", "train", 4, {})
+    origin = CacheOrigin("t", "k", "d", "train", 4, {}, "fp32")
     logits = torch.randn(4, 3)
     mask = torch.ones(4, 5, dtype=torch.bool)
     batch = Batch(torch.arange(4), mask.long(), mask, torch.tensor([0, 2, NO_LABEL, 1]))
@@ -222,11 +222,70 @@ def test_a_missing_example_is_an_error_never_zeros(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no example 11"):
         reader.read([0, EXAMPLES])
     batch = batch_of([4])
-    with pytest.raises(DataError, match="another number of positions") as error:
+    with pytest.raises(DataError, match="another number of tokens") as error:
         reader.read([5]).logits("t", batch)  # of other lengths
     assert "example 5" in str(error.value)
+    more = batch_of([4])
+    more.targets[0, 0] = NO_LABEL  # of the same length
+    with pytest.raises(DataError, match="another number of positions"):
+        reader.read([4]).logits("t", more)
     with pytest.raises(DataError, match=r"'hidden\.1' was not stored"):
         reader.read([4]).features("t", batch, frozenset({"hidden.1"}))
+
+
+def test_inputs_of_another_length_are_told_though_the_targets_are_as_many(tmp_path: Path) -> None:
+    """A system turn that the chat template adds is read and not predicted."""
+    reader, batch = CacheReader(written(tmp_path / "c", TOP)), batch_of([4])
+    longer = Batch(
+        batch.ids,
+        torch.cat([batch.input_ids, batch.input_ids[:, :1]], 1),
+        torch.cat([batch.attention_mask[:, :1], batch.attention_mask], 1),
+        torch.cat([torch.full((1, 1), NO_LABEL), batch.targets], 1),
+    )
+    with pytest.raises(DataError, match="another number of tokens"):
+        reader.read([4]).logits("t", longer)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no list of open files")
+def test_shards_that_were_read_keep_no_file_open(tmp_path: Path) -> None:
+    reader = CacheReader(written(tmp_path / "c", TOP))
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    reader.read(range(EXAMPLES))
+    assert len(list(Path("/proc/self/fd").iterdir())) == opened
+
+
+def test_a_shard_that_is_let_go_is_read_again_and_its_arrays_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = written(tmp_path / "c", TOP)
+    wanted = CacheReader(folder).read([0, 10, 5, 1])
+    monkeypatch.setattr("mtkd.cache.reader._MAPPED", 2)
+    reader = CacheReader(folder)
+    held = reader.shard(0).arrays["tokens"]
+    before = held.tolist()
+    found = reader.read([0, 10, 5, 1])
+    assert wanted.values is not None
+    assert found.values is not None
+    for ours, theirs in ((found.values.log_probs, wanted.values.log_probs), (found.tokens, wanted.tokens)):
+        assert torch.equal(ours, theirs)
+    assert list(reader._shards) == [1, 0]
+    assert held.tolist() == before
+
+
+def test_a_cache_of_another_user_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = written(tmp_path / "c", TOP)
+    monkeypatch.setattr("os.geteuid", lambda: 12345)
+    assert CacheReader(folder).read([3]).ids == (3,)
+    assert verify(folder).fine
+    _flip(folder / shard_name(1))
+    assert not verify(folder).fine
+
+
+def test_a_cache_in_another_precision_is_refused_with_both(tmp_path: Path) -> None:
+    reader = CacheReader(written(tmp_path / "c", TOP))
+    with pytest.raises(DataError, match="another precision") as error:
+        reader.check(replace(ORIGIN, precision="bf16"), "here")
+    assert (error.value.found, error.value.allowed) == ("fp32 in the cache", "bf16 in this run")
 
 
 def _flip(path: Path) -> None:

@@ -106,3 +106,26 @@ def test_draws_come_back(columns: int, draws: int, size: int, weighted: bool) ->
         assert all(back[i] == pytest.approx(wanted[i], rel=2e-3 if weighted else 1e-6) for i in wanted)
     with pytest.raises(ValueError, match="number of draws"):
         codec.decode(coded | {"distinct": coded["distinct"] + np.uint16(1)})
+
+
+@pytest.mark.parametrize("bits", [4, 6, 12])
+def test_which_column_is_the_most_probable_is_exact(bits: int) -> None:
+    """Also when the next one is nearer than half a step, or the next float32; equal ones stay equal."""
+    ids, kept, tail = top(zipf(2000, 400, 3), 30)
+    kept = kept.astype(np.float32)
+    kept[::4, 1] = kept[::4, 0] - 0.01
+    kept[1::4, 1] = np.nextafter(kept[1::4, 0], np.float32(-np.inf))
+    kept[2::4] = kept[2::4, :1]
+    kept[2::4, 1:] = np.nextafter(kept[2::4, 1:], np.float32(-np.inf))  # all of them within one float32
+    kept[3::4, 1] = kept[3::4, 0]
+    codec = TopCodec(2000, 30, bits)
+    found, back, _ = codec.decode(codec.encode(ids, kept, tail))
+    place = back.argmax(1)
+    equal = np.arange(400) % 4 == 3
+    np.testing.assert_array_equal(np.take_along_axis(found, place[:, None], 1)[~equal, 0], ids[~equal, 0])
+    first = np.minimum(ids[:, 0], ids[:, 1])  # as argmax over the whole row says
+    np.testing.assert_array_equal(np.take_along_axis(found, place[:, None], 1)[equal, 0], first[equal])
+    step = (kept.max(1) - kept.min(1)) / (2**bits - 1) + 1e-5
+    order = np.argsort(ids, 1)
+    spread = np.take_along_axis(kept - kept.max(1, keepdims=True), order, 1)
+    assert (np.abs(back - back.max(1, keepdims=True) - spread) <= 1.01 * step[:, None] + 1e-2).all()

@@ -111,6 +111,22 @@ def test_traits_of_another_temperature_are_not_known(tmp_path: Path) -> None:
     plan(cache_runs.config(tmp_path, cache_runs.values(tmp_path, cache=EXACT, student={"weighting": "confidence"})))
 
 
+def test_a_margin_needs_two_columns(tmp_path: Path) -> None:
+    found = message(tmp_path, cache={**EXACT, "k": 1}, weighting="margin")
+    assert "add it to `traits` of the cache (stages.cache), keep k: 2 or more, or choose" in found
+    warm = message(tmp_path, cache={**EXACT, "k": 1, "temperature": 2.0}, weighting="margin",
+                   method={"name": "kd", "options": {"temperature": 2.0}})  # fmt: skip
+    assert "k: 2" not in warm
+
+
+@pytest.mark.parametrize("weighting", ["mgda", "ae_kd"])
+def test_inner_products_of_gradients_need_more_than_draws(weighting: str, tmp_path: Path) -> None:
+    draws = {"targets": "sampled", "k": 20}
+    found = message(tmp_path, cache=draws, weighting=weighting, method={"name": "kd", "options": {"temperature": 1.0}})
+    assert "targets: sampled" in found
+    assert "targets: top (stages.cache)" in found
+
+
 # What the classes' docstrings say that each reads of the teachers' predictions.
 READS = {
     "uniform": set(), "drop": set(), "route": set(), "ae_kd": set(), "mgda": set(), "ca_mkd": {"ce"}, "mt_bert": {"ce"},

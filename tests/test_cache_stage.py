@@ -15,9 +15,13 @@ from cache_runs import CACHED, EXACT, LIVE, TEACHERS, largest_difference, weight
 
 import mtkd.capture
 import mtkd.runner
+from mtkd.build import Workshop
 from mtkd.cache import CacheReader
+from mtkd.config import ModelConfig
 from mtkd.configfile import load_config
+from mtkd.engine.dist import Dist
 from mtkd.errors import DataError, NonFiniteError, UserError
+from mtkd.rundir import RunDir
 from mtkd.runner import RunResult
 from mtkd.seal import read_jsonl
 from mtkd.status import status
@@ -187,6 +191,21 @@ def test_the_cache_of_another_teacher_is_refused(whole: Path, tmp_path: Path) ->
     with pytest.raises(DataError, match="another teacher") as caught:
         mtkd.runner.run(load_config(folder / "run.yaml"), ["student"])
     assert_both_digests(caught.value)
+
+
+def test_the_cache_in_another_precision_is_refused(whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="another precision") as caught:
+        elsewhere(whole, tmp_path, "engine.precision=bf16")
+    assert "fp32" in str(caught.value.found)
+    assert "bf16" in str(caught.value.allowed)
+
+
+def test_what_is_cut_from_a_teacher_is_a_part_of_its_digest(whole: Path) -> None:
+    values = load_config(whole / "run.yaml")
+    shop = Workshop(values, RunDir(run_of(whole)), Dist(), torch.device("cpu"))
+    models = [ModelConfig(path="stage:teacher", keep_layers=layers) for layers in (None, (1,), (2,), (1, 2))]
+    models.append(ModelConfig(path="stage:teacher", slice={"heads": 1}))
+    assert len({shop.digest(model) for model in models}) == len(models)
 
 
 def assert_both_digests(error: DataError) -> None:

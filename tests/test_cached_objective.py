@@ -24,7 +24,7 @@ ROWS = [*kd(temperature=1.0).values(), Match(loss="jsd"), Match(feature="hidden"
 
 
 def stored(folder: Path, content: CacheContent, batch: Batch, features: Features) -> CacheReader:
-    origin = CacheOrigin("t", "k", "d", "train", len(batch.ids), {})
+    origin = CacheOrigin("t", "k", "d", "train", len(batch.ids), {}, "fp32")
     writer = CacheWriter(folder, content, origin, shard_examples=2)
     records = make_records(content, batch, features, tile=4)
     for number, ids in writer.missing():

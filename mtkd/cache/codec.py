@@ -4,9 +4,10 @@
 as they are, of the rest a bitmap with one 1 per id, ``k + ((V-1) >> l)`` bits. For k = 50 of V = 151,936 that is 674
 bits, where no code for all sets does with fewer than log2 C(V,k) = 646. Log-probabilities stand in the order of the
 ids, as distances from the largest one in steps of ``range / (2^bits - 1)``; even steps had the smallest divergence of
-those tried. The largest log-probability itself is not stored: with the mass of the others (the tail) known, it follows
-from the sum, so rounding never changes the total. Every position takes the same number of bytes, so that any of them is
-found without an index.
+those tried. Only the most probable column is at distance 0, so that which it is comes back exactly; one less than half
+a step below is put a whole step below. The largest log-probability itself is not stored: with the mass of the others
+(the tail) known, it follows from the sum, so rounding never changes the total. Every position takes the same number of
+bytes, so that any of them is found without an index.
 
 **Sampled.** The distinct ids of k draws with their counts, whole bytes each; a position's number of them beside it.
 
@@ -23,6 +24,9 @@ import numpy as np
 
 FLOOR = -100.0
 """The smallest log-probability that is told apart, nats: exp(-100) is 0 in float32, but 0 * -100 is no NaN."""
+
+_LEAST_STEP = 4e-6
+"""Between two log-probabilities, nats: float32 tells them apart down to -32, and more than 1e-14 is kept of a mass."""
 
 Arrays = dict[str, np.ndarray]
 
@@ -72,9 +76,10 @@ class TopCodec:
         largest = log_probs.max(1, keepdims=True, initial=FLOOR)
         below = np.minimum(largest - np.maximum(log_probs, FLOOR), -FLOOR)
         # float16 may round down: the clamp below then moves the smallest by less than a step
-        spans = below.max(1, initial=0).astype(np.float16)
-        steps = (2**self.bits - 1) / np.where(spans > 0, spans, 1).astype(np.float64)
-        levels = np.minimum(np.rint(below * steps[:, None]), 2**self.bits - 1).astype(np.int64)
+        most, widest = 2**self.bits - 1, below.max(1, initial=0)
+        spans = np.where(widest > 0, np.maximum(widest, most * _LEAST_STEP), 0).astype(np.float16)
+        steps = most / np.where(spans > 0, spans, 1).astype(np.float64)
+        levels = np.clip(np.rint(below * steps[:, None]), below > 0, most).astype(np.int64)
         mask = (1 << self._mid_bits) - 1
         mid = (ids >> 8 if self._whole else ids) & mask
         bits = [self._bitmap(ids >> self.low_bits), _as_bits(mid, self._mid_bits), _as_bits(levels, self.bits)]

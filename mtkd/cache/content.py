@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeVar
 
 from mtkd.errors import DataError, UserError
 from mtkd.features import split_key
 
-TARGETS = ("top", "sampled", "classes", "none")
+TARGETS = ("top", "sampled", "classes")
 DTYPES = ("float16", "bfloat16", "float32")
 SCALARS = ("entropy", "confidence", "margin", "choice")
 """Traits that may be stored beside the targets, 4 bytes per position each; `ce` has a field of its own."""
-PER_EXAMPLE = ("cls", "nsp_logits")
+PER_EXAMPLE = ("cls",)
 """Stored features with one vector per example; `hidden` and `embedding` have one per token."""
 
 FORMAT = 1
@@ -25,12 +25,11 @@ class CacheContent:
 
     Attributes:
         targets: ``top``: the k most probable columns with log-probabilities, and the mass of all others;
-            ``sampled``: k draws from the teacher's distribution; ``classes``: whole class logits in float32;
-            ``none``: no logits.
+            ``sampled``: k draws from the teacher's distribution; ``classes``: whole class logits in float32.
         k: kept columns or draws per position; 0 without token targets.
         temperature: of the stored distribution (``top``, ``sampled``); class logits serve any.
         columns: V, the number of real ids, or C.
-        hidden: feature keys stored whole: "hidden.k", "embedding" per token; "cls.k", "nsp_logits" per example.
+        hidden: feature keys stored whole: "hidden.k", "embedding" per token; "cls.k" per example.
         ce: the label's cross entropy is stored per position, nats at temperature 1.
         dtype: of the stored features.
         bits: per log-probability of a kept column, 4 to 12; see `mtkd.cache.codec`.
@@ -68,8 +67,8 @@ class CacheContent:
     def known_traits(self) -> frozenset[str]:
         """Traits a weighting may read from this cache.
 
-        Class logits are whole: all. Of the k most probable columns the first is exact; its probability and the margin
-        are known (to the codec's rounding) if they were stored at temperature 1, where traits are defined. Cross
+        Class logits are whole: all. Which of the k columns is the most probable is exact; its probability and the
+        margin are known (to the codec's rounding) if they were stored at temperature 1, where traits are defined. Cross
         entropy and entropy need columns that are not kept, so only their stored values serve.
         """
         known = set(self.stored_traits)
@@ -80,6 +79,11 @@ class CacheContent:
             known |= {"confidence"} if self.temperature == 1 else set()
             known |= {"margin"} if self.temperature == 1 and self.k > 1 else set()
         return frozenset(known)
+
+    def knows_with_two(self, traits: Collection[str]) -> bool:
+        """Whether these traits would be known if a second column were kept."""
+        two = replace(self, k=max(self.k, 2))
+        return not self.known_traits().issuperset(traits) and two.known_traits().issuperset(traits)
 
     def check(self, where: str = "") -> None:
         """Refuse what cannot be stored.
@@ -92,13 +96,13 @@ class CacheContent:
             ("k", self.k >= 1 if self.per_token else self.k == 0, "1 or more for top and sampled, else 0"),
             ("k", self.targets != "top" or self.k <= self.columns, f"at most the {self.columns} columns"),
             ("k", self.targets != "sampled" or self.k < 2**16, "at most 65,535 draws"),
-            ("columns", 0 <= self.columns < 2**24 and (self.targets == "none" or self.columns > 0), "1 to 2^24 - 1"),
+            ("columns", 0 < self.columns < 2**24, "1 to 2^24 - 1"),
             ("temperature", self.temperature > 0, "a positive number"),
             ("proposal", self.proposal > 0, "a positive number"),
             ("dtype", self.dtype in DTYPES, DTYPES),
             ("bits", 4 <= self.bits <= 12, "4 to 12"),
             ("scalars", set(self.scalars) <= set(SCALARS), SCALARS),
-            ("hidden", all(_storable(key) for key in self.hidden), "hidden.K, embedding, cls.K, nsp_logits"),
+            ("hidden", all(_storable(key) for key in self.hidden), "hidden.K, embedding, cls.K"),
         ]
         for name, fine, allowed in rules:
             if not fine:
@@ -119,12 +123,13 @@ class CacheOrigin:
     """What a cache was made from; a run that reads it must have the same.
 
     Attributes:
-        teacher: digest of the teacher's weights and configuration.
+        teacher: digest of the teacher's weights and configuration, and of what was cut from it.
         tokenizer: fingerprint of the tokenizer.
         data: fingerprint of the prepared split.
         split: its name.
         num_examples: examples in it; they are numbered from 0.
         model: the teacher's config.json, so that its shapes are known without its weights.
+        precision: that the teacher ran in, fp32 or bf16.
     """
 
     teacher: str
@@ -133,14 +138,15 @@ class CacheOrigin:
     split: str
     num_examples: int
     model: dict[str, Any]
+    precision: str
 
     def check(self, wanted: CacheOrigin, where: str) -> None:
-        """Refuse a cache of another teacher, tokenizer or data set.
+        """Refuse a cache of another teacher, tokenizer, data set or precision.
 
         Raises:
             DataError: naming the first field that differs, with both values.
         """
-        for name in ("teacher", "tokenizer", "data", "split", "num_examples"):
+        for name in ("teacher", "tokenizer", "data", "split", "num_examples", "precision"):
             found, asked = getattr(self, name), getattr(wanted, name)
             if found != asked:
                 raise DataError(
@@ -163,9 +169,10 @@ class CacheOrigin:
 _WORDS = {
     "teacher": "teacher (digest)",
     "tokenizer": "tokenizer (digest)",
-    "data": "data set (fingerprint)",
+    "data": "data set or chat template (fingerprint)",
     "split": "split",
     "num_examples": "number of examples",
+    "precision": "precision",
 }
 
 Plain = TypeVar("Plain", CacheContent, CacheOrigin)

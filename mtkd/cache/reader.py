@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,14 @@ from mtkd.errors import DataError
 from mtkd.features import SparseRows, split_key
 from mtkd.seal import MANIFEST, broken_files, check_seal
 
+_MAPPED = 2048
+"""Shards of one cache that are mapped at a time: about 30 kB each, and a process may have 65,530 maps."""
+
 
 class CacheReader:
-    """A finished cache. Shards are mapped when they are first read; memory stays with the operating system's cache.
+    """A finished cache. Shards are mapped when they are read; memory stays with the operating system's cache.
+
+    The shards that were read last stay mapped. One that is let go is unmapped when nothing refers to its arrays.
 
     Args:
         folder: with a manifest; names and sizes of its files are checked here, digests by `verify`.
@@ -32,7 +38,7 @@ class CacheReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        manifest = check_seal(folder, digests=False)
+        manifest = check_seal(folder, digests=False, shared=True)  # nothing in it can be executed
         where = str(folder / MANIFEST)
         if manifest.get("cache_format") != FORMAT:
             raise DataError(
@@ -49,14 +55,14 @@ class CacheReader:
         expected = {PLAN, *(shard_name(number) for number in range(self.num_shards))}
         if missing := sorted(expected - manifest["files"].keys()):
             raise DataError("a shard is not in the manifest", where=where, found=missing[0])
-        self._shards: dict[int, Shard] = {}
+        self._shards: OrderedDict[int, Shard] = OrderedDict()  # the last one was read last
 
     @property
     def num_shards(self) -> int:
         return -(-self.origin.num_examples // self.shard_examples)
 
     def check(self, origin: CacheOrigin, where: str) -> None:
-        """Refuse a cache of another teacher, tokenizer or data set: DataError with both digests."""
+        """Refuse a cache of another teacher, tokenizer, data set or precision: DataError with both values."""
         self.origin.check(origin, where)
 
     def shard(self, number: int) -> Shard:
@@ -65,6 +71,9 @@ class CacheReader:
             first = number * self.shard_examples
             count = min(self.shard_examples, self.origin.num_examples - first)
             self._shards[number] = Shard(self.folder / shard_name(number), self.content, first, count)
+            if len(self._shards) > _MAPPED:
+                self._shards.popitem(last=False)
+        self._shards.move_to_end(number)
         return self._shards[number]
 
     def read(self, ids: Sequence[int]) -> Records:

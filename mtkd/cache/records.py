@@ -50,7 +50,7 @@ def make_records(content: CacheContent, batch: Batch, features: Features, tile: 
     A draw depends on the seed, the example's number and the place of the position only, not on the batch around it.
 
     Args:
-        features: a teacher's, with ``logits`` unless nothing is stored of them, and the content's hidden keys.
+        features: a teacher's, with ``logits`` and the content's hidden keys.
         tile: positions whose whole rows of logits exist at one time.
     """
     rows = batch.real.nonzero().squeeze(-1).tolist()
@@ -60,21 +60,17 @@ def make_records(content: CacheContent, batch: Batch, features: Features, tile: 
     records = [
         Record(int(batch.ids[row]), int(batch.attention_mask[row].sum()), counts[row], hidden={}) for row in rows
     ]
-    logits = features.get("logits")
-    if logits is not None and (content.per_token or content.stored_traits):
-        _put_positions(content, records, batch, DenseLogits(logits) if isinstance(logits, Tensor) else logits, tile)
+    whole = features["logits"]
+    logits = DenseLogits(whole) if isinstance(whole, Tensor) else whole
+    if content.per_token or content.stored_traits:
+        _put_positions(content, records, batch, logits, tile)
     for record, row in zip(records, rows, strict=True):
         if content.targets == "classes":
-            whole = DenseLogits(logits) if isinstance(logits, Tensor) else logits
-            assert whole is not None
-            record.classes = whole.rows(torch.tensor([row], device=batch.ids.device))[0].float().cpu().numpy()
+            record.classes = logits.rows(torch.tensor([row], device=batch.ids.device))[0].float().cpu().numpy()
         for key in content.hidden:
             value = features[key]
-            if not isinstance(value, Tensor):
-                value = value.rows(torch.tensor([row], device=batch.ids.device))
-                row_value = value[0]
-            else:
-                row_value = value[row] if split_key(key)[0] in PER_EXAMPLE else value[row][batch.attention_mask[row]]
+            assert isinstance(value, Tensor), "of logits a cache keeps what its targets say"
+            row_value = value[row] if split_key(key)[0] in PER_EXAMPLE else value[row][batch.attention_mask[row]]
             record.hidden[key] = row_value.to(getattr(torch, content.dtype)).cpu()
     return records
 
@@ -178,20 +174,23 @@ class Records:
         return found
 
     def logits(self, name: str, batch: Batch) -> Logits:
-        """Class logits, or what is known at the batch's targets."""
+        """Class logits, or what is known at the batch's targets.
+
+        Raises:
+            DataError: an example has another number of tokens, or of targets, than when it was stored.
+        """
         device = batch.ids.device
+        self._same(batch.token_mask.sum(1).cpu(), self.tokens, "tokens")
         if self.classes is not None:
             return DenseLogits(self.classes.to(device))
-        token_level = batch.targets.dim() == 2
-        mask = batch.target_mask if token_level else batch.real
-        counts = mask.sum(1) if token_level else mask.long()
-        self._same(counts.cpu(), self.positions, "positions to predict")
+        mask = batch.target_mask
+        self._same(mask.sum(1).cpu(), self.positions, "positions to predict")
         at = torch.where(mask.reshape(-1), mask.reshape(-1).cumsum(0) - 1, -1)
         values = self.values
-        if values is not None:
-            tail = None if values.tail is None else values.tail.to(device)
-            entropy = None if values.entropy is None else values.entropy.to(device)
-            values = SparseRows(values.ids.to(device), values.log_probs.to(device), tail, values.temperature, entropy)
+        assert values is not None, "caches hold class logits or targets of tokens"
+        tail = None if values.tail is None else values.tail.to(device)
+        entropy = None if values.entropy is None else values.entropy.to(device)
+        values = SparseRows(values.ids.to(device), values.log_probs.to(device), tail, values.temperature, entropy)
         traits = {key: value.to(device) for key, value in self.traits.items()}
         return SparseLogits(name, at, values, self.content.columns, traits)
 

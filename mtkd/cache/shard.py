@@ -6,7 +6,6 @@ The header is JSON and the rest are numbers, so nothing in a shard can be execut
 from __future__ import annotations
 
 import json
-import mmap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -120,8 +119,9 @@ class Shard:
     def __init__(self, path: Path, content: CacheContent, first: int, count: int) -> None:
         self.path, self.content, self.first = path, content, first
         header, start = read_header(path)
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        # torch's maps keep no file descriptor, as Python's do: a process may have many more shards than open files
+        self._map = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
+        self._map.flags.writeable = False
         self.arrays = {
             name: self._array(name, entry, start) for name, entry in header.items() if name != "__metadata__"
         }
@@ -145,7 +145,7 @@ class Shard:
             fits = begin >= 0 and end - begin == size and start + end <= len(self._map) and min(shape, default=1) >= 0
             if not fits:
                 raise ValueError
-            return np.ndarray(shape, kind, self._map, start + begin)
+            return np.ndarray(shape, kind, self._map.data, start + begin)
         except (KeyError, TypeError, ValueError):
             raise self.fail(f"the array '{name}' is malformed or cut off") from None
 

@@ -225,7 +225,7 @@ def _both(student: Tensor, teacher: Tensor, temperature: float, top: int) -> tup
     """Log-probabilities of student and teacher, [n,V], or [n,top+1] with the tail as the last outcome."""
     if top < 0:
         raise ValueError(f"top is a number of columns, 0 for all of them; found {top}")
-    log_s, log_t = _log_probs(student, temperature), _log_probs(teacher, temperature)
+    log_s, log_t = log_distribution(student, temperature), log_distribution(teacher, temperature)
     if 0 < top < log_t.shape[-1]:
         columns = log_t.topk(top, -1).indices
         log_s, log_t = _with_tail(log_s, columns), _with_tail(log_t, columns)
@@ -253,7 +253,8 @@ def _check_skew(alpha: float) -> None:
         raise ValueError(f"alpha must be at least 0 and below 1; found {alpha}")
 
 
-def _log_probs(logits: Tensor, temperature: float) -> Tensor:
+def log_distribution(logits: Tensor, temperature: float) -> Tensor:
+    """``log softmax(logits / temperature)``; ValueError for a temperature that is not positive."""
     if temperature <= 0:
         raise ValueError(f"temperature must be positive; found {temperature}")
     return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, -1)
