@@ -151,9 +151,7 @@ class _Planner:
     def _sized(
         self, role: str, model: ModelConfig, made: PretrainedConfig, data: DataConfig, auto_class: str
     ) -> tuple[PlannedModel, ModelInfo]:
-        info = model_info(made, auto_class)
-        if auto_class == CLASSIFIER and not data.labels:  # found in the data: whatever they are, they fit
-            info = replace(info, num_labels=2)
+        info = _with_open_labels(model_info(made, auto_class), data, auto_class)
         return planned_model(role, model, info, count_parameters(made, auto_class)), info
 
     def _cache_stage(self, name: str, stage: StageConfig, auto_class: str, where: str) -> PlannedStage:
@@ -196,6 +194,8 @@ class _Planner:
                 found[teacher.name] = self._cached[made]
                 earlier = self.config.stages[stage_of(teacher.model.path) or ""]
                 check_same_data(self.config, earlier, stage, place)
+            facts = found[teacher.name]
+            found[teacher.name] = replace(facts, info=_with_open_labels(facts.info, data, auto_class))
         return found
 
     def _model_config(self, stage: StageConfig, model: ModelConfig, where: str) -> PretrainedConfig:
@@ -333,3 +333,8 @@ class _Planner:
         live = sum(t.backend != "cached" for t in teachers)
         total += self._tile(student.vocabulary) * student.vocabulary * FLOAT * (3 + live)
         return total / 1e9
+
+
+def _with_open_labels(info: ModelInfo, data: DataConfig, auto_class: str) -> ModelInfo:
+    """The same number of classes for every model where only the data tells it; the build compares the real ones."""
+    return replace(info, num_labels=2) if auto_class == CLASSIFIER and not data.labels else info

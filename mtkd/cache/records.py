@@ -181,11 +181,13 @@ class Records:
         """Class logits, or what is known at the batch's targets."""
         device = batch.ids.device
         if self.classes is not None:
+            self._same(batch.token_mask.sum(1).cpu(), self.tokens, "tokens")
             return DenseLogits(self.classes.to(device))
         token_level = batch.targets.dim() == 2
         mask = batch.target_mask if token_level else batch.real
         counts = mask.sum(1) if token_level else mask.long()
         self._same(counts.cpu(), self.positions, "positions to predict")
+        self._same(batch.token_mask.sum(1).cpu(), self.tokens, "tokens")
         at = torch.where(mask.reshape(-1), mask.reshape(-1).cumsum(0) - 1, -1)
         values = self.values
         if values is not None:

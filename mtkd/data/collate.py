@@ -271,6 +271,7 @@ def load_data(
             )
             made[split] = task.prepare(request)
     options = config.model_dump(mode="json", exclude=_PLACES)
-    parts = [raw.fingerprint, tokenizer_fingerprint(tokenizer), json.dumps(options, sort_keys=True), *label_names]
+    of_tokenizer = tokenizer_fingerprint(tokenizer, chat=config.chat)
+    parts = [raw.fingerprint, of_tokenizer, json.dumps(options, sort_keys=True), *label_names]
     fingerprint = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     return LoadedData(name, config, task, made, label_names, num_labels, fingerprint)

@@ -130,6 +130,19 @@ def test_chat_templates(load: Loader, opened: PreTrainedTokenizerFast) -> None:
         opened.chat_template = None
 
 
+def test_the_chat_template_is_a_part_of_the_data(load: Loader, opened: PreTrainedTokenizerFast) -> None:
+    """Only where it writes the text: a cache made under another template is the cache of other inputs."""
+    plain, found = prompted(load, opened).fingerprint, []
+    try:
+        for template in (CHAT, "Answer wrongly. " + CHAT):
+            opened.chat_template = template
+            found.append(prompted(load, opened, chat=True).fingerprint)
+            assert prompted(load, opened).fingerprint == plain
+    finally:
+        opened.chat_template = None
+    assert found[0] != found[1]
+
+
 def test_every_example_keeps_a_response_token(load: Loader, opened: PreTrainedTokenizerFast) -> None:
     whole = prompted(load, opened).split("train")
     prompts = [1 + len(ids(opened, prompt)) for prompt in PROMPTS]
