@@ -276,7 +276,7 @@ class Workshop:
         if teacher.backend == "resident":
             return model
         # before the next one is loaded: there is never memory for two
-        return offload(model, self.device, self.run.path / f".offload-{teacher.name}", self.dist)
+        return offload(model, self.device, self.run.offload_file(teacher.name), self.dist)
 
     def build(self, name: str) -> BuiltStage:
         """Load and wire everything of a stage.

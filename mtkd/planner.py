@@ -22,7 +22,7 @@ from mtkd.chain import model_name, model_of, needed_stages, scored_models, stage
 from mtkd.checks import check
 from mtkd.cofinetune import check_members
 from mtkd.config import DataConfig, ModelConfig, RunConfig, StageConfig
-from mtkd.data.tokenizers import check_same_tokenizer, num_real_ids, train_tokenizer
+from mtkd.data.tokenizers import check_chat_template, check_same_tokenizer, num_real_ids, train_tokenizer
 from mtkd.errors import UserError
 from mtkd.ladder import Look, complete
 from mtkd.launcher import launch_command
@@ -61,6 +61,7 @@ def plan(config: RunConfig) -> Plan:
     config = resolve(config)
     check(config)
     planner = _Planner(config)
+    planner.check_chats()
     stages = with_consequences([planner.stage(name) for name in config.stages])
     planner.check_scored()
     engine = config.engine
@@ -272,6 +273,12 @@ class _Planner:
                     allowed=f"at most {longest}",
                     todo="give the model more max_positions, or leave it out of evaluate.stages",
                 )
+
+    def check_chats(self) -> None:
+        """Refuse turns of a chat that the run's tokenizer, trained ones included, cannot write."""
+        for name, data in self.config.data.items():
+            if data.chat:
+                check_chat_template(self._tokenizer, f"data.{name}.chat")
 
     def look(self) -> Look:
         """What the ladder of a chain asks about models."""

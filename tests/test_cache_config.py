@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,26 @@ def test_other_data_than_the_caches(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'text'; this stage trains on 'short'") as caught:
         plan(cache_runs.config(tmp_path, made))
     assert "max_length" in str(caught.value.found)
+
+
+def test_other_files_than_the_caches(tmp_path: Path) -> None:
+    """A copy is the same data; other rows under equal options are not."""
+    made = cache_runs.values(tmp_path, cache=EXACT, student={})
+    cache_runs.write(tmp_path, made)
+    names = {split: Path(file).with_name(f"copy-{Path(file).name}") for split, file in
+             made["data"]["text"]["files"].items()}  # fmt: skip
+    for split, file in made["data"]["text"]["files"].items():
+        shutil.copy(tmp_path / file, tmp_path / names[split])
+    made["data"]["copy"] = {**made["data"]["text"], "files": {split: str(file) for split, file in names.items()}}
+    for name, stage in made["stages"].items():
+        stage["data"] = "copy" if name == "student" else "text"
+    made["evaluate"]["data"] = "text"
+    plan(cache_runs.config(tmp_path, made))
+    train = tmp_path / names["train"]
+    train.write_text("\n".join(train.read_text().splitlines()[::-1]) + "\n")
+    with pytest.raises(UserError, match="'text'; this stage trains on 'copy'") as caught:
+        plan(cache_runs.config(tmp_path, made))
+    assert "files.train" in str(caught.value.found)
 
 
 def test_a_compressed_student_needs_whole_rows(tmp_path: Path) -> None:
