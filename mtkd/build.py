@@ -183,14 +183,17 @@ class Workshop:
         for role, model in stage.trained.items():
             if model.vocabulary is not None:
                 counted = self.config.data_name(model.vocabulary.counts)
-                texts = self.config.data[counted].model_dump(mode="json")
-                models[f"{role} vocabulary"] = fingerprint([self.raw(counted).fingerprint, texts])
+                texts = self.config.data[counted]
+                written = [tokenizer_fingerprint(self.tokenizer, chat=True)] if texts.chat else []
+                parts = [self.raw(counted).fingerprint, texts.model_dump(mode="json"), *written]
+                models[f"{role} vocabulary"] = fingerprint(parts)
         for i, teacher in enumerate(stage.teachers):
             if teacher.backend == "cached" and stage_of(teacher.model.path) is None:
                 folder = cache_folder(teacher.model.path or "", self.base, f"stages.{name}.teachers[{i}].model")
                 models[f"teacher {teacher.name}"] = cache_digest(folder)
             else:
                 models[f"teacher {teacher.name}"] = self.digest(teacher.model)
+        data = self.config.data_name(stage.data)
         return identity(
             self.config,
             name,
@@ -278,7 +281,7 @@ class Workshop:
         if teacher.backend == "resident":
             return model
         # before the next one is loaded: there is never memory for two
-        return offload(model, self.device, self.run.path / f".offload-{teacher.name}", self.dist)
+        return offload(model, self.device, self.run.offload_file(teacher.name), self.dist)
 
     def build(self, name: str) -> BuiltStage:
         """Load and wire everything of a stage.

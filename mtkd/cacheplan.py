@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from mtkd.cache.codec import SampledCodec, TopCodec
 from mtkd.cachefolder import CacheFacts
 from mtkd.config import RANDOM_TOKENS, CacheConfig, DataConfig, RunConfig, StageConfig
 from mtkd.data.batch import Batch, position_counts
+from mtkd.data.collate import PLACES
 from mtkd.data.files import find_files
 from mtkd.errors import UserError
 from mtkd.features import DenseLogits, split_key
@@ -25,7 +27,6 @@ from mtkd.weightings.make import make_weighting
 from mtkd.weightings.traits import Around, Traits
 
 _FOR_TOKENS = {"targets", "k", "temperature", "bits", "proposal", "traits"}
-_PLACES = {"source", "path", "files", "revision"}  # where data is, not what it is
 _PLAIN_TEXT = (".jsonl", ".json", ".csv", ".tsv", ".txt")
 
 
@@ -97,8 +98,10 @@ def check_layers(content: CacheContent, info: ModelInfo, where: str, teacher: st
 def check_same_data(config: RunConfig, earlier: StageConfig, stage: StageConfig, where: str) -> None:
     """Refuse a cache stage whose examples are not those of the stage that reads it, as far as options tell."""
     names = [config.data_name(s.data) for s in (earlier, stage)]
-    theirs, ours = (config.data[name].model_dump(mode="json", exclude=_PLACES) for name in names)
+    earlier_data, data = (config.data[name] for name in names)
+    theirs, ours = (each.model_dump(mode="json", exclude=PLACES) for each in (earlier_data, data))
     differing = sorted(key for key in ours if ours[key] != theirs[key])
+    differing += _other_places(earlier_data, data, config.base, names)
     if differing:
         raise UserError(
             f"the cache holds what its teacher says about data '{names[0]}'; this stage trains on '{names[1]}'",
@@ -106,6 +109,24 @@ def check_same_data(config: RunConfig, earlier: StageConfig, stage: StageConfig,
             found=f"{', '.join(differing)} differ",
             todo="cache the teacher on this stage's data",
         )
+
+
+def _other_places(earlier: DataConfig, data: DataConfig, base: Path, names: Sequence[str]) -> list[str]:
+    """The fields by which two `data` entries read other rows; equal files may lie anywhere."""
+    if names[0] == names[1]:
+        return []
+    if earlier.source != data.source:
+        return ["source"]
+    if data.source != "files":
+        return [field for field in ("path", "revision") if getattr(earlier, field) != getattr(data, field)]
+    theirs, ours = (find_files(d, base, f"data.{name}") for d, name in zip((earlier, data), names, strict=True))
+    if theirs.keys() != ours.keys():
+        return ["files"]
+    return [
+        f"files.{split}"
+        for split, file in ours.items()
+        if file != theirs[split] and not filecmp.cmp(file, theirs[split], shallow=False)
+    ]
 
 
 def check_cached(

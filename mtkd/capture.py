@@ -13,6 +13,7 @@ import resource
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from mtkd.console import StageProgress, say
 from mtkd.data.collate import LoadedData, Split
 from mtkd.data.sampler import by_length, token_batches
 from mtkd.data.tokenizers import num_real_ids
-from mtkd.engine.dist import Dist, on_main
+from mtkd.engine.dist import on_main, together
 from mtkd.ensembles import as_logits
 from mtkd.errors import DataError, NonFiniteError, Preempted, UserError
 from mtkd.models.taps import TappedModel
@@ -88,7 +89,14 @@ def capture(shop: Workshop, name: str, identity: dict[str, Any]) -> dict[str, An
         fault_point("before-cache-export", 0)
         on_main(shop.dist, lambda: job.folder.partial.rename(job.folder.export) and None)
     shop.dist.barrier()
-    made = {t.name: _facts(job.folder.export / t.name, job.data) for t in stage.teachers}
+    exported = job.folder.export
+
+    def read() -> tuple[dict[str, dict[str, Any]], float]:
+        """What each finished cache tells of itself, and the seconds of all sessions."""
+        facts = {t.name: _facts(exported / t.name, job.data) for t in stage.teachers}
+        return facts, json.loads((exported / _SECONDS).read_text())
+
+    made, seconds = together(shop.dist, read, partial(_failed, exported))
     for teacher_name, facts in made.items():
         say(f"  {name}/{teacher_name}: {_sentence(facts)}", main=shop.dist.is_main)
     return {
@@ -97,7 +105,7 @@ def capture(shop: Workshop, name: str, identity: dict[str, Any]) -> dict[str, An
         "parameters": sum(facts["parameters"] for facts in made.values()),
         "teachers": [t.name for t in stage.teachers],
         "steps": sum(facts["shards"] for facts in made.values()),
-        "seconds": json.loads((job.folder.export / _SECONDS).read_text()),
+        "seconds": seconds,
         "tokens": sum(facts["positions"] for facts in made.values()),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "caches": made,
@@ -137,9 +145,9 @@ def _cache(job: _Job, config: TeacherConfig, where: str, stopped: StopFlag, prog
     shop, dist = job.shop, job.shop.dist
     folder = job.folder.partial / config.name
     if dist.broadcast_object((folder / MANIFEST).is_file()):
-        finished = CacheReader(folder)
+        finished = together(dist, lambda: CacheReader(folder), partial(_failed, folder))
         job.shards, job.examples = job.shards + finished.num_shards, job.examples + finished.origin.num_examples
-        progress.update(job.examples, None, note=config.name)
+        progress.skip(job.examples)
         return
     model = shop.teacher(config, job.data, where)
     assert isinstance(model, TappedModel), "the configuration allows no other backend here"
@@ -154,10 +162,11 @@ def _cache(job: _Job, config: TeacherConfig, where: str, stopped: StopFlag, prog
         return CacheWriter(folder, content, origin, job.stage.cache.shard_examples)
 
     on_main(dist, lambda: open_writer() and None)  # one rank makes the folder; the others find it and compare
-    writer = open_writer()
+    writer = together(dist, open_writer, partial(_failed, folder))
     missing = dist.broadcast_object(writer.missing())
     job.shards += writer.num_shards - len(missing)
     job.examples += origin.num_examples - sum(len(examples) for _, examples in missing)
+    progress.skip(job.examples)
     teacher = ResidentTeacher(config.name, model, shop.device, shop.dtype)
     for start in range(0, len(missing), dist.world_size):
         _round(job, teacher, writer, missing[start : start + dist.world_size], stopped, progress)
@@ -177,23 +186,23 @@ def _round(
 ) -> None:
     """At most one shard per rank; afterwards every rank knows whether all went well, and whether to stop."""
     dist, begun = job.shop.dist, time.monotonic()
-    error: Exception | None = None
-    written = 0
-    if dist.rank < len(shards):
+
+    def own_shard() -> int:
+        """Examples that this rank has written."""
+        if dist.rank >= len(shards):
+            return 0
         number, examples = shards[dist.rank]
-        try:
-            records = _records(job, teacher, writer.content, examples, stopped)
-            if records is not None:
-                writer.write(number, records)
-                written = len(records)
-        except (UserError, OSError, RuntimeError) as caught:
-            error = caught
-    _together(dist, error, writer.folder)
+        records = _records(job, teacher, writer.content, examples, stopped)
+        if records is None:
+            return 0
+        writer.write(number, records)
+        return len(records)
+
+    written = together(dist, own_shard, partial(_failed, writer.folder))
     stops, new_shards, new_examples = dist.sum([stopped(), bool(written), written])
     job.seconds += time.monotonic() - begun
     job.shards, job.examples = job.shards + int(new_shards), job.examples + int(new_examples)
-    if dist.is_main:
-        _log(job)
+    on_main(dist, lambda: _log(job))
     progress.update(job.examples, None, note=teacher.name)
     if stops:
         raise _preempted(job)
@@ -254,19 +263,12 @@ def _check_finite(record: Record, teacher: str, dtype: str) -> None:
             )
 
 
-def _together(dist: Dist, error: Exception | None, folder: Path) -> None:
-    """Raise on every rank when one of them failed."""
-    if isinstance(error, OSError):
-        error = UserError(
-            f"a shard could not be written: {error.strerror or error}",
-            where=str(folder),
-            todo="mend the cause and run it again: the shards that are written stay",
-        )
-    if dist.all_ok(error is None):
-        return
-    told = dist.gather_objects(f"rank {dist.rank}: {type(error).__name__}: {error}" if error else "")
-    message = dist.broadcast_object("; ".join(filter(None, told or [])))
-    raise error or UserError(f"another process failed: {message}", where=str(folder))
+def _failed(folder: Path, message: str) -> UserError:
+    return UserError(
+        f"the caches could not be made: {message}",
+        where=str(folder),
+        todo="mend the cause and run it again: the shards that are written stay",
+    )
 
 
 def _log(job: _Job) -> None:

@@ -148,7 +148,7 @@ def identity(
         steps: the resolved number of optimizer steps.
     """
     stage = config.stages[name]
-    return {
+    values = {
         "stage": stage_values(stage),
         "plugins": _plugin_digests(config, stage),
         "seed": stage_seed(config, stage),
@@ -163,6 +163,11 @@ def identity(
         "tokenizer": tokenizer,
         "models": dict(models),
     }
+    if stage.kind == "cache":
+        del values["compile"]  # its teachers never are
+        if stage.cache.targets != "sampled":
+            del values["seed"]  # nothing else is drawn
+    return values
 
 
 def _plugin_digests(config: RunConfig, stage: StageConfig) -> dict[str, str]:

@@ -32,7 +32,7 @@ class StageProgress:
 
     def __init__(self, name: str, steps: int, done: int, main: bool, unit: str = "step") -> None:
         self._name, self._steps, self._main, self._unit = name, steps, main, unit
-        self._begun, self._first = time.monotonic(), done
+        self._begun, self._first, self._step = time.monotonic(), done, done
         self._spoke = self._begun
         self._bar: Progress | None = None
         if main and console.is_terminal:
@@ -57,8 +57,15 @@ class StageProgress:
         if self._bar:
             self._bar.stop()
 
+    def skip(self, step: int) -> None:
+        """`step` steps are done, those since the last report by an earlier session: they do not count in the rate."""
+        self._first, self._step = self._first + step - self._step, step
+        if self._bar:
+            self._bar.reset(self._task, completed=step)
+
     def update(self, step: int, loss: float | None, *, note: str = "") -> None:
         """Show that `step` steps are done; `loss` in nats when it was read at this step, or another short `note`."""
+        self._step = step
         if not self._main:
             return
         now = time.monotonic()

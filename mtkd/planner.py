@@ -22,7 +22,7 @@ from mtkd.chain import model_name, model_of, needed_stages, scored_models, stage
 from mtkd.checks import check
 from mtkd.cofinetune import check_members
 from mtkd.config import DataConfig, ModelConfig, RunConfig, StageConfig
-from mtkd.data.tokenizers import check_same_tokenizer, num_real_ids, train_tokenizer
+from mtkd.data.tokenizers import check_chat_template, check_same_tokenizer, num_real_ids, train_tokenizer
 from mtkd.errors import UserError
 from mtkd.ladder import Look, complete
 from mtkd.launcher import launch_command
@@ -61,6 +61,7 @@ def plan(config: RunConfig) -> Plan:
     config = resolve(config)
     check(config)
     planner = _Planner(config)
+    planner.check_chats()
     stages = with_consequences([planner.stage(name) for name in config.stages])
     planner.check_scored()
     engine = config.engine
@@ -151,9 +152,7 @@ class _Planner:
     def _sized(
         self, role: str, model: ModelConfig, made: PretrainedConfig, data: DataConfig, auto_class: str
     ) -> tuple[PlannedModel, ModelInfo]:
-        info = model_info(made, auto_class)
-        if auto_class == CLASSIFIER and not data.labels:  # found in the data: whatever they are, they fit
-            info = replace(info, num_labels=2)
+        info = _with_open_labels(model_info(made, auto_class), data, auto_class)
         return planned_model(role, model, info, count_parameters(made, auto_class)), info
 
     def _cache_stage(self, name: str, stage: StageConfig, auto_class: str, where: str) -> PlannedStage:
@@ -197,6 +196,8 @@ class _Planner:
                 found[teacher.name] = self._cached[made]
                 earlier = self.config.stages[stage_of(teacher.model.path) or ""]
                 check_same_data(self.config, earlier, stage, place)
+            facts = found[teacher.name]
+            found[teacher.name] = replace(facts, info=_with_open_labels(facts.info, data, auto_class))
         return found
 
     def _model_config(self, stage: StageConfig, model: ModelConfig, where: str) -> PretrainedConfig:
@@ -274,6 +275,12 @@ class _Planner:
                     todo="give the model more max_positions, or leave it out of evaluate.stages",
                 )
 
+    def check_chats(self) -> None:
+        """Refuse turns of a chat that the run's tokenizer, trained ones included, cannot write."""
+        for name, data in self.config.data.items():
+            if data.chat:
+                check_chat_template(self._tokenizer, f"data.{name}.chat")
+
     def look(self) -> Look:
         """What the ladder of a chain asks about models."""
         return Look(self.stage, self._model_config, self._made)
@@ -334,3 +341,8 @@ class _Planner:
         live = sum(t.backend != "cached" for t in teachers)
         total += self._tile(student.vocabulary) * student.vocabulary * FLOAT * (3 + live)
         return total / 1e9
+
+
+def _with_open_labels(info: ModelInfo, data: DataConfig, auto_class: str) -> ModelInfo:
+    """The same number of classes for every model where only the data tells it; the build compares the real ones."""
+    return replace(info, num_labels=2) if auto_class == CLASSIFIER and not data.labels else info

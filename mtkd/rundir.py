@@ -58,6 +58,7 @@ __all__ = [
 PACKAGES = ("mtkd", "torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors", "scipy", "pydantic")
 _STAGE_FOLDER = re.compile(r"\d{2,}-(.+)")
 _ASIDE = ".forgotten-"
+_OFFLOADED = ".offload-"
 _HIDDEN = "***"
 _SECRET_NAME = re.compile(r"(?<![a-z])(token|password|passwd|secret|api[-_]?key)(?![a-z])", re.IGNORECASE)
 _SECRET_VALUE = re.compile(r"\b(hf_|sk-|gh[pousr]_|github_pat_)[\w-]{8,}|(?<=://)[^/@\s]+(?=@)")
@@ -134,6 +135,10 @@ class RunDir:
         """The log of one process; its folder is made by who writes it."""
         return self.path / "logs" / f"rank-{rank}.log"
 
+    def offload_file(self, teacher: str) -> Path:
+        """Where an offloaded teacher's weights are written, until every process has them open."""
+        return self.path / f"{_OFFLOADED}{teacher}"
+
     def stage(self, index: int, name: str) -> StageDir:
         """The folder of a stage: the one there is under this name, whatever its number; else a new one's.
 
@@ -170,6 +175,8 @@ class RunDir:
         that use a stage before it. Each folder is renamed aside first. Also sweeps up what a killed call left.
         """
         parent = self.path / "stages"
+        for left in self.path.glob(f"{_OFFLOADED}*"):
+            left.unlink()
         if names:
             for stale in (self.path / "results.json", self.report_file):
                 stale.unlink(missing_ok=True)

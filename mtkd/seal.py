@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mtkd.engine.dist import Dist
+from mtkd.engine.dist import Dist, together
 from mtkd.errors import DataError, UserError
 
 MANIFEST = "MANIFEST.json"
@@ -224,24 +224,20 @@ def write_sealed(final: Path, write: Callable[[Path], None], facts: Mapping[str,
 
 def _together(dist: Dist, temporary: Path, job: Callable[[], None]) -> None:
     """Do `job` on this rank; when it fails on one rank, raise on all of them with the same message."""
-    error: Exception | None = None
+
+    def failed(message: str) -> UserError:
+        return UserError(
+            f"the checkpoint could not be written: {message}",
+            where=str(temporary.parent),
+            todo="mend the cause and resume; earlier checkpoints are untouched",
+        )
+
     try:
-        job()
-    except Exception as caught:
-        error = caught
-    if dist.all_ok(error is None):
-        return
-    told = dist.gather_objects(f"rank {dist.rank}: {_reason(error, temporary)}" if error else "")
-    message = dist.broadcast_object("; ".join(filter(None, told or [])))
-    if dist.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-    if error is not None and not isinstance(error, OSError | RuntimeError | UserError):
-        raise error  # a programmer's error keeps its own type here; the other ranks are told
-    raise UserError(
-        f"the checkpoint could not be written: {message}",
-        where=str(temporary.parent),
-        todo="mend the cause and resume; earlier checkpoints are untouched",
-    ) from error
+        together(dist, job, failed, lambda error: _reason(error, temporary))
+    except Exception:
+        if dist.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def _reason(error: Exception, temporary: Path) -> str:

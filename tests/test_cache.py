@@ -360,3 +360,18 @@ def test_content_that_cannot_be_stored_is_refused(change: dict[str, Any], field:
     with pytest.raises(UserError) as error:
         CacheContent(**{**TOP.as_json(), **change}).check("stages.cache")
     assert error.value.where == f"stages.cache.{field}"
+
+
+def test_logits_of_examples_of_another_length_are_refused(tmp_path: Path) -> None:
+    """As many targets as before, and another prompt before them (a chat template that was changed)."""
+    read = CacheReader(written(tmp_path / "cache", TOP)).read([2, 5])
+    batch = batch_of([2, 5])
+    read.features("t", batch, frozenset({"logits"}))
+    longer = replace(
+        batch,
+        input_ids=torch.nn.functional.pad(batch.input_ids, (1, 0)),
+        attention_mask=torch.nn.functional.pad(batch.attention_mask, (1, 0), value=True),
+        targets=torch.nn.functional.pad(batch.targets, (1, 0), value=NO_LABEL),
+    )
+    with pytest.raises(DataError, match="another number of tokens"):
+        read.features("t", longer, frozenset({"logits"}))

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import cache_runs
 import pytest
 from cache_runs import EXACT
+from transformers import BertConfig
 
 from mtkd.cache import CacheContent
+from mtkd.cachefolder import CacheFacts
 from mtkd.cacheplan import bytes_per_token, content_of, read_traits
 from mtkd.config import CacheConfig, Named
 from mtkd.configfile import load_config
 from mtkd.errors import UserError
+from mtkd.models.info import CLASSIFIER, model_info
 from mtkd.planner import plan
 from mtkd.registry import WEIGHTINGS
 from mtkd.weightings.base import StageFacts
@@ -158,6 +162,24 @@ def test_classes_do_not_read_the_settings_of_tokens(tmp_path: Path) -> None:
     assert caught.value.where == "stages.cache.cache.k"
 
 
+def test_a_folder_of_class_logits_where_only_the_data_tells_the_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two, three classes and regression: the plan does not know, the build compares."""
+    made = cache_runs.class_values(tmp_path, cache={}, student={"method": None, "match": [{}]})
+    del made["data"]["text"]["labels"]
+    made["stages"] = {
+        "student": {**made["stages"]["student"], "teachers": [{**cache_runs.CACHED[0], "model": "there"}]}
+    }
+    made["evaluate"] = {"resamples": 100}
+    config = cache_runs.config(tmp_path, made)
+    for classes in (2, 3, 1):
+        model = BertConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=4, num_labels=classes)
+        facts = CacheFacts(CacheContent("classes", 0, 1.0, classes), model_info(model, CLASSIFIER), 1000, "there")
+        monkeypatch.setattr("mtkd.planner.read_facts", lambda *_, facts=facts: facts)
+        assert plan(config).stages[0].models[1].role == "teacher"
+
+
 def test_other_data_than_the_caches(tmp_path: Path) -> None:
     made = cache_runs.values(tmp_path, cache=EXACT, student={})
     made["data"]["short"] = {**made["data"]["text"], "max_length": 32}
@@ -167,6 +189,26 @@ def test_other_data_than_the_caches(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'text'; this stage trains on 'short'") as caught:
         plan(cache_runs.config(tmp_path, made))
     assert "max_length" in str(caught.value.found)
+
+
+def test_other_files_than_the_caches(tmp_path: Path) -> None:
+    """A copy is the same data; other rows under equal options are not."""
+    made = cache_runs.values(tmp_path, cache=EXACT, student={})
+    cache_runs.write(tmp_path, made)
+    names = {split: Path(file).with_name(f"copy-{Path(file).name}") for split, file in
+             made["data"]["text"]["files"].items()}  # fmt: skip
+    for split, file in made["data"]["text"]["files"].items():
+        shutil.copy(tmp_path / file, tmp_path / names[split])
+    made["data"]["copy"] = {**made["data"]["text"], "files": {split: str(file) for split, file in names.items()}}
+    for name, stage in made["stages"].items():
+        stage["data"] = "copy" if name == "student" else "text"
+    made["evaluate"]["data"] = "text"
+    plan(cache_runs.config(tmp_path, made))
+    train = tmp_path / names["train"]
+    train.write_text("\n".join(train.read_text().splitlines()[::-1]) + "\n")
+    with pytest.raises(UserError, match="'text'; this stage trains on 'copy'") as caught:
+        plan(cache_runs.config(tmp_path, made))
+    assert "files.train" in str(caught.value.found)
 
 
 def test_a_compressed_student_needs_whole_rows(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import yaml
 from cache_runs import CACHED, EXACT, LIVE, TEACHERS, largest_difference, weights
 
 import mtkd.capture
+import mtkd.console
 import mtkd.runner
 from mtkd.build import Workshop
 from mtkd.cache import CacheReader
@@ -282,3 +283,18 @@ def test_a_run_of_caches_alone(whole: Path, tmp_path: Path) -> None:
     for name in ours:
         assert name in theirs
         assert (ours[name] == theirs[name]) == name.startswith("shard-"), name  # other names and digests of the origin
+
+
+def test_examples_of_an_earlier_session_do_not_count_in_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, told = [0.0], list[str]()
+    monkeypatch.setattr(mtkd.console.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(mtkd.console, "say", told.append)
+    progress = mtkd.console.StageProgress("cache", 100, 0, True, "example")
+    progress.skip(40)  # of the first teacher
+    now[0] = 20.0
+    progress.update(50, None, note="a")
+    progress.skip(80)  # of the second one
+    now[0] = 40.0
+    progress.update(90, None, note="b")
+    assert all("0.50 examples/s" in line for line in told)
+    assert len(told) == 2

@@ -10,7 +10,7 @@ from tiny_run import tiny_config, write_yaml
 
 import mtkd
 from mtkd.configfile import load_config
-from mtkd.errors import UserError
+from mtkd.errors import DataError, UserError
 
 RECIPE = Path(__file__).parents[1] / "configs" / "generative" / "instruct.yaml"
 SHORT = [f"stages.{s}.{key}" for s in ("first-teacher", "second-teacher", "student", "labels-only")
@@ -84,3 +84,10 @@ def test_what_cannot_be_packed_is_refused_at_plan_time(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=text):
             tiny_config(tmp_path, stages={"teacher": {"batch": batch}})
+
+
+def test_a_chat_without_a_template_is_refused_at_plan_time(tmp_path: Path) -> None:
+    """The tokenizer that a run trains has none."""
+    with pytest.raises(DataError, match="no chat template") as refused:
+        mtkd.plan(load_config(RECIPE, [f"output={tmp_path}", "data.instructions.chat=true"]))
+    assert refused.value.where == "data.instructions.chat"

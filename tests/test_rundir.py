@@ -320,3 +320,10 @@ def test_the_versions_are_those_of_the_imported_packages() -> None:
     assert versions["torch"] == torch.__version__
     assert versions["pydantic"] == pydantic.VERSION
     assert {"mtkd", "transformers", "deepspeed", "datasets"} <= versions.keys()
+
+
+def test_a_file_of_offloaded_weights_that_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.offload_file("teacher").write_bytes(b"weights")
+    run.forget([])
+    assert list(tmp_path.iterdir()) == []

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mtkd.engine.dist import Dist
+from mtkd.engine.dist import Dist, on_main, together
 from mtkd.errors import UserError
 from mtkd.seal import check_seal, newest_sealed, save_sealed
 from mtkd.testing import RankError, run_distributed
@@ -101,3 +101,45 @@ def test_a_file_size_limit_is_reported_with_bytes(tmp_path: Path) -> None:
     assert size > 400_000
     assert f"needed: at least {size:,} bytes" in message
     assert names(tmp_path) == ["step-000001"]
+
+
+def fail_in_turn(parent: str) -> list[str]:
+    """What this rank is told when the other one, or the main one alone, cannot do its part."""
+    dist, told = Dist.current(), []
+
+    def full() -> None:
+        raise OSError(28, "No space left on device", parent)
+
+    def bug() -> None:
+        raise TypeError("a bug")
+
+    def failed(message: str) -> UserError:
+        return UserError(f"not made: {message}")
+
+    for job in (
+        lambda: on_main(dist, full),
+        lambda: on_main(dist, bug),
+        lambda: together(dist, lambda: full() if dist.rank == 1 else None, failed),
+        lambda: together(dist, lambda: bug() if dist.rank == 1 else None, failed),
+    ):
+        try:
+            job()
+        except Exception as caught:
+            told.append(f"{type(caught).__name__}: {caught}")
+    told.append(str(dist.sum([1])))  # nobody is left waiting: the next collective is the same one
+    return told
+
+
+def test_a_failure_of_one_rank_reaches_all(tmp_path: Path) -> None:
+    first, second = run_distributed(fail_in_turn, 2, str(tmp_path))
+    assert first[0] == second[0]
+    assert first[0].startswith("UserError")
+    assert str(tmp_path) in first[0]
+    assert "No space left" in first[0]
+    assert first[1] == "TypeError: a bug"
+    assert second[1] == "UserError: the main process failed: TypeError: a bug"
+    assert first[2] == second[2]
+    assert "rank 1: OSError" in first[2]
+    assert first[3] == "UserError: not made: rank 1: TypeError: a bug"
+    assert second[3] == "TypeError: a bug"
+    assert first[4] == second[4] == "[2.0]"

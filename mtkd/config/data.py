@@ -63,8 +63,9 @@ class DataConfig(Config):
     text: str = Field("text", description="column of the (first) text")
     prompt: str | None = Field(
         None,
-        description="causal-lm: column of the prompt, or a template of columns such as '{instruction}\\n{input}\\n'; "
-        "it is read but never predicted, `text` is the response, and a row is one example",
+        description="causal-lm: column of the prompt, or a template of columns such as "
+        '"{instruction}\\n{input}\\n" (double quotes: within single ones YAML keeps a backslash and an n); it is read '
+        "but never predicted, `text` is the response, and a row is one example",
     )
     chat: bool = Field(
         False,
@@ -106,6 +107,8 @@ class DataConfig(Config):
             return self
         if self.prompt_columns == ("",):
             raise ValueError("prompt is the name of a column or a template; leave it out for plain text")
+        if "\\n" in self.prompt:
+            raise ValueError("prompt has a backslash and an n, not the end of a line: write it in double quotes")
         if self.text in self.prompt_columns:
             raise ValueError(f"the prompt holds the response: column {self.text!r} is `text`")
         if self.source == RANDOM_TOKENS or self.transfer is not None:

@@ -35,7 +35,8 @@ class EngineConfig(Config):
     tile: Positive | Literal["auto"] = Field(
         "auto",
         description="token positions whose vocabulary-size logits exist at one time; auto: as many as keep one "
-        "model's logits below 32 MiB (at most 256 positions) on a CPU and below 256 MiB (at most 4096) on a GPU",
+        "model's logits below 32 MiB (at most 256 positions) on a CPU and below 256 MiB (at most 4096) on a GPU, "
+        "and never fewer than 16, which passes the CPU's limit above 524,288 columns",
     )
     prefetch: bool = Field(
         True,
@@ -46,7 +47,10 @@ class EngineConfig(Config):
         description="torch.compile of the student and of resident teachers, kind: torch; no gain measured on a CPU",
     )
     attention: Literal["auto", "flash", "efficient", "math"] = Field(
-        "auto", description="kernel of scaled dot product attention; auto: torch chooses; CPUs have flash and math"
+        "auto",
+        description="kernel of scaled dot product attention; auto: torch chooses; CPUs have flash and math; on a GPU "
+        "flash takes bf16 and no mask: batches without padding and packing only, torch refuses others at the first "
+        "step",
     )
     threads: Annotated[int, Field(ge=0)] = Field(
         0, description="CPU threads per process; 0 = $OMP_NUM_THREADS if set, else cores / processes"
@@ -66,6 +70,8 @@ class EngineConfig(Config):
             )
         if self.attention == "efficient" and self.device == "cpu":
             raise ValueError("attention: efficient exists on GPUs only; on a CPU: auto, flash or math")
+        if self.attention == "flash" and self.device == "cuda" and self.precision == "fp32":
+            raise ValueError("attention: flash has no kernel for fp32 on a GPU; use precision: bf16, or another kernel")
         return self
 
     def tile_for(self, columns: int, device: str) -> int:

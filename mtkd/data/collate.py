@@ -14,7 +14,7 @@ import torch
 
 from mtkd.data.batch import Batch
 from mtkd.data.tasks import PrepareRequest, TaskSpec, check_task
-from mtkd.data.tokenizers import tokenizer_fingerprint
+from mtkd.data.tokenizers import check_chat_template, tokenizer_fingerprint
 from mtkd.errors import DataError, nearest
 from mtkd.features import NO_LABEL
 from mtkd.registry import TASKS
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 _FILLER_LENGTH = 2  # tokens of a batch in which nothing counts
 NO_EXAMPLE = -1  # `Batch.ids` of a filler row
 
-# Fields of a `data` block that say where the data is, not what it is; its content has a fingerprint of its own.
-_PLACES = {"source", "path", "files", "revision"}
+PLACES = frozenset({"source", "path", "files", "revision"})
+"""Fields of a `data` block that say where the data is, not what it is; its content has a fingerprint of its own."""
 
 
 @dataclass(frozen=True)
@@ -256,6 +256,8 @@ def load_data(
         UserError, DataError: naming the file and row where there is one.
     """
     check_task(config, f"data.{name}")
+    if config.chat:
+        check_chat_template(tokenizer, f"data.{name}.chat")
     task: TaskSpec = TASKS.find(config.task, f"data.{name}.task")
     label_names, num_labels = task.labels(config, raw)
     made: dict[str, Split] = {}
@@ -271,12 +273,8 @@ def load_data(
                 num_labels=num_labels,
             )
             made[split] = task.prepare(request)
-    options = config.model_dump(mode="json", exclude=_PLACES)
-    parts = [
-        raw.fingerprint,
-        tokenizer_fingerprint(tokenizer, chat=config.chat),
-        json.dumps(options, sort_keys=True),
-        *label_names,
-    ]
+    options = config.model_dump(mode="json", exclude=PLACES)
+    of_tokenizer = tokenizer_fingerprint(tokenizer, chat=config.chat)
+    parts = [raw.fingerprint, of_tokenizer, json.dumps(options, sort_keys=True), *label_names]
     fingerprint = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     return LoadedData(name, config, task, made, label_names, num_labels, fingerprint)

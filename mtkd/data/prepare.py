@@ -11,7 +11,7 @@ from mtkd.data.labels import read_labels
 from mtkd.data.masking import Masking
 from mtkd.data.pairs import PairExamples, around_pair
 from mtkd.data.prompts import prepare_prompted
-from mtkd.data.rows import column_of, described, pad_id, texts_of, tokenize
+from mtkd.data.rows import TOKENIZED_AT_ONCE, column_of, described, pad_id, texts_of, tokenize
 from mtkd.data.transfer import transfer_tokens
 from mtkd.errors import DataError, UserError
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from mtkd.data.tasks import PrepareRequest
-
-_TOKENIZED_AT_ONCE = 1_000  # texts
 
 
 class CausalExamples:
@@ -148,9 +146,9 @@ def prepare_classify(request: PrepareRequest) -> Split:
     encoded_rows: list[list[int]] = []
     types: list[int] = []
     lengths = np.zeros(len(request.rows), np.int64)
-    for begin in range(0, len(request.rows), _TOKENIZED_AT_ONCE):
+    for begin in range(0, len(request.rows), TOKENIZED_AT_ONCE):
         encoded = tokenizer(
-            *[column[begin : begin + _TOKENIZED_AT_ONCE] for column in columns],
+            *[column[begin : begin + TOKENIZED_AT_ONCE] for column in columns],
             truncation=True,
             max_length=config.max_length,
             return_attention_mask=False,

@@ -8,7 +8,7 @@ token, which the last prompt position predicts; which tokens those are is a matt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -56,17 +56,14 @@ def prepare_prompted(request: PrepareRequest) -> Split:
         DataError: no row is left, or a chat template that is not there or cannot be split into turns.
     """
     config, tokenizer = request.config, request.tokenizer
-    assert config.prompt is not None
     responses, rows = texts_of(request)
-    every = prompt_texts(request.rows, config.prompt, request.origin)
-    prompts = [every[row] for row in rows]
-    encode = _in_turns if config.chat else _in_text
+    pairs = _encoded(request, *_written(request, responses, rows))
     flat: list[np.ndarray] = []
     kept: list[int] = []
     before: list[int] = []
     scored = np.zeros(len(rows), np.int64)
     num_cut = 0
-    for number, (prompt, response) in enumerate(encode(request, prompts, responses, rows)):
+    for number, (prompt, response) in enumerate(pairs):
         asked = max(1, len(prompt))  # without a prompt and a beginning token the first one cannot be predicted
         document = np.array([*prompt, *response], np.int32)[: config.max_length + 1]
         if len(document) <= asked:
@@ -107,27 +104,44 @@ def prompt_texts(rows: Dataset, prompt: str, origin: Origin) -> list[str]:
             for row in range(len(rows))]  # fmt: skip
 
 
-_Pairs = list[tuple[list[int], list[int]]]
+def written_texts(request: PrepareRequest) -> list[str]:
+    """Everything that is tokenised of a split with prompts: prompts and responses, or the turns of the template.
+
+    Raises:
+        DataError: as `prepare_prompted`.
+    """
+    before, after = _written(request, *texts_of(request))
+    return [*before, *after]
 
 
-def _in_text(request: PrepareRequest, prompts: Sequence[str], responses: Sequence[str], rows: np.ndarray) -> _Pairs:
-    """Ids of beginning token and prompt, and of response and end token."""
+def _written(
+    request: PrepareRequest, responses: Sequence[str], rows: np.ndarray
+) -> tuple[Sequence[str], Sequence[str]]:
+    """The text of each row before the first token that is predicted, and that after it."""
+    config = request.config
+    assert config.prompt is not None
+    every = prompt_texts(request.rows, config.prompt, request.origin)
+    prompts = [every[row] for row in rows]
+    return _turns(request, prompts, responses, rows) if config.chat else (prompts, responses)
+
+
+def _encoded(
+    request: PrepareRequest, before: Sequence[str], after: Sequence[str]
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Ids of both parts, with beginning and end tokens where no template writes them."""
     tokenizer = request.tokenizer
-    first = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    last = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    pairs = zip(tokenize(tokenizer, prompts), tokenize(tokenizer, responses), strict=True)
-    return [([*first, *prompt], [*response, *last]) for prompt, response in pairs]
+    around = not request.config.chat
+    first = [tokenizer.bos_token_id] if around and tokenizer.bos_token_id is not None else []
+    last = [tokenizer.eos_token_id] if around and tokenizer.eos_token_id is not None else []
+    for prompt, response in zip(tokenize(tokenizer, before), tokenize(tokenizer, after), strict=True):
+        yield [*first, *prompt], [*response, *last]
 
 
-def _in_turns(request: PrepareRequest, prompts: Sequence[str], responses: Sequence[str], rows: np.ndarray) -> _Pairs:
-    """Ids of a user's turn with the opening of the assistant's, and of what the template adds with the response."""
+def _turns(
+    request: PrepareRequest, prompts: Sequence[str], responses: Sequence[str], rows: np.ndarray
+) -> tuple[list[str], list[str]]:
+    """A user's turn with the opening of the assistant's, and what the template adds with the response."""
     tokenizer = request.tokenizer
-    if not tokenizer.chat_template:
-        raise DataError(
-            "the tokenizer has no chat template",
-            where="data.NAME.chat",
-            todo="set chat: false, and put into `prompt` what the model expects around it",
-        )
     opened: list[str] = []
     added: list[str] = []
     for row, prompt, response in zip(rows, prompts, responses, strict=True):
@@ -144,7 +158,7 @@ def _in_turns(request: PrepareRequest, prompts: Sequence[str], responses: Sequen
             )
         opened.append(start)
         added.append(whole[len(start) :])
-    return list(zip(tokenize(tokenizer, opened), tokenize(tokenizer, added), strict=True))
+    return opened, added
 
 
 def _note(request: PrepareRequest, num_rows: int, num_kept: int, num_cut: int) -> str:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from mtkd.data.tasks import PrepareRequest
 
-_TOKENIZED_AT_ONCE = 1_000  # texts
+TOKENIZED_AT_ONCE = 1_000
+"""Texts."""
 
 
 def texts_of(request: PrepareRequest) -> tuple[list[str], np.ndarray]:
@@ -34,10 +35,10 @@ def column_of(request: PrepareRequest, column: str, option: str) -> list[str]:
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iterator[list[int]]:
     """Ids without special tokens, text by text."""
-    for begin in range(0, len(texts), _TOKENIZED_AT_ONCE):
+    for begin in range(0, len(texts), TOKENIZED_AT_ONCE):
         # verbose=False: longer than the model's maximum is fine here, documents are cut into blocks afterwards
         yield from tokenizer(
-            list(texts[begin : begin + _TOKENIZED_AT_ONCE]),
+            list(texts[begin : begin + TOKENIZED_AT_ONCE]),
             add_special_tokens=False,
             return_attention_mask=False,
             return_token_type_ids=False,

@@ -113,11 +113,27 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, *, chat: bool = False) -> str:
     """sha256 (hexadecimal) over token -> id, the special ids and how text is normalised and split.
 
-    Args: chat: over the chat template too, for data whose turns it writes.
+    Args: chat: whether the texts are turns of a chat: then over the template that writes them, too.
     """
-    parts: list[Any] = [token_ids(tokenizer), special_ids(tokenizer), _text_rules(tokenizer)]
-    parts += [tokenizer.chat_template] if chat else []
+    parts = [token_ids(tokenizer), special_ids(tokenizer), _text_rules(tokenizer)]
+    parts += [{"chat": tokenizer.chat_template}] if chat else []
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+def check_chat_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Refuse turns of a chat where nothing says how they are written.
+
+    Args: where: `chat` of the data entry.
+    Raises:
+        DataError: the tokenizer has no chat template (one that the run trains never has).
+    """
+    if not tokenizer.chat_template:
+        raise DataError(
+            "the tokenizer has no chat template",
+            where=where,
+            found="chat: true",
+            todo="set chat: false, and put into `prompt` what the model expects around it",
+        )
 
 
 def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, where: str) -> None:

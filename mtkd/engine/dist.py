@@ -91,14 +91,58 @@ class Dist:
 
 
 def on_main(dist: Dist, action: Callable[[], Object]) -> Object:
-    """Do something on the main rank; every rank gets its result, or raises its UserError."""
+    """Do something on the main rank; every rank gets its result, or raises its error.
+
+    Raises:
+        UserError: the action's own; for its OSError one that names the file. Any other error keeps its type on the
+            main rank, and the others are told: nobody waits for a rank that has left.
+    """
     outcome: list[Object | UserError] = []
+    bug: Exception | None = None
     if dist.is_main:
         try:
             outcome = [action()]
         except UserError as error:
             outcome = [error]
+        except OSError as error:
+            outcome = [
+                UserError(f"{error.strerror or error}", where=error.filename or "", todo="mend it and try again")
+            ]
+        except Exception as error:
+            bug = error
+            outcome = [UserError(f"the main process failed: {type(error).__name__}: {error}")]
     value = dist.broadcast_object(outcome)[0]
+    if bug is not None:
+        raise bug
     if isinstance(value, UserError):
         raise value
     return value
+
+
+def together(
+    dist: Dist,
+    job: Callable[[], Object],
+    failed: Callable[[str], UserError],
+    reason: Callable[[Exception], str] = lambda error: f"{type(error).__name__}: {error}",
+) -> Object:
+    """Do `job` on every rank; when it fails on one of them, all raise, so that nobody waits for one that has left.
+
+    Args:
+        failed: what to raise, given the reasons of the ranks that failed. reason: an error in words.
+    Raises:
+        UserError: the job's own on the rank that raised it; `failed` for an OSError or RuntimeError, and on ranks on
+            which all went well. Any other error, a programmer's, keeps its type where it was raised.
+    """
+    error: Exception | None = None
+    done: list[Object] = []
+    try:
+        done = [job()]
+    except Exception as caught:
+        error = caught
+    if dist.all_ok(error is None):
+        return done[0]
+    told = dist.gather_objects(f"rank {dist.rank}: {reason(error)}" if error else "")
+    message = dist.broadcast_object("; ".join(filter(None, told or [])))
+    if error is not None and not isinstance(error, OSError | RuntimeError):
+        raise error
+    raise failed(message) from error

@@ -43,7 +43,7 @@ def start_processes(config: EngineConfig) -> tuple[Dist, torch.device]:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     dist = init_distributed(kind) if config.kind == "deepspeed" else Dist()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    use_attention(config.attention, kind)
+    use_attention(config.attention, kind, config.precision)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size))
     given = int(os.environ.get("OMP_NUM_THREADS") or 0)
     torch.set_num_threads(config.threads or given or max(1, cores // local))

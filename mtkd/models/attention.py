@@ -137,7 +137,7 @@ def tap_attention(
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
-def use_attention(kernel: str, device: str) -> None:
+def use_attention(kernel: str, device: str, precision: str = "fp32") -> None:
     """Let scaled dot product attention use one kernel only, or ("auto") whatever torch chooses.
 
     For the whole process, not around a forward pass: activation checkpointing runs the forward again in the backward.
@@ -151,6 +151,14 @@ def use_attention(kernel: str, device: str) -> None:
             where="engine.attention",
             found=kernel,
             allowed=["auto", "flash", "math"],
+        )
+    if kernel == "flash" and device == "cuda" and precision == "fp32":
+        raise UserError(
+            "flash attention has no kernel for fp32 on a GPU",
+            where="engine.attention",
+            found=kernel,
+            allowed=["auto", "efficient", "math"],
+            todo="use precision: bf16, or another kernel",
         )
     for name, switch in _ATTENTION_SWITCHES.items():
         switch(kernel in ("auto", name))

@@ -15,7 +15,7 @@ natural language.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mtkd.data.prompts import written_texts
+from mtkd.data.tasks import PrepareRequest
 from mtkd.data.tokenizers import num_real_ids, tokenizer_fingerprint
 from mtkd.data.vocabulary import count_ids, shareable_ids
 from mtkd.errors import DataError, UserError
@@ -209,13 +211,23 @@ def make_vocabulary(
         UserError: as `choose_kept`.
     """
     where = "model.vocabulary"
-    columns = [column for column in (data.text, data.text_pair, *data.prompt_columns) if column]
     counts = np.zeros(num_real_ids(tokenizer), np.int64)
-    for column in columns:
-        counts += count_ids(tokenizer, raw.texts("train", column), len(counts))
+    for texts in _counted(data, raw, tokenizer):
+        counts += count_ids(tokenizer, texts, len(counts))
     labels, _ = TASKS.find(data.task).labels(data, raw)
     kept = choose_kept(setting, counts, tokenizer, config, labels, where)
     return make_map(kept, counts, table, shareable_ids(tokenizer, where), tokenizer_fingerprint(tokenizer))
+
+
+def _counted(data: DataConfig, raw: Raw, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[str]]:
+    """The texts of the train split as the task tokenises them: prompts with what their template writes around them."""
+    if data.prompt is None:
+        for column in filter(None, (data.text, data.text_pair)):
+            yield raw.texts("train", column)
+    elif "train" in raw.splits:
+        yield written_texts(PrepareRequest("train", raw.splits["train"], raw.origin("train"), data, tokenizer))
+    else:
+        raise DataError("there is no train split to count", where="data", allowed=list(raw.splits))
 
 
 def make_map(

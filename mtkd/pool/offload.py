@@ -8,7 +8,8 @@ weights, equally aligned, go through the same kernels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -78,20 +79,27 @@ class OffloadedModel(nn.Module):
         return self.model.num_columns
 
     def enable_packing(self, where: str) -> None:
-        """As `TappedModel` has it."""
-        self.model.enable_packing(where)
+        """As `TappedModel` has it, in a turn: two forward passes compare packed with padded rows."""
+        with self._turn():
+            self.model.enable_packing(where)
 
     @property
     def embedding_table(self) -> Tensor:
-        """As `TappedModel` has it."""
-        return self.model.embedding_table
+        """As `TappedModel` has it; a copy, which does not keep the parameters."""
+        with self._turn():
+            return self.model.embedding_table.detach().clone()
 
     def forward(self, batch: Batch, wants: frozenset[str]) -> Features:
         """The wanted features: one turn. The features outlive it."""
-        self.waiting.arrive()
-        try:
+        with self._turn():
             features = self.model(batch, wants)
             return {key: self._outliving(value) for key, value in features.items()}
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        self.waiting.arrive()
+        try:
+            yield
         finally:
             self.waiting.leave()
 

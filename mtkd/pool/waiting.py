@@ -70,7 +70,8 @@ class MappedParameters:
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], file: Path, dist: Dist) -> None:
-        starts = _starts(parameters, _LINE, [p.data_ptr() % _LINE for p in parameters])
+        # The main rank's: it writes the file, and on another rank the same weights may lie at another alignment.
+        starts = dist.broadcast_object(_starts(parameters, _LINE, [p.data_ptr() % _LINE for p in parameters]))
         self._size, self._parameters = max(starts[-1], 1), list(parameters)
         self._descriptor = _shared(parameters, starts, self._size, file, dist)
         # Private and writable only because torch warns about read-only buffers; nobody writes a frozen teacher.

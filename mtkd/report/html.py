@@ -75,6 +75,7 @@ def render(run: RunData, plots_folder: Path) -> str:
         headline=[(_CLASSES.get(word, "none"), text) for word, text in headline(run)],
         nothing=nothing_to_compare(run),
         stages=stages_table(run.stages) if run.stages else None,
+        caches=caches_table(run.stages),
         curves=[f for f in figures if f[0] in ("validation", "training")],
         weighted=weighted,
         comparisons=comparison_table(run.comparisons) if run.comparisons else None,
@@ -113,6 +114,24 @@ def stages_table(stages: Sequence[StageRecord]) -> Table:
             ]
         )
     return Table([*header, "validation loss"], rows, [])
+
+
+def caches_table(stages: Sequence[StageRecord]) -> Table | None:
+    """What every finished cache holds; None without one."""
+    header = ["cache", "examples", "predictions", "size", "bytes per prediction", "KL of the reconstruction (nats)"]
+    rows = [
+        [
+            Cell(f"{stage.name}/{teacher}", style="name"),
+            count_cell(facts.get("examples")),
+            count_cell(facts.get("positions")),
+            Cell(bytes_text(number(facts.get("bytes"))), exact_text(facts.get("bytes")), "n"),
+            value_cell(facts.get("bytes_per_position")),
+            value_cell(facts.get("kl")),
+        ]
+        for stage in stages
+        for teacher, facts in stage.caches.items()
+    ]
+    return Table(header, rows, []) if rows else None
 
 
 def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:

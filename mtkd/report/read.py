@@ -49,6 +49,7 @@ class StageRecord:
         steps: optimizer steps made so far; `planned_steps` what the configuration asks for (None: epochs or seconds).
         exported_step: the step that became the stage's model.
         curves: metric name -> curve, without the ``validation/`` ones.
+        caches: what a cache stage measured, by teacher: examples, positions, bytes, bytes_per_position, kl (nats).
         validation: metric name without ``validation/`` -> curve.
     """
 
@@ -63,6 +64,7 @@ class StageRecord:
     seconds: float | None = None
     peak_memory_bytes: int | None = None
     teachers: list[str] = field(default_factory=list)
+    caches: dict[str, dict[str, Any]] = field(default_factory=dict)
     curves: dict[str, Curve] = field(default_factory=dict)
     validation: dict[str, Curve] = field(default_factory=dict)
 
@@ -160,6 +162,8 @@ def _stages(run_dir: Path, config: Mapping[str, Any], problems: list[str]) -> li
             _finish(record, done[name])
         elif record.curves:
             record.status = "running"
+        if record.kind == "cache":
+            record.steps = None  # what it counts are shards
     return list(records.values())
 
 
@@ -173,6 +177,7 @@ def _finish(record: StageRecord, done: Mapping[str, Any]) -> None:
     record.parameters = _integer(done.get("parameters"))
     record.peak_memory_bytes = _integer(done.get("peak_memory_bytes"))
     record.teachers = _teachers(done.get("teachers")) or record.teachers
+    record.caches = {str(name): dict(_mapping(facts)) for name, facts in _mapping(done.get("caches")).items()}
 
 
 def _read_metrics(path: Path, records: dict[str, StageRecord], problems: list[str]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtkd.report.html import comparison_table, results_table, stages_table
+from mtkd.report.html import caches_table, comparison_table, results_table, stages_table
 from mtkd.report.ladder import ladder_table, read_ladder
 from mtkd.report.read import Curve, RunData, StageRecord, read_run
 from mtkd.report.table import Table
@@ -28,6 +28,7 @@ _STYLES = {
 # Kept on the page only: a terminal is narrow.
 _LEFT_OUT = {
     "Stages": {"kind", "target tokens", "peak memory"},
+    "Caches": {"predictions"},
     "Results": {"kind", "parameters", "steps", "time"},
     "Ladder": {"learned from"},
     "Comparisons": {"value", "of baseline", "metric", "test", "p", "documents"},
@@ -43,13 +44,15 @@ _SHORT = {
     "p (Holm)": "p Holm",
     "with its assistants": "with assistants",
     "gain over direct": "gain",
+    "bytes per prediction": "bytes each",
+    "KL of the reconstruction (nats)": "KL, nats",
 }
 # Characters of a column of words that are kept together on a narrow terminal: of the first column, of the others.
 _FIRST_WIDTH, _WIDTH = 16, 10
 
 
 def terminal_tables(run_dir: Path) -> list[RichTable]:
-    """Stages, results, comparisons and the headline in words, those there are; the last has no title.
+    """Stages, caches, results, comparisons and the headline in words, those there are; the last has no title.
 
     Raises:
         DataError: `run_dir` is not a folder.
@@ -58,6 +61,8 @@ def terminal_tables(run_dir: Path) -> list[RichTable]:
     tables = []
     if run.stages:
         tables.append(_rich("Stages", stages_table(run.stages)))
+    if caches := caches_table(run.stages):
+        tables.append(_rich("Caches", caches))
     if run.models:
         tables.append(_rich("Results", results_table(run.models)))
     if ladder := read_ladder(run):
@@ -108,6 +113,7 @@ def _stage(stage: StageRecord) -> dict[str, Any]:
         "seconds": stage.seconds,
         "peak_memory_bytes": stage.peak_memory_bytes,
         "teachers": stage.teachers,
+        "caches": stage.caches,
         "loss": stage.curves.get("loss", Curve()).last,
         "validation_loss": stage.validation.get("loss", Curve()).last,
         "weights": {name: curve.last for name, curve in stage.per_teacher("weight").items()},

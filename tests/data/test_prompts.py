@@ -114,8 +114,9 @@ def test_malformed_templates_are_refused(prompt: str) -> None:
 
 
 def test_chat_templates(load: Loader, opened: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(DataError, match="no chat template"):
+    with pytest.raises(DataError, match="no chat template") as refused:
         prompted(load, opened, chat=True)
+    assert refused.value.where == "data.corpus.chat"
     opened.chat_template = CHAT
     try:
         batch = prompted(load, opened, chat=True).split("train").collate([1])
@@ -132,6 +133,19 @@ def test_chat_templates(load: Loader, opened: PreTrainedTokenizerFast) -> None:
             prompted(load, opened, chat=True)
     finally:
         opened.chat_template = None
+
+
+def test_the_chat_template_is_a_part_of_the_data(load: Loader, opened: PreTrainedTokenizerFast) -> None:
+    """Only where it writes the text: a cache made under another template is the cache of other inputs."""
+    plain, found = prompted(load, opened).fingerprint, []
+    try:
+        for template in (CHAT, "Answer wrongly. " + CHAT):
+            opened.chat_template = template
+            found.append(prompted(load, opened, chat=True).fingerprint)
+            assert prompted(load, opened).fingerprint == plain
+    finally:
+        opened.chat_template = None
+    assert found[0] != found[1]
 
 
 def test_every_example_keeps_a_response_token(load: Loader, opened: PreTrainedTokenizerFast) -> None:
@@ -194,7 +208,7 @@ def test_arrays_and_lines_of_objects_are_the_same_data(
 
 def test_what_cannot_be_is_refused_at_once(write: Callable[..., DataConfig], tmp_path: Path) -> None:
     for fields in ({"chat": True}, {"prompt": ""}, {"prompt": "text"}, {"prompt": "{text}{a}"}, {"prompt": "{a"},
-                   {"prompt": "a", "transfer": {"tokens": "uniform"}}):  # fmt: skip
+                   {"prompt": r"{a}\n"}, {"prompt": "a", "transfer": {"tokens": "uniform"}}):  # fmt: skip
         with pytest.raises(ValidationError):
             DataConfig(source="files", **fields)
     config = write("rows.jsonl", json.dumps(ROWS[0]), prompt="{question}", text="output")

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import cache_runs
 import pytest
 import torch
 from pydantic import ValidationError
@@ -17,6 +18,7 @@ from tiny_run import tiny_config
 from mtkd.build import Workshop
 from mtkd.chain import identity
 from mtkd.config import EngineConfig, OptimizerConfig
+from mtkd.configfile import load_config
 from mtkd.data.batch import position_counts
 from mtkd.engine.dist import Dist
 from mtkd.engine.make import start_processes
@@ -132,3 +134,28 @@ def test_the_build_compiles_what_the_run_asks_for(tmp_path: Path, monkeypatch: p
     assert [type(t) for t in teachers] == [ResidentTeacher, OffloadTeacher]
     assert seen == [16]
     teachers[1].close()
+
+
+def test_flash_needs_bf16_on_a_gpu() -> None:
+    with pytest.raises(ValidationError, match="no kernel for fp32"):
+        EngineConfig(attention="flash", device="cuda")
+    EngineConfig(attention="flash", device="cuda", precision="bf16")
+    with pytest.raises(UserError, match="no kernel for fp32"):  # device: auto, found later
+        use_attention("flash", "cuda", "fp32")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changes"),
+    [
+        (["engine.compile=true"], False),  # a cache stage compiles nothing
+        (["seed=5"], False),
+        (["stages.cache.cache={targets: sampled, k: 30}", "seed=5"], True),
+    ],
+)
+def test_what_changes_a_cache_identifies_it(tmp_path: Path, overrides: list[str], changes: bool) -> None:
+    file = cache_runs.write(tmp_path, cache_runs.values(tmp_path, cache={}, student={}))
+
+    def of(overrides: list[str]) -> dict[str, Any]:
+        return identity(load_config(file, overrides), "cache", data="d", tokenizer="t", models={}, steps=0)
+
+    assert (of(overrides[:-1]) != of(overrides)) == changes

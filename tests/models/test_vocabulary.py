@@ -9,19 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from model_bank import EVERY_HEAD, batch, build, description, lively
 from pydantic import ValidationError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mtkd.config import ModelConfig, TeacherConfig, VocabularyConfig
+from mtkd.config import DataConfig, ModelConfig, TeacherConfig, VocabularyConfig
+from mtkd.data.sources import Raw
 from mtkd.data.tokenizers import num_real_ids, tokenizer_fingerprint, train_tokenizer
 from mtkd.data.vocabulary import compress_tokenizer, count_ids, shareable_ids
 from mtkd.errors import DataError, UserError
 from mtkd.models.info import CAUSAL_LM, CLASSIFIER, MASKED_LM
 from mtkd.models.load import compress_model
 from mtkd.models.taps import TappedModel
-from mtkd.models.vocabulary import VocabularyMap, choose_kept, make_map, read_vocabulary
+from mtkd.models.vocabulary import VocabularyMap, choose_kept, make_map, make_vocabulary, read_vocabulary
 
 WORDS = ("ab", "abc", "cab", "bad", "dab", "add", "dad", "abba", "cad", "baba", "back", "a", "dada", "bc")
 TEXTS = [" ".join(random.Random(i).choices(WORDS, k=12)) for i in range(40)]
@@ -223,3 +225,22 @@ def test_special_ids_have_new_numbers() -> None:
 def test_teachers_keep_their_vocabulary() -> None:
     with pytest.raises(ValidationError, match="vocabulary is for students"):
         TeacherConfig(model=ModelConfig(path="x", vocabulary=VocabularyConfig(keep=0.5)))
+
+
+def test_prompts_are_counted_as_they_are_written() -> None:
+    """A template's own words, and the turns of a chat, are tokens of every example."""
+    tokenizer, columns = bpe(), {"q": ["ab abc", "cab"], "a": ["bad dab", " "]}  # a blank response is no example
+    raw = Raw({"train": Dataset.from_dict(columns)}, "0" * 64, "test")
+    table = torch.randn(num_real_ids(tokenizer), 8, generator=torch.Generator().manual_seed(0))
+    config = build(description("gpt2"), CAUSAL_LM).config
+    tokenizer.chat_template = (
+        "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+    )
+    for chat, written in (
+        (False, ["dada {ab abc}: ", "bad dab"]),
+        (True, ["<s>user: dada {ab abc}: </s><s>assistant: ", "bad dab</s>"]),
+    ):
+        data = DataConfig(source="files", prompt="dada {{{q}}}: ", text="a", chat=chat)
+        made = make_vocabulary(VocabularyConfig(keep=0.999), data, raw, tokenizer, config, table)
+        assert made.counts.tolist() == count_ids(tokenizer, written, num_real_ids(tokenizer)).tolist()

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ from mtkd.features import Features
 from mtkd.match import Match
 from mtkd.models.taps import TappedModel
 from mtkd.pool import OffloadedModel, OffloadTeacher, ResidentTeacher, TeacherPool, offload
-from mtkd.pool.waiting import PinnedParameters
+from mtkd.pool.waiting import MappedParameters, PinnedParameters
 from mtkd.testing import run_distributed
 
 ALL = frozenset({"logits", "hidden.0", "hidden.2", "query.1", "probs.2"})
@@ -201,6 +201,71 @@ def test_ranks_share_one_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("not a folder")
     assert all("cannot be put on disk" in text for text in run_distributed(_failing_rank, 2, str(tmp_path)))
+
+
+class _TwoRanks:
+    """A rank of two threads: what the main one broadcasts reaches the other."""
+
+    barrier, box = threading.Barrier(2), [None]
+
+    def __init__(self, rank: int) -> None:
+        self.is_main = rank == 0
+
+    def broadcast_object(self, value: Any) -> Any:
+        if self.is_main:
+            self.box[0] = value
+        self.barrier.wait(30)
+        found = self.box[0]
+        self.barrier.wait(30)
+        return found
+
+    def all_ok(self, ok: bool) -> bool:
+        self.barrier.wait(30)
+        return ok
+
+
+def test_the_file_is_laid_out_by_the_rank_that_writes_it(tmp_path: Path) -> None:
+    """The same weights may be aligned otherwise in another process."""
+    wanted = [torch.arange(20.0) + 100 * i for i in range(2)]
+    found: dict[int, list[torch.nn.Parameter]] = {}
+
+    def go(rank: int) -> None:
+        room = [torch.zeros(64)[4 * rank : 4 * rank + 20].copy_(values) for values in wanted]
+        found[rank] = [torch.nn.Parameter(values, requires_grad=False) for values in room]
+        MappedParameters(found[rank], tmp_path / "file", cast(Dist, _TwoRanks(rank)))
+
+    threads = [threading.Thread(target=go, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for rank in (0, 1):
+        for values, parameter in zip(wanted, found[rank], strict=True):
+            assert torch.equal(parameter.data, values), rank
+
+
+@pytest.mark.parametrize("make", [mapped, pinned])
+def test_whatever_reads_the_weights_at_build_takes_a_turn(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first packed rows and the embedding table would leave every teacher's pages in memory otherwise."""
+    model = causal_model(16, 2, 3)
+    offloaded = make(model, tmp_path)
+    turns: list[str] = []
+    for name in ("arrive", "leave"):
+        was = getattr(offloaded.waiting, name)
+
+        def noted(name: str = name, was: Callable[[], None] = was) -> None:
+            turns.append(name)
+            was()
+
+        monkeypatch.setattr(offloaded.waiting, name, noted)
+    offloaded.enable_packing("stages.s.batch.packing")
+    table = offloaded.embedding_table
+    assert turns == ["arrive", "leave"] * 2
+    assert offloaded.model.packing
+    offloaded.close()
+    assert torch.equal(table, model.embedding_table)  # a copy: it outlives the file
 
 
 _MEASURE = """

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from mtkd.errors import DataError
 from mtkd.report import summary, terminal_tables, write_report
+from mtkd.report.html import caches_table, stages_table
 from mtkd.report.read import read_run
 from mtkd.report.wording import count_text, p_text, seconds_text, sentence, signed_text, value_text
 
@@ -535,3 +536,32 @@ def test_the_page_is_the_same_twice(tmp_path: Path):
 )
 def test_numbers_in_words(text: str, expected: str):
     assert text == expected
+
+
+def test_a_cache_stage_shows_what_it_holds_not_steps(tmp_path: Path):
+    facts = {
+        "examples": 48,
+        "shards": 5,
+        "positions": 1234,
+        "bytes": 3 * 2**20,
+        "bytes_per_position": 60.5,
+        "kl": 0.012,
+    }
+    record = {"stage": "cache", "kind": "cache", "steps": 5, "teachers": ["a"], "caches": {"a": facts}}
+    folder = tmp_path / "stages" / "01-cache"
+    folder.mkdir(parents=True)
+    (tmp_path / "run.yaml").write_text("name: r\nstages: {cache: {kind: cache}}\n")
+    line = {"stage": "cache", "step": 5, "seconds": 1.0, "examples": 48}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert read_run(tmp_path).stages[0].steps is None
+    (folder / "DONE").write_text(json.dumps(record))
+    (stage,) = read_run(tmp_path).stages
+    row = dict(zip((table := stages_table([stage])).header, table.rows[0], strict=True))
+    assert row["steps"].text == "–"
+    made = caches_table([stage])
+    assert made is not None
+    assert [cell.text for cell in made.rows[0]] == ["cache/a", "48", "1,234", "3 MiB", "60.5", "0.012"]
+    assert caches_table([]) is None
+    assert summary(tmp_path)["stages"][0]["caches"]["a"]["kl"] == 0.012
+    assert [table.title for table in terminal_tables(tmp_path)] == ["Stages", "Caches"]
+    assert "cache/a" in write_report(tmp_path).read_text()
