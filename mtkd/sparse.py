@@ -387,7 +387,8 @@ def _entropy_outside(scaled: Tensor, ids: Tensor, tail: Tensor, outside: Tensor,
     far = outside < _FAR * tail
     if bool(far.any()):
         position, teacher = far.nonzero(as_tuple=True)
-        found[position, teacher] = -negative_entropy(_others(scaled, ids, position, teacher).log_softmax(-1))
+        log_others = _others(scaled, ids, position, teacher).log_softmax(-1)
+        found[position, teacher] = -negative_entropy(log_others, log_others.exp())
     return found
 
 
