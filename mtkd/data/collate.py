@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _FILLER_LENGTH = 2  # tokens of a batch in which nothing counts
 NO_EXAMPLE = -1  # `Batch.ids` of a filler row
 
-PLACES = frozenset({"source", "path", "files", "revision"})
+PLACES = {"source", "path", "files", "revision"}
 """Fields of a `data` block that say where the data is, not what it is; its content has a fingerprint of its own."""
 
 
