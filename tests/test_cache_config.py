@@ -198,13 +198,13 @@ def test_other_files_than_the_caches(tmp_path: Path) -> None:
     names = {split: Path(file).with_name(f"copy-{Path(file).name}") for split, file in
              made["data"]["text"]["files"].items()}  # fmt: skip
     for split, file in made["data"]["text"]["files"].items():
-        shutil.copy(tmp_path / file, tmp_path / names[split])
+        shutil.copy(tmp_path / "data" / file, tmp_path / "data" / names[split])
     made["data"]["copy"] = {**made["data"]["text"], "files": {split: str(file) for split, file in names.items()}}
     for name, stage in made["stages"].items():
         stage["data"] = "copy" if name == "student" else "text"
     made["evaluate"]["data"] = "text"
     plan(cache_runs.config(tmp_path, made))
-    train = tmp_path / names["train"]
+    train = tmp_path / "data" / names["train"]
     train.write_text("\n".join(train.read_text().splitlines()[::-1]) + "\n")
     with pytest.raises(UserError, match="'text'; this stage trains on 'copy'") as caught:
         plan(cache_runs.config(tmp_path, made))

@@ -560,7 +560,7 @@ def test_a_cache_stage_shows_what_it_holds_not_steps(tmp_path: Path):
     assert row["steps"].text == "–"
     made = caches_table([stage])
     assert made is not None
-    assert [cell.text for cell in made.rows[0]] == ["cache/a", "48", "1,234", "3 MiB", "60.5", "0.012"]
+    assert [cell.text for cell in made.rows[0]] == ["cache/a", "48", "1,234", "3 MiB", "60.50", "0.01200"]
     assert caches_table([]) is None
     assert summary(tmp_path)["stages"][0]["caches"]["a"]["kl"] == 0.012
     assert [table.title for table in terminal_tables(tmp_path)] == ["Stages", "Caches"]
