@@ -216,8 +216,7 @@ class LoadedData:
         splits: train, validation, test (those that were wanted and exist).
         label_names: class names by number; () for token tasks and regression.
         num_labels: outputs of the classifier; 1 for regression, 0 for token tasks.
-        fingerprint: sha256 (hexadecimal) over the content, the tokenizer, its chat template where that is
-            read, and every option that shapes the examples.
+        fingerprint: sha256 (hexadecimal) over the content, the tokenizer and every option that shapes the examples.
     """
 
     name: str
@@ -272,11 +271,6 @@ def load_data(
             )
             made[split] = task.prepare(request)
     options = config.model_dump(mode="json", exclude=_PLACES)
-    parts = [
-        raw.fingerprint,
-        tokenizer_fingerprint(tokenizer, chat=config.chat),
-        json.dumps(options, sort_keys=True),
-        *label_names,
-    ]
+    parts = [raw.fingerprint, tokenizer_fingerprint(tokenizer), json.dumps(options, sort_keys=True), *label_names]
     fingerprint = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     return LoadedData(name, config, task, made, label_names, num_labels, fingerprint)

@@ -110,13 +110,9 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return {part: int(number) for part, number in found.items() if number is not None}
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, *, chat: bool = False) -> str:
-    """sha256 (hexadecimal) over token -> id, the special ids and how text is normalised and split.
-
-    Args: chat: over the chat template too, for data whose turns it writes.
-    """
-    parts: list[Any] = [token_ids(tokenizer), special_ids(tokenizer), _text_rules(tokenizer)]
-    parts += [tokenizer.chat_template] if chat else []
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 (hexadecimal) over token -> id, the special ids and how text is normalised and split."""
+    parts = [token_ids(tokenizer), special_ids(tokenizer), _text_rules(tokenizer)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 

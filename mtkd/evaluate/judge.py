@@ -39,7 +39,7 @@ def judge(shop: Workshop) -> dict[str, Any]:
         "data": shop.raw(name).fingerprint,
         "config": shop.config.data[name].model_dump(mode="json"),
         "split": settings.split,
-        "tokenizer": tokenizer_fingerprint(shop.tokenizer, chat=shop.config.data[name].chat),
+        "tokenizer": tokenizer_fingerprint(shop.tokenizer),
         "precision": shop.config.engine.precision,
     }
     keys = {model: fingerprint([context, _fingerprints(shop, model)]) for model in wanted}

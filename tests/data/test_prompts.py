@@ -123,10 +123,6 @@ def test_chat_templates(load: Loader, opened: PreTrainedTokenizerFast) -> None:
         whole = [*before, *ids(opened, f"{RESPONSES[1]}</s>")]
         assert batch.input_ids[0].tolist() == whole[:-1]
         assert batch.targets[0].tolist() == [NO_LABEL] * (len(before) - 1) + whole[len(before) :]
-        chat, plain = (prompted(load, opened, chat=chat).fingerprint for chat in (True, False))
-        opened.chat_template = "Answer wrongly. " + CHAT
-        assert prompted(load, opened, chat=True).fingerprint != chat
-        assert prompted(load, opened).fingerprint == plain
         opened.chat_template = CHAT.replace("{{ turn.content }}", "{{ turn.content }}{{ loop.length }}")
         with pytest.raises(DataError, match="differently"):
             prompted(load, opened, chat=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 from pathlib import Path
 
@@ -68,13 +67,6 @@ def test_only_a_closed_one_ends_a_text(tokenizer: PreTrainedTokenizerFast) -> No
     assert tokenizer("the")["input_ids"][-1] == tokenizer.eos_token_id
     assert open_one("the")["input_ids"] == tokenizer("the")["input_ids"][:-1]
     assert open_one("the")["input_ids"][0] == open_one.bos_token_id
-
-
-def test_a_chat_template_counts_where_it_is_read(tokenizer: PreTrainedTokenizerFast) -> None:
-    one, other = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
-    one.chat_template, other.chat_template = "{{ messages }}", "Answer wrongly. {{ messages }}"
-    assert tokenizer_fingerprint(one) == tokenizer_fingerprint(other) == tokenizer_fingerprint(tokenizer)
-    assert tokenizer_fingerprint(one, chat=True) != tokenizer_fingerprint(other, chat=True)
 
 
 def test_it_is_the_same_after_saving_and_loading(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
