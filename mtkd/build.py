@@ -177,7 +177,6 @@ class Workshop:
     def identity(self, name: str) -> dict[str, Any]:
         """What determines the model this stage makes; see `chain.identity`. Earlier stages must be done."""
         stage = self.config.stages[name]
-        data = self.config.data_name(stage.data)
         steps = self._equal_time_steps(stage) if stage.equal_time else stage.steps or 0
         models = {name: self.digest(model) for name, model in stage.trained.items()}
         for role, model in stage.trained.items():
@@ -194,8 +193,8 @@ class Workshop:
         return identity(
             self.config,
             name,
-            data=self.raw(data).fingerprint,
-            tokenizer=tokenizer_fingerprint(self.tokenizer, chat=self.config.data[data].chat),
+            data=self.raw(self.config.data_name(stage.data)).fingerprint,
+            tokenizer=tokenizer_fingerprint(self.tokenizer),
             models=models,
             steps=steps,
         )

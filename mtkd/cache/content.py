@@ -169,7 +169,7 @@ class CacheOrigin:
 _WORDS = {
     "teacher": "teacher (digest)",
     "tokenizer": "tokenizer (digest)",
-    "data": "data set or chat template (fingerprint)",
+    "data": "data set (fingerprint)",
     "split": "split",
     "num_examples": "number of examples",
     "precision": "precision",
