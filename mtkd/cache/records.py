@@ -178,8 +178,10 @@ class Records:
         device = batch.ids.device
         if self.classes is not None:
             return DenseLogits(self.classes.to(device))
-        mask = batch.target_mask
-        self._same(mask.sum(1).cpu(), self.positions, "positions to predict")
+        token_level = batch.targets.dim() == 2
+        mask = batch.target_mask if token_level else batch.real
+        counts = mask.sum(1) if token_level else mask.long()
+        self._same(counts.cpu(), self.positions, "positions to predict")
         at = torch.where(mask.reshape(-1), mask.reshape(-1).cumsum(0) - 1, -1)
         values = self.values
         assert values is not None, "caches hold class logits or targets of tokens"
