@@ -27,6 +27,7 @@ class TeacherTiles:
         size = max(positions.stop - positions.start, self._tile)
         start = positions.start - positions.start % size
         if start != self._start or (self._held and len(self._held[0]) < positions.stop - start):
+            self._held = []  # the old tile's memory is free before there is a new one
             self._start, self._held = start, [read(t, self._index[start : start + size]) for t in self._logits]
         return [rows[positions.start - start : positions.stop - start] for rows in self._held]
 
