@@ -193,7 +193,6 @@ class Workshop:
                 models[f"teacher {teacher.name}"] = cache_digest(folder)
             else:
                 models[f"teacher {teacher.name}"] = self.digest(teacher.model)
-        data = self.config.data_name(stage.data)
         return identity(
             self.config,
             name,

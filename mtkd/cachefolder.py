@@ -104,15 +104,7 @@ def _model_config(origin: CacheOrigin, where: str) -> PretrainedConfig:
 def check_tokenizer_of(facts: CacheFacts, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
     """Refuse the cache of a teacher with another tokenizer, where the run's own is known already."""
     assert facts.origin is not None
-    ours = tokenizer_fingerprint(tokenizer)
-    if facts.origin.tokenizer != ours:
-        raise DataError(
-            "the cache was made with another tokenizer",
-            where=where,
-            found=f"{facts.origin.tokenizer} in the cache",
-            allowed=f"{ours} in this run",
-            todo="make the cache again with this run's tokenizer, or give the run that of the cache",
-        )
+    facts.origin.check(replace(facts.origin, tokenizer=tokenizer_fingerprint(tokenizer)), where)
 
 
 def check_precision_of(facts: CacheFacts, precision: str, where: str) -> None:

@@ -29,7 +29,7 @@ from mtkd.config import BatchConfig, StageConfig, TeacherConfig
 from mtkd.configfile import differences
 from mtkd.console import StageProgress, say
 from mtkd.data.collate import LoadedData, Split
-from mtkd.data.sampler import by_length, token_batches
+from mtkd.data.sampler import length_batches
 from mtkd.data.tokenizers import num_real_ids
 from mtkd.engine.dist import on_main, together
 from mtkd.ensembles import as_logits
@@ -236,13 +236,7 @@ def _records(
 
 def _batches(split: Split, batch: BatchConfig, examples: range) -> Iterator[Any]:
     """The examples of a shard, by falling length, with as many at a time as the stage's `batch` says."""
-    ordered = by_length(np.array(examples), split.lengths)
-    if batch.sequences is not None:
-        parts = [ordered[i : i + batch.sequences] for i in range(0, len(ordered), batch.sequences)]
-    else:
-        assert batch.tokens is not None
-        parts = token_batches(ordered, split.lengths, batch.tokens)
-    for part in parts:
+    for part in length_batches(np.array(examples), split.lengths, batch):
         yield split.collate(part.tolist())
 
 

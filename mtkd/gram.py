@@ -62,17 +62,17 @@ def _gradient(
     counts: Counts,
 ) -> Tensor:
     """Of one teacher's loss on a tile with respect to the student's logits [m,V], flat."""
+    if isinstance(teacher, SparseRows) and teacher.tail is None:
+        raise UserError(
+            "drawn targets are unbiased in a gradient, not in inner products of gradients",
+            where="a weighting that reads 'gram'",
+            todo="make the cache with targets: top, or take another weighting",
+        )
     leaf = student.clone().requires_grad_()
     loss = student.new_zeros(())
     with torch.enable_grad():
         for row in rows:
             kind = row.counted(objective.token_level)
-            if isinstance(teacher, SparseRows) and teacher.tail is None:
-                raise UserError(
-                    "drawn targets are unbiased in a gradient, not in inner products of gradients",
-                    where="a weighting that reads 'gram'",
-                    todo="make the cache with targets: top, or take another weighting",
-                )
             whole, options = completed(row, leaf, teacher)
             values = row.spec(leaf, whole, has_label if kind == "targets" else None, options)
             loss = loss + row.match.weight / max(counts[kind], 1) * values.sum()

@@ -132,25 +132,24 @@ class CacheReader:
 
     def _rows(self, name: str, found: list[tuple[Shard, int] | None]) -> Tensor:
         """One row per example, zeros in filler rows."""
-        real = [pair for pair in found if pair]
-        width = self.shard(0).arrays[name].shape[1:]
-        rows = np.concatenate([np.zeros((0, *width), np.float32), *([_parts(name, real)] if real else [])])
-        whole = torch.zeros(len(found), *width)
-        whole[torch.tensor([pair is not None for pair in found], dtype=torch.bool)] = torch.from_numpy(rows)
-        return whole
+        return _placed(torch.from_numpy(self._stored(name, found)), found)
+
+    def _stored(self, name: str, found: list[tuple[Shard, int] | None]) -> np.ndarray:
+        """An array of the examples that are no filler rows, one after another."""
+        empty = self.shard(0).arrays[name][:0]
+        return np.concatenate([empty, *(shard.part(name, local) for shard, local in filter(None, found))])
 
     def _hidden(self, key: str, found: list[tuple[Shard, int] | None]) -> Tensor:
-        name = f"hidden.{key}"
-        real = [pair for pair in found if pair]
-        width = self.shard(0).arrays[name].shape[1:]
-        values = _parts(name, real) if real else np.zeros((0, *width), self.shard(0).arrays[name].dtype)
-        tensor = torch.from_numpy(values)
+        tensor = torch.from_numpy(self._stored(f"hidden.{key}", found))
         tensor = tensor.view(torch.bfloat16) if self.content.dtype == "bfloat16" else tensor
-        if split_key(key)[0] not in PER_EXAMPLE:
-            return tensor
-        whole = torch.zeros(len(found), *width, dtype=tensor.dtype)
-        whole[torch.tensor([pair is not None for pair in found], dtype=torch.bool)] = tensor
-        return whole
+        return _placed(tensor, found) if split_key(key)[0] in PER_EXAMPLE else tensor
+
+
+def _placed(stored: Tensor, found: list[tuple[Shard, int] | None]) -> Tensor:
+    """One row per example that was asked for, zeros in filler rows."""
+    whole = torch.zeros(len(found), *stored.shape[1:], dtype=stored.dtype)
+    whole[torch.tensor([pair is not None for pair in found], dtype=torch.bool)] = stored
+    return whole
 
 
 def _parts(name: str, found: Sequence[tuple[Shard, int]]) -> np.ndarray:

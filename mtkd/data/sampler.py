@@ -120,6 +120,15 @@ def token_batches(examples: np.ndarray, lengths: np.ndarray, budget: int) -> lis
     return batches
 
 
+def length_batches(examples: np.ndarray, lengths: np.ndarray, batch: ScoringBatchConfig) -> list[np.ndarray]:
+    """Examples by falling length, as many at a time as `batch` says."""
+    if batch.tokens is not None:
+        return token_batches(examples, lengths, batch.tokens)
+    assert batch.sequences is not None
+    ordered = by_length(examples, lengths)
+    return [ordered[i : i + batch.sequences] for i in range(0, len(ordered), batch.sequences)]
+
+
 def by_length(examples: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Examples by falling length, equal ones in the order given."""
     return examples[np.argsort(-lengths[examples], kind="stable")]
@@ -199,12 +208,6 @@ def evaluation_batches(split: Split, batch: ScoringBatchConfig, rank: int, world
 
     `batch` counts over all ranks and its `accumulate` pieces, as in training.
     """
-    examples = by_length(np.arange(len(split)), split.lengths)
-    if batch.sequences is not None:
-        steps = [examples[i : i + batch.sequences] for i in range(0, len(examples), batch.sequences)]
-    else:
-        assert batch.tokens is not None
-        steps = token_batches(examples, split.lengths, batch.tokens)
-    for step in steps:
+    for step in length_batches(np.arange(len(split)), split.lengths, batch):
         for slot in slots(step.tolist(), world_size, batch.accumulate, split.lengths)[rank]:
             yield split.collate(slot, size=max(1, len(slot)))

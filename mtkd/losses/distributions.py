@@ -117,13 +117,8 @@ def skew_kl(
     Raises: ValueError for alpha outside [0, 1).
     Source: Ko et al. 2024, DistiLLM, arXiv 2402.03898 (SKL).
     """
-    _check_skew(alpha)
     log_s, log_t = _both(student, teacher, temperature, top)
-    if alpha == 0:
-        return _scaled(_kl(log_t, log_s), temperature, scale)
-    probs_t = log_t.exp()
-    log_m = _log(torch.lerp(log_s.exp(), probs_t, alpha))
-    return _scaled((probs_t * (log_t - log_m)).sum(-1), temperature, scale)
+    return _scaled(_skewed(log_t, log_s, alpha), temperature, scale)
 
 
 @loss("reverse_skew_kl", inputs=LOGITS)
@@ -145,13 +140,8 @@ def reverse_skew_kl(
     Raises: ValueError for alpha outside [0, 1).
     Source: Ko et al. 2024, DistiLLM, arXiv 2402.03898 (SRKL).
     """
-    _check_skew(alpha)
     log_s, log_t = _both(student, teacher, temperature, top)
-    if alpha == 0:
-        return _scaled(_kl(log_s, log_t), temperature, scale)
-    probs_s = log_s.exp()
-    log_m = _log(torch.lerp(log_t.exp(), probs_s, alpha))
-    return _scaled((probs_s * (log_s - log_m)).sum(-1), temperature, scale)
+    return _scaled(_skewed(log_s, log_t, alpha), temperature, scale)
 
 
 @loss("total_variation", inputs=LOGITS)
@@ -243,14 +233,19 @@ def _kl(of: Tensor, from_: Tensor) -> Tensor:
     return (of.exp() * (of - from_)).sum(-1)
 
 
+def _skewed(of: Tensor, from_: Tensor, alpha: float) -> Tensor:
+    """``KL(p || alpha p + (1-alpha) q)`` of log p and log q, [n,V] each -> [n]."""
+    if not 0 <= alpha < 1:
+        raise ValueError(f"alpha must be at least 0 and below 1; found {alpha}")
+    if alpha == 0:
+        return _kl(of, from_)
+    probs = of.exp()
+    return (probs * (of - _log(torch.lerp(from_.exp(), probs, alpha)))).sum(-1)
+
+
 def _log(mixture: Tensor) -> Tensor:
     """log, finite where a probability underflows to 0."""
     return mixture.clamp_min(torch.finfo(mixture.dtype).tiny).log()
-
-
-def _check_skew(alpha: float) -> None:
-    if not 0 <= alpha < 1:
-        raise ValueError(f"alpha must be at least 0 and below 1; found {alpha}")
 
 
 def log_distribution(logits: Tensor, temperature: float) -> Tensor:

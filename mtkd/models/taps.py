@@ -223,7 +223,7 @@ class TappedModel(nn.Module):
             ours = self(batch, frozenset(wants))["logits"]
             output = self.model(**self._inputs(batch, None))
             whole = output.prediction_logits if self._two_heads else output.logits
-            theirs = whole.float().reshape(-1, self._columns())[:, : self._real()]
+            theirs = whole.float().reshape(-1, self._columns())[:, : self.num_columns]
             assert not isinstance(ours, Tensor)
             index = torch.arange(theirs.shape[0], device=theirs.device)
             difference = float((ours.rows(index) - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))
@@ -242,13 +242,10 @@ class TappedModel(nn.Module):
     @property
     def num_columns(self) -> int:
         """Columns of the logits: real token ids (kept ones, of a compressed vocabulary), or classes."""
-        return self._real()
+        return self.num_ids if self.token_level else self.info.num_labels
 
     def _columns(self) -> int:
         return self.info.vocabulary if self.token_level else self.info.num_labels
-
-    def _real(self) -> int:
-        return self.num_ids if self.token_level else self.info.num_labels
 
     def _few_tokens(self, lengths: tuple[int, ...]) -> Batch:
         """Examples of the first real ids in turn, padded on the right."""
