@@ -93,7 +93,8 @@ class Setting:
 
     def stage(self, share: float = 1.0, **values: Any) -> dict[str, Any]:
         steps = max(1, round(self.steps * share))
-        return {"steps": steps, "batch": {"sequences": 16}, "optimizer": {"lr": TASKS[self.task].lr}, **values}
+        batch = {"sequences": 32, "group_by_length": True}
+        return {"steps": steps, "batch": batch, "optimizer": {"lr": TASKS[self.task].lr}, **values}
 
     def labels(self, layers: int) -> dict[str, Any]:
         return self.stage(kind="finetune", student=self.student(layers))
@@ -105,7 +106,7 @@ class Setting:
     def cached(self, teachers: list[str], **values: Any) -> dict[str, Any]:
         """A stage that runs the teachers once over the training texts and keeps their class logits."""
         named = [{"name": f"t{k}", "model": path} for k, path in enumerate(teachers)]
-        return {"kind": "cache", "teachers": named, "batch": {"sequences": 64}, **values}
+        return {"kind": "cache", "teachers": named, "batch": {"tokens": 1_024}, **values}
 
     def from_cache(self, layers: int, run: str, count: int, **values: Any) -> dict[str, Any]:
         """As `distil`, from the first `count` teachers whose outputs a run has cached."""
@@ -222,7 +223,7 @@ def configuration(setting: Setting, run: str, arm: Arm, seed: int) -> dict[str, 
     """The run file of an arm and seed, as plain values."""
     last = list(arm.stages)[-1]
     transfer = any(stage.get("data") == "transfer" for stage in arm.stages.values())
-    evaluate = {"data": setting.task, "resamples": 100}
+    evaluate = {"data": setting.task, "resamples": 100, "batch": {"tokens": 1_024}}
     evaluate |= {"ensembles": [last]} if arm.ensemble else {}
     evaluate |= {"stages": [last]} if last != "cache" else {}
     return {
@@ -344,7 +345,7 @@ def main() -> None:
     parser.add_argument("part", nargs="?", choices=PARTS)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["trec"])
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=0, help="optimizer steps of 16 sequences; default: the task's own")
+    parser.add_argument("--steps", type=int, default=0, help="optimizer steps of 32 sequences; default: the task's own")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=60, help="start nothing after this many minutes")
     parser.add_argument("--output", type=Path, default=Path("runs/methods"))

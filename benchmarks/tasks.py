@@ -35,9 +35,9 @@ class Task:
     test: Callable[[Path], Iterator[Row]]
     limit: int
     max_length: int
-    steps: int  # of 16 sequences
+    steps: int  # of 32 sequences
     transfer: int  # rows whose labels are not read
-    lr: float = 3e-4
+    lr: float = 5e-4
     pair: bool = False
     held: int = 0  # training rows that are tested on instead
 
@@ -73,13 +73,13 @@ TASKS = {
     "sst2": Task(
         _tsv("glue/SST-2/train.tsv", "sentence", "label"),
         _tsv("glue/SST-2/dev.tsv", "sentence", "label"),
-        2_000,
+        800,
         48,
-        500,
-        20_000,
+        125,
+        5_000,
     ),
     "trec": Task(
-        _trec("classification/TREC/train.txt"), _trec("classification/TREC/test.txt"), 1_500, 40, 600, 2_452, held=3_000
+        _trec("classification/TREC/train.txt"), _trec("classification/TREC/test.txt"), 800, 40, 125, 2_452, held=3_000
     ),
     "rte": Task(
         _tsv("glue/RTE/train.tsv", "sentence1", "label", "sentence2"),
@@ -92,7 +92,7 @@ TASKS = {
         pair=True,
     ),
     "banking77": Task(
-        _csv("classification/banking77/train.csv"), _csv("classification/banking77/test.csv"), 4_000, 40, 1_000, 10_003
+        _csv("classification/banking77/train.csv"), _csv("classification/banking77/test.csv"), 1_540, 40, 240, 5_000
     ),
 }
 
