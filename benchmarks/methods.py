@@ -48,6 +48,7 @@ WEIGHTINGS = (
     *("learned", "rl_kd", "drop"),
 )
 ENSEMBLES = ("probabilities", "logits")
+USED_AGAIN = ("teacher", "cache")  # how the runs are called whose models and caches other runs read
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,8 @@ class Setting:
         batch = {"sequences": 32, "group_by_length": True}
         return {"steps": steps, "batch": batch, "optimizer": {"lr": TASKS[self.task].lr}, **values}
 
-    def labels(self, layers: int) -> dict[str, Any]:
-        return self.stage(kind="finetune", student=self.student(layers))
+    def labels(self, layers: int, share: float = 1.0) -> dict[str, Any]:
+        return self.stage(share, kind="finetune", student=self.student(layers))
 
     def distil(self, layers: int, teachers: list[str], share: float = 1.0, **values: Any) -> dict[str, Any]:
         named = [{"name": f"t{k}", "model": path} for k, path in enumerate(teachers)]
@@ -132,7 +133,7 @@ def method_arms(setting: Setting) -> Iterator[Arm]:
         # Half of the steps on the layers of the task's texts, half on the prediction: as many as the others have.
         if name.startswith("minilm"):
             layers: dict[str, Any] = {"method": {"name": name, **({"options": {"heads": 48}} if "v2" in name else {})}}
-            last = {**setting.labels(3), "steps": setting.stage(0.5)["steps"], "student": "stage:layers"}
+            last = {**setting.labels(3, 0.5), "student": "stage:layers"}
         else:
             layers = {"method": {"name": name, "options": {"step": "fine-tune"}}}
             prediction = {"name": name, "options": {"step": "prediction"}}
@@ -154,9 +155,14 @@ def hinton_arms(setting: Setting) -> Iterator[Arm]:
     yield Arm("single model, labels", {"student": setting.labels(3)})
     yield Arm("distilled from ten", {"student": setting.from_cache(3, "cache-ten", 10, match=[soft, hard])})
     yield Arm("distilled from one", {"student": setting.from_cache(3, "cache-ten", 1, match=[soft, hard])})
-    # The teachers know the answers to their own training texts by heart: what they say about others tells more.
-    more = setting.from_cache(3, "cache-ten-more", 10, match=[soft], data="transfer")
-    yield Arm("distilled from ten on more, unlabelled texts", {"student": more})
+    # The teachers know the answers to their own training texts by heart: what they say about others tells more, and
+    # is worth more steps.
+    more = {"match": [soft], "data": "transfer"}
+    yield Arm("single model, labels, 4 x the steps", {"student": setting.labels(3, 4.0)})
+    for share, length in ((1.0, ""), (4.0, ", 4 x the steps")):
+        for count, named in ((10, "ten"), (1, "one")):
+            student = setting.from_cache(3, "cache-ten-more", count, share=share, **more)
+            yield Arm(f"distilled from {named} on more, unlabelled texts{length}", {"student": student})
 
 
 def weighting_caches(setting: Setting) -> dict[str, Arm]:
@@ -244,11 +250,17 @@ def run_name(part: str, arm: str, seed: int) -> str:
 
 
 def run_job(job: dict[str, Any]) -> None:
-    """One run, in a worker process."""
+    """One run, in a worker process; of what is not used again its scores are kept alone: a part makes 100 runs."""
     import mtkd
     from mtkd.config import RunConfig
 
     mtkd.run(RunConfig.model_validate(job))
+    stages = Path(job["output"]) / job["name"] / "stages"
+    for state in stages.glob("*/checkpoints/step-*/state-rank-0.pt"):
+        state.unlink()
+    if not job["name"].startswith(USED_AGAIN):
+        for weights in stages.glob("*/export/model.safetensors"):
+            weights.unlink()
 
 
 def work(jobs: list[dict[str, Any]], workers: int, deadline: float) -> None:

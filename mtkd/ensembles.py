@@ -12,6 +12,7 @@ from mtkd.losses.distributions import log_distribution
 from mtkd.registry import LossSpec
 from mtkd.rows import Row
 from mtkd.sparse import completed, read
+from mtkd.tiles import chunks
 
 
 class TeacherTiles:
@@ -19,17 +20,67 @@ class TeacherTiles:
 
     def __init__(self, logits: Sequence[Logits], index: Tensor, tile: int) -> None:
         self._logits, self._index, self._tile = logits, index, tile
-        self._start = -1
+        self._asked: tuple[int, int | None] = (-1, None)
         self._held: list[Tensor | SparseRows] = []
 
-    def __call__(self, positions: slice) -> list[Tensor | SparseRows]:
-        """T of [m,V], or what is known of a cached one; `positions` lies within one tile, or is everything."""
+    def __call__(self, positions: slice, only: int | None = None) -> list[Tensor | SparseRows]:
+        """T of [m,V], or what is known of a cached one; `positions` lies within one tile, or is everything.
+
+        Args: only: the number of the one teacher that is read; the others' tiles then do not exist.
+        """
         size = max(positions.stop - positions.start, self._tile)
         start = positions.start - positions.start % size
-        if start != self._start or (self._held and len(self._held[0]) < positions.stop - start):
+        if (start, only) != self._asked or (self._held and len(self._held[0]) < positions.stop - start):
             self._held = []  # the old tile's memory is free before there is a new one
-            self._start, self._held = start, [read(t, self._index[start : start + size]) for t in self._logits]
+            asked = self._logits if only is None else [self._logits[only]]
+            self._asked, self._held = (start, only), [read(t, self._index[start : start + size]) for t in asked]
         return [rows[positions.start - start : positions.stop - start] for rows in self._held]
+
+
+class TeacherMixture:
+    """The weighted teachers of a row of soft targets as one distribution, a tile at a time.
+
+    The teachers take turns: whatever their number, one teacher's tile and the mixture's exist.
+
+    Args:
+        row: of several teachers, with a loss that `mixes`. logits: one per teacher, none of a cache.
+        index: flat positions, [n]. weights: at these positions, [T,n]; constants. tile: positions per tile.
+    """
+
+    def __init__(self, row: Row, logits: Sequence[Logits], index: Tensor, weights: Tensor, tile: int) -> None:
+        self._row, self._index, self._tile = row, index, tile
+        self._weights = weights.detach() if row.match.weighted else torch.ones_like(weights)
+        self._read = TeacherTiles(logits, index, tile)
+        self._start = -1
+        self._mixed, self._constant = torch.empty(0), torch.empty(0)
+
+    def losses(self, student: Tensor, positions: slice) -> Tensor:
+        """Per-position loss of the row, [m]; `student` [m,V] and `positions` within one tile."""
+        start = positions.start - positions.start % self._tile
+        if start != self._start:
+            self._mixed = self._constant = torch.empty(0)  # free before there are new ones
+            self._start = start
+            self._mix(slice(start, min(start + self._tile, len(self._index))))
+        inside = slice(positions.start - start, positions.stop - start)
+        spec, options = self._row.spec, self._row.match.options
+        return _soft_target_losses(spec, student, self._mixed[inside], self._constant[inside], None, options)
+
+    @torch.no_grad()
+    def _mix(self, tile: slice) -> None:
+        spec = self._row.spec
+        temperature, _ = spec.temperature(self._row.match.options)
+        assert spec.teacher_term is not None
+        for k, weights in enumerate(self._weights[:, tile]):
+            (logits,) = self._read(tile, only=k)
+            assert isinstance(logits, Tensor)
+            if k == 0:
+                self._mixed, self._constant = torch.zeros_like(logits), torch.zeros_like(weights)
+            for part in chunks(len(logits), logits):
+                log_probs = log_distribution(logits[part], temperature)
+                probs = torch.softmax(logits[part] / temperature if temperature != 1 else logits[part], -1)
+                self._constant[part] += weights[part] * spec.teacher_term(log_probs, probs)
+                self._mixed[part].addcmul_(probs, weights[part, None])
+            del logits
 
 
 def ensemble_losses(
@@ -53,7 +104,8 @@ def ensemble_losses(
         return weights[0] * spec(student, wholes[0], mask, pairs[0][1])
     if ensemble == "losses" and spec.mixes(options):
         assert spec.teacher_term is not None
-        return _soft_target_losses(spec, spec.teacher_term, student, wholes, weights, mask, options)
+        mixed, constant = _mixture(spec.teacher_term, wholes, weights, mask, spec.temperature(options)[0])
+        return _soft_target_losses(spec, student, mixed, constant, mask, options)
     if ensemble == "losses":
         losses = [w * spec(student, t, mask, own) for w, (t, own) in zip(weights, pairs, strict=True)]
         return torch.stack(losses).sum(0)
@@ -71,16 +123,17 @@ def ensemble_losses(
 
 def _soft_target_losses(
     spec: LossSpec,
-    teacher_term: Callable[[Tensor, Tensor], Tensor],
     student: Tensor,
-    teachers: Sequence[Tensor],
-    weights: Tensor,
+    mixed: Tensor,
+    constant: Tensor,
     mask: Tensor | None,
     options: Mapping[str, object],
 ) -> Tensor:
-    """``T^2 (sum_k w_k c(p_k) - <sum_k w_k p_k, log p_S>)``, [m]: the student is read once for any T."""
+    """``T^2 (sum_k w_k c(p_k) - <sum_k w_k p_k, log p_S>)``, [m]: the student is read once for any T.
+
+    Args: mixed, constant: the two sums over the teachers, [m,V] and [m].
+    """
     temperature, factor = spec.temperature(options)
-    mixed, constant = _mixture(teacher_term, teachers, weights, mask, temperature)
     log_student = _log_probs(student, mask, temperature)
     values = factor * (constant - (mixed * log_student).sum(-1))
     return values if mask is None else values.masked_fill(~mask, 0)

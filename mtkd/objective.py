@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from mtkd.data.batch import Batch
 from mtkd.engine.base import Trainable
-from mtkd.ensembles import TeacherTiles, as_logits, ensemble_losses
-from mtkd.features import Features, HeadLogits, Logits
+from mtkd.ensembles import TeacherMixture, TeacherTiles, as_logits, ensemble_losses
+from mtkd.features import Features, HeadLogits, Logits, SparseLogits
 from mtkd.models.taps import TappedModel
 from mtkd.projection import projection_key
 from mtkd.rows import Row
@@ -258,8 +259,11 @@ class Objective(Trainable):
         rows, divisors = self.logit_rows, [self._count(row, counts) for row in self.logit_rows]
         read = TeacherTiles(logits, index, self.tile)
         once = None if everywhere else ReadOnce(rows, logits, index, labels)
+        head = as_logits(student)
+        in_tiles = isinstance(head, HeadLogits)
+        mixture, passes = self._turns(logits, index, weights, everywhere) if in_tiles else (None, 1)
 
-        def tile_loss(ours: Tensor, weights: Tensor, positions: slice) -> tuple[Tensor, Tensor]:
+        def tile_loss(ours: Tensor, weights: Tensor, positions: slice, turn: int = 0) -> tuple[Tensor, Tensor]:
             shared = None if once is None else once.at(ours, positions)
             total, values = ours.new_zeros(()), []
             for row, divisor in zip(rows, divisors, strict=True):
@@ -267,8 +271,14 @@ class Objective(Trainable):
                 masked = everywhere and row.counted(self.token_level) == "targets"
                 mask = has_label[positions] if masked else None
                 losses = None if shared is None else shared.losses(row, weights)
-                if losses is None and row.from_labels:
+                if row.from_labels and turn > 0:  # the first pass had it
+                    losses = ours.new_zeros(len(ours))
+                elif losses is None and row.from_labels:
                     losses = row.spec(ours, labels[positions], mask, row.match.options)
+                elif passes > 1:
+                    losses = ensemble_losses(row, ours, read(positions, only=turn), weights[turn : turn + 1], mask)
+                elif losses is None and mixture is not None:
+                    losses = mixture.losses(ours, positions)
                 elif losses is None:
                     losses = ensemble_losses(row, ours, read(positions), weights, mask)
                 elif once is not None and once.rest and not row.from_labels:
@@ -280,7 +290,28 @@ class Objective(Trainable):
                 values.append(value.detach())
             return total, torch.stack(values)
 
-        head = as_logits(student)
         if isinstance(head, HeadLogits):
-            return tiled(head, index, weights, tile_loss, tile=self.tile, dtype=self.dtype)
+            more = [partial(tile_loss, turn=k) for k in range(1, passes)]
+            return tiled(head, index, weights, tile_loss, tile=self.tile, dtype=self.dtype, more=more)
         return tile_loss(head.rows(index), weights, slice(0, len(index)))
+
+    def _turns(
+        self, logits: Sequence[Logits], index: Tensor, weights: Tensor, everywhere: bool
+    ) -> tuple[TeacherMixture | None, int]:
+        """How several teachers of a vocabulary take turns, so that one tile of logits exists whatever their number.
+
+        Returns:
+            (mixture, passes): what the one row of soft targets reads instead of the teachers, or None; 1, or T where
+            every row compares the student with each teacher by itself. None and 1 where all teachers meet in a row.
+        """
+        rows = [row for row in self.logit_rows if not row.from_labels]
+        cached = any(isinstance(x, SparseLogits) for x in logits)
+        if len(logits) < 2 or not rows or cached:
+            return None, 1
+        mixing = [row.match.ensemble == "losses" and row.spec.mixes(row.match.options) for row in rows]
+        learned = weights.requires_grad and torch.is_grad_enabled()
+        masked = everywhere and any(row.counted(self.token_level) == "targets" for row in rows)
+        if len(rows) == 1 and mixing[0] and not learned and not masked:
+            return TeacherMixture(rows[0], logits, index, weights, self.tile), 1
+        apart = not any(mixing) and all(row.match.ensemble == "losses" for row in rows)
+        return None, len(logits) if apart else 1

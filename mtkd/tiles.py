@@ -8,7 +8,7 @@ Memory: tile * V per live temporary, plus the head's own gradient, whatever the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,17 @@ from mtkd.products import product
 TileLoss = Callable[[Tensor, Tensor, slice], tuple[Tensor, Tensor]]
 """(student logits [m,V], teacher weights [T,m], their positions) -> (scalar loss, metrics [M])."""
 
+
 # On a CPU the elementwise work of a tile goes in chunks of about this many logits (2 MB in float32): its dozen
 # temporaries then stay in the cache, while the matrix products keep the size of the tile.
 _CHUNK_LOGITS = 2**19
+
+
+def chunks(rows: int, logits: Tensor) -> Iterator[slice]:
+    """Slices of a tile's rows for elementwise work on its logits [m,V]: on a CPU small ones, else all of them."""
+    size = rows if logits.device.type != "cpu" else max(1, _CHUNK_LOGITS // max(logits.shape[-1], 1))
+    for start in range(0, rows, max(size, 1)):
+        yield slice(start, min(start + size, rows))
 
 
 @dataclass
@@ -34,12 +42,19 @@ class _Plan:
     transform: Callable[[Tensor], Tensor] | None
     dtype: torch.dtype
     tile: int
-    tile_loss: TileLoss
+    passes: Sequence[TileLoss]
     differentiate: bool
 
 
 def tiled(
-    head: HeadLogits, index: Tensor, weights: Tensor, tile_loss: TileLoss, *, tile: int, dtype: torch.dtype
+    head: HeadLogits,
+    index: Tensor,
+    weights: Tensor,
+    tile_loss: TileLoss,
+    *,
+    tile: int,
+    dtype: torch.dtype,
+    more: Sequence[TileLoss] = (),
 ) -> tuple[Tensor, Tensor]:
     """The sum of `tile_loss` over tiles of the positions `index`, differentiable in the head's parts and the weights.
 
@@ -50,12 +65,13 @@ def tiled(
         tile_loss: scalar loss of one tile, already divided by the global denominators, and metrics to be summed.
         tile: positions per tile.
         dtype: of the head's matrix products (bfloat16 under autocast); losses and sums are float32.
+        more: further passes over every tile, whose values add up: what one reads need not be there for the next.
     Returns:
         (loss, metrics): scalars [] and [M].
     """
     hidden = head.hidden.reshape(-1, head.hidden.shape[-1])[index]
     # Read here: inside an autograd function the grad mode is always off.
-    plan = _Plan(head.columns, head.transform, dtype, tile, tile_loss, torch.is_grad_enabled())
+    plan = _Plan(head.columns, head.transform, dtype, tile, (tile_loss, *more), torch.is_grad_enabled())
     return _Tiled.apply(hidden, head.weight, head.bias, weights, plan)
 
 
@@ -123,38 +139,44 @@ class _Folded:
         logits = product(hidden, self.weight).float()
         if self.bias is not None:
             logits += self.bias
-        size = max(len(hidden), 1)
-        chunk = size if logits.device.type != "cpu" else max(1, _CHUNK_LOGITS // max(self.plan.columns, 1))
+        once = len(self.plan.passes) == 1
+        # In a single pass the logits of a chunk are not needed again: their place holds the gradient.
+        total = logits if once or not differentiate else torch.zeros_like(logits)
         parts = []
-        for start in range(0, size, chunk):
-            inside = slice(start, min(start + chunk, size))
-            whole = slice(positions.start + inside.start, positions.start + inside.stop)
-            if differentiate:
-                loss, metrics, grad = self._differentiate(logits[inside], whole)
-                logits[inside] = grad  # the logits of a chunk are not needed again: their place holds the gradient
-                parts.append((loss, metrics))
-            else:
-                parts.append(self._loss(logits[inside], self.weights[:, whole].detach(), whole))
+        for tile_loss in self.plan.passes:
+            for inside in chunks(max(len(hidden), 1), logits):
+                whole = slice(positions.start + inside.start, positions.start + inside.stop)
+                if differentiate:
+                    loss, metrics, grad = self._differentiate(tile_loss, logits[inside], whole)
+                    if once:
+                        total[inside] = grad
+                    else:
+                        total[inside] += grad
+                    parts.append((loss, metrics))
+                else:
+                    parts.append(self._loss(tile_loss, logits[inside], self.weights[:, whole].detach(), whole))
         if differentiate:
-            self._fold(logits, hidden, positions)
+            self._fold(total, hidden, positions)
         return _sum_pairs(parts)
 
-    def _differentiate(self, logits: Tensor, positions: slice) -> tuple[Tensor, Tensor, Tensor | float]:
+    def _differentiate(
+        self, tile_loss: TileLoss, logits: Tensor, positions: slice
+    ) -> tuple[Tensor, Tensor, Tensor | float]:
         """Loss, metrics and the gradient with respect to the logits (0 when no row depends on them)."""
         logits = logits.detach().requires_grad_()
         weights = self.weights[:, positions].detach().requires_grad_(self.grad_weights is not None)
         inputs = [logits, weights] if self.grad_weights is not None else [logits]
         with torch.enable_grad():
-            loss, metrics = self._loss(logits, weights, positions)
+            loss, metrics = self._loss(tile_loss, logits, weights, positions)
             # all rows of a chunk may be masked out
             grads = torch.autograd.grad(loss, inputs, allow_unused=True) if loss.requires_grad else [None, None]
         if self.grad_weights is not None and grads[1] is not None:
-            self.grad_weights[:, positions] = grads[1]
+            self.grad_weights[:, positions] += grads[1]
         return loss.detach(), metrics.detach(), 0.0 if grads[0] is None else grads[0]
 
-    def _loss(self, logits: Tensor, weights: Tensor, positions: slice) -> tuple[Tensor, Tensor]:
+    def _loss(self, tile_loss: TileLoss, logits: Tensor, weights: Tensor, positions: slice) -> tuple[Tensor, Tensor]:
         transform = self.plan.transform
-        return self.plan.tile_loss(logits if transform is None else transform(logits), weights, positions)
+        return tile_loss(logits if transform is None else transform(logits), weights, positions)
 
     def _fold(self, grad: Tensor, hidden: Tensor, positions: slice) -> None:
         columns = self.plan.columns

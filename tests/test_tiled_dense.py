@@ -7,6 +7,8 @@ In bfloat16 the error against float64 is at most twice that of the same formulas
 from __future__ import annotations
 
 import itertools
+import weakref
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -210,11 +212,14 @@ def errors(values: list[Tensor], exact: list[Tensor]) -> list[float]:
     return [float((a.double() - b).norm() / b.norm()) for a, b in zip(values, exact, strict=True)]
 
 
-def make_rows(loss: str, options: dict[str, float], kind: str) -> list[Row]:
-    """The loss under test, with labels and another temperature in the same pass."""
+def make_rows(loss: str, options: dict[str, float], kind: str, *, alone: bool = False) -> list[Row]:
+    """The loss under test, with labels and, unless it is the teachers' only row, another temperature in the same pass.
+
+    Of a row alone several teachers take turns; with another one they are read together.
+    """
     matches = [
         Match(loss=loss, options=options, ensemble=kind, weight=2.0),
-        Match(loss="kl", options={"temperature": 3.0}, weight=0.5),
+        *([] if alone else [Match(loss="kl", options={"temperature": 3.0}, weight=0.5)]),
         Match(loss="ce", target="labels"),
     ]
     return [Row(m, LOSSES[m.loss], f"{i}:logits", ()) for i, m in enumerate(matches)]
@@ -228,16 +233,16 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("num_teachers", [1, 2, 3, 4])
+@pytest.mark.parametrize(("num_teachers", "alone"), [(1, False), (2, False), (3, False), (4, False), (3, True)])
 @pytest.mark.parametrize(("loss", "options"), CASES)
 def test_rows_in_tiles_are_the_formulas_over_all_logits(
-    loss: str, options: dict[str, float], num_teachers: int
+    loss: str, options: dict[str, float], num_teachers: int, alone: bool
 ) -> None:
     student, heads = Student(), teachers(num_teachers)
     weights = 0.1 + torch.rand(num_teachers, BATCH, LENGTH, generator=torch.Generator().manual_seed(2))
     kinds = ("losses", "logits") if loss in ON_VECTORS else ("losses", "probabilities", "logits")
     for kind in kinds if num_teachers > 1 else kinds[:1]:
-        rows = make_rows(loss, options, kind)
+        rows = make_rows(loss, options, kind, alone=alone)
         exact = expected(student, rows, heads, weights, torch.float64)
         plain = errors(expected(student, rows, heads, weights, torch.bfloat16), exact)
         for tile in (1, 3, 64):
@@ -276,3 +281,35 @@ def test_tiles_by_themselves(columns: int, device: str, wanted: int) -> None:
 def test_tiles_stay_within_their_memory() -> None:
     for columns, (device, limit) in itertools.product((10, 999, 50_257, 262_144), (("cpu", 2**25), ("cuda", 2**28))):
         assert 4 * columns * EngineConfig().tile_for(columns, device) <= limit
+
+
+@dataclass
+class Counted:
+    """Logits that note how many of the tensors given by all of them are still there."""
+
+    logits: HeadLogits
+    alive: set[int]
+    most: list[int]
+    num_columns: int = COLUMNS
+
+    def rows(self, index: Tensor) -> Tensor:
+        given = self.logits.rows(index)
+        self.alive.add(id(given))
+        self.most.append(len(self.alive))
+        weakref.finalize(given, self.alive.discard, id(given))
+        return given
+
+    def in_dtype(self, dtype: torch.dtype) -> Counted:
+        return self
+
+
+@pytest.mark.parametrize(
+    ("loss", "kind", "together"), [("kl", "losses", 1), ("jsd", "losses", 1), ("jsd", "logits", 4)]
+)
+def test_teachers_take_turns_where_they_need_not_meet(loss: str, kind: str, together: int) -> None:
+    alive: set[int] = set()
+    most: list[int] = []
+    heads = [Counted(head, alive, most) for head in teachers(4)]
+    found(Student(), make_rows(loss, {}, kind, alone=True), heads, torch.ones(4, BATCH, 1), torch.float32, 2)  # type: ignore[arg-type]
+    assert max(most) == together
+    assert len(most) == 4 * 4  # each teacher once per tile: 7 targets, tiles of 2
