@@ -13,6 +13,7 @@ from transformers import (
 
 from mtkd.models.glm.classifier import GLMForSequenceClassification
 from mtkd.models.glm.configuration import GLMConfig
+from mtkd.models.glm.convert import convert_checkpoint, convert_state_dict, merge_state_dicts
 from mtkd.models.glm.heads import GLMForConditionalGeneration
 from mtkd.models.glm.model import GLMModel
 from mtkd.models.info import GLM
@@ -23,4 +24,12 @@ AutoModelForCausalLM.register(GLMConfig, GLMForConditionalGeneration)
 AutoModelForSeq2SeqLM.register(GLMConfig, GLMForConditionalGeneration)  # the name that the hub port goes by
 AutoModelForSequenceClassification.register(GLMConfig, GLMForSequenceClassification)
 
-__all__ = ["GLMConfig", "GLMForConditionalGeneration", "GLMForSequenceClassification", "GLMModel"]
+__all__ = [
+    "GLMConfig",
+    "GLMForConditionalGeneration",
+    "GLMForSequenceClassification",
+    "GLMModel",
+    "convert_checkpoint",
+    "convert_state_dict",
+    "merge_state_dicts",
+]
