@@ -195,12 +195,18 @@ def convert_glm(
             "--hidden-act", help="gelu_pytorch_tanh (the original's checkpoints) or gelu (the hub port's) instead"
         ),
     ] = None,
+    vocabulary: Annotated[
+        Path | None,
+        typer.Option(
+            "--vocabulary", help="folder with GPT-2's vocab.json and merges.txt, or BERT's vocab.txt; default: SOURCE"
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Convert a published GLM (2022) checkpoint to a model folder; no code in it is run."""
     from mtkd.models.glm import convert_checkpoint
 
-    made = convert_checkpoint(source, out, heads=heads, hidden_act=hidden_act)
+    made = convert_checkpoint(source, out, heads=heads, hidden_act=hidden_act, vocabulary=vocabulary)
     if as_json:
         _print_json({"folder": str(made.folder), "parameters": made.parameters, "config": made.config.to_dict()})
         return

@@ -19,6 +19,7 @@ from transformers import (
 from mtkd.config import ModelConfig
 from mtkd.errors import UserError, nearest
 from mtkd.models.glm import GLMConfig
+from mtkd.models.glm.tokens import START
 from mtkd.models.info import CLASSIFIER, GLM
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ class _Shape:
     pad: int | None
     bos: int | None
     eos: int | None
+    mask: int | None
+    start: int | None
     tie: bool
     classifier: bool
 
@@ -93,6 +96,8 @@ def fresh_config(
         pad=tokenizer.pad_token_id,
         bos=tokenizer.bos_token_id,
         eos=tokenizer.eos_token_id,
+        mask=tokenizer.mask_token_id,
+        start=tokenizer.get_vocab().get(START),
         tie=config.tie_embeddings,
         classifier=auto_class == CLASSIFIER,
     )
@@ -211,6 +216,8 @@ def _glm(shape: _Shape) -> PretrainedConfig:
         pad_token_id=shape.pad,
         bos_token_id=shape.bos,
         eos_token_id=shape.eos,
+        mask_token_id=shape.mask,
+        sop_token_id=shape.start,
         tie_word_embeddings=shape.tie,
     )
 

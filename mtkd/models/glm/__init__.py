@@ -16,6 +16,8 @@ from mtkd.models.glm.configuration import GLMConfig
 from mtkd.models.glm.convert import convert_checkpoint, convert_state_dict, merge_state_dicts
 from mtkd.models.glm.heads import GLMForConditionalGeneration
 from mtkd.models.glm.model import GLMModel
+from mtkd.models.glm.prompts import blank_prompts, pieces
+from mtkd.models.glm.tokens import bert_tokenizer, gpt2_tokenizer
 from mtkd.models.info import GLM
 
 AutoConfig.register(GLM, GLMConfig)
@@ -29,7 +31,11 @@ __all__ = [
     "GLMForConditionalGeneration",
     "GLMForSequenceClassification",
     "GLMModel",
+    "bert_tokenizer",
+    "blank_prompts",
     "convert_checkpoint",
     "convert_state_dict",
+    "gpt2_tokenizer",
     "merge_state_dicts",
+    "pieces",
 ]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from mtkd.errors import DataError, UserError
 from mtkd.models.cards import load_cards
@@ -19,6 +20,7 @@ from mtkd.models.glm.checkpoint import Checkpoint, open_checkpoint
 from mtkd.models.glm.configuration import HUB_ACTIVATION, ORIGINAL_ACTIVATION, GLMConfig
 from mtkd.models.glm.names import Stored, merge, rename, shapes_wanted, stored
 from mtkd.models.glm.shards import SHARD_BYTES, num_bytes, write_shards
+from mtkd.models.glm.tokens import tokenizer_beside
 from mtkd.models.info import GLM
 
 # Ids of the published vocabularies by their padded size: `mtkd.models.glm.tokens` builds their tokenizers.
@@ -72,6 +74,7 @@ def convert_checkpoint(
     *,
     heads: int | None = None,
     hidden_act: str | None = None,
+    vocabulary: Path | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Converted:
     """Write a published checkpoint as a model folder: config.json, safetensors and their index.
@@ -84,6 +87,8 @@ def convert_checkpoint(
         out: a folder that does not exist.
         heads: attention heads; default: of config.json beside the weights, else of the card of that shape.
         hidden_act: default: the tanh form for the original's checkpoints, the erf form for the hub port's.
+        vocabulary: a folder with vocab.json and merges.txt (GPT-2) or vocab.txt (BERT), whose tokenizer, with GLM's
+            commands, goes along; default: those files beside the weights, if they are there.
 
     Raises:
         UserError: `out` exists, or a number of heads that nobody knows or that does not fit.
@@ -101,6 +106,7 @@ def convert_checkpoint(
     opened = open_checkpoint(source)
     weights = _merged(opened.parts, str(source))
     config = _config(opened, weights, heads, hidden_act)
+    tokenizer = _tokenizer(source, vocabulary, config)
     out.parent.mkdir(parents=True, exist_ok=True)
     need = sum(num_bytes(weight) for weight in weights.values())
     if (free := shutil.disk_usage(out.parent).free) < need:
@@ -114,12 +120,35 @@ def convert_checkpoint(
     try:
         num_files = write_shards(aside, weights, shard_bytes)
         config.save_pretrained(aside)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(aside)
         aside.chmod(0o777 & ~_umask())  # mkdtemp's are the owner's alone
         aside.rename(out)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     return Converted(out, config, sum(torch.Size(w.shape).numel() for w in weights.values()), num_files)
+
+
+def _tokenizer(source: Path, vocabulary: Path | None, config: GLMConfig) -> PreTrainedTokenizerFast | None:
+    """The tokenizer that goes along; None without a vocabulary beside the weights."""
+    folder = vocabulary or (source if source.is_dir() else source.parent)
+    found = tokenizer_beside(folder)
+    if found is None and vocabulary is not None:
+        raise UserError(
+            "no vocabulary in the folder",
+            where="--vocabulary",
+            found=str(vocabulary),
+            allowed="vocab.json and merges.txt (GPT-2), or vocab.txt (BERT)",
+        )
+    if found is not None and len(found) > config.vocab_size:
+        raise UserError(
+            "the vocabulary is not that of the weights",
+            where="--vocabulary",
+            found=f"{len(found)} tokens with GLM's commands",
+            allowed=f"at most {config.vocab_size}",
+        )
+    return found
 
 
 def _umask() -> int:
