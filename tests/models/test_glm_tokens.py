@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from glm_bank import logits_of, noisy, prefix, small_config
-from test_glm_convert import originals, write
-from tokenizers import pre_tokenizers
+from glm_files import MERGES, bert_file, gpt2_files, originals, write
 from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer
 
 from mtkd.config import ModelConfig
@@ -25,29 +24,6 @@ from mtkd.models.glm import (
     pieces,
 )
 from mtkd.models.info import CAUSAL_LM
-
-MERGES = [("t", "h"), ("th", "e"), ("Ġ", "c"), ("Ġc", "a"), ("Ġca", "t"), ("o", "n")]
-WORDS = ["the", "cat", "sat", "on", "##s", "mat", ".", "a"]
-
-
-def gpt2_files(folder: Path, size: int = 0) -> tuple[Path, Path]:
-    """Every byte, some merges, <|endoftext|> last; filled up to `size` entries."""
-    tokens = sorted(pre_tokenizers.ByteLevel.alphabet()) + ["".join(pair) for pair in MERGES]
-    tokens += [f"filler{i}" for i in range(size - len(tokens) - 1)] + ["<|endoftext|>"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in MERGES))
-    return folder / "vocab.json", folder / "merges.txt"
-
-
-def bert_file(folder: Path, size: int = 0) -> Path:
-    """[PAD] first and the others from 100 on, as in BERT's own; filled up to `size` entries."""
-    tokens = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    tokens += ["\u2028", "\x85"]  # line ends to some, tokens of BERT's
-    tokens += [f"filler{i}" for i in range(size - len(tokens))]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.txt").write_text("\n".join(tokens) + "\n")
-    return folder / "vocab.txt"
 
 
 def test_published_ids_of_the_gpt2_vocabulary(tmp_path: Path) -> None:
