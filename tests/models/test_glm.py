@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 from pathlib import Path
 
@@ -371,3 +372,44 @@ def test_a_cloze_takes_no_other_mask() -> None:
 def test_heads_must_divide_the_width() -> None:
     with pytest.raises(ValueError, match="do not divide"):
         GLMConfig(hidden_size=30, num_attention_heads=4)
+
+
+def test_padding_before_the_text_sees_itself() -> None:
+    """Otherwise a softmax over nothing: NaN with eager attention, and on the way back."""
+    model = small_model()
+    model.set_attn_implementation("eager")
+    ids, _, mask, places = padded(rows(), "left")
+    output = model(ids, attention_mask=mask, output_attentions=True)
+    assert torch.isfinite(output.logits).all()
+    for row, place in enumerate(places):
+        before = output.attentions[0][row, :, : place.start, :]
+        close(before, torch.eye(place.start, ids.shape[1], dtype=torch.float64).expand_as(before))
+    output.logits.square().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@torch.no_grad()  # a cache with gradients cannot be copied
+def test_a_mask_of_the_whole_square_serves_a_cache_too() -> None:
+    model, (ids, sep, at) = small_model(), rows()[0]
+    inputs, positions = torch.tensor([ids]), torch.tensor(block_positions(len(ids), sep, at)).T[None]
+    square = prefix(len(ids), sep)[None, None]
+    whole = model(inputs, position_ids=positions, attention_mask=square).logits
+    first = model(inputs[:, :7], position_ids=positions[:, :, :7], attention_mask=square[..., :7, :7], use_cache=True)
+    for mask in (square, square[:, :, 7:]):
+        cache = copy.deepcopy(first.past_key_values)
+        rest = model(inputs[:, 7:], position_ids=positions[:, :, 7:], attention_mask=mask, past_key_values=cache)
+        close(torch.cat([first.logits, rest.logits], 1), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_near_the_exact_logits(dtype: torch.dtype) -> None:
+    exact, (ids, sep, at) = small_model().float(), rows()[0]
+    inputs = {"position_ids": torch.tensor(block_positions(len(ids), sep, at)).T[None], "sep": sep}
+    wanted = exact(torch.tensor([ids]), **inputs).logits
+    for implementation in ("sdpa", "eager"):
+        model = copy.deepcopy(exact).to(dtype)
+        model.set_attn_implementation(implementation)
+        found = model(torch.tensor([ids]), **inputs).logits
+        assert found.dtype == dtype
+        # some tens of rounded operations follow each other, on logits of a few units
+        assert float((found.float() - wanted).abs().max()) < 40 * torch.finfo(dtype).eps * float(wanted.abs().max())
