@@ -298,6 +298,13 @@ def test_taps_give_the_prefix_mask() -> None:
     assert isinstance(found["logits"], HeadLogits)
 
 
+def test_only_some_logits() -> None:
+    model, ids = small_model(), torch.tensor([rows()[0][0]])
+    whole = model(ids).logits
+    close(model(ids, logits_to_keep=2).logits, whole[:, -2:])
+    close(model(ids, logits_to_keep=torch.tensor([1, 4])).logits, whole[:, [1, 4]])
+
+
 def test_labels_are_not_shifted() -> None:
     model, (ids, sep, at) = small_model().float(), rows()[0]
     inputs = {"position_ids": torch.tensor(block_positions(9, sep, at)).T[None], "sep": sep}
