@@ -14,6 +14,7 @@ from mtkd.cache import CacheContent, CacheOrigin, CacheReader
 from mtkd.data.collate import LoadedData
 from mtkd.data.tokenizers import tokenizer_fingerprint
 from mtkd.errors import DataError, UserError
+from mtkd.models import glm  # noqa: F401  registers our own type
 from mtkd.models.info import ModelInfo, count_parameters, model_info
 from mtkd.pool import CachedTeacher
 from mtkd.seal import MANIFEST

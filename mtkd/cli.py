@@ -180,6 +180,41 @@ def verify(
         sys.exit(EXIT_DATA)
 
 
+@app.command("convert-glm")
+def convert_glm(
+    source: Annotated[
+        Path, typer.Argument(help="a published GLM checkpoint: its folder, or its only file", metavar="SOURCE")
+    ],
+    out: Annotated[Path, typer.Argument(help="the model folder to write", metavar="OUT")],
+    heads: Annotated[
+        int | None, typer.Option("--heads", help="attention heads, where neither a config.json nor a card tells")
+    ] = None,
+    hidden_act: Annotated[
+        str | None,
+        typer.Option(
+            "--hidden-act", help="gelu_pytorch_tanh (the original's checkpoints) or gelu (the hub port's) instead"
+        ),
+    ] = None,
+    vocabulary: Annotated[
+        Path | None,
+        typer.Option(
+            "--vocabulary", help="folder with GPT-2's vocab.json and merges.txt, or BERT's vocab.txt; default: SOURCE"
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Convert a published GLM (2022) checkpoint to a model folder; no code in it is run."""
+    from mtkd.models.glm import convert_checkpoint
+
+    made = convert_checkpoint(source, out, heads=heads, hidden_act=hidden_act, vocabulary=vocabulary)
+    if as_json:
+        _print_json({"folder": str(made.folder), "parameters": made.parameters, "config": made.config.to_dict()})
+        return
+    shape = f"{made.config.num_hidden_layers} layers, width {made.config.hidden_size}"
+    shape += f", {made.config.num_attention_heads} heads, {made.config.hidden_act}"
+    typer.echo(f"{made.folder}: {made.parameters:,} parameters, {shape}; {made.num_files} files of weights")
+
+
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of the configuration, for editors."""

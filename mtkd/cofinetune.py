@@ -16,7 +16,7 @@ from mtkd.data.batch import Batch
 from mtkd.engine.base import Trainable
 from mtkd.errors import UserError
 from mtkd.features import Features
-from mtkd.models.info import ModelInfo
+from mtkd.models.info import GLM, ModelInfo
 from mtkd.models.taps import TappedModel
 from mtkd.registry import LOSSES
 
@@ -29,6 +29,7 @@ _HEADS: dict[str, tuple[str, ...]] = {
     "gpt2": ("score",),
     "llama": ("score",),
     "qwen2": ("score",),
+    GLM: ("pooler", "classifier"),
 }
 
 

@@ -64,7 +64,9 @@ class ModelConfig(Config):
         description="keep a part of the ids; alike are ids in the input embedding of the loaded model, for a fresh one "
         "in that of its stage's first teacher",
     )
-    architecture: str | None = Field(None, description="fresh: bert, roberta, distilbert, gpt2, llama, qwen2")
+    architecture: str | None = Field(
+        None, description="fresh: bert, roberta, distilbert, gpt2, llama, qwen2, glm_blocklm"
+    )
     layers: Positive | None = Field(None, description="fresh: number of layers")
     width: Positive | None = Field(None, description="fresh: hidden width")
     heads: Positive | None = Field(None, description="fresh: attention heads; must divide the width")

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from mtkd.config import ModelConfig
 from mtkd.errors import UserError, nearest
+from mtkd.models.info import GLM
 
 
 def cut_config(config: PretrainedConfig, model: ModelConfig) -> PretrainedConfig:
@@ -238,7 +239,7 @@ def _axes(config: PretrainedConfig, shape: _Shape) -> dict[str, Tensor]:
     groups, old_group = spread(shape.kv_heads, whole.kv_heads), whole.heads // whole.kv_heads
     heads = [group * old_group + i for group in groups for i in spread(shape.heads // shape.kv_heads, old_group)]
     query = torch.tensor([head * whole.head_width + d for head in heads for d in dims])
-    block = whole.heads * whole.head_width  # of query, key or value in GPT-2's fused matrix
+    block = whole.heads * whole.head_width  # of query, key or value in a fused matrix (GPT-2, GLM)
     return {
         "width": torch.arange(shape.width),
         "query": query,
@@ -318,6 +319,15 @@ _RULES: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
     "llama": _LLAMA,
     "qwen2": _LLAMA,
+    GLM: (
+        (r"attention\.query_key_value", "fused", "width"),
+        (r"attention\.dense", "width", "query"),
+        (r"mlp\.dense_h_to_4h", "ffn", "width"),
+        (r"mlp\.dense_4h_to_h", "width", "ffn"),
+        (r"(word|position|block_position)_embeddings|lm_head|classifier", WHOLE, "width"),
+        (r"input_layernorm|post_attention_layernorm|final_layernorm", "width", WHOLE),
+        (r"pooler", "width", "width"),
+    ),
 }
 _TRANSPOSED = {"gpt2": r"c_attn|c_proj|c_fc"}  # Conv1D: [inputs, outputs]
 _ROTARY = _GROUPED = ("llama", "qwen2")

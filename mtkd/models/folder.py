@@ -21,6 +21,8 @@ MAP_FILE = "vocabulary_map.json"
 """Beside a model with a compressed vocabulary; see `mtkd.models.vocabulary`."""
 _CONFIGS = ["config.json", "generation_config.json"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_CODE_HINT = "use a model whose architecture transformers has itself"
+_GLM_HINT = "mtkd has this architecture itself, if it is the GLM of 2022: mtkd convert-glm FOLDER OUT, and use OUT"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -82,7 +84,7 @@ def _check_config(file: Path) -> None:
                 "the model needs code from its folder, and remote code is off",
                 where=f"{file}: {place}",
                 found=value,
-                todo="use a model whose architecture transformers has itself",
+                todo=_GLM_HINT if "modeling_glm.GLM" in str(value) else _CODE_HINT,
             )
         if ("attn_implementation" in key or "experts_implementation" in key) and "/" in str(value):
             raise DataError("the model asks for a kernel from the hub", where=f"{file}: {place}", found=value)
@@ -123,8 +125,11 @@ def _check_weights(folder: Path) -> None:
     raise DataError("the folder has no weights", where=str(folder), allowed=f"{WEIGHTS} or {INDEX} with its shards")
 
 
-def shard_names(index: Path) -> list[str]:
+def shard_names(index: Path, suffixes: tuple[str, ...] = (".safetensors",)) -> list[str]:
     """The shards an index names.
+
+    Args:
+        suffixes: what their names may end in.
 
     Raises:
         DataError: an entry that is not a plain file name: it would be opened wherever it points.
@@ -134,12 +139,12 @@ def shard_names(index: Path) -> list[str]:
         raise DataError("the index has no weight_map", where=str(index))
     for tensor, name in weight_map.items():
         plain = isinstance(name, str) and not re.search(r"[/\\\0]", name) and name not in (".", "..")
-        if not plain or not name.endswith(".safetensors"):
+        if not plain or not name.endswith(suffixes):
             raise DataError(
-                "a shard name leaves the folder or is no safetensors file",
+                f"a shard name leaves the folder or is no {suffixes[0].removeprefix('.')} file",
                 where=f"{index}: weight_map[{tensor!r}]",
                 found=name,
-                allowed="a plain file name ending in .safetensors",
+                allowed=f"a plain file name ending in {' or '.join(suffixes)}",
             )
     return sorted(set(weight_map.values()))
 
@@ -187,6 +192,6 @@ def _download(source: str, revision: str | None, weights: bool) -> Path:
             "the hub has no safetensors of this model",
             where="model.path",
             found=source,
-            todo="download and convert it where you trust its origin, and give the folder",
+            todo="download and convert it where you trust its origin (a GLM: mtkd convert-glm), and give the folder",
         )
     return folder

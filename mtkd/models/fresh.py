@@ -18,7 +18,9 @@ from transformers import (
 
 from mtkd.config import ModelConfig
 from mtkd.errors import UserError, nearest
-from mtkd.models.info import CLASSIFIER
+from mtkd.models.glm import GLMConfig
+from mtkd.models.glm.tokens import START
+from mtkd.models.info import CLASSIFIER, GLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,6 +43,8 @@ class _Shape:
     pad: int | None
     bos: int | None
     eos: int | None
+    mask: int | None
+    start: int | None
     tie: bool
     classifier: bool
 
@@ -92,6 +96,8 @@ def fresh_config(
         pad=tokenizer.pad_token_id,
         bos=tokenizer.bos_token_id,
         eos=tokenizer.eos_token_id,
+        mask=tokenizer.mask_token_id,
+        start=tokenizer.get_vocab().get(START),
         tie=config.tie_embeddings,
         classifier=auto_class == CLASSIFIER,
     )
@@ -199,6 +205,23 @@ def _qwen2(shape: _Shape) -> PretrainedConfig:
     return Qwen2Config(**_llama_fields(shape))
 
 
+def _glm(shape: _Shape) -> PretrainedConfig:
+    return GLMConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.width,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        intermediate_size=shape.wide,
+        max_position_embeddings=shape.positions,
+        pad_token_id=shape.pad,
+        bos_token_id=shape.bos,
+        eos_token_id=shape.eos,
+        mask_token_id=shape.mask,
+        sop_token_id=shape.start,
+        tie_word_embeddings=shape.tie,
+    )
+
+
 ARCHITECTURES: dict[str, Callable[[_Shape], PretrainedConfig]] = {
     "bert": _bert,
     "roberta": _roberta,
@@ -206,4 +229,5 @@ ARCHITECTURES: dict[str, Callable[[_Shape], PretrainedConfig]] = {
     "gpt2": _gpt2,
     "llama": _llama,
     "qwen2": _qwen2,
+    GLM: _glm,
 }

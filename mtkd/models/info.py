@@ -21,6 +21,9 @@ TOKEN_LEVEL = (CAUSAL_LM, MASKED_LM, PRE_TRAINING)
 TAP = "mtkd_tap"
 """Name of the attention function that records query, key and value; see `mtkd.models.attention`."""
 
+GLM = "glm_blocklm"
+"""mtkd's own architecture, `mtkd.models.glm`."""
+
 # Architectures that number positions from pad_token_id + 1, so that their table holds that many positions fewer.
 OFFSET_POSITIONS = (
     *("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "data2vec-text"),
@@ -83,9 +86,9 @@ def model_info(config: PretrainedConfig, auto_class: str) -> ModelInfo:
     width = config.hidden_size
     taps = {"logits", "hidden", "embedding", "cls"} | ({"nsp_logits"} if auto_class == PRE_TRAINING else set())
     tapped = attention_implementation(config, auto_class) == TAP
-    if tapped:
+    if tapped and not getattr(config, "verbalizers", None):  # a cloze attends to words that are not in the batch
         taps.update(ATTENTION)
-    cls, causal = model_class(config, auto_class), is_causal(config)
+    cls, causal = model_class(config, auto_class), is_causal(config, auto_class)
     why = "only language models read token by token" if auto_class == CLASSIFIER else ""
     return ModelInfo(
         architecture=config.model_type,
@@ -137,7 +140,7 @@ def check_packing(info: ModelInfo, where: str) -> None:
             f"architecture '{info.architecture}' cannot be run on packed rows",
             where=where,
             found=info.unpackable,
-            allowed="decoders with full attention, such as llama, qwen2 and gpt2, on causal-lm data",
+            allowed="decoders with full attention, such as llama, qwen2, gpt2 and glm_blocklm, on causal-lm data",
             todo="drop packing; batch: {tokens: N} and group_by_length also save padding",
         )
 
@@ -171,7 +174,7 @@ def model_class(config: PretrainedConfig, auto_class: str) -> type[PreTrainedMod
             where="model",
             found=auto_class,
             todo="choose an architecture that fits the task: bert, roberta, distilbert for masked-lm; "
-            "gpt2, llama, qwen2 for causal-lm; any of them for classify",
+            "gpt2, llama, qwen2, glm_blocklm for causal-lm; any of them for classify",
         )
     found = mapping[type(config)]
     if not isinstance(found, (tuple, list)):
@@ -195,22 +198,27 @@ def check_head(config: PretrainedConfig, auto_class: str) -> None:
             found=cls.__name__,
             todo="use bert, or drop data.next_sentence",
         )
-    if auto_class == CAUSAL_LM and not is_causal(config):
+    if auto_class == CAUSAL_LM and not is_causal(config, auto_class):
         raise UserError(
             f"architecture '{config.model_type}' attends in both directions and cannot be a causal model",
             where="model",
-            todo="use gpt2, llama or qwen2, or the task masked-lm",
+            todo="use gpt2, llama, qwen2 or glm_blocklm, or the task masked-lm",
         )
 
 
-def is_causal(config: PretrainedConfig) -> bool:
-    """Whether a token attends only to earlier ones: decoders, and encoders that say ``is_decoder``."""
+def is_causal(config: PretrainedConfig, auto_class: str) -> bool:
+    """Whether a token attends only to earlier ones: decoders, and encoders that say ``is_decoder``.
+
+    GLM does unless it is told how long the part is that it reads in both directions; its classifiers always are.
+    """
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     )
 
     name = config.model_type
+    if name == GLM:
+        return auto_class != CLASSIFIER
     only_decoder = name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and name not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     return bool(getattr(config, "is_decoder", False)) or only_decoder
 

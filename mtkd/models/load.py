@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from mtkd.config import ModelConfig
 from mtkd.errors import DataError, UserError
-from mtkd.models import attention  # noqa: F401  registers the tap that the models are built with
+from mtkd.models import attention, glm  # noqa: F401  registers the tap that models are built with, and our own type
 from mtkd.models.cut import cut_config, cut_weights
 from mtkd.models.folder import find_folder
 from mtkd.models.fresh import fresh_config, set_dropout

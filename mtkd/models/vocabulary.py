@@ -253,7 +253,17 @@ def make_map(
 
 
 def compressed_config(config: PretrainedConfig, kept: Sequence[int]) -> PretrainedConfig:
-    """A copy with K ids; the special ids have their new numbers."""
+    """A copy with K ids; the special ids have their new numbers.
+
+    Raises:
+        UserError: a cloze classifier, whose words are ids too.
+    """
+    if getattr(config, "verbalizers", None):
+        raise UserError(
+            "the vocabulary of a cloze classifier cannot be compressed: its verbalizers are ids of the whole one",
+            where="model.vocabulary",
+            todo="drop `vocabulary`, or distil a model with a pooled head (no verbalizers in its config.json)",
+        )
     rows = {number: row for row, number in enumerate(kept)}
     made = type(config).from_dict(config.to_dict())
     made.vocab_size = len(rows)

@@ -27,6 +27,7 @@ LM_OF = {
     "gpt2": CAUSAL_LM,
     "llama": CAUSAL_LM,
     "qwen2": CAUSAL_LM,
+    "glm_blocklm": CAUSAL_LM,
 }
 ARCHITECTURES = tuple(LM_OF)
 EVERY_HEAD = [(a, c) for a in ARCHITECTURES for c in (LM_OF[a], CLASSIFIER)]

@@ -1,4 +1,4 @@
-"""The teacher cards, counted on the meta device where transformers has the architecture, and by formula for GLM."""
+"""The teacher cards, counted on the meta device; GLM's by formula too."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from mtkd.errors import DataError
 from mtkd.locate import revision_of
 from mtkd.models import cards
 from mtkd.models.cards import load_cards
+from mtkd.models.glm import GLMConfig
 from mtkd.models.info import count_parameters
 
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
@@ -49,7 +50,8 @@ PUBLISHED: dict[str, tuple[PretrainedConfig, str]] = {
         "AutoModelForCausalLM",
     ),
 }
-GLM_POSITIONS = {"glm-large": 512, "glm-2b": 1024, "glm-10b": 1024}
+SMALL, LARGE_ONES = ("glm-base", "glm-large", "glm-410m", "glm-515m"), ("glm-2b", "glm-10b")
+GLM_POSITIONS = {**dict.fromkeys(SMALL, 512), **dict.fromkeys(LARGE_ONES, 1024)}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -63,12 +65,21 @@ def test_a_card_agrees_with_the_architecture(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", GLM_POSITIONS)
-def test_glm_parameters_by_formula(name: str) -> None:
+def test_glm_parameters_by_formula_and_by_model(name: str) -> None:
     """Tied embedding, two position tables of one row more, 12 h^2 + 13 h per layer, the final normalisation."""
     card, h = load_cards()[name], load_cards()[name].width
     tables = card.vocabulary * h + 2 * (GLM_POSITIONS[name] + 1) * h
     assert tables + card.layers * (12 * h * h + 13 * h) + 2 * h == card.parameters
-    assert card.architecture == "glm_blocklm"  # not transformers' "glm", which is GLM-4
+    config = GLMConfig(
+        vocab_size=card.vocabulary,
+        hidden_size=h,
+        num_hidden_layers=card.layers,
+        num_attention_heads=card.heads,
+        max_position_embeddings=GLM_POSITIONS[name],
+    )
+    for auto_class in ("AutoModel", "AutoModelForCausalLM"):
+        assert count_parameters(config, auto_class) == card.parameters
+    assert card.architecture == config.model_type  # not transformers' "glm", which is GLM-4
     assert card.vocabulary % 128 == 0
 
 
@@ -80,6 +91,7 @@ def test_every_card() -> None:
         assert card.homepage.startswith("https://")
         assert card.paper.startswith("https://")
         assert card.width % card.heads == 0
+    assert known["glm-10b"].parameters == 9_880_682_496
     assert known["qwen2.5-7b"].memory_gb == 15.23  # 7.6156e9 parameters x 2 bytes
     assert known["bert-base"].memory_gb == 0.44  # 0.10948e9 parameters x 4 bytes
 

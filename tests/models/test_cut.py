@@ -42,8 +42,8 @@ def test_a_slice_of_the_same_shape_is_the_model(architecture: str, auto_class: s
 
 
 QUERIES, KEYS = ("query", "q_proj", "q_lin"), ("key", "value", "k_proj", "v_proj", "k_lin", "v_lin")
-OUTPUTS = r"attention\.output\.dense|o_proj|out_lin|attn\.c_proj"
-UP, DOWN = r"intermediate\.dense|lin1|gate_proj|up_proj|c_fc", r"layer\.\d+\.output\.dense|lin2|down_proj|mlp\.c_proj"
+OUTPUTS = r"attention\.output\.dense|o_proj|out_lin|attn\.c_proj|attention\.dense"
+UP = r"intermediate\.dense|lin1|gate_proj|up_proj|c_fc|dense_h_to_4h"
 TABLES = r"embeddings|embed_tokens|wte|wpe"
 
 
@@ -83,7 +83,13 @@ def widen(small: PreTrainedModel, large: PreTrainedModel, architecture: str) -> 
     ours, theirs = small.state_dict(), large.state_dict()
     for name, value in ours.items():
         target, grouped = theirs[name], architecture in GROUPED
-        if "c_attn" in name:  # [inputs, q|k|v]: three matrices of their own
+        if "query_key_value" in name:  # [q|k|v, inputs]: three matrices of their own
+            parts = [
+                embed(name.replace("query_key_value", each), s, t, grouped)
+                for each, s, t in zip(QUERIES[:1] + KEYS[:2], value.chunk(3), target.chunk(3), strict=True)
+            ]
+            target.copy_(torch.cat(parts))
+        elif "c_attn" in name:  # [inputs, q|k|v]
             parts = [
                 embed(name.replace("c_attn", each), s, t, grouped)
                 for each, s, t in zip(QUERIES[:1] + KEYS[:2], value.t().chunk(3), target.t().chunk(3), strict=True)

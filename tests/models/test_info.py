@@ -36,7 +36,7 @@ def test_info_of_every_architecture(architecture: str, auto_class: str) -> None:
         vocabulary=NUM_IDS,
         num_labels=3 if auto_class == CLASSIFIER else 0,
         max_positions=16,
-        causal=architecture in ("gpt2", "llama", "qwen2"),
+        causal=architecture in ("gpt2", "llama", "qwen2") or (architecture, auto_class) == ("glm_blocklm", CAUSAL_LM),
         taps=frozenset({"logits", "hidden", "embedding", "cls", *ATTENTION}),
     )
 

@@ -408,7 +408,7 @@ def test_links_inside_the_hubs_cache_are_fine(saved: Callable[..., Path], tmp_pa
         ({"attn_implementation": {"text": "owner/kernel"}}, "kernel from the hub"),
         ({"transformers_weights": "../secret.safetensors"}, "redirects its weights"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised"),
-        ({"model_type": "glm_blocklm"}, "configuration cannot be read"),
+        ({"model_type": "no_such_type"}, "configuration cannot be read"),
     ],
 )
 def test_configurations_that_are_refused(saved: Callable[..., Path], extra: dict[str, object], message: str) -> None:

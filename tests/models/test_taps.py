@@ -56,7 +56,7 @@ def own_outputs(model: TappedModel, auto_class: str, data: Batch) -> tuple[objec
         for kind, suffixes in ends.items():
             if name.split(".")[-1] in suffixes:
                 module.register_forward_hook(keep(f"{kind}.{layer + 1}"))
-        if name.endswith("c_attn"):
+        if name.endswith(("c_attn", "query_key_value")):
             module.register_forward_hook(keep(f"fused.{layer + 1}"))
     inputs = {"input_ids": data.input_ids, "attention_mask": data.attention_mask.long()}
     if model.info.architecture == "bert" and data.token_type_ids is not None:
