@@ -47,6 +47,7 @@ WEIGHTINGS = (
     *("uniform", "mt_bert", "ca_mkd", "entropy", "confidence", "margin", "uncertainty", "ae_kd", "mgda"),
     *("learned", "rl_kd", "drop"),
 )
+UNLABELLED = ("uniform", "confidence", "entropy", "mgda")  # weightings that read no labels
 ENSEMBLES = ("probabilities", "logits")
 USED_AGAIN = ("teacher", "cache")  # how the runs are called whose models and caches other runs read
 
@@ -167,7 +168,10 @@ def hinton_arms(setting: Setting) -> Iterator[Arm]:
 
 def weighting_caches(setting: Setting) -> dict[str, Arm]:
     three = [setting.export(f"teacher6-{k}") for k in range(3)]
-    return {"cache-three": Arm("ensemble of the three", {"cache": setting.cached(three)}, ensemble=True)}
+    return {
+        "cache-three": Arm("ensemble of the three", {"cache": setting.cached(three)}, ensemble=True),
+        "cache-three-more": Arm("three on more texts", {"cache": setting.cached(three, data="transfer")}),
+    }
 
 
 def weighting_arms(setting: Setting) -> Iterator[Arm]:
@@ -181,6 +185,13 @@ def weighting_arms(setting: Setting) -> Iterator[Arm]:
         hard = {"feature": "logits", "loss": "ce", "target": "labels", "weight": 0.5}
         student = setting.from_cache(2, "cache-three", 3, match=[soft, hard])
         yield Arm(f"uniform over {ensemble}", {"student": student})
+    # On their own training texts the teachers all say the same: elsewhere there is something to weigh.
+    soft = {"feature": "logits", "loss": "kl", "options": {"temperature": 2.0}}
+    more: dict[str, Any] = {"match": [soft], "data": "transfer", "share": 2.0}
+    yield Arm("one teacher, unlabelled texts", {"student": setting.from_cache(2, "cache-three-more", 1, **more)})
+    for name in UNLABELLED:
+        student = setting.from_cache(2, "cache-three-more", 3, weighting=name, **more)
+        yield Arm(f"{name}, unlabelled texts", {"student": student})
 
 
 def no_caches(setting: Setting) -> dict[str, Arm]:
