@@ -51,6 +51,12 @@ def check_members(infos: Mapping[str, ModelInfo], where: str) -> None:
                 found=f"a token-level model '{info.architecture}'",
                 todo="use a `classify` task, or a finetune stage per model",
             )
+        if info.cloze:
+            raise UserError(
+                "a cloze has no pooling and prediction layer to share",
+                where=place,
+                todo="drop verbalizers from its config.json, or finetune it in a stage of its own",
+            )
         if info.architecture not in _HEADS:
             raise UserError("the head of this architecture is not known", where=place, found=info.architecture,
                             allowed=sorted(_HEADS))  # fmt: skip

@@ -30,11 +30,17 @@ class TeacherTiles:
         """
         size = max(positions.stop - positions.start, self._tile)
         start = positions.start - positions.start % size
-        if (start, only) != self._asked or (self._held and len(self._held[0]) < positions.stop - start):
+        # of what is there: a rank without positions must read as often as the others, for a head may be a collective
+        there = min(positions.stop, len(self._index)) - start
+        if (start, only) != self._asked or (self._held and len(self._held[0]) < there):
             self._held = []  # the old tile's memory is free before there is a new one
             asked = self._logits if only is None else [self._logits[only]]
             self._asked, self._held = (start, only), [read(t, self._index[start : start + size]) for t in asked]
         return [rows[positions.start - start : positions.stop - start] for rows in self._held]
+
+    def forget(self) -> None:
+        """Free the tile that was read last."""
+        self._asked, self._held = (-1, None), []
 
 
 class TeacherMixture:
@@ -81,6 +87,7 @@ class TeacherMixture:
                 self._constant[part] += weights[part] * spec.teacher_term(log_probs, probs)
                 self._mixed[part].addcmul_(probs, weights[part, None])
             del logits
+        self._read.forget()  # not beside the mixture while the student is compared
 
 
 def ensemble_losses(

@@ -313,3 +313,16 @@ def test_teachers_take_turns_where_they_need_not_meet(loss: str, kind: str, toge
     found(Student(), make_rows(loss, {}, kind, alone=True), heads, torch.ones(4, BATCH, 1), torch.float32, 2)  # type: ignore[arg-type]
     assert max(most) == together
     assert len(most) == 4 * 4  # each teacher once per tile: 7 targets, tiles of 2
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("loss", ["kl", "jsd"])
+def test_a_batch_without_targets_reads_every_teacher_once(
+    loss: str, alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As often as a tile with targets: the head of a sharded teacher is a collective."""
+    monkeypatch.setitem(globals(), "targets", lambda: torch.full((BATCH, LENGTH), NO_LABEL))
+    most: list[int] = []
+    heads = [Counted(head, set(), most) for head in teachers(3)]
+    found(Student(), make_rows(loss, {}, "losses", alone=alone), heads, torch.ones(3, BATCH, 1), torch.float32, 2)  # type: ignore[arg-type]
+    assert len(most) == 3

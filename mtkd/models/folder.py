@@ -55,10 +55,7 @@ def check_folder(folder: Path, *, weights: bool = True) -> None:
     Raises:
         DataError: naming the file and the entry.
     """
-    root = _root(folder)
-    for file in sorted(folder.iterdir()):
-        if not file.resolve().is_relative_to(root):
-            raise DataError("a link leaves the model folder", where=str(file), found=str(file.readlink()))
+    check_links(folder)
     if not (folder / "config.json").is_file():
         raise DataError("not a model folder: config.json is missing", where=str(folder))
     if (folder / "adapter_config.json").exists():
@@ -68,6 +65,18 @@ def check_folder(folder: Path, *, weights: bool = True) -> None:
     _check_config(folder / "config.json")
     if weights:
         _check_weights(folder)
+
+
+def check_links(folder: Path) -> None:
+    """Refuse a folder with a link that leads out of it.
+
+    Raises:
+        DataError: naming the link.
+    """
+    root = _root(folder)
+    for file in sorted(folder.iterdir()):
+        if file.is_symlink() and not file.resolve().is_relative_to(root):
+            raise DataError("a link leaves the model folder", where=str(file), found=str(file.readlink()))
 
 
 def _root(folder: Path) -> Path:

@@ -19,7 +19,7 @@ from transformers import (
 from mtkd.config import ModelConfig
 from mtkd.errors import UserError, nearest
 from mtkd.models.glm import GLMConfig
-from mtkd.models.glm.tokens import START
+from mtkd.models.glm.tokens import END, START
 from mtkd.models.info import CLASSIFIER, GLM
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class _Shape:
     eos: int | None
     mask: int | None
     start: int | None
+    end: int | None
     tie: bool
     classifier: bool
 
@@ -98,6 +99,7 @@ def fresh_config(
         eos=tokenizer.eos_token_id,
         mask=tokenizer.mask_token_id,
         start=tokenizer.get_vocab().get(START),
+        end=tokenizer.get_vocab().get(END),
         tie=config.tie_embeddings,
         classifier=auto_class == CLASSIFIER,
     )
@@ -215,7 +217,7 @@ def _glm(shape: _Shape) -> PretrainedConfig:
         max_position_embeddings=shape.positions,
         pad_token_id=shape.pad,
         bos_token_id=shape.bos,
-        eos_token_id=shape.eos,
+        eos_token_id=shape.eos if shape.end is None else shape.end,  # what ends a piece
         mask_token_id=shape.mask,
         sop_token_id=shape.start,
         tie_word_embeddings=shape.tie,

@@ -49,6 +49,7 @@ class ModelInfo:
         causal: a token attends only to those before it.
         taps: names of the features it can give.
         unpackable: why it cannot run on packed rows (`mtkd.models.packing`), "" where it can.
+        cloze: a classifier without layers of its own, which scores words in place of a blank.
     """
 
     architecture: str
@@ -63,6 +64,7 @@ class ModelInfo:
     causal: bool
     taps: frozenset[str]
     unpackable: str = field(default="", compare=False)
+    cloze: bool = False
 
 
 def model_info(config: PretrainedConfig, auto_class: str) -> ModelInfo:
@@ -82,11 +84,14 @@ def model_info(config: PretrainedConfig, auto_class: str) -> ModelInfo:
             found=f"architecture '{config.model_type}'",
         )
     check_head(config, auto_class)
+    if config.model_type == GLM:
+        _check_glm(config, auto_class)
     heads = config.num_attention_heads
     width = config.hidden_size
     taps = {"logits", "hidden", "embedding", "cls"} | ({"nsp_logits"} if auto_class == PRE_TRAINING else set())
     tapped = attention_implementation(config, auto_class) == TAP
-    if tapped and not getattr(config, "verbalizers", None):  # a cloze attends to words that are not in the batch
+    cloze = auto_class == CLASSIFIER and bool(getattr(config, "verbalizers", None))
+    if tapped and not cloze:  # a cloze attends to words that are not in the batch
         taps.update(ATTENTION)
     cls, causal = model_class(config, auto_class), is_causal(config, auto_class)
     why = "only language models read token by token" if auto_class == CLASSIFIER else ""
@@ -103,7 +108,33 @@ def model_info(config: PretrainedConfig, auto_class: str) -> ModelInfo:
         causal=causal,
         taps=frozenset(taps),
         unpackable=why or _unpackable(config, cls, causal, tapped),
+        cloze=cloze,
     )
+
+
+def _check_glm(config: PretrainedConfig, auto_class: str) -> None:
+    """What only building or running the model would find out.
+
+    Raises:
+        UserError: an unknown activation, or a cloze whose answers do not fit its classes and ids.
+    """
+    from transformers.activations import ACT2FN
+
+    if config.hidden_act not in ACT2FN:
+        raise UserError("not an activation", where="model: hidden_act", found=config.hidden_act)
+    verbalizers = getattr(config, "verbalizers", None)
+    if auto_class != CLASSIFIER or not verbalizers:
+        return
+    where, size = "model: verbalizers", config.vocab_size
+    if config.sop_token_id is None or config.mask_token_id is None or not config.tie_word_embeddings:
+        raise UserError("a cloze needs sop_token_id, mask_token_id and tied embeddings", where=where)
+    if config.num_labels and len(verbalizers) != config.num_labels:
+        raise UserError(
+            "a cloze has one answer per class", where=where, found=len(verbalizers), allowed=config.num_labels
+        )
+    wrong = [words for words in verbalizers if not words or not all(0 <= word < size for word in words)]
+    if wrong:
+        raise UserError("an answer is a list of token ids", where=where, found=wrong[0], allowed=f"0 to {size - 1}")
 
 
 def _unpackable(config: PretrainedConfig, cls: type[PreTrainedModel], causal: bool, tapped: bool) -> str:

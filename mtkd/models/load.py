@@ -203,7 +203,10 @@ def _set_labels(config: PretrainedConfig, request: _Request) -> None:
 
 
 def _is_classifier(config: PretrainedConfig) -> bool:
-    return any("ForSequenceClassification" in name for name in config.architectures or ())
+    # a cloze is a language model's folder to which somebody added its answers, and their order with them
+    return bool(getattr(config, "verbalizers", None)) or any(
+        "ForSequenceClassification" in name for name in config.architectures or ()
+    )
 
 
 def _check_fits(config: PretrainedConfig, request: _Request) -> None:

@@ -33,7 +33,9 @@ from transformers import (
     StaticCache,
 )
 
+from mtkd.cofinetune import check_members
 from mtkd.data.batch import Batch
+from mtkd.errors import UserError
 from mtkd.features import NO_LABEL, HeadLogits
 from mtkd.models.glm import GLMConfig, GLMForConditionalGeneration, GLMForSequenceClassification, GLMModel
 from mtkd.models.info import CAUSAL_LM, CLASSIFIER, model_info
@@ -420,3 +422,54 @@ def test_half_precision_is_near_the_exact_logits(dtype: torch.dtype) -> None:
         assert found.dtype == dtype
         # some tens of rounded operations follow each other, on logits of a few units
         assert float((found.float() - wanted).abs().max()) < 40 * torch.finfo(dtype).eps * float(wanted.abs().max())
+
+
+def test_generate_without_a_mask_hides_no_token() -> None:
+    """The padding's token also ends every prompt of the GPT-2 vocabulary: guessed from ids, it would be masked."""
+    model, prompt = small_model().eval(), [4, MASK, 9, PAD, SOP]
+    ids = torch.tensor([prompt])
+    positions = torch.tensor([[[0, 1, 2, 3, 1], [0, 0, 0, 0, 1]]])
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    said = model.generate(ids, position_ids=positions, sep=4, attention_mask=torch.ones_like(ids), **options)
+    assert model.generate(ids, position_ids=positions, sep=4, **options).tolist() == said.tolist()
+    assert model.generate(ids, position_ids=positions, attention_mask=4, **options).tolist() == said.tolist()
+    first = model(ids, position_ids=positions, sep=4).logits[0, -1].argmax()
+    assert said[0, len(prompt)] == first
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_row_of_the_square_that_sees_nothing_sees_itself(implementation: str) -> None:
+    model = small_model(attn_implementation=implementation)
+    ids, mask = torch.tensor([[4, 5, 6]]), torch.ones(3, 3).tril()[None, None]
+    mask[..., 1, :] = 0
+    alone = mask.clone()
+    alone[..., 1, 1] = 1
+    found = model(ids, attention_mask=mask).logits
+    assert found.isfinite().all()
+    close(found, model(ids, attention_mask=alone).logits)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_act": "nope"}, "not an activation"),
+        ({"verbalizers": [[5], [6], [7]]}, "one answer per class"),
+        ({"verbalizers": [[5], [99]]}, "0 to 69"),
+        ({"verbalizers": [[5], [-2]]}, "0 to 69"),
+        ({"verbalizers": [[5], [6]], "sop_token_id": None}, "sop_token_id"),
+    ],
+)
+def test_what_the_plan_sees_of_a_configuration(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        model_info(small_config(**fields), CLASSIFIER)
+
+
+def test_the_taps_of_a_cloze_and_of_its_language_model() -> None:
+    config = small_config(verbalizers=[[5], [6]])
+    cloze, plain = (model_info(config, name) for name in (CLASSIFIER, CAUSAL_LM))
+    assert cloze.cloze
+    assert "query" not in cloze.taps
+    assert not plain.cloze
+    assert "query" in plain.taps
+    with pytest.raises(UserError, match="no pooling and prediction layer"):
+        check_members({"a": cloze, "b": cloze}, "stages.x.members")

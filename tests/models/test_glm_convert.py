@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from glm_bank import rows
-from glm_files import WIDTH, Weights, originals, split, swiss, write
+from glm_files import WIDTH, Weights, bert_file, originals, split, swiss, write
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -120,6 +120,9 @@ def test_the_published_shapes_have_their_heads_and_ids(tmp_path: Path) -> None:
     index = json.loads((tmp_path / "base" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 2 * made.parameters
     check_folder(tmp_path / "base")
+    bert_file(tmp_path / "bert", 30_521)  # one entry short: every command stands one place before the weights' own
+    with pytest.raises(UserError, match="not that of weights with 30592 ids"):
+        convert_checkpoint(tmp_path / "base.pt", tmp_path / "other", vocabulary=tmp_path / "bert")
     torch.save({"module": weights(11)}, tmp_path / "less.pt")
     with pytest.raises(UserError, match="cannot be told"):
         convert_checkpoint(tmp_path / "less.pt", tmp_path / "less")
@@ -326,3 +329,51 @@ def test_the_command(tmp_path: Path) -> None:
     assert json.loads(found.stdout)["config"]["hidden_size"] == 24
     found = CliRunner().invoke(app, ["convert-glm", str(source), str(tmp_path / "c"), "--hidden-act", "relu"])
     assert isinstance(found.exception, UserError)
+
+
+def test_the_activation_beside_the_weights(tmp_path: Path) -> None:
+    _, weights = originals()
+    source = write(tmp_path / "source", "hub", weights)
+    (source / "config.json").write_text(json.dumps({"hidden_act": "gelu_pytorch_tanh"}))
+    assert convert_checkpoint(source, tmp_path / "a", heads=4).config.hidden_act == "gelu_pytorch_tanh"
+    assert convert_checkpoint(source, tmp_path / "b", heads=4, hidden_act="gelu").config.hidden_act == "gelu"
+    (source / "config.json").write_text(json.dumps({"hidden_act": "relu"}))
+    with pytest.raises(DataError, match="relu"):
+        convert_checkpoint(source, tmp_path / "c", heads=4)
+
+
+def test_a_rank_s_file_by_itself_is_the_original_s(tmp_path: Path) -> None:
+    _, weights = originals()
+    file = tmp_path / "source" / "mp_rank_00_model_states.pt"
+    file.parent.mkdir()
+    torch.save(weights, file)
+    for number, source in enumerate((file, file.parent)):
+        made = convert_checkpoint(source, tmp_path / str(number), heads=4)
+        assert made.config.hidden_act == "gelu_pytorch_tanh"
+
+
+@pytest.mark.parametrize("number", ["9999999999", "9" * 5000])
+def test_a_hostile_layer_number(number: str) -> None:
+    _, weights = originals()
+    weights[f"transformer.layers.{number}.attention.dense.weight"] = torch.zeros(1)
+    with pytest.raises(DataError, match="unexpected"):
+        convert_state_dict(weights)
+
+
+def test_links_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:
+    _, weights = originals()
+    source = write(tmp_path / "source", "hub", weights)
+    file = source / "pytorch_model.bin"
+    file.rename(tmp_path / "elsewhere.bin")
+    file.symlink_to(tmp_path / "elsewhere.bin")
+    with pytest.raises(DataError, match="a link leaves the model folder"):
+        convert_checkpoint(source, tmp_path / "out", heads=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool])
+def test_types_that_are_no_weights(dtype: torch.dtype, tmp_path: Path) -> None:
+    _, weights = originals()
+    weights["word_embeddings.weight"] = weights["word_embeddings.weight"].to(dtype)
+    with pytest.raises(DataError, match=r"word_embeddings\.weight") as caught:
+        convert_checkpoint(write(tmp_path / "source", "original", weights), tmp_path / "out", heads=4)
+    assert "cannot be converted" in str(caught.value)

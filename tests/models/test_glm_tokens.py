@@ -214,3 +214,4 @@ def test_fresh_models_know_the_commands(tmp_path: Path) -> None:
     config = fresh_config(described, CAUSAL_LM, num_ids=len(tokenizer), max_positions=16, tokenizer=tokenizer)
     ids = tokenizer.get_vocab()
     assert (config.sop_token_id, config.mask_token_id) == (ids["<|startofpiece|>"], ids["[MASK]"])
+    assert config.eos_token_id == ids["<|endofpiece|>"]  # where generation of a piece ends

@@ -499,3 +499,15 @@ def test_a_tapped_models_export_loads_without_mtkd(tmp_path: Path) -> None:
         own = plain(batch().input_ids, attention_mask=batch().attention_mask.long()).logits.flatten(0, -2)
         ours = model(batch(), frozenset({"logits"}))["logits"]
         torch.testing.assert_close(ours.rows(torch.arange(len(own))), own, atol=1e-5, rtol=1e-5)
+
+
+def test_the_answers_of_a_cloze_have_an_order(saved: Callable[..., Path]) -> None:
+    """Its folder is that of a language model, to whose config.json somebody added the answers and their names."""
+    folder = saved("glm_blocklm", CAUSAL_LM)
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    answers = {"verbalizers": [[5], [6]], "id2label": {"0": "no", "1": "yes"}, "label2id": {"no": 0, "yes": 1}}
+    file.write_text(json.dumps({**config, "mask_token_id": 3, "sop_token_id": 4, **answers}))
+    assert build(str(folder), CLASSIFIER, num_labels=2, label_names=("no", "yes")).config.verbalizers == [[5], [6]]
+    with pytest.raises(DataError, match="another order"):
+        build(str(folder), CLASSIFIER, num_labels=2, label_names=("yes", "no"))

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mtkd.errors import DataError
-from mtkd.models.folder import shard_names
+from mtkd.models.folder import check_links, shard_names
 from mtkd.models.glm.names import Stored, stored
 
 _PART = re.compile(r"mp_rank_(\d+)_model_states\.pt")
@@ -60,10 +60,13 @@ def open_checkpoint(source: Path) -> Checkpoint:
         DataError: no checkpoint, an incomplete one, or a pickle that holds more than weights.
     """
     folder = source if source.is_dir() else source.parent
+    if folder.is_dir():
+        check_links(folder)
     settings = _settings(folder)
     if source.is_file():
         file = _read(source)
-        return Checkpoint(source, (file.weights,), not file.wrapped, settings)
+        original = file.wrapped or _PART.fullmatch(source.name) is not None
+        return Checkpoint(source, (file.weights,), not original, settings)
     if not source.is_dir():
         raise DataError("no such file or folder", where="SOURCE", found=str(source))
     ranks = {int(found[1]): file for file in folder.iterdir() if (found := _PART.fullmatch(file.name))}
@@ -128,7 +131,7 @@ def _read_safetensors(file: Path) -> _File:
                 return opened.get_tensor(name)
 
         found = weights.get_slice(name)
-        return Stored(tuple(found.get_shape()), _dtype(found.get_dtype()), read)
+        return Stored(tuple(found.get_shape()), _dtype(found.get_dtype(), f"{file}: {name}"), read)
 
     try:
         with safe_open(file, framework="pt") as weights:
@@ -140,9 +143,9 @@ def _read_safetensors(file: Path) -> _File:
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
-def _dtype(name: str) -> torch.dtype:
+def _dtype(name: str, where: str) -> torch.dtype:
     if name not in _DTYPES:
-        raise DataError("weights of this type cannot be converted", found=name, allowed=sorted(_DTYPES))
+        raise DataError("weights of this type cannot be converted", where=where, found=name, allowed=sorted(_DTYPES))
     return _DTYPES[name]
 
 
@@ -175,6 +178,14 @@ def _read_pickle(file: Path) -> _File:
             found=strange[:8],
             allowed="tensors by name, under the key 'module' or directly",
         )
+    for name, value in found.items():
+        if value.dtype not in _DTYPES.values() or value.layout is not torch.strided:
+            raise DataError(
+                "weights of this type cannot be converted",
+                where=f"{file}: {name}",
+                found=f"{value.dtype}, {value.layout}".replace("torch.", ""),
+                allowed=", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES.values()) + "; strided",
+            )
     return _File({str(name): stored(value) for name, value in found.items()}, wrapped)
 
 

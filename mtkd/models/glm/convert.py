@@ -20,7 +20,7 @@ from mtkd.models.glm.checkpoint import Checkpoint, open_checkpoint
 from mtkd.models.glm.configuration import HUB_ACTIVATION, ORIGINAL_ACTIVATION, GLMConfig
 from mtkd.models.glm.names import Stored, merge, rename, shapes_wanted, stored
 from mtkd.models.glm.shards import SHARD_BYTES, num_bytes, write_shards
-from mtkd.models.glm.tokens import tokenizer_beside
+from mtkd.models.glm.tokens import END, START, tokenizer_beside
 from mtkd.models.info import GLM
 
 # Ids of the published vocabularies by their padded size: `mtkd.models.glm.tokens` builds their tokenizers.
@@ -101,7 +101,7 @@ def convert_checkpoint(
             found=hidden_act,
             allowed=[ORIGINAL_ACTIVATION, HUB_ACTIVATION],
         )
-    if out.exists():
+    if os.path.lexists(out):
         raise UserError("the folder exists already", where="OUT", found=str(out), todo="name another one")
     opened = open_checkpoint(source)
     weights = _merged(opened.parts, str(source))
@@ -148,6 +148,24 @@ def _tokenizer(source: Path, vocabulary: Path | None, config: GLMConfig) -> PreT
             found=f"{len(found)} tokens with GLM's commands",
             allowed=f"at most {config.vocab_size}",
         )
+    if found is not None:
+        ids = found.get_vocab()
+        own = {
+            "pad_token_id": found.pad_token_id,
+            "sop_token_id": ids[START],
+            "eos_token_id": ids[END],
+            "mask_token_id": found.mask_token_id,
+        }
+        wanted = _IDS.get(config.vocab_size, own)
+        if own != wanted:
+            raise UserError(
+                f"the vocabulary is not that of weights with {config.vocab_size} ids",
+                where="--vocabulary",
+                found=own,
+                allowed=wanted,
+            )
+        for name, number in own.items():
+            setattr(config, name, number)
     return found
 
 
@@ -210,11 +228,27 @@ def _config(opened: Checkpoint, weights: Mapping[str, Stored], heads: int | None
         num_attention_heads=found,
         intermediate_size=sizes["intermediate"],
         max_position_embeddings=sizes["positions"],
-        hidden_act=act or (HUB_ACTIVATION if opened.hub else ORIGINAL_ACTIVATION),
+        hidden_act=act or _activation(opened),
         architectures=["GLMForConditionalGeneration"],
         dtype=str(weights["glm.word_embeddings.weight"].dtype).removeprefix("torch."),
         **ids,
     )
+
+
+def _activation(opened: Checkpoint) -> str:
+    """What the configuration beside the weights says, else what the form was published with."""
+    beside = opened.settings.get("hidden_act")
+    if beside is None:
+        return HUB_ACTIVATION if opened.hub else ORIGINAL_ACTIVATION
+    if beside not in (HUB_ACTIVATION, ORIGINAL_ACTIVATION):
+        raise DataError(
+            "the configuration beside the weights has an activation that no published GLM has",
+            where=str(opened.source),
+            found=beside,
+            allowed=[ORIGINAL_ACTIVATION, HUB_ACTIVATION],
+            todo="give it with --hidden-act",
+        )
+    return str(beside)
 
 
 def _heads(opened: Checkpoint, sizes: Mapping[str, int], given: int | None) -> int:

@@ -90,6 +90,12 @@ class GLMForConditionalGeneration(GLMPreTrainedModel, GenerationMixin):
             kwargs["position_ids"] = two_rows(kwargs["position_ids"])
         return super().generate(inputs, **kwargs)  # type: ignore[misc]
 
+    def _prepare_attention_mask_for_generation(  # type: ignore[override]
+        self, inputs_tensor: Tensor, generation_config: Any, model_kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Without a mask every token is real: the end of a prompt is the padding's token too, and no padding."""
+        return torch.ones(inputs_tensor.shape[:2], dtype=torch.long, device=inputs_tensor.device)
+
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
         mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
         length = inputs_tensor.shape[1] + (0 if cache is None or mask is not None else cache.get_seq_length())

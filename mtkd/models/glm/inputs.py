@@ -77,7 +77,9 @@ def _whole_mask(mask: Tensor, queries: int, keys: int) -> Tensor:
     mask = mask[:, :, -queries:]
     if mask.is_floating_point() and not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError("attention_mask holds other numbers than 0 and 1: an additive mask is not one of GLM's forms")
-    return mask != 0
+    seen = mask != 0
+    itself = torch.arange(keys, device=mask.device) == torch.arange(keys - queries, keys, device=mask.device)[:, None]
+    return seen | (~seen.any(-1, keepdim=True) & itself)
 
 
 def _per_row(sep: Sep, batch: int, device: torch.device) -> Tensor:

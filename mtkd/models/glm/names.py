@@ -74,9 +74,11 @@ def rename(published: Collection[str], where: str) -> dict[str, str]:
             unexpected.append(f"{name} (beside {ours[new]})")
         else:
             ours[new] = name
-    numbers = [int(found[1]) for name in ours if (found := re.match(r"glm\.layers\.(\d+)\.", name))]
-    wanted = our_names(max(numbers, default=-1) + 1 or 1)
-    unexpected += sorted(published_name for name, published_name in ours.items() if name not in set(wanted))
+    # Counted, not read off the largest number: that is whatever somebody else wrote.
+    numbers = {found[1] for name in ours if (found := re.match(r"glm\.layers\.(\d+)\.", name))}
+    wanted = our_names(len(numbers) or 1)
+    known = set(wanted)
+    unexpected += sorted(published_name for name, published_name in ours.items() if name not in known)
     missing = [name.removeprefix(_PREFIX) for name in wanted if name not in ours]
     if missing or unexpected:
         raise DataError(
