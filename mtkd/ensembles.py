@@ -38,10 +38,6 @@ class TeacherTiles:
             self._asked, self._held = (start, only), [read(t, self._index[start : start + size]) for t in asked]
         return [rows[positions.start - start : positions.stop - start] for rows in self._held]
 
-    def forget(self) -> None:
-        """Free the tile that was read last."""
-        self._asked, self._held = (-1, None), []
-
 
 class TeacherMixture:
     """The weighted teachers of a row of soft targets as one distribution, a tile at a time.
@@ -54,9 +50,8 @@ class TeacherMixture:
     """
 
     def __init__(self, row: Row, logits: Sequence[Logits], index: Tensor, weights: Tensor, tile: int) -> None:
-        self._row, self._index, self._tile = row, index, tile
+        self._row, self._logits, self._index, self._tile = row, logits, index, tile
         self._weights = weights.detach() if row.match.weighted else torch.ones_like(weights)
-        self._read = TeacherTiles(logits, index, tile)
         self._start = -1
         self._mixed, self._constant = torch.empty(0), torch.empty(0)
 
@@ -73,21 +68,21 @@ class TeacherMixture:
 
     @torch.no_grad()
     def _mix(self, tile: slice) -> None:
+        for k, weights in enumerate(self._weights[:, tile]):
+            self._add(self._logits[k].rows(self._index[tile]), weights, first=k == 0)
+
+    def _add(self, logits: Tensor, weights: Tensor, *, first: bool) -> None:
+        """One teacher's share; a function of its own, so that nothing of it is left when the next one is read."""
         spec = self._row.spec
         temperature, _ = spec.temperature(self._row.match.options)
         assert spec.teacher_term is not None
-        for k, weights in enumerate(self._weights[:, tile]):
-            (logits,) = self._read(tile, only=k)
-            assert isinstance(logits, Tensor)
-            if k == 0:
-                self._mixed, self._constant = torch.zeros_like(logits), torch.zeros_like(weights)
-            for part in chunks(len(logits), logits):
-                log_probs = log_distribution(logits[part], temperature)
-                probs = torch.softmax(logits[part] / temperature if temperature != 1 else logits[part], -1)
-                self._constant[part] += weights[part] * spec.teacher_term(log_probs, probs)
-                self._mixed[part].addcmul_(probs, weights[part, None])
-            del logits
-        self._read.forget()  # not beside the mixture while the student is compared
+        if first:
+            self._mixed, self._constant = torch.zeros_like(logits), torch.zeros_like(weights)
+        for part in chunks(len(logits), logits):
+            scaled = logits[part] if temperature == 1 else logits[part] / temperature
+            probs = torch.softmax(scaled, -1)  # cheaper than exp of the other on a CPU
+            self._constant[part] += weights[part] * spec.teacher_term(torch.log_softmax(scaled, -1), probs)
+            self._mixed[part].addcmul_(probs, weights[part, None])
 
 
 def ensemble_losses(

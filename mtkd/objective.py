@@ -260,8 +260,8 @@ class Objective(Trainable):
         read = TeacherTiles(logits, index, self.tile)
         once = None if everywhere else ReadOnce(rows, logits, index, labels)
         head = as_logits(student)
-        in_tiles = isinstance(head, HeadLogits)
-        mixture, passes = self._turns(logits, index, weights, everywhere) if in_tiles else (None, 1)
+        turns = self._turns(logits, index, weights, everywhere) if isinstance(head, HeadLogits) else (None, 1)
+        mixture, passes = turns
 
         def tile_loss(ours: Tensor, weights: Tensor, positions: slice, turn: int = 0) -> tuple[Tensor, Tensor]:
             shared = None if once is None else once.at(ours, positions)
