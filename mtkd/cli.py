@@ -291,19 +291,32 @@ def _console() -> Console:
 
 
 def main() -> None:
-    """Entry point: turns errors into the exit codes of `mtkd.errors`."""
+    """Entry point: ends the process with one of the exit codes of `mtkd.errors`."""
+    code = _exit_code()
+    if "torch" in sys.modules:  # a light command stays light
+        from mtkd.engine.dist import leave
+
+        leave(code)
+    sys.exit(code)
+
+
+def _exit_code() -> int:
+    """Run the command and tell its exit code; errors become a line on the error stream."""
     try:
         app()
+    except SystemExit as end:  # how typer returns
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except UserError as error:
         typer.echo(f"mtkd: {error}", err=True)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except KeyboardInterrupt:
         typer.echo("mtkd: interrupted", err=True)
-        sys.exit(130)
+        return 130
     except Exception:
         traceback.print_exc()
         typer.echo("mtkd: this is a bug in mtkd; please report it with the text above and `mtkd doctor`", err=True)
-        sys.exit(EXIT_INTERNAL)
+        return EXIT_INTERNAL
+    return 0
 
 
 if __name__ == "__main__":

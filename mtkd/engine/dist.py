@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -33,9 +34,9 @@ class Dist:
     def current(cls) -> Dist:
         """This process in torch's default process group; alone when there is none."""
         # A group can only exist when somebody has imported torch already, so a light process stays light.
-        distributed = sys.modules.get("torch.distributed")
-        if distributed is None or not (distributed.is_available() and distributed.is_initialized()):
+        if not _has_group():
             return cls()
+        distributed = sys.modules["torch.distributed"]
         rank = distributed.get_rank()
         return cls(rank, distributed.get_world_size(), int(os.environ.get("LOCAL_RANK", rank)))
 
@@ -88,6 +89,31 @@ class Dist:
 
         on_gpu = torch.distributed.get_backend() == "nccl"
         return torch.device("cuda", self.local_rank) if on_gpu else torch.device("cpu")
+
+
+def leave(code: int) -> None:
+    """End this process with exit code `code` when it is a rank of a process group; otherwise do nothing.
+
+    Without the interpreter's own way out. gloo's threads free the tensors of collectives that are over a moment after
+    the main thread went on, and one that wants the interpreter while that is being taken down aborts the process
+    (pytorch/pytorch#190489): a run that is done and written would end with code -6. And a rank that failed has peers
+    that wait for it: the group is not taken down in an orderly way then, which would wait for them.
+    """
+    if not _has_group():
+        return
+    if code == 0:
+        import torch
+
+        torch.distributed.destroy_process_group()
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
+
+
+def _has_group() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 def on_main(dist: Dist, action: Callable[[], Object]) -> Object:

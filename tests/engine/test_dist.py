@@ -104,3 +104,25 @@ def test_a_hanging_rank_is_ended_at_the_timeout(tmp_path: Path) -> None:
     with pytest.raises(RankError, match="did not end in time"):
         run_distributed(sleep_on_rank_one, 2, str(tmp_path), timeout=5)
     assert_none_left(tmp_path)
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_rank_leaves_without_the_interpreters_end(code: int) -> None:
+    """What is said arrives, the exit code stays, and nothing of the interpreter's end is run: torch may abort there."""
+    program = f"""
+import atexit, os, sys
+from mtkd.engine.deepspeed_engine import init_distributed
+from mtkd.engine.dist import leave
+atexit.register(os.abort)
+init_distributed("cpu")
+sys.stdout.write("said")
+leave({code})
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout[-4:]) == (code, "said"), done.stderr
+
+
+def test_who_is_no_rank_stays() -> None:
+    program = "import torch; from mtkd.engine.dist import leave; leave(3); print('here')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "here\n"), done.stderr
