@@ -16,10 +16,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from mtkd.cachefolder import cache_digest, cache_folder, cached_teacher
-from mtkd.chain import identity, member_of, redo_command, stage_of, stage_seed, weights_digest
+from mtkd.chain import check_checkpoint, identity, member_of, stage_of, stage_seed, weights_digest
 from mtkd.cofinetune import CoFinetuning, check_members
 from mtkd.config import ModelConfig, RunConfig, StageConfig, TeacherConfig
-from mtkd.configfile import differences, fingerprint
+from mtkd.configfile import fingerprint
 from mtkd.console import say
 from mtkd.data.collate import LoadedData, Split, load_data
 from mtkd.data.sampler import Order, TrainStream
@@ -81,16 +81,7 @@ class BuiltStage:
         Raises:
             DataError: with every difference.
         """
-        changed = differences(manifest["identity"], self.identity)
-        changed += differences({k: manifest[k] for k in self.layout}, self.layout)
-        if changed:
-            raise DataError(
-                "the checkpoint belongs to another configuration, teacher, data set, tokenizer or number of processes",
-                where=f"stage '{self.name}'",
-                found="\n           ".join(changed),
-                todo="undo the change, give the run another name, or begin this stage anew: "
-                + redo_command([self.name]),
-            )
+        check_checkpoint(self.name, manifest, self.identity, self.layout)
 
 
 class Workshop:

@@ -31,7 +31,7 @@ from mtkd.console import StageProgress, say
 from mtkd.data.collate import LoadedData, Split
 from mtkd.data.sampler import length_batches
 from mtkd.data.tokenizers import num_real_ids
-from mtkd.engine.dist import on_main, together
+from mtkd.engine.dist import alive, on_main, together
 from mtkd.ensembles import as_logits
 from mtkd.errors import DataError, NonFiniteError, Preempted, UserError
 from mtkd.models.taps import TappedModel
@@ -229,6 +229,7 @@ def _records(
         features = teacher.forward(batch, wants)
         features["logits"] = as_logits(features["logits"]).in_dtype(job.shop.dtype)
         records += make_records(content, batch, features, tile)
+        alive()
     for record in records:
         _check_finite(record, teacher.name, content.dtype)
     return records

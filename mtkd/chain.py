@@ -210,6 +210,43 @@ def finished(folder: StageDir, name: str, wanted: dict[str, Any], redo: Sequence
     return record
 
 
+def check_checkpoint(
+    name: str, manifest: Mapping[str, Any], identity: Mapping[str, Any], layout: Mapping[str, Any]
+) -> None:
+    """Refuse to go on with a checkpoint of another stage than `identity`, or of other processes than `layout`.
+
+    Args: layout: engine, world_size and zero_stage of this run.
+    Raises:
+        DataError: with every difference, and the command that goes on.
+    """
+    saved = {key: manifest[key] for key in layout}
+    cut = differences(saved, layout)
+    if changed := differences(manifest["identity"], identity):
+        raise DataError(
+            "the checkpoint belongs to another configuration, teacher, data set or tokenizer",
+            where=f"stage '{name}'",
+            found="\n           ".join(changed + cut),
+            todo="undo the change, give the run another name, or begin this stage anew: " + redo_command([name]),
+        )
+    if cut:
+        raise DataError(
+            "the checkpoint was cut for other processes",
+            where=f"stage '{name}'",
+            found="\n           ".join(cut),
+            todo=f"go on as it was begun: {_command_for(saved)}\n"
+            f"           or begin this stage anew (earlier ones stay): {redo_command([name])}",
+        )
+
+
+def _command_for(layout: Mapping[str, Any]) -> str:
+    """The command that goes on with a checkpoint of this layout."""
+    options = [f"engine.kind={layout['engine']}"]
+    if layout["engine"] == "deepspeed":
+        options += [f"engine.processes={layout['world_size']}", f"engine.zero_stage={layout['zero_stage']}"]
+    several = " (or a hostfile with as many slots)" if layout["world_size"] > 1 else ""
+    return " ".join(["mtkd run FILE", *(f"-o {option}" for option in options)]) + several
+
+
 def redo_command(names: Sequence[str]) -> str:
     """The command that redoes these stages, for advice."""
     return " ".join(["mtkd run FILE", *(f"--redo {name}" for name in names)])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,6 +15,10 @@ from rich.table import Table
 
 from mtkd import __version__
 from mtkd.errors import EXIT_DATA, EXIT_INTERNAL, UserError, nearest
+
+if TYPE_CHECKING:
+    from mtkd.config import RunConfig
+    from mtkd.launcher import Started
 
 app = typer.Typer(
     name="mtkd",
@@ -39,38 +44,56 @@ Redo = Annotated[
     typer.Option("--redo", help="make this stage anew, and all that depend on it", metavar="STAGE"),
 ]
 
+NoSsh = Annotated[
+    bool, typer.Option("--no_ssh", "--no-ssh", help="start the ranks of this node only; call it on every node")
+]
+NodeRank = Annotated[
+    int | None,
+    typer.Option("--node_rank", "--node-rank", help="with --no_ssh: line of this node in the hostfile, from 0"),
+]
+MasterAddr = Annotated[
+    str | None, typer.Option("--master_addr", "--master-addr", help="address of the first node (default: its name)")
+]
+MasterPort = Annotated[
+    int | None, typer.Option("--master_port", "--master-port", help="a port of it that is free (default: 29500)")
+]
+
 LISTS = ("methods", "losses", "weightings", "teachers", "tasks", "sources")
 
 
 @app.command()
-def run(file: File, override: Override = None, redo: Redo = None, as_json: Json = False) -> None:
+def run(
+    file: File,
+    override: Override = None,
+    redo: Redo = None,
+    as_json: Json = False,
+    no_ssh: NoSsh = False,
+    node_rank: NodeRank = None,
+    master_addr: MasterAddr = None,
+    master_port: MasterPort = None,
+) -> None:
     """Run every stage of FILE that is not done yet, then evaluate and write the report."""
     from mtkd.configfile import load_config
-    from mtkd.launcher import launch, needs_launcher
+    from mtkd.launcher import Started
 
-    config = load_config(file, override or ())
-    if needs_launcher(config.engine):
-        from mtkd.checks import check
-        from mtkd.planner import resolve
-
-        check(resolve(config))  # before any process is started
-        sys.exit(launch(config.engine, sys.argv[1:]))
-    from mtkd.runner import run as run_stages
-
-    _finish(run_stages(config, redo or ()).folder, as_json)
+    _run(load_config(file, override or ()), redo, as_json, Started(no_ssh, node_rank, master_addr, master_port))
 
 
 @app.command()
-def resume(folder: Run, redo: Redo = None, as_json: Json = False) -> None:
+def resume(
+    folder: Run,
+    redo: Redo = None,
+    as_json: Json = False,
+    no_ssh: NoSsh = False,
+    node_rank: NodeRank = None,
+    master_addr: MasterAddr = None,
+    master_port: MasterPort = None,
+) -> None:
     """Go on with a run that was stopped, from its own copy of the configuration."""
-    from mtkd.launcher import launch, needs_launcher
+    from mtkd.launcher import Started
     from mtkd.runner import reopen
-    from mtkd.runner import run as run_stages
 
-    config = reopen(folder)
-    if needs_launcher(config.engine):
-        sys.exit(launch(config.engine, sys.argv[1:]))
-    _finish(run_stages(config, redo or ()).folder, as_json)
+    _run(reopen(folder), redo, as_json, Started(no_ssh, node_rank, master_addr, master_port))
 
 
 @app.command()
@@ -254,6 +277,24 @@ def _root(
     pass
 
 
+def _run(config: RunConfig, redo: list[str] | None, as_json: bool, started: Started) -> None:
+    """Run it here, or start the processes that do."""
+    from mtkd.launcher import launch, needs_launcher, started_wrongly
+
+    if needs_launcher(config.engine):
+        from mtkd.checks import check
+        from mtkd.planner import resolve
+        from mtkd.runner import is_finished, mark_of
+
+        check(resolve(config))  # before any process is started
+        before = mark_of(config)
+        sys.exit(launch(config.engine, sys.argv[1:], started, config.folder, lambda: is_finished(config, before)))
+    started_wrongly(config.engine, started)
+    from mtkd.runner import run as run_stages
+
+    _finish(run_stages(config, redo or ()).folder, as_json)
+
+
 def _run_folder(folder: Path) -> Path:
     if not (folder / "run.yaml").is_file():
         raise UserError("not a run folder (no run.yaml in it)", found=str(folder), todo="give e.g. runs/quickstart")
@@ -262,8 +303,6 @@ def _run_folder(folder: Path) -> Path:
 
 def _finish(folder: Path, as_json: bool) -> None:
     """Tables of a run whose report is written; only the main rank of several speaks."""
-    import os
-
     if os.environ.get("RANK", "0") != "0":
         return
     from mtkd.report import summary, terminal_tables
@@ -292,6 +331,10 @@ def _console() -> Console:
 
 def main() -> None:
     """Entry point: ends the process with one of the exit codes of `mtkd.errors`."""
+    if "RANK" in os.environ:
+        from mtkd.orphans import stop_without_launcher
+
+        stop_without_launcher()
     code = _exit_code()
     if "torch" in sys.modules:  # a light command stays light
         from mtkd.engine.dist import leave

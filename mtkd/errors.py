@@ -10,6 +10,7 @@ EXIT_USAGE = 2
 EXIT_DATA = 3
 EXIT_NON_FINITE = 64
 EXIT_INTERNAL = 70
+EXIT_LOST = 71
 EXIT_PREEMPTED = 75
 
 
@@ -60,6 +61,17 @@ class Preempted(UserError):
     """The run was told to stop and saved a sealed checkpoint first (exit code 75)."""
 
     exit_code = EXIT_PREEMPTED
+
+
+class LostRank(UserError):
+    """Another process of the run failed, died or froze; the exit code is that of the one that failed, or 71.
+
+    Args: code: exit code.
+    """
+
+    def __init__(self, message: str, *, code: int = EXIT_LOST, where: str = "", todo: str = "") -> None:
+        super().__init__(message, where=where, todo=todo)
+        self.exit_code = code
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

@@ -25,7 +25,7 @@ from mtkd.config import DataConfig, ModelConfig, RunConfig, StageConfig
 from mtkd.data.tokenizers import check_chat_template, check_same_tokenizer, num_real_ids, train_tokenizer
 from mtkd.errors import UserError
 from mtkd.ladder import Look, complete
-from mtkd.launcher import launch_command
+from mtkd.launcher import num_processes, shown_command
 from mtkd.locate import given_tokenizer, read_tokenizer, resolve_path, revision_of
 from mtkd.memory import FLOAT, TeacherSize, check_offload, teacher_bytes
 from mtkd.mix import stage_rows
@@ -65,14 +65,10 @@ def plan(config: RunConfig) -> Plan:
     stages = with_consequences([planner.stage(name) for name in config.stages])
     planner.check_scored()
     engine = config.engine
-    command = ["mtkd", "run", "FILE"]
-    if engine.kind == "deepspeed" and engine.processes > 1:
-        command = launch_command(engine, ["run", "FILE"])[1:]
-        command = ["python", *command]
-    kind = f"{engine.kind}, {engine.processes} process(es), {engine.precision}"
+    kind = f"{engine.kind}, {num_processes(engine)} process(es), {engine.precision}"
     if engine.kind == "deepspeed":
         kind += f", ZeRO {engine.zero_stage}"
-    return Plan(config.name, str(config.folder), kind, " ".join(command), stages)
+    return Plan(config.name, str(config.folder), kind, " ".join(shown_command(engine)), stages)
 
 
 class _Planner:
@@ -332,7 +328,7 @@ class _Planner:
     def _memory(self, trained: list[PlannedModel], teachers: list[TeacherSize], student: ModelInfo) -> float:
         """GB (1e9 bytes) per rank of weights, gradients, Adam's moments and one vocabulary tile; no activations."""
         engine = self.config.engine
-        ranks, shard = engine.processes, engine.zero_stage
+        ranks, shard = num_processes(engine), engine.zero_stage
         own = sum(m.parameters for m in trained) * FLOAT
         total = own * _COPIES["optimizer"] / (ranks if shard >= 1 else 1)
         total += own * _COPIES["gradient"] / (ranks if shard >= 2 else 1)

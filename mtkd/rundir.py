@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from mtkd.seal import (
     write_atomic,
     write_sealed,
 )
+from mtkd.secret import without_secrets
 
 __all__ = [
     "Found",
@@ -59,9 +59,6 @@ PACKAGES = ("mtkd", "torch", "transformers", "deepspeed", "datasets", "tokenizer
 _STAGE_FOLDER = re.compile(r"\d{2,}-(.+)")
 _ASIDE = ".forgotten-"
 _OFFLOADED = ".offload-"
-_HIDDEN = "***"
-_SECRET_NAME = re.compile(r"(?<![a-z])(token|password|passwd|secret|api[-_]?key)(?![a-z])", re.IGNORECASE)
-_SECRET_VALUE = re.compile(r"\b(hf_|sk-|gh[pousr]_|github_pat_)[\w-]{8,}|(?<=://)[^/@\s]+(?=@)")
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,8 @@ class RunDir:
         run = cls(base / config.name)
         _check_writable(run.path)
         if not run.config_file.exists():
-            ours = (run.lock_file, run.environment_file)  # of a start that was killed before the last line below
+            # of a start that was killed before the last line below
+            ours = (run.lock_file, run.environment_file, run.rank_log(0).parent)
             others = [p.name for p in run.path.iterdir() if p not in ours and p.name[0] != "."]
             if others:
                 raise UserError(
@@ -312,21 +310,8 @@ def environment(argv: Sequence[str]) -> dict[str, Any]:
         "versions": versions(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
-        "argv": _without_secrets(argv),
+        "argv": without_secrets(argv),
     }
-
-
-def _without_secrets(argv: Sequence[str]) -> list[str]:
-    """The command line with the values of tokens and passwords hidden; the program without its folder."""
-    shown: list[str] = [Path(a).name for a in argv[:1]]
-    for before, argument in pairwise(argv):
-        name, equals, _ = argument.partition("=")
-        if equals and _SECRET_NAME.search(name):
-            argument = f"{name}={_HIDDEN}"
-        elif before.startswith("-") and "=" not in before and _SECRET_NAME.search(before):
-            argument = _HIDDEN
-        shown.append(_SECRET_VALUE.sub(_HIDDEN, argument))
-    return shown
 
 
 def _take(descriptor: int, folder: Path) -> None:

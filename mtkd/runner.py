@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from mtkd.agreement import agree, agree_on_run, check_shared, new_run_id
 from mtkd.build import BuiltStage, Workshop
 from mtkd.capture import capture
 from mtkd.chain import changed_stages, finished, to_redo
@@ -18,8 +23,9 @@ from mtkd.config import RunConfig
 from mtkd.configfile import config_digest, fingerprint, load_config
 from mtkd.console import say
 from mtkd.data.vocabulary import compress_tokenizer
-from mtkd.engine.dist import on_main
+from mtkd.engine.dist import Dist, on_main
 from mtkd.engine.make import start_processes
+from mtkd.engine.watch import note, watched
 from mtkd.errors import DataError, UserError
 from mtkd.evaluate.judge import judge
 from mtkd.models.load import quiet
@@ -67,17 +73,26 @@ def run(config: RunConfig, redo: Sequence[str] = ()) -> RunResult:
     Raises:
         UserError: and its subclasses, whose `exit_code` is that of the command line.
     """
+    dist, device = start_processes(config.engine)
+    # Everything is within it: what one rank refuses must reach the others, who would wait for it.
+    with watched(dist, config.engine.timeout_seconds, config.folder / "logs"):
+        agree_on_run(dist, config, redo)
+        return _run(config, redo, dist, device)
+
+
+def _run(config: RunConfig, redo: Sequence[str], dist: Dist, device: torch.device) -> RunResult:
     config = resolve(config)
     check(config)
     again = to_redo(config, redo)
-    dist, device = start_processes(config.engine)
     on_main(dist, lambda: _plan_unfinished(config))
     folder = on_main(dist, lambda: RunDir.create(config, base=Path(config.output)))
+    check_shared(dist, folder.path)
     with ExitStack() as held:
         # On the main rank alone, and told to the others: they would wait for it in their first collective.
         on_main(dist, lambda: held.enter_context(folder.lock()))
         on_main(dist, lambda: folder.forget(again))
-        on_main(dist, lambda: _remember(config, folder))
+        run_id = on_main(dist, lambda: _remember(config, folder))
+        _note_rank(folder, dist, run_id)
         shop = Workshop(config, folder, dist, device)
         records = {name: _stage(shop, name, folder) for name in config.stages}
         results = judge(shop)
@@ -124,21 +139,51 @@ def reopen(path: Path) -> RunConfig:
     return config
 
 
-def _remember(config: RunConfig, folder: RunDir) -> None:
-    """Keep run.yaml and the folder that its relative paths start from up to date, for `reopen` and `status`."""
+def _remember(config: RunConfig, folder: RunDir) -> str:
+    """Keep run.yaml and the folder that its relative paths start from up to date, for `reopen` and `status`.
+
+    Returns:
+        The run's id: by the clock of this, the main rank, when it was first started.
+    """
     if config_digest(load_config(folder.config_file)) != config_digest(config):
         folder.write_config(config)  # finished stages are compared with it one by one
     environment = json.loads(folder.environment_file.read_text())
-    write_atomic(folder.environment_file, json.dumps({**environment, _BASE: str(config.base.resolve())}, indent=1))
+    run_id = environment.get(_RUN_ID) or new_run_id()
+    environment |= {_BASE: str(config.base.resolve()), _RUN_ID: run_id}
+    write_atomic(folder.environment_file, json.dumps(environment, indent=1))
+    return run_id
 
 
-_BASE = "configuration_folder"
+_BASE, _RUN_ID = "configuration_folder", "run_id"
+
+
+def _note_rank(folder: RunDir, dist: Dist, run_id: str) -> None:
+    """Where each of several ranks runs, in its log; `mtkd.engine.watch` adds how it ended."""
+    if dist.world_size > 1:
+        note(
+            folder.rank_log(dist.rank),
+            f"run {run_id}: rank {dist.rank} of {dist.world_size}, pid {os.getpid()} on {socket.gethostname()}",
+        )
+
+
+def is_finished(config: RunConfig, before: int) -> bool:
+    """Whether a call of `run` that began after `mark_of` said `before` has done everything."""
+    folder = RunDir(config.folder)
+    stages = [folder.stage(i, name) for i, name in enumerate(config.stages, 1)]
+    return mark_of(config) != before and all(stage.done() for stage in stages) and folder.report_file.is_file()
+
+
+def mark_of(config: RunConfig) -> int:
+    """A number that changes when a run starts."""
+    file = RunDir(config.folder).environment_file
+    return file.stat().st_mtime_ns if file.exists() else 0
 
 
 def _stage(shop: Workshop, name: str, run: RunDir) -> dict[str, Any]:
     """Make a stage, or find it made."""
     folder, main = shop.folder(name), shop.dist.is_main
     wanted = shop.identity(name)
+    agree(shop.dist, wanted, f"stage '{name}': data, tokenizer and models", "give every node the same files")
     folders = {other: shop.folder(other) for other in shop.config.stages}
     record = finished(folder, name, wanted, list(dict.fromkeys([name, *changed_stages(shop.config, folders)])))
     if record is not None:

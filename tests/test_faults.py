@@ -316,7 +316,7 @@ def test_a_signal_to_the_launcher_stops_every_rank_after_a_save(tmp_path: Path) 
     checkpoints = tmp_path / TEACHER / "checkpoints"
     command.wait_for(lambda: (checkpoints / "step-000003").exists())
     started = psutil.Process(command.process.pid).children(recursive=True)
-    assert len(started) >= 4  # the launcher, the node's starter, two ranks
+    assert len(started) >= 3  # the node's launcher, two ranks
     command.send(signal.SIGTERM)
     assert command.wait() == 75, command.output
     assert [process for process in started if process.is_running()] == []

@@ -14,8 +14,8 @@ PACKAGE = Path(__file__).parents[1] / "mtkd"
 
 # A unit is a module or a package directly below mtkd/. It may import units of its own row and of the rows above it.
 ORDER = (
-    ("errors", "registry", "products", "features", "yamlfile", "console"),
-    ("match", "methods", "config", "configfile", "launcher"),
+    ("errors", "registry", "products", "features", "yamlfile", "console", "secret", "orphans"),
+    ("match", "methods", "config", "configfile", "hostfile", "launcher"),
     ("losses", "weightings", "models", "data", "engine"),
     (
         "rows",
@@ -31,7 +31,7 @@ ORDER = (
         "gram",
         "cofinetune",
     ),
-    ("chain", "ladder", "rundir", "locate", "memory", "cachefolder", "cacheplan", "planned"),
+    ("chain", "ladder", "rundir", "locate", "memory", "cachefolder", "cacheplan", "planned", "agreement"),
     ("build", "checks", "planner"),
     ("evaluate", "lookaround"),
     ("selection", "train", "capture"),

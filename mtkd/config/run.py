@@ -25,7 +25,26 @@ class EngineConfig(Config):
         "fp32", description="bf16: autocast; parameters, losses and optimizer stay float32"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU when there is one")
-    processes: Positive = Field(1, description="deepspeed: processes that `mtkd run` starts on this node")
+    processes: Positive = Field(
+        1, description="deepspeed: processes that `mtkd run` starts on this node; launcher slurm: on every node"
+    )
+    hostfile: str | None = Field(
+        None,
+        min_length=1,
+        description="deepspeed: file of nodes and their processes (`node-1 slots=8` a line), relative to the working "
+        "directory; `mtkd run` starts them all",
+    )
+    launcher: Literal["auto", "pdsh", "slurm"] = Field(
+        "auto",
+        description="how several nodes are started; pdsh: those of the hostfile, over ssh; slurm: those of the "
+        "allocation, with srun; auto: pdsh with a hostfile, else this node alone. `mtkd run --no_ssh` is called on "
+        "every node",
+    )
+    timeout_seconds: Annotated[float, Field(ge=1)] = Field(
+        1800.0,
+        description="deepspeed: a run of several processes ends when none of them has finished a step, a batch or a "
+        "collective for so long; it must be more than one process ever works alone, e.g. reading the data",
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(
         0, description="deepspeed: what is sharded (1 optimizer, 2 gradients, 3 parameters)"
     )
@@ -62,6 +81,14 @@ class EngineConfig(Config):
             raise ValueError("engine kind 'torch' is one process; use kind: deepspeed for more")
         if self.kind == "torch" and self.zero_stage > 0:
             raise ValueError("zero_stage needs kind: deepspeed")
+        if self.kind == "torch" and (self.hostfile is not None or self.launcher != "auto"):
+            raise ValueError("hostfile and launcher need kind: deepspeed")
+        if self.launcher == "pdsh" and self.hostfile is None:
+            raise ValueError("launcher: pdsh needs a hostfile: the nodes to start")
+        if self.launcher == "slurm" and self.hostfile is not None:
+            raise ValueError("launcher: slurm takes the nodes of the allocation; leave out hostfile")
+        if self.hostfile is not None and self.processes > 1:
+            raise ValueError("processes and hostfile exclude each other: the hostfile's slots are the processes")
         if self.compile and self.kind != "torch":
             raise ValueError("compile needs kind: torch: DeepSpeed's hooks would break every graph")
         if self.compile and self.activation_checkpointing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,15 @@ from mtkd.errors import DataError
 from mtkd.features import Features
 
 _TAG = "deepspeed"
+_AFTER_WATCH = 60.0  # seconds
 
 
-def init_distributed(device: str) -> Dist:
+def init_distributed(device: str, timeout: float = 1800.0) -> Dist:
     """Join the process group (gloo on CPU, NCCL on GPUs) that the launcher described in the environment.
 
     A single process without a launcher gets a group of one.
+
+    Args: timeout: seconds that a collective may take; see `EngineConfig.timeout_seconds`.
     """
     if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -49,7 +53,11 @@ def init_distributed(device: str) -> Dist:
             torch.distributed.init_process_group(
                 "gloo" if device == "cpu" else "nccl", store=store, rank=0, world_size=1
             )
-        deepspeed.init_distributed("gloo" if device == "cpu" else "nccl", auto_mpi_discovery=False, verbose=False)
+        # A little later than `mtkd.engine.watch`, which says more: torch's own time-out is for what it overlooks.
+        limit = timedelta(seconds=timeout + _AFTER_WATCH)
+        deepspeed.init_distributed(
+            "gloo" if device == "cpu" else "nccl", auto_mpi_discovery=False, verbose=False, timeout=limit
+        )
     return Dist.current()
 
 

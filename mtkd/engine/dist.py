@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     import torch
 
 Object = TypeVar("Object")
+
+_alive_at = time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Dist:
 
         total = torch.tensor([float(v) for v in values], dtype=torch.float64, device=self._device())
         torch.distributed.all_reduce(total)
+        alive()
         return total.tolist()
 
     def all_ok(self, ok: bool) -> bool:
@@ -72,6 +76,7 @@ class Dist:
 
         values: list[Object | None] = [None] * self.world_size
         torch.distributed.all_gather_object(values, value)
+        alive()
         return values if self.is_main else None  # type: ignore[return-value]
 
     def broadcast_object(self, value: Object) -> Object:
@@ -82,6 +87,7 @@ class Dist:
 
         box = [value]
         torch.distributed.broadcast_object_list(box, src=0, device=self._device())
+        alive()
         return box[0]
 
     def _device(self) -> torch.device:
@@ -89,6 +95,17 @@ class Dist:
 
         on_gpu = torch.distributed.get_backend() == "nccl"
         return torch.device("cuda", self.local_rank) if on_gpu else torch.device("cpu")
+
+
+def alive() -> None:
+    """Say that this process has got further: a collective, a step or a batch is finished."""
+    global _alive_at
+    _alive_at = time.monotonic()
+
+
+def seconds_still() -> float:
+    """Seconds since this process last got further."""
+    return time.monotonic() - _alive_at
 
 
 def leave(code: int) -> None:

@@ -41,7 +41,10 @@ def start_processes(config: EngineConfig) -> tuple[Dist, torch.device]:
         raise UserError("no GPU was found", where="engine.device", found="cuda", todo="use device: auto or cpu")
     if kind == "cpu":  # transformers imports DeepSpeed when it saves a model, which would look for a GPU and warn
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    dist = init_distributed(kind) if config.kind == "deepspeed" else Dist()
+    if config.kind == "torch" and int(os.environ.get("WORLD_SIZE") or 1) > 1 and "RANK" in os.environ:
+        raise UserError("a launcher started several processes, and this engine is one", where="engine.kind",
+                        found="torch", todo="-o engine.kind=deepspeed")  # fmt: skip
+    dist = init_distributed(kind, config.timeout_seconds) if config.kind == "deepspeed" else Dist()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     use_attention(config.attention, kind, config.precision)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size))

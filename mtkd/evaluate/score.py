@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mtkd.data.batch import Batch
 from mtkd.data.collate import LoadedData, Split
-from mtkd.engine.dist import Dist
+from mtkd.engine.dist import Dist, alive
 from mtkd.features import DenseLogits, Logits
 from mtkd.models.taps import TappedModel
 from mtkd.models.vocabulary import VocabularyMap
@@ -42,6 +42,7 @@ def mixture_log_probs(
     for model in models:
         with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             values.append(model(batch, WANTS)["logits"])
+    alive()
     index = batch.target_mask.reshape(-1).nonzero().squeeze(-1)
     with whole_head():
         logits = [(DenseLogits(value) if isinstance(value, Tensor) else value).in_dtype(dtype) for value in values]

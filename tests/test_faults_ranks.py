@@ -1,0 +1,192 @@
+"""One rank fails, dies or freezes, or the launcher dies: the others end soon, with the reason first (F11, F12, F13)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import processes
+import psutil
+import pytest
+from tiny_run import NAME, write_yaml
+
+from mtkd.errors import EXIT_LOST
+from mtkd.seal import newest_sealed, read_jsonl
+
+SCRIPT = Path(__file__).parent / "watched_rank.py"
+SOON = 15  # seconds in which the other ranks must be gone
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a small group ended: exit codes, seconds from the fault to the last end, what was said, the folder."""
+
+    codes: list[int]
+    seconds: float
+    output: str
+    folder: Path
+
+    def pid(self, rank: int) -> str:
+        return (self.folder / f"pid-{rank}").read_text()
+
+
+def group(folder: Path, fault: str, bad: int, *, timeout: float = 60, ranks: int = 2) -> Ended:
+    """Start some watched ranks, the rank `bad` with a fault, and wait for all of them."""
+    output = folder / "output"
+    ours = {"WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    with output.open("w") as file:
+        started = [
+            subprocess.Popen(
+                [sys.executable, str(SCRIPT), str(folder), fault, str(bad), str(timeout)],
+                env={**os.environ, **ours, "RANK": str(rank)},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+            for rank in range(ranks)
+        ]
+    try:
+        codes = [process.wait(90) for process in started]
+    finally:
+        for process in started:
+            with suppress(ProcessLookupError):
+                process.kill()
+    text = output.read_text()
+    begun = float(next(line for line in text.splitlines() if line.endswith("fault")).split()[0])
+    return Ended(codes, time.time() - begun, text.split("fault\n", 1)[1], folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_killed_rank_ends_the_others_and_is_named(tmp_path: Path, bad: int) -> None:
+    ended = group(tmp_path, "kill", bad)
+    assert ended.codes[bad] == -signal.SIGKILL
+    assert ended.codes[1 - bad] == EXIT_LOST, ended.output
+    assert ended.seconds < SOON
+    assert ended.output.startswith(f"mtkd: rank {bad} (pid {ended.pid(bad)} on "), ended.output
+    assert "ended without a word" in ended.output.splitlines()[0]
+    assert "Traceback" not in ended.output
+    assert "ended without a word" in (tmp_path / f"logs/rank-{1 - bad}.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "codes", "told"),
+    [
+        ("exit", [EXIT_LOST, 3, EXIT_LOST], "ended without a word"),
+        ("bug", [70, 70, 70], "failed: ValueError: a bug of this rank"),
+        ("refused", [3, 3, 3], "failed: shard 1: a shard is missing"),
+    ],
+)
+def test_the_reason_of_one_rank_reaches_all(tmp_path: Path, fault: str, codes: list[int], told: str) -> None:
+    """Among three, so that one rank is told by another than the one that failed."""
+    ended = group(tmp_path, fault, 1, ranks=3)
+    assert ended.codes == codes, ended.output
+    assert ended.seconds < SOON
+    by_others = f"mtkd: rank 1 (pid {ended.pid(1)} on "
+    assert [told in line for line in ended.output.splitlines() if line.startswith(by_others)] == [True, True]
+    if fault == "bug":
+        assert "ValueError: a bug of this rank" in (tmp_path / "logs/rank-1.log").read_text()
+        assert ended.output.count("Traceback") == 1  # where it happened, and nowhere else
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault", "bad"), [("stop", 1), ("stop", 0), ("asleep", 1)])
+def test_a_frozen_rank_ends_the_run_with_the_stacks_of_all(tmp_path: Path, fault: str, bad: int) -> None:
+    ended = group(tmp_path, fault, bad, timeout=2)
+    assert ended.codes == [EXIT_LOST, EXIT_LOST], ended.output
+    assert 2 < ended.seconds < SOON
+    stacks = [(tmp_path / f"logs/rank-{rank}.stacks").read_text() for rank in (0, 1)]
+    assert "in fail" in stacks[bad]
+    assert "in sum" in stacks[1 - bad]
+    silent = f"no sign of life from rank {bad} (pid {ended.pid(bad)} on "
+    assert (silent if fault == "stop" else "all ranks answer") in ended.output, ended.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_rank_that_works_alone_for_long_is_waited_for(tmp_path: Path, bad: int) -> None:
+    """The other one waits in a collective three times as long as nobody may stand still."""
+    ended = group(tmp_path, "slow", bad, timeout=2)
+    assert ended.codes == [0, 0], ended.output
+    assert ended.output == ""
+    assert list((tmp_path / "logs").iterdir()) == []
+
+
+# Whole runs
+
+
+@pytest.fixture(autouse=True)
+def _no_process_stays() -> Iterator[None]:
+    yield
+    processes.kill_all()
+
+
+def test_what_a_killed_launcher_leaves_is_ended(tmp_path: Path) -> None:
+    """`mtkd.orphans` alone: what was started by a killed child is ended, though it would live for minutes."""
+    child = "import subprocess; p = subprocess.Popen(['sleep', '300']); print(p.pid, flush=True); p.wait()"
+    program = f"""
+import os, signal, subprocess, sys
+from mtkd.orphans import adopting, end_session
+with adopting():
+    child = subprocess.Popen([sys.executable, "-c", {child!r}], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    print(child.stdout.readline(), flush=True)
+    child.kill()
+    child.wait()
+    end_session(child.pid)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert not psutil.pid_exists(int(done.stdout))
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("deepspeed")
+def test_a_killed_rank_and_a_killed_launcher_end_a_run_that_goes_on_later(tmp_path: Path) -> None:
+    """F11, F13 and F16 in one run: kill -9 of a rank, resumed; kill -9 of the launcher; then by another number."""
+    engine = {"kind": "deepspeed", "processes": 2, "zero_stage": 2}
+    stages = {"teacher": {"steps": 100_000, "save_every": 3}, "student": None}
+    evaluate = {"ensembles": [], "comparisons": []}
+    file = str(write_yaml(tmp_path, engine=engine, stages=stages, evaluate=evaluate))
+    checkpoints = tmp_path / f"runs/{NAME}/stages/01-teacher/checkpoints"
+
+    def ranks(command: processes.Command) -> list[psutil.Process]:
+        assert command.process.pid is not None
+        below = psutil.Process(command.process.pid).children(recursive=True)
+        return [p for p in below if "RANK" in p.environ() and "mtkd" in p.cmdline()]
+
+    command = processes.start(tmp_path, "run", file)
+    command.wait_for(lambda: (checkpoints / "step-000003").exists())
+    victim = next(p for p in ranks(command) if p.environ()["RANK"] == "1")
+    everybody, begun = ranks(command), time.monotonic()
+    victim.kill()
+    assert command.wait() not in (0, 75), command.output
+    assert time.monotonic() - begun < SOON
+    assert not any(p.is_running() for p in everybody)
+    assert f"mtkd: rank 1 (pid {victim.pid} on " in command.output
+    assert "Traceback" not in command.output
+
+    command = processes.start(tmp_path, "run", file)
+    command.wait_for(lambda: "resumed at step" in command.output)
+    everybody = ranks(command)
+    launcher = everybody[0].parent()
+    assert launcher is not None
+    assert "deepspeed.launcher.launch" in launcher.cmdline()
+    launcher.kill()
+    assert command.wait() == 128 + signal.SIGKILL, command.output
+    assert len(everybody) == 2
+    assert not any(p.is_running() for p in everybody)
+    found = newest_sealed(checkpoints)
+    assert found.path is not None  # the ranks saved when they saw it
+    assert found.skipped == []
+    steps = [line["step"] for line in read_jsonl(tmp_path / f"runs/{NAME}/metrics.jsonl") if "loss" in line]
+    assert steps == sorted(steps)
+
+    wrong = ("run", file, "-o", "engine.processes=1")
+    told = "mtkd run FILE -o engine.kind=deepspeed -o engine.processes=2 -o engine.zero_stage=2"
+    processes.assert_refused(tmp_path, wrong, 3, "world_size: 2 -> 1", told)

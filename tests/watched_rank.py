@@ -1,0 +1,69 @@
+"""One rank of a small group of watched processes, with a fault in one of them; `test_faults_ranks.py` starts it.
+
+watched_rank.py FOLDER FAULT RANK TIMEOUT: the rank takes small steps until the fault, or for ever.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from mtkd.engine.dist import Dist, alive, leave
+from mtkd.engine.watch import watched
+from mtkd.errors import DataError, UserError
+
+
+def fail(fault: str) -> None:
+    """What goes wrong in the one rank."""
+    if fault == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "exit":
+        os._exit(3)
+    if fault == "bug":
+        raise ValueError("a bug of this rank")
+    if fault == "refused":
+        raise DataError("a shard is missing", where="shard 1")
+    if fault == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if fault == "asleep":
+        time.sleep(600)
+    if fault == "slow":
+        for _ in range(12):  # batches without a collective
+            time.sleep(0.5)
+            alive()
+
+
+def main(folder: Path, fault: str, bad: int, timeout: float) -> int:
+    """Exit code of this rank."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=120)
+    )
+    dist = Dist.current()
+    (folder / "logs").mkdir(exist_ok=True)
+    (folder / f"pid-{rank}").write_text(str(os.getpid()))
+    try:
+        with watched(dist, timeout, folder / "logs"):
+            for step in range(40 if fault in ("none", "slow") else 100_000):
+                dist.sum([1])
+                if rank == bad and step == 20:
+                    print(f"{time.time()} fault", flush=True)
+                    fail(fault)
+    except UserError as error:
+        print(f"mtkd: {error}", flush=True)
+        return error.exit_code
+    except Exception:
+        traceback.print_exc(file=sys.stdout)
+        return 70
+    return 0
+
+
+if __name__ == "__main__":
+    leave(main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])))
