@@ -332,8 +332,9 @@ def _console() -> Console:
 def main() -> None:
     """Entry point: ends the process with one of the exit codes of `mtkd.errors`."""
     if "RANK" in os.environ:
-        from mtkd.orphans import stop_without_launcher
+        from mtkd.orphans import leave_shelter, stop_without_launcher
 
+        leave_shelter()
         stop_without_launcher()
     code = _exit_code()
     if "torch" in sys.modules:  # a light command stays light

@@ -30,6 +30,7 @@ _RANK = "RANK"
 # Set by `mtkd run` in the tasks that it starts with srun, one on each node.
 _NODE = "MTKD_NODE_TASK"
 _DEFAULT_PORT = 29500
+_WAIT_SECONDS = 120  # for the other nodes, when the first one has ended
 # Of lines NAME=VALUE; DeepSpeed's pdsh launcher puts each of them on the nodes' command lines.
 _ENVIRONMENT_FILE = ".deepspeed_env"
 
@@ -114,11 +115,9 @@ def num_processes(config: EngineConfig) -> int:
 def shown_command(config: EngineConfig) -> list[str]:
     """A command line that does what `mtkd run FILE` does, for `mtkd plan`."""
     run = ["mtkd", "run", "FILE"]
-    if config.launcher == "slurm":
-        return ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=1", *run]
     if config.hostfile is not None:
         return ["deepspeed", "--hostfile", config.hostfile, "--no_local_rank", "--module", *run]
-    if config.kind == "deepspeed" and config.processes > 1:
+    if config.kind == "deepspeed" and config.processes > 1 and config.launcher == "auto":
         return ["deepspeed", "--num_gpus", str(config.processes), "--no_local_rank", "--module", *run]
     return run
 
@@ -165,7 +164,7 @@ def launch(
             return EXIT_LOST
         return code
     node = _this_node(config, started)
-    return _wait(node_command(node, arguments), _node_environment(config, node), _to_ranks)
+    return _wait(node_command(node, arguments), _node_environment(config, node), _to_ranks, sheltered=True)
 
 
 def _this_node(config: EngineConfig, started: Started) -> Node:
@@ -201,7 +200,9 @@ def _srun_command(config: EngineConfig, arguments: Sequence[str]) -> list[str]:
     """One task on every node of the allocation, which starts the node's ranks; srun hands the environment on itself."""
     _slurm("SLURM_JOB_NODELIST")
     nodes = _slurm("SLURM_JOB_NUM_NODES")
-    command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+    command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
+    # Ranks end by themselves when one has ended, with its exit code; srun's way would be SIGKILL and another code.
+    command += ["--kill-on-bad-exit=0", f"--wait={_WAIT_SECONDS}"]
     if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):  # srun does not inherit it from sbatch
         command.append(f"--cpus-per-task={cpus}")
     return [*command, sys.executable, "-m", "mtkd", *arguments]
@@ -265,10 +266,12 @@ def _node_environment(config: EngineConfig, node: Node) -> dict[str, str]:
 Stop = Callable[["subprocess.Popen[bytes]", int], None]
 
 
-def _wait(command: Sequence[str], environment: Mapping[str, str], stop: Stop) -> int:
+def _wait(command: Sequence[str], environment: Mapping[str, str], stop: Stop, sheltered: bool = False) -> int:
     """Run a launcher until it and everything below it has ended; `stop` hands on a signal. Its exit code."""
     with adopting():
-        process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=end_with_parent())
+        process = subprocess.Popen(
+            command, env=environment, start_new_session=True, preexec_fn=end_with_parent(sheltered)
+        )
 
         def forward(number: int, frame: FrameType | None) -> None:
             stop(process, number)
@@ -297,7 +300,7 @@ def _to_ranks(process: subprocess.Popen[bytes], number: int) -> None:
     for pid in ranks:
         os.kill(pid, number)
     if not ranks:
-        process.send_signal(number)
+        process.kill()
 
 
 def _stop_main(lock: Path, host: str) -> bool:

@@ -17,20 +17,33 @@ if TYPE_CHECKING:
 
 # From <linux/prctl.h>.
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_SHELTERED = (signal.SIGTERM, signal.SIGINT)
 _END_SECONDS = 60  # for a rank to save and leave after its launcher was killed
 _LOOK_SECONDS = 0.5
 
 
-def end_with_parent() -> Callable[[], None] | None:
-    """For `preexec_fn`: the child gets SIGTERM when this process ends, however it ends. None where Linux is not."""
+def end_with_parent(sheltered: bool = False) -> Callable[[], None] | None:
+    """For `preexec_fn`: the child is ended when this process ends, however it ends. None where Linux is not.
+
+    Args: sheltered: SIGTERM and SIGINT do not reach the child, nor its children until they call `leave_shelter`; its
+        end is SIGKILL then. Slurm sends SIGTERM to everybody: DeepSpeed's launcher would kill ranks that need longer
+        than 30 seconds to save.
+    """
     if sys.platform != "linux":
         return None
     library = ctypes.CDLL(None)  # loaded before the fork
 
     def ask() -> None:
-        library.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        library.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL if sheltered else signal.SIGTERM)
+        if sheltered:
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SHELTERED)
 
     return ask
+
+
+def leave_shelter() -> None:
+    """Receive SIGTERM and SIGINT again, those that came in the meantime too; for a rank."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SHELTERED)
 
 
 @contextmanager

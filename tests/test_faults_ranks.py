@@ -135,7 +135,8 @@ def test_what_a_killed_launcher_leaves_is_ended(tmp_path: Path) -> None:
 import os, signal, subprocess, sys
 from mtkd.orphans import adopting, end_session
 with adopting():
-    child = subprocess.Popen([sys.executable, "-c", {child!r}], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    command = [sys.executable, "-c", {child!r}]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     print(child.stdout.readline(), flush=True)
     child.kill()
     child.wait()
