@@ -215,6 +215,8 @@ def check_checkpoint(
 ) -> None:
     """Refuse to go on with a checkpoint of another stage than `identity`, or of other processes than `layout`.
 
+    Without ZeRO every process holds all of it: then their number may be another one.
+
     Args: layout: engine, world_size and zero_stage of this run.
     Raises:
         DataError: with every difference, and the command that goes on.
@@ -228,7 +230,8 @@ def check_checkpoint(
             found="\n           ".join(changed + cut),
             todo="undo the change, give the run another name, or begin this stage anew: " + redo_command([name]),
         )
-    if cut:
+    whole = [(values["engine"], values["zero_stage"]) == ("deepspeed", 0) for values in (saved, layout)]
+    if cut and not all(whole):
         raise DataError(
             "the checkpoint was cut for other processes",
             where=f"stage '{name}'",

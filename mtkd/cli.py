@@ -284,9 +284,10 @@ def _run(config: RunConfig, redo: list[str] | None, as_json: bool, started: Star
     if needs_launcher(config.engine):
         from mtkd.checks import check
         from mtkd.planner import resolve
-        from mtkd.runner import is_finished, mark_of
+        from mtkd.status import is_finished, mark_of
 
-        check(resolve(config))  # before any process is started
+        config = resolve(config)
+        check(config)  # before any process is started
         before = mark_of(config)
         sys.exit(launch(config.engine, sys.argv[1:], started, config.folder, lambda: is_finished(config, before)))
     started_wrongly(config.engine, started)

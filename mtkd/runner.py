@@ -166,19 +166,6 @@ def _note_rank(folder: RunDir, dist: Dist, run_id: str) -> None:
         )
 
 
-def is_finished(config: RunConfig, before: int) -> bool:
-    """Whether a call of `run` that began after `mark_of` said `before` has done everything."""
-    folder = RunDir(config.folder)
-    stages = [folder.stage(i, name) for i, name in enumerate(config.stages, 1)]
-    return mark_of(config) != before and all(stage.done() for stage in stages) and folder.report_file.is_file()
-
-
-def mark_of(config: RunConfig) -> int:
-    """A number that changes when a run starts."""
-    file = RunDir(config.folder).environment_file
-    return file.stat().st_mtime_ns if file.exists() else 0
-
-
 def _stage(shop: Workshop, name: str, run: RunDir) -> dict[str, Any]:
     """Make a stage, or find it made."""
     folder, main = shop.folder(name), shop.dist.is_main

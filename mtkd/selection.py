@@ -44,6 +44,16 @@ class TrainState:
     ended: str = ""
 
 
+def regrouped(meters: list[dict[str, Any]], ranks: int) -> list[dict[str, Any]]:
+    """`TrainState.meters` for another number of processes: the sums of all stand with the first one."""
+    if not meters or len(meters) == ranks:
+        return meters
+    sums = {name: sum(meter["sums"].get(name, 0.0) for meter in meters) for name in meters[0]["sums"]}
+    seen = meters[0]["seen"]
+    others = [{"sums": dict.fromkeys(sums, 0.0), "seen": seen} for _ in range(ranks - 1)]
+    return [{"sums": sums, "seen": seen}, *others]
+
+
 def check_selection(built: BuiltStage) -> None:
     """What the plan could not see without the data: the split and the metric by which the stage selects.
 

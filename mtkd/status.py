@@ -6,6 +6,7 @@ import fcntl
 from pathlib import Path
 from typing import Any
 
+from mtkd.config import RunConfig
 from mtkd.configfile import load_config
 from mtkd.rundir import RunDir, StageDir
 from mtkd.seal import newest_sealed, read_jsonl
@@ -25,6 +26,19 @@ def status(path: Path) -> dict[str, Any]:
         _stage(name, run.stage(position, name), logged.get(name, {})) for position, name in enumerate(config.stages, 1)
     ]
     return {"run": str(path), "held_by": _holder(run), "stages": stages}
+
+
+def is_finished(config: RunConfig, before: int) -> bool:
+    """Whether a call of `run` that began after `mark_of` said `before` has done everything."""
+    folder = RunDir(config.folder)
+    stages = [folder.stage(i, name) for i, name in enumerate(config.stages, 1)]
+    return mark_of(config) != before and all(stage.done() for stage in stages) and folder.report_file.is_file()
+
+
+def mark_of(config: RunConfig) -> int:
+    """A number that changes when a run starts."""
+    file = RunDir(config.folder).environment_file
+    return file.stat().st_mtime_ns if file.exists() else 0
 
 
 def _holder(run: RunDir) -> str:

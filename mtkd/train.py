@@ -26,7 +26,7 @@ from mtkd.errors import DataError, NonFiniteError, Preempted
 from mtkd.lookaround import after_step, before_step
 from mtkd.rundir import RunDir, StageDir
 from mtkd.seal import Found, append_jsonl, newest_sealed, save_sealed
-from mtkd.selection import TrainState, check_selection, note_score, take_best, validate
+from mtkd.selection import TrainState, check_selection, note_score, regrouped, take_best, validate
 
 _STATE = "state.json"
 
@@ -209,6 +209,7 @@ def _restore(built: BuiltStage, folder: StageDir) -> TrainState:
         return TrainState()
     built.check_layout(found.manifest)
     state = TrainState(**json.loads((found.path / _STATE).read_text()))
+    state.meters = regrouped(state.meters, dist.world_size)
     built.engine.load(found.path)
     built.stream.load_state(state.stream)
     say(f"  resumed at step {state.step} from {found.path.name}", main=dist.is_main)

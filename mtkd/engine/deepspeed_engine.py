@@ -193,7 +193,9 @@ class DeepSpeedEngine:
         path, _ = self.engine.load_checkpoint(str(folder), tag=_TAG)
         if path is None:
             raise DataError("DeepSpeed found no checkpoint", where=str(folder))
-        set_random_state(load_plain(folder / f"random-rank-{self.dist.rank}.pt"))
+        own = folder / f"random-rank-{self.dist.rank}.pt"
+        if own.exists():  # else more processes go on than saved: a new one draws from its own seed
+            set_random_state(load_plain(own))
 
     def model_state(self, name: str) -> dict[str, Tensor] | None:
         model = self.objective.models[name].model

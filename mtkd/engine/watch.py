@@ -262,7 +262,7 @@ class _Watch:
         if self._verdict is not None:
             return
         self._verdict = verdict
-        if self._dist.is_main:
+        if self._dist.is_main or verdict.stacks:  # a main rank that is woken must not take our end for the reason
             self._tell({"verdict": vars(verdict)})
         if self._logs.is_dir():
             note(self._logs / f"rank-{self._dist.rank}.log", f"ends: {verdict.text}")
@@ -327,7 +327,7 @@ def note(log: Path, text: str) -> None:
 
 
 def _listen(backlog: int) -> socket.socket:
-    if socket.has_dualstack_ipv6():
+    with suppress(OSError):  # no IPv6 here
         return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=backlog)
     return socket.create_server(("", 0), backlog=backlog)
 
