@@ -7,6 +7,7 @@ A node's ranks are children of `deepspeed.launcher.launch`. `mtkd run` starts it
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import shlex
@@ -305,14 +306,22 @@ def _to_ranks(process: subprocess.Popen[bytes], number: int) -> None:
 
 def _stop_main(lock: Path, host: str) -> bool:
     """SIGTERM to the main rank, as the run's lock names it: all ranks save and end then. Whether it could be told."""
-    words = lock.read_text(errors="replace").split() if lock.is_file() else []
+    try:
+        with lock.open() as file:
+            words = file.read().split()
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return False  # nobody holds it: what it says is of an earlier start
+            except BlockingIOError:
+                pass
+    except OSError:
+        return False
     if len(words) < 4 or words[0] != "pid" or not words[1].isdecimal():
         return False
-    here = words[3].rstrip(",") == socket.gethostname()
     command = ["kill", "-TERM", words[1]]
-    return (
-        subprocess.run(command if here else ["ssh", "-o", "BatchMode=yes", host, *command], check=False).returncode == 0
-    )
+    if words[3].rstrip(",") != socket.gethostname():
+        command = ["ssh", "-o", "BatchMode=yes", host, *command]
+    return subprocess.run(command, check=False).returncode == 0
 
 
 def _has_gpu() -> bool:
