@@ -99,9 +99,9 @@ def test_the_reason_of_one_rank_reaches_all(tmp_path: Path, fault: str, codes: l
 @pytest.mark.slow
 @pytest.mark.parametrize(("fault", "bad"), [("stop", 1), ("stop", 0), ("asleep", 1)])
 def test_a_frozen_rank_ends_the_run_with_the_stacks_of_all(tmp_path: Path, fault: str, bad: int) -> None:
-    ended = group(tmp_path, fault, bad, timeout=2)
+    ended = group(tmp_path, fault, bad, timeout=1)
     assert ended.codes == [EXIT_LOST, EXIT_LOST], ended.output
-    assert 2 < ended.seconds < SOON
+    assert 1 < ended.seconds < SOON
     stacks = [(tmp_path / f"logs/rank-{rank}.stacks").read_text() for rank in (0, 1)]
     assert all("watched_rank.py" in text for text in stacks)
     assert "in sum" in stacks[1 - bad]
@@ -114,7 +114,7 @@ def test_a_frozen_rank_ends_the_run_with_the_stacks_of_all(tmp_path: Path, fault
 @pytest.mark.parametrize("bad", [0, 1])
 def test_a_rank_that_works_alone_for_long_is_waited_for(tmp_path: Path, bad: int) -> None:
     """The other one waits in a collective three times as long as nobody may stand still."""
-    ended = group(tmp_path, "slow", bad, timeout=2)
+    ended = group(tmp_path, "slow", bad, timeout=1)
     assert ended.codes == [0, 0], ended.output
     assert ended.output == ""
     assert list((tmp_path / "logs").iterdir()) == []

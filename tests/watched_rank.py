@@ -36,7 +36,7 @@ def fail(fault: str) -> None:
         time.sleep(600)
     if fault == "slow":
         for _ in range(12):  # batches without a collective
-            time.sleep(0.5)
+            time.sleep(0.3)
             alive()
 
 
