@@ -136,7 +136,7 @@ def test_the_images_copy_what_is_there_and_what_the_package_needs(name: str) -> 
 
 def test_the_guide_names_files_and_options_that_exist() -> None:
     text = (LAUNCH / "README.md").read_text()
-    for path in re.findall(r"launch/([\w.]*\w)(?![{\w])", text):
+    for path in re.findall(r"launch/([\w.-]*\w)(?![{\w])", text):
         assert (LAUNCH / path).exists() or path in ("hostfile", "README.md"), path
     for key in re.findall(r"(?<!mtkd\.)engine\.(\w+)", text):
         from mtkd.config import EngineConfig

@@ -32,7 +32,7 @@ from mtkd.launcher import Started, launch, needs_launcher, num_processes, pdsh_e
 from mtkd.seal import newest_sealed
 from mtkd.testing import run_distributed
 
-TEACHER_BACKEND = "resident"
+TEACHER_BACKEND = "resident"  # on the two nodes; the undisturbed run has a resident one
 STUDENT = f"runs/{NAME}/stages/02-student"
 
 
@@ -50,7 +50,6 @@ STAGES = {
     "teacher": {"student": {"dropout": 0.0}},
     "student": {
         "student": {"dropout": 0.0},
-        "teachers": [{"name": "teacher", "model": "stage:teacher", "backend": TEACHER_BACKEND}],
         "steps": 24,
         "save_every": 2,
         "keep": 2,
@@ -81,7 +80,9 @@ def test_two_nodes_lose_one_and_go_on_to_the_end_of_an_undisturbed_run(tmp_path:
 
     folder, hosts = tmp_path / "nodes", tmp_path / "hostfile"
     hosts.write_text("# two nodes\nnode-a slots=1\nnode-b slots=1\n")
-    file = write_yaml(folder, engine={**ENGINE, "hostfile": str(hosts)}, stages=STAGES)
+    teacher = {"name": "teacher", "model": "stage:teacher", "backend": TEACHER_BACKEND}
+    stages = {**STAGES, "student": {**STAGES["student"], "teachers": [teacher]}}
+    file = write_yaml(folder, engine={**ENGINE, "hostfile": str(hosts)}, stages=stages)
     with two_nodes() as nodes:
         place = ["--no_ssh", "--master_addr", nodes.addresses[0], "--master_port", "29507"]
         commands = [
