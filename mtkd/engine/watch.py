@@ -189,6 +189,7 @@ class _Watch:
                 self._hear(key.fileobj, key.data)
             now = time.monotonic()
             if self._over:
+                faulthandler.cancel_dump_traceback_later()  # again: `_finish` may have come between two lines below
                 continue
             if now - armed > _LAST_RESORT / 2:  # should Python itself be stuck: a thread without it
                 armed = now
@@ -198,6 +199,7 @@ class _Watch:
                 self._look(now)
             if now > self._deadline:
                 self._exit()
+        faulthandler.cancel_dump_traceback_later()
         with self._lock:
             for key in list(self._selector.get_map().values()):
                 self._close(key.fileobj)
