@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from mtkd.errors import DataError
 from mtkd.models.folder import INDEX, WEIGHTS, check_links, shard_names
@@ -196,6 +196,15 @@ def find_weights(model: PreTrainedModel, folder: Path) -> dict[str, StoredWeight
         },
     )
     return found
+
+
+def check_weights(config: PretrainedConfig, auto_class: str, folder: Path) -> None:
+    """Refuse, before anything is read of them, weights that are not those of a configuration; see `find_weights`.
+
+    Raises:
+        DataError: as `find_weights`.
+    """
+    find_weights(empty_model(config, auto_class), folder)
 
 
 def _by_our_name(
