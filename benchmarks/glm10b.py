@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from tokenizers.pre_tokenizers import ByteLevel
 
 from mtkd.errors import DataError, UserError
 from mtkd.models.cards import load_cards
@@ -186,14 +187,13 @@ def random_weights(config: GLMConfig, seed: int) -> dict[str, Stored]:
 
 def write_tokenizer(folder: Path, size: int) -> None:
     """GLM's tokenizer over a byte-level vocabulary of made-up words."""
-    from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
-
-    tokens = [*bytes_to_unicode().values(), "<|endoftext|>"]
-    tokens = [*tokens[:-1], *(f"w{i:06d}" for i in range(size - len(tokens))), tokens[-1]]
+    space = ByteLevel(add_prefix_space=False).pre_tokenize_str(" ")[0][0]
+    known = [*sorted(ByteLevel.alphabet()), f"{space}a"]  # the source's texts are rows of "a", one token each
+    tokens = [*known, *(f"w{i:06d}" for i in range(size - len(known) - 1)), "<|endoftext|>"]
     plain = folder / ".plain"
     plain.mkdir(exist_ok=True)
     (plain / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (plain / "merges.txt").write_text("#version: 0.2\n")
+    (plain / "merges.txt").write_text(f"#version: 0.2\n{space} a\n")
     gpt2_tokenizer(plain / "vocab.json", plain / "merges.txt").save_pretrained(folder)
     shutil.rmtree(plain)
 
@@ -220,7 +220,7 @@ def measure(options: argparse.Namespace, tokens: int) -> dict[str, float]:
         **seen,
         "wall": time.monotonic() - begun,
         "seconds": record["seconds"],
-        "tokens": options.texts * options.length,
+        "tokens": facts["positions"] + facts["examples"],  # a text's last token has no target
         "positions": facts["positions"],
         "bytes_per_position": facts["bytes_per_position"],
     }

@@ -167,8 +167,11 @@ def _cache(job: _Job, config: TeacherConfig, where: str, stopped: StopFlag, prog
     job.shards += writer.num_shards - len(missing)
     job.examples += origin.num_examples - sum(len(examples) for _, examples in missing)
     progress.skip(job.examples)
-    live = OffloadTeacher if isinstance(model, OffloadedModel) else ResidentTeacher
-    teacher = live(config.name, model, shop.device, shop.dtype)
+    teacher = (
+        OffloadTeacher(config.name, model, shop.device, shop.dtype)
+        if isinstance(model, OffloadedModel)
+        else ResidentTeacher(config.name, model, shop.device, shop.dtype)
+    )
     for start in range(0, len(missing), dist.world_size):
         _round(job, teacher, writer, missing[start : start + dist.world_size], stopped, progress)
     teacher.close()

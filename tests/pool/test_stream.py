@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import sys
 import threading
 from collections import namedtuple
 from collections.abc import Callable
@@ -189,7 +190,9 @@ def test_only_the_layer_that_runs_is_in_memory(tmp_path: Path) -> None:
         teacher = OffloadTeacher("t", model, CPU, dtype)
         features = teacher.forward(causal_batch([5, 4, 6]), ALL)
         assert len(seen) == 6
-        assert all(0.9 * size < held < size + slack for held in seen), (seen, size)
+        assert all(held < size + slack for held in seen), (seen, size)
+        # products in bf16 read the pages themselves; in float32 a copy, and the pages are gone already
+        assert dtype == torch.float32 or min(seen) > 0.9 * size, (seen, size)
         assert pages(folder) == 0  # after the turn
     logits: Any = features["logits"]
     logits.in_dtype(torch.bfloat16).rows(torch.arange(8))
@@ -342,7 +345,7 @@ def test_a_file_that_is_cut_short_later_is_refused(tmp_path: Path, monkeypatch: 
     def stale(model: nn.Module, _: Path) -> dict[str, Any]:
         return {name: found[name] for name in model.state_dict()}
 
-    monkeypatch.setattr("mtkd.pool.offload.find_weights", stale)
+    monkeypatch.setattr(sys.modules["mtkd.pool.offload"], "find_weights", stale)
     os.truncate(file, file.stat().st_size - 8)
     with pytest.raises(DataError, match="cut short"):
         streamed(folder)
