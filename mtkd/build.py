@@ -280,7 +280,7 @@ class Workshop:
         model = self.model(teacher.model, data, seed=0, where=where, empty=teacher.backend == "streamed")
         if teacher.backend == "streamed":
             found = find_folder(teacher.model.path, teacher.model.revision, self.resolve, weights=True)
-            return stream(model, found, self.device)
+            return stream(model, found, self.device, self.dtype)
         check_finite(model, where)
         model.verify()
         if teacher.backend == "resident":

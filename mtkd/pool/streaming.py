@@ -12,6 +12,7 @@ is made float32 while it runs.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import warnings
@@ -33,8 +34,6 @@ from transformers.pytorch_utils import Conv1D
 from mtkd.errors import DataError
 from mtkd.models.attention import active_recorder
 from mtkd.models.weights import StoredWeight
-
-_CHECKED = 1 << 24  # values looked at together for NaN and infinity
 
 
 class WeightFiles:
@@ -315,8 +314,8 @@ class StreamedParameters:
         values = self._files.read(weight)
         if weight in self._unchecked:
             self._unchecked.discard(weight)
-            flat = values.reshape(-1)
-            if not all(bool(part.isfinite().all()) for part in flat.split(_CHECKED)):
+            # NaN passes through both; a hundred times as fast as `isfinite` in bfloat16 on a CPU, and without copies
+            if values.numel() and not all(math.isfinite(end) for end in torch.aminmax(values)):
                 raise DataError("the teacher's weights are not finite", where=str(weight.file), found=weight.name)
         return values
 

@@ -45,10 +45,10 @@ def saved(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float
     return folder
 
 
-def streamed(folder: Path, auto_class: str = CAUSAL) -> OffloadedModel:
+def streamed(folder: Path, auto_class: str = CAUSAL, dtype: torch.dtype = torch.float32) -> OffloadedModel:
     """The model of a folder with its weights in the folder's files."""
     config = transformers.AutoConfig.from_pretrained(folder)
-    return stream(TappedModel(empty_model(config, auto_class), auto_class, NUM_IDS), folder, CPU)
+    return stream(TappedModel(empty_model(config, auto_class), auto_class, NUM_IDS), folder, CPU, dtype)
 
 
 def resident(folder: Path, auto_class: str = CAUSAL) -> TappedModel:
@@ -73,7 +73,7 @@ def values(features: Features, dtype: torch.dtype, columns: Tensor | None = None
 
 def assert_equal(folder: Path, auto_class: str, batch: Batch, dtype: torch.dtype, wants: frozenset[str] = ALL) -> None:
     """A streamed teacher's features are the resident one's to the bit, in two turns."""
-    model = streamed(folder, auto_class)
+    model = streamed(folder, auto_class, dtype)
     one = ResidentTeacher("t", resident(folder, auto_class), CPU, dtype)
     other = OffloadTeacher("t", model, CPU, dtype)
     assert one.num_parameters == other.num_parameters
@@ -223,7 +223,7 @@ def test_a_model_that_reads_weights_elsewhere_is_refused(tmp_path: Path) -> None
 
     norm.forward = strange
     with pytest.raises(UserError, match="one layer in memory at a time"):
-        stream(model, folder, CPU)
+        stream(model, folder, CPU, torch.float32)
 
 
 def test_nothing_is_left_behind(tmp_path: Path) -> None:
@@ -259,6 +259,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     "unexpected": (lambda held: {**held, "model.extra": torch.zeros(2)}, "not part of the architecture: model.extra"),
     "shape": (lambda held: {**held, LAYER: torch.zeros(3, 5)}, "of another shape"),
     "type": (lambda held: {**held, LAYER: torch.zeros(held[LAYER].shape, dtype=torch.int8)}, "of another type"),
+    "infinite": (lambda held: {**held, LAYER: held[LAYER].index_fill(0, torch.tensor([1]), torch.inf)}, "not finite"),
     "nan": (lambda held: {**held, LAYER: torch.full(held[LAYER].shape, torch.nan)}, "not finite"),
     "twice": (lambda held: {**held, LAYER.removeprefix("model."): held[LAYER].clone()}, "there twice"),
 }
