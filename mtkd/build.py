@@ -37,12 +37,14 @@ from mtkd.engine.make import make_engine
 from mtkd.errors import DataError
 from mtkd.locate import given_tokenizer, read_tokenizer, resolve_path, revision_of
 from mtkd.mix import stage_rows
-from mtkd.models.folder import check_folder
+from mtkd.models.folder import check_folder, find_folder
 from mtkd.models.load import build_model, compress_model
 from mtkd.models.taps import TappedModel, input_table
 from mtkd.models.vocabulary import VocabularyMap, compressed_teacher, compressed_twice, make_vocabulary, read_vocabulary
 from mtkd.objective import Objective
-from mtkd.pool import CachedTeacher, OffloadedModel, OffloadTeacher, ResidentTeacher, Teacher, TeacherPool, offload
+from mtkd.pool import CachedTeacher, OffloadedModel, OffloadTeacher, ResidentTeacher, Teacher, TeacherPool
+from mtkd.pool.offload import offload, stream
+from mtkd.pool.resident import check_finite
 from mtkd.projection import make_projections
 from mtkd.rows import compile_rows
 from mtkd.rundir import RunDir, StageDir
@@ -223,11 +225,13 @@ class Workshop:
         seed: int,
         teacher: TappedModel | OffloadedModel | None = None,
         where: str = "model",
+        empty: bool = False,
     ) -> TappedModel:
         """A model for the data's task, with taps; one that is loaded has the run's tokenizer.
 
         Args:
             teacher: whose embedding tells which ids are alike, for a fresh student with a compressed vocabulary.
+            empty: without its weights, as `build_model` has it.
         """
         num_ids, task = num_real_ids(self.tokenizer), data.task.class_for(data.config)
         vocabulary = self.vocabulary(model, where)
@@ -246,6 +250,7 @@ class Workshop:
             seed=seed,
             resolve=self.resolve,
             on_loaded=lambda whole: tables.insert(0, input_table(whole)),
+            empty=empty,
         )
         if model.vocabulary is not None:
             if vocabulary is not None:
@@ -263,10 +268,11 @@ class Workshop:
         assert teacher.model.path is not None
         if data.task.token_level and self.vocabulary(teacher.model, where) is not None:
             raise compressed_teacher(teacher.model.path, where)
-        model = self.model(teacher.model, data, seed=0, where=where)
-        broken = [name for name, weight in model.model.named_parameters() if not weight.isfinite().all()]
-        if broken:
-            raise DataError("the teacher's weights are not finite", where=where, found=", ".join(broken[:5]))
+        model = self.model(teacher.model, data, seed=0, where=where, empty=teacher.backend == "streamed")
+        if teacher.backend == "streamed":
+            found = find_folder(teacher.model.path, teacher.model.revision, self.resolve, weights=True)
+            return stream(model, found, self.device, self.dtype)
+        check_finite(model, where)
         model.verify()
         if teacher.backend == "resident":
             return model

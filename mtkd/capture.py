@@ -35,7 +35,7 @@ from mtkd.engine.dist import alive, on_main, together
 from mtkd.ensembles import as_logits
 from mtkd.errors import DataError, NonFiniteError, Preempted, UserError
 from mtkd.models.taps import TappedModel
-from mtkd.pool import ResidentTeacher
+from mtkd.pool import OffloadedModel, OffloadTeacher, ResidentTeacher
 from mtkd.rundir import RunDir, StageDir
 from mtkd.seal import MANIFEST, append_jsonl, fault_point, write_atomic
 from mtkd.train import StopFlag, stop_flag
@@ -150,12 +150,12 @@ def _cache(job: _Job, config: TeacherConfig, where: str, stopped: StopFlag, prog
         progress.skip(job.examples)
         return
     model = shop.teacher(config, job.data, where)
-    assert isinstance(model, TappedModel), "the configuration allows no other backend here"
+    tapped = model if isinstance(model, TappedModel) else model.model
     token_level = job.data.task.token_level
     columns = num_real_ids(shop.tokenizer) if token_level else job.data.num_labels
     content = content_of(job.stage.cache, token_level=token_level, columns=columns, seed=shop.config.seed)
     check_layers(content, model.info, f"stages.{job.name}.cache", config.name)
-    made, precision = model_values(model.model.config), shop.config.engine.precision
+    made, precision = model_values(tapped.model.config), shop.config.engine.precision
     origin = origin_of(shop.digest(config.model), job.data, shop.tokenizer, made, precision)
 
     def open_writer() -> CacheWriter:
@@ -167,11 +167,15 @@ def _cache(job: _Job, config: TeacherConfig, where: str, stopped: StopFlag, prog
     job.shards += writer.num_shards - len(missing)
     job.examples += origin.num_examples - sum(len(examples) for _, examples in missing)
     progress.skip(job.examples)
-    teacher = ResidentTeacher(config.name, model, shop.device, shop.dtype)
+    teacher = (
+        OffloadTeacher(config.name, model, shop.device, shop.dtype)
+        if isinstance(model, OffloadedModel)
+        else ResidentTeacher(config.name, model, shop.device, shop.dtype)
+    )
     for start in range(0, len(missing), dist.world_size):
         _round(job, teacher, writer, missing[start : start + dist.world_size], stopped, progress)
     teacher.close()
-    del teacher, model
+    del teacher, model, tapped
     gc.collect()
     on_main(dist, writer.finish)
 

@@ -122,14 +122,20 @@ def head_fits(model: str, task: str) -> bool:
 def stage_values(stage: StageConfig) -> dict[str, Any]:
     """The fields of a stage that determine what it makes, as plain values."""
     if stage.kind == "cache":  # how many examples share a forward pass rounds the last bits, and decides nothing
-        return stage.model_dump(mode="json", include={"kind", "data", "teachers", "cache"})
+        return _without_places(stage.model_dump(mode="json", include={"kind", "data", "teachers", "cache"}))
     # Looking at a stage changes nothing, unless what is seen decides where it ends or which step is kept.
     looking = set() if stage.selects else {"evaluate_every"}
     values = stage.model_dump(mode="json", exclude=_BOOKKEEPING | looking | {"cache"})
-    for teacher in values["teachers"]:  # an offloaded teacher's numbers are bit-equal to a resident one's
-        teacher["backend"] = "resident" if teacher["backend"] == "offload" else teacher["backend"]
+    values = _without_places(values)
     # The members' order decides their seeds, and whose head is shared: canonical JSON would sort it away.
     return {**values, "member_order": list(stage.members)} if stage.members else values
+
+
+def _without_places(values: dict[str, Any]) -> dict[str, Any]:
+    """Stage values in which live teachers are all resident: where their weights are changes no numbers."""
+    for teacher in values["teachers"]:
+        teacher["backend"] = "cached" if teacher["backend"] == "cached" else "resident"
+    return values
 
 
 def stage_seed(config: RunConfig, stage: StageConfig) -> int:

@@ -22,15 +22,21 @@ class TeacherSize:
     parameters: int
     head: int
     backend: str
+    layers: int = 1
 
 
 def teacher_bytes(teachers: Sequence[TeacherSize], *, on_gpu: bool, prefetch: bool) -> int:
     """Device memory of a stage's teachers, bytes: resident ones add up, of offloaded ones the largest counts.
 
     On a GPU the offloaded teachers' heads stay beside it until a micro-batch is done, and with `prefetch` the next
-    body is there already; on a CPU the next one is read into the page cache, which is nobody's memory.
+    body is there already; on a CPU the next one is read into the page cache, which is nobody's memory. A streamed
+    teacher has one layer in memory, and its head while that is read.
     """
     total = sum(t.parameters for t in teachers if t.backend == "resident")
+    streamed = [t for t in teachers if t.backend == "streamed"]
+    total += max((-(-(t.parameters - t.head) // t.layers) for t in streamed), default=0)
+    heads = [t.head for t in streamed]
+    total += sum(heads) if on_gpu else max(heads, default=0)
     waiting = [t for t in teachers if t.backend == "offload"]
     if not on_gpu:
         return FLOAT * (total + max((t.parameters for t in waiting), default=0))
@@ -45,15 +51,16 @@ def check_offload(teachers: Sequence[TeacherSize], folder: Path, *, on_gpu: bool
     Raises:
         UserError: naming the stage.
     """
-    needed = FLOAT * sum(t.parameters for t in teachers if t.backend == "offload")
-    if not needed or on_gpu:
-        return
-    if not (hasattr(mmap, "MADV_DONTNEED") and hasattr(os, "posix_fadvise")):
+    needed = 0 if on_gpu else FLOAT * sum(t.parameters for t in teachers if t.backend == "offload")
+    maps = needed or any(t.backend == "streamed" for t in teachers)
+    if maps and not (hasattr(mmap, "MADV_DONTNEED") and hasattr(os, "posix_fadvise")):
         raise UserError(
-            "offloading on a CPU needs Linux: this system cannot give mapped pages back",
+            "streamed teachers, and offloaded ones on a CPU, need Linux: this system cannot give mapped pages back",
             where=where,
             todo="use backend: resident",
         )
+    if not needed:
+        return
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
     free = shutil.disk_usage(there).free
     if needed > free:

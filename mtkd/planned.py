@@ -12,6 +12,7 @@ from mtkd.config import ModelConfig, TeacherConfig
 from mtkd.models.info import ModelInfo
 
 SKIPPED = "done, skipped"
+_MOVING = ("offload", "streamed")
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Plan:
                 shape = f"{model.architecture} {model.layers}x{model.width}, {model.heads} heads"
                 first = (stage.name, stage.kind, stage.state) if i == 0 else ("", "", "")
                 work = (_number(stage.steps), _number(stage.tokens), f"{stage.memory_gb:.2f}") if i == 0 else ("",) * 3
-                origin = f"{model.origin} (offload)" if model.backend == "offload" else model.origin
+                origin = f"{model.origin} ({model.backend})" if model.backend in _MOVING else model.origin
                 table.add_row(*first, model.role, origin, shape, f"{model.parameters:,}", *work)
         rows = Table("stage", "row", title="rows of the objectives, and what caches keep")
         for stage in self.stages:

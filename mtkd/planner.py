@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -21,7 +22,7 @@ from mtkd.cacheplan import (
 from mtkd.chain import model_name, model_of, needed_stages, scored_models, stage_of, stage_values
 from mtkd.checks import check
 from mtkd.cofinetune import check_members
-from mtkd.config import DataConfig, ModelConfig, RunConfig, StageConfig
+from mtkd.config import DataConfig, ModelConfig, RunConfig, StageConfig, TeacherConfig
 from mtkd.data.tokenizers import check_chat_template, check_same_tokenizer, num_real_ids, train_tokenizer
 from mtkd.errors import UserError
 from mtkd.ladder import Look, complete
@@ -29,10 +30,12 @@ from mtkd.launcher import num_processes, shown_command
 from mtkd.locate import given_tokenizer, read_tokenizer, resolve_path, revision_of
 from mtkd.memory import FLOAT, TeacherSize, check_offload, teacher_bytes
 from mtkd.mix import stage_rows
+from mtkd.models.folder import check_folder
 from mtkd.models.info import CLASSIFIER, ModelInfo, check_packing, count_parameters, model_info
 from mtkd.models.load import load_config as load_model_config
 from mtkd.models.load import smaller_config
 from mtkd.models.vocabulary import compressed_teacher, compressed_twice, read_vocabulary
+from mtkd.models.weights import check_weights
 from mtkd.planned import SKIPPED, Plan, PlannedModel, PlannedStage, of_cache, planned_model, row_text, with_consequences
 from mtkd.registry import TASKS, load_plugins
 from mtkd.rows import compile_rows
@@ -109,7 +112,7 @@ class _Planner:
             if teacher.name in caches:
                 sized.append(of_cache(teacher, caches[teacher.name]))
                 continue
-            made = self._model_config(stage, teacher.model, place)
+            made = self._teacher_config(stage, teacher, auto_class, place)
             sized.append(self._sized(teacher.name, teacher.model, made, data, auto_class))
             self._check_tokenizer(teacher.model, place, task.token_level)
         backends = [""] * own + [teacher.backend for teacher in stage.teachers]
@@ -156,10 +159,11 @@ class _Planner:
         data = self.config.data[self.config.data_name(stage.data)]
         check_cacheable(stage, data, where)
         token_level = TASKS.find(data.task).token_level
-        planned, texts = [], []
+        planned, texts = list[PlannedModel](), list[str]()
+        sizes: list[TeacherSize] = []
         for i, teacher in enumerate(stage.teachers):
             place = f"{where}.teachers[{i}]"
-            made = self._model_config(stage, teacher.model, place)
+            made = self._teacher_config(stage, teacher, auto_class, place)
             self._check_tokenizer(teacher.model, place, token_level)
             model, info = self._sized(teacher.name, teacher.model, made, data, auto_class)
             columns = self._num_ids if token_level else info.num_labels
@@ -167,11 +171,16 @@ class _Planner:
             check_layers(content, info, f"{where}.cache", teacher.name)
             self._made[f"{name}/{teacher.name}"] = made
             self._cached[f"{name}/{teacher.name}"] = CacheFacts(content, info, model.parameters, f"stages.{name}")
-            planned.append(model)
-            texts.append(f"{teacher.name}: {describe(content, info, train_tokens(data, self.config.base))}")
-        largest = max(planned, key=lambda model: model.parameters)  # they are run one after the other
+            planned.append(replace(model, backend=teacher.backend))
+            sizes += self._sizes(planned[-1:], [info], where)
+            text = f"{teacher.name}: {describe(content, info, train_tokens(data, self.config.base))}"
+            if teacher.backend == "streamed":
+                sweep = stage.batch.tokens or (stage.batch.sequences or 0) * data.max_length
+                text += f"; all its weights are read from disk for every batch of <= {sweep:,} tokens"
+            texts.append(text)
         logits = self._tile(self._num_ids) * self._num_ids * 2 if token_level else 0
-        memory = (largest.parameters + logits) * FLOAT
+        # they are run one after the other
+        memory = max(teacher_bytes([s], on_gpu=self._on_gpu, prefetch=False) for s in sizes) + logits * FLOAT
         return PlannedStage(
             name, stage.kind, self._state(name), needed_stages(stage), planned, texts, None, None, memory / 1e9
         )
@@ -215,6 +224,17 @@ class _Planner:
             tokenizer=self._tokenizer,
             resolve=lambda path: resolve_path(path, self.config.base),
         )
+
+    def _teacher_config(
+        self, stage: StageConfig, teacher: TeacherConfig, auto_class: str, where: str
+    ) -> PretrainedConfig:
+        """Of a teacher that runs; the names and shapes in a streamed one's files are compared with it already."""
+        made = self._model_config(stage, teacher.model, where)
+        folder = resolve_path(teacher.model.path or "", self.config.base)
+        if teacher.backend == "streamed" and isinstance(folder, Path) and auto_class != CLASSIFIER:
+            check_folder(folder)
+            check_weights(made, auto_class, folder)
+        return made
 
     def _for_task(self, made: PretrainedConfig, earlier: str, stage: StageConfig, where: str) -> PretrainedConfig:
         """An earlier stage's model as this stage will load it: the head of its task, the length of its data."""
@@ -311,7 +331,7 @@ class _Planner:
     def _sizes(self, teachers: list[PlannedModel], infos: list[ModelInfo], where: str) -> list[TeacherSize]:
         """What the teachers occupy; refuses to offload where there is no room for it."""
         sizes = [
-            TeacherSize(t.parameters, 0 if info.num_labels else info.vocabulary * info.width, t.backend)
+            TeacherSize(t.parameters, 0 if info.num_labels else info.vocabulary * info.width, t.backend, t.layers)
             for t, info in zip(teachers, infos, strict=True)
         ]
         check_offload(sizes, self.config.folder, on_gpu=self._on_gpu, where=f"{where}.teachers")

@@ -132,10 +132,11 @@ class TeacherConfig(Config):
     model: ModelConfig = Field(
         description="a folder, hub id, card or stage:NAME; backend cached: stage:CACHESTAGE/TEACHER or a cache's folder"
     )
-    backend: Literal["resident", "offload", "cached"] = Field(
+    backend: Literal["resident", "offload", "streamed", "cached"] = Field(
         "resident",
         description="where its weights live: resident = beside the student; offload = in host memory (GPU) or a mapped "
-        "file in the run folder (CPU), on the device only while it runs; cached = nowhere: its outputs are read from a "
+        "file in the run folder (CPU), on the device only while it runs; streamed = in its own safetensors files, one "
+        "layer at a time in memory: a batch reads all of them once; cached = nowhere: its outputs are read from a "
         "cache (kind: cache), and it is not run",
     )
 
@@ -155,6 +156,12 @@ class TeacherConfig(Config):
     def _whole_vocabulary(self) -> TeacherConfig:
         if self.model.vocabulary is not None:
             raise ValueError("vocabulary is for students: a teacher predicts the whole vocabulary")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_stream(self) -> TeacherConfig:
+        if self.backend == "streamed" and self.model.is_cut:
+            raise ValueError("a streamed teacher is read from its files as it is; drop keep_layers and slice")
         return self
 
     @model_validator(mode="after")

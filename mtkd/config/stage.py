@@ -195,7 +195,8 @@ class StageConfig(Config):
                 raise ValueError(f"teacher {teacher.name!r} is a cache already; name it in the stage that reads it")
             if teacher.backend == "offload":
                 raise ValueError(
-                    f"teacher {teacher.name!r}: a cache stage has one teacher in memory at a time; drop backend"
+                    f"teacher {teacher.name!r}: a cache stage has one teacher in memory at a time; drop backend, or "
+                    "set it to streamed"
                 )
 
     @property

@@ -75,12 +75,14 @@ class Recorder:
         calls: the kept ones.
         num_calls: how many attentions there were.
         head_input: what the output head was given, [B,L,H].
+        whole_logits: whether the head also computes them.
     """
 
     layers: frozenset[int]
     calls: dict[int, AttentionCall] = field(default_factory=dict)
     num_calls: int = 0
     head_input: Tensor | None = None
+    whole_logits: bool = False
 
     def spread(self, hidden: Callable[[Tensor], Tensor], call: Callable[[AttentionCall], AttentionCall]) -> Recorder:
         """What was recorded on packed rows, put back where the examples are in the batch."""

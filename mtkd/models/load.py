@@ -60,6 +60,7 @@ def build_model(
     seed: int,
     resolve: Resolve,
     on_loaded: Callable[[PreTrainedModel], None] | None = None,
+    empty: bool = False,
 ) -> PreTrainedModel:
     """A model in float32 on the CPU, in eval mode.
 
@@ -75,6 +76,7 @@ def build_model(
         seed: of everything that is newly initialised; the global random state is neither read nor changed.
         resolve: maps ``stage:NAME`` and relative folders to folders; returns anything else as it is.
         on_loaded: sees a loaded model before anything is cut from it.
+        empty: of a model that is loaded whole: as `empty_model` makes it, its weights are not read.
 
     Raises:
         UserError: the description does not fit the task, the tokenizer or the data.
@@ -84,6 +86,8 @@ def build_model(
     full, folder = _full_config(config, request, resolve, weights=True)
     if folder is None:
         return _from_config(full, auto_class, seed)
+    if empty:
+        return empty_model(full, auto_class)
     model = _load(folder, full, request, seed)
     if on_loaded is not None:
         on_loaded(model)
@@ -93,6 +97,12 @@ def build_model(
         model = _from_config(cut_config(model.config, config), auto_class, seed)
         model.load_state_dict(weights, strict=True)
     return model
+
+
+def empty_model(config: PretrainedConfig, auto_class: str) -> PreTrainedModel:
+    """The model of a configuration with its parameters on the meta device; buffers are as its modules compute them."""
+    with _parameters_on_meta():
+        return _from_config(config, auto_class, seed=0)
 
 
 def load_config(
@@ -238,6 +248,27 @@ def _from_config(config: PretrainedConfig, auto_class: str, seed: int) -> PreTra
     return model.eval()
 
 
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Within it modules are made without memory for their parameters; their buffers are computed as always.
+
+    `torch.device("meta")` would leave the buffers without values. A parameter is moved the moment its module gets it:
+    what initialises it afterwards has nothing to write to.
+    """
+    register = torch.nn.Module.register_parameter
+
+    def on_meta(self: torch.nn.Module, name: str, param: torch.nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = torch.nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        register(self, name, param)
+
+    torch.nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
 def _load(folder: Path, config: PretrainedConfig, request: _Request, seed: int) -> PreTrainedModel:
     import transformers
 
@@ -276,7 +307,7 @@ def _check_report(report: dict[str, Any], prefix: str, new_head: bool, folder: P
     made = [name for name in missing if not name.startswith(f"{prefix}.") or f"{prefix}.pooler." in name]
     if new_head:
         missing = [name for name in missing if name not in made]
-    unexpected = [n for n in sorted(report["unexpected_keys"]) if not _of_another_head(n, prefix)]
+    unexpected = [n for n in sorted(report["unexpected_keys"]) if not of_another_head(n, prefix)]
     errors = [str(e) for e in report.get("error_msgs") or ()]
     for what, names in (
         ("missing", missing),
@@ -296,7 +327,7 @@ def _check_report(report: dict[str, Any], prefix: str, new_head: bool, folder: P
         _log.info("%s: new classification head: %s", folder.name, ", ".join(made))
 
 
-def _of_another_head(name: str, prefix: str) -> bool:
+def of_another_head(name: str, prefix: str) -> bool:
     """A weight of another task's head, or of the pooler that this task does not use."""
     return name.removeprefix(f"{prefix}.").split(".")[0] in _OTHER_HEADS
 

@@ -103,12 +103,7 @@ class TappedModel(nn.Module):
             inputs["output_hidden_states"] = depths  # the others are not kept
         with recording(recorder):
             output = self.model(**inputs)
-        if attention and recorder.num_calls != self.info.num_layers:
-            raise UserError(
-                "attention features cannot be numbered: the model's layers do not attend once each",
-                where="model",
-                found=f"{recorder.num_calls} attentions in {self.info.num_layers} layers",
-            )
+        self._check_calls(recorder)
         if layout is not None:
             recorder = recorder.spread(layout.spread, layout.spread_call)
         features: Features = {}
@@ -125,6 +120,14 @@ class TappedModel(nn.Module):
                 assert layer is not None
                 features[key] = _attention_feature(recorder.calls[layer], name)
         return features
+
+    def _check_calls(self, recorder: Recorder) -> None:
+        if recorder.layers and recorder.num_calls != self.info.num_layers:
+            raise UserError(
+                "attention features cannot be numbered: the model's layers do not attend once each",
+                where="model",
+                found=f"{recorder.num_calls} attentions in {self.info.num_layers} layers",
+            )
 
     @property
     def output_head(self) -> tuple[nn.Parameter, nn.Parameter | None] | None:
@@ -207,9 +210,11 @@ class TappedModel(nn.Module):
         self.packing = True
 
     @torch.no_grad()
-    def verify(self) -> None:
+    def verify(self, dtype: torch.dtype = torch.float32) -> None:
         """Compare with the model's own output on two tokens; for a whole model, right after loading.
 
+        Args:
+            dtype: bfloat16 runs the model under autocast; the head's product is in float32 in any case.
         Raises:
             UserError: the logits differ by more than `VERIFY_TOLERANCE` (the architecture does something to them after
                 the head that mtkd does not know), or attention features cannot be numbered.
@@ -218,13 +223,15 @@ class TappedModel(nn.Module):
         self.model.eval()
         try:
             batch = self._few_tokens((2,))
-            wants = {"logits", f"hidden.{self.info.num_layers}"}
-            wants |= {f"query.{self.info.num_layers}"} if "query" in self.info.taps else set()
-            ours = self(batch, frozenset(wants))["logits"]
-            output = self.model(**self._inputs(batch, None))
+            last = self.info.num_layers
+            recorder = Recorder(frozenset({last} if "query" in self.info.taps else ()), whole_logits=True)
+            low = torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+            with recording(recorder), low:  # one pass for both: it may read 20 GB from a disk
+                output = self.model(**self._inputs(batch, None), output_hidden_states=[last])
+            self._check_calls(recorder)
+            ours = self._logits(recorder, output).in_dtype(torch.float32)
             whole = output.prediction_logits if self._two_heads else output.logits
             theirs = whole.float().reshape(-1, self._columns())[:, : self.num_columns]
-            assert not isinstance(ours, Tensor)
             index = torch.arange(theirs.shape[0], device=theirs.device)
             difference = float((ours.rows(index) - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))
         finally:
@@ -326,16 +333,19 @@ def input_table(model: PreTrainedModel) -> Tensor:
 
 
 def _head_forward(head: nn.Linear, hidden: Tensor) -> Tensor:
-    """Forward of an output head: while a recorder is active, keep the input and return logits of width 0.
+    """Forward of an output head: while a recorder is active, keep the input and return logits of width 0, or all.
 
     Bound to the head as a method, so that a copied model is not tied to the original's head; the module's own call
     still runs its hooks, which is where ZeRO-3 gathers the weight.
     """
     recorder = active_recorder()
-    if recorder is None:
-        return nn.functional.linear(hidden, head.weight, head.bias)
-    recorder.head_input = hidden
-    return hidden[..., :0]
+    if recorder is not None:
+        recorder.head_input = hidden
+        if not recorder.whole_logits:
+            return hidden[..., :0]
+        with torch.autocast(hidden.device.type, enabled=False):
+            return nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias)
+    return nn.functional.linear(hidden, head.weight, head.bias)
 
 
 def _soft_cap(logits: Tensor, *, cap: float) -> Tensor:

@@ -9,7 +9,7 @@ from mtkd.errors import UserError
 from mtkd.features import Features, split_key
 from mtkd.pool.base import Teacher
 from mtkd.pool.cached import CachedTeacher
-from mtkd.pool.offload import OffloadedModel, OffloadTeacher, offload
+from mtkd.pool.offload import OffloadedModel, OffloadTeacher, offload, stream
 from mtkd.pool.resident import ResidentTeacher
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Teacher",
     "TeacherPool",
     "offload",
+    "stream",
 ]
 
 

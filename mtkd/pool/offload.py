@@ -4,6 +4,9 @@ On a CPU a waiting teacher is a mapped file whose pages are given back after its
 the largest teacher and not the sum; its output head is read tile by tile after the turn, and given back after each
 tile. On a GPU it waits in pinned host memory. Values are bit-equal to the resident backend's: the same float32
 weights, equally aligned, go through the same kernels.
+
+A streamed teacher's parameters stay in the safetensors files of its folder and are in memory layer by layer
+(`mtkd.pool.streaming`).
 """
 
 from __future__ import annotations
@@ -19,9 +22,12 @@ from torch import Tensor, nn
 
 from mtkd.data.batch import Batch
 from mtkd.engine.dist import Dist
+from mtkd.errors import DataError, UserError
 from mtkd.features import Features, HeadLogits
 from mtkd.models.taps import TappedModel
+from mtkd.models.weights import find_weights
 from mtkd.pool.resident import ResidentTeacher
+from mtkd.pool.streaming import StreamedParameters
 from mtkd.pool.waiting import MappedParameters, PinnedParameters, Waiting
 
 
@@ -86,8 +92,31 @@ class OffloadedModel(nn.Module):
     @property
     def embedding_table(self) -> Tensor:
         """As `TappedModel` has it; a copy, which does not keep the parameters."""
-        with self._turn():
+        table = self.model.model.get_input_embeddings().weight
+        assert isinstance(table, nn.Parameter)
+        with self._turn(), self.waiting.hold([table]):
             return self.model.embedding_table.detach().clone()
+
+    def verify(self, dtype: torch.dtype) -> None:
+        """As `TappedModel` has it, for a model whose weights were never whole in memory: the first turn.
+
+        Raises:
+            DataError: weights that are not finite.
+            UserError: also an architecture whose modules read each other's weights outside of layers.
+        """
+        head = [p for p in self.model.output_head or () if p is not None]
+        try:
+            with self._turn(), self.waiting.hold(head):
+                self.model.verify(dtype)
+        except DataError:
+            raise
+        except (UserError, RuntimeError) as error:
+            raise UserError(
+                f"architecture '{self.info.architecture}' cannot run with one layer in memory at a time",
+                where="backend",
+                found=str(error).splitlines()[0],
+                todo="use backend: offload or resident",
+            ) from error
 
     def forward(self, batch: Batch, wants: frozenset[str]) -> Features:
         """The wanted features: one turn. The features outlive it."""
@@ -109,7 +138,9 @@ class OffloadedModel(nn.Module):
         weight = self.waiting.keep_head(value.weight)
         bias = None if value.bias is None else self.waiting.keep_head(value.bias)
         head = replace(value, weight=weight, bias=bias)
-        return MappedLogits(head, self.waiting.leave) if isinstance(self.waiting, MappedParameters) else head
+        if not self.waiting.mapped:
+            return head
+        return MappedLogits(head, self.waiting.drop, dtype=None if weight.dtype == torch.float32 else torch.float32)
 
     def close(self) -> None:
         """End the reading thread and free what waits; the model must not run any more."""
@@ -137,6 +168,28 @@ def offload(model: TappedModel, device: torch.device, file: Path, dist: Dist) ->
     _move_buffers(model, device)
     head = [p for p in model.output_head or () if p is not None]
     return OffloadedModel(model, PinnedParameters(parameters, head, device))
+
+
+def stream(model: TappedModel, folder: Path, device: torch.device, dtype: torch.dtype) -> OffloadedModel:
+    """The model with its parameters in the files of its folder; it runs once, on two tokens, to be verified.
+
+    Args:
+        model: on the CPU, its parameters on the meta device (`mtkd.models.load.empty_model`).
+        folder: a checked model folder with the weights.
+        device: where it runs. dtype: bfloat16 verifies it under autocast, as it will run.
+    Raises:
+        DataError: weights that are missing, unexpected, of another shape, truncated or not finite.
+        UserError: an architecture that cannot be streamed.
+    """
+    weights = find_weights(model.model, folder)
+    head = model.model.get_output_embeddings() if model.token_level else None
+    streamed = OffloadedModel(model, StreamedParameters(model.model, weights, head, device))
+    try:
+        streamed.verify(dtype)
+    except BaseException:
+        streamed.close()
+        raise
+    return streamed
 
 
 class OffloadTeacher(ResidentTeacher):

@@ -7,12 +7,24 @@ from typing import TYPE_CHECKING
 import torch
 
 from mtkd.data.batch import Batch
+from mtkd.errors import DataError
 from mtkd.features import Features
 from mtkd.models.linear import speed_up_linears
 from mtkd.models.taps import TappedModel
 
 if TYPE_CHECKING:
     from mtkd.pool.offload import OffloadedModel
+
+
+def check_finite(model: TappedModel, where: str) -> None:
+    """Refuse weights with NaN or infinity in them.
+
+    Raises:
+        DataError: naming the first ones.
+    """
+    broken = [name for name, weight in model.model.named_parameters() if not weight.isfinite().all()]
+    if broken:
+        raise DataError("the teacher's weights are not finite", where=where, found=", ".join(broken[:5]))
 
 
 class ResidentTeacher:

@@ -14,7 +14,7 @@ import shutil
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -32,6 +32,11 @@ _LINE, _ALLOCATION = 64, 512
 class Waiting(Protocol):
     """The parameters of one teacher, and whether they are on the device."""
 
+    @property
+    def mapped(self) -> bool:
+        """Whether a kept head is pages of a file, which `drop` gives back."""
+        ...
+
     def prefetch(self) -> None:
         """Begin to bring them; returns at once."""
         ...
@@ -46,6 +51,14 @@ class Waiting(Protocol):
 
     def keep_head(self, head: Tensor) -> Tensor:
         """One of the output head's parameters as it may be read between turns; called between arrive and leave."""
+        ...
+
+    def drop(self) -> None:
+        """Give the pages of kept heads back; they are read again when they are touched."""
+        ...
+
+    def hold(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+        """Within it, and within a turn, these may be read by anybody and not only by their modules."""
         ...
 
     def close(self) -> None:
@@ -68,6 +81,8 @@ class MappedParameters:
     Raises:
         DataError: on every rank, if one of them cannot write or open the file.
     """
+
+    mapped = True
 
     def __init__(self, parameters: Sequence[nn.Parameter], file: Path, dist: Dist) -> None:
         # The main rank's: it writes the file, and on another rank the same weights may lie at another alignment.
@@ -102,6 +117,12 @@ class MappedParameters:
     def keep_head(self, head: Tensor) -> Tensor:
         return head  # a mapped one may be read at any time
 
+    def drop(self) -> None:
+        self.leave()
+
+    def hold(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def close(self) -> None:
         if self._descriptor >= 0:
             self._reader.shutdown(wait=True, cancel_futures=True)
@@ -125,6 +146,8 @@ class PinnedParameters:
         parameters: their storage is replaced. head: those among them that are read between turns.
         device: where turns are taken. On a CPU everything is as on a GPU, without pinning and streams.
     """
+
+    mapped = False
 
     def __init__(self, parameters: Sequence[nn.Parameter], head: Sequence[nn.Parameter], device: torch.device) -> None:
         heads = {id(p) for p in head}
@@ -170,6 +193,12 @@ class PinnedParameters:
 
     def keep_head(self, head: Tensor) -> Tensor:
         return self._here[id(head)]
+
+    def drop(self) -> None:
+        """Nothing is mapped."""
+
+    def hold(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def close(self) -> None:
         self._coming, self._here, self._kept = None, {}, []
