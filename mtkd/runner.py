@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtkd.build import BuiltStage, Workshop
+from mtkd.build import Workshop
+from mtkd.built import BuiltStage
 from mtkd.capture import capture
 from mtkd.chain import changed_stages, finished, to_redo
 from mtkd.checks import check
