@@ -65,38 +65,27 @@ def write_teachers(folder: str) -> tuple[float, float]:
 
 
 def empty_teacher(folder: Path):
-    """The model of a folder, its parameters on the meta device, in our taps; and where its weights are."""
-    from transformers import PreTrainedTokenizerFast  # noqa: F401
-
+    """The model of a folder in our taps, its parameters on the meta device."""
     from mtkd.config import ModelConfig
-    from mtkd.models.load import empty_model
+    from mtkd.models.load import build_model
     from mtkd.models.taps import TappedModel
-    from mtkd.models.weights import find_weights
 
     auto_class = "AutoModelForCausalLM"
     about = {"num_ids": VOCABULARY, "max_positions": LENGTH, "num_labels": 0, "label_names": (), "tokenizer": None}
-    model, place = empty_model(ModelConfig(path=str(folder)), auto_class, resolve=Path, **about)
-    return TappedModel(model, auto_class, VOCABULARY), find_weights(model, place)
+    config = ModelConfig(path=str(folder))
+    model = build_model(config, auto_class, seed=0, resolve=Path, empty=True, **about)
+    return TappedModel(model, auto_class, VOCABULARY)
 
 
 def sharded_teacher(folder: Path, dist):
     """As the backend loads it."""
     import torch
 
-    from mtkd.config import ShardedConfig
+    from mtkd.config import TeacherConfig
     from mtkd.pool import shard
 
-    tapped, weights = empty_teacher(folder)
-    return shard(
-        tapped,
-        weights,
-        ShardedConfig(),
-        name=folder.name,
-        half=False,
-        device=torch.device("cpu"),
-        dist=dist,
-        where="benchmark",
-    )
+    config = TeacherConfig.model_validate({"name": folder.name, "model": str(folder), "backend": "sharded"})
+    return shard(empty_teacher(folder), folder, config, torch.device("cpu"), torch.float32, dist, "benchmark")
 
 
 def gathered(folder: Path, dist):
@@ -112,18 +101,13 @@ def gathered(folder: Path, dist):
     settings = engine_settings(ShardedConfig(), folder.name, dist.world_size, 0)
     with deepspeed.zero.Init(config_dict_or_path=settings):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    stored = find_weights(model_like(folder), folder)
+    stored = find_weights(empty_teacher(folder).model, folder)
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             if dist.is_main:
                 with safe_open(stored[name].file, "pt") as file:
                     parameter.data.copy_(file.get_tensor(stored[name].name))
     return model
-
-
-def model_like(folder: Path):
-    """The transformers model of a folder, on the meta device."""
-    return empty_teacher(folder)[0].model
 
 
 def under_transformers(folder: Path, dist):
@@ -150,7 +134,7 @@ def load(way: str, folder: str) -> dict[str, float]:
     from mtkd.engine.deepspeed_engine import init_distributed
 
     dist = init_distributed("cpu")
-    model_like(Path(folder) / "0")  # imports
+    empty_teacher(Path(folder) / "0")  # imports
     import deepspeed  # noqa: F401
 
     before = status_mb("RssAnon", "RssFile", "RssShmem")

@@ -34,7 +34,6 @@ from mtkd.data.tokenizers import (
 from mtkd.engine.base import Trainable, seed_everything
 from mtkd.engine.dist import Dist
 from mtkd.engine.make import make_engine
-from mtkd.errors import DataError
 from mtkd.locate import given_tokenizer, read_tokenizer, resolve_path, revision_of
 from mtkd.mix import stage_rows
 from mtkd.models.folder import check_folder, find_folder

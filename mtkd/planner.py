@@ -231,7 +231,7 @@ class _Planner:
     def _teacher_config(
         self, stage: StageConfig, teacher: TeacherConfig, auto_class: str, where: str
     ) -> PretrainedConfig:
-        """Of a teacher that runs; the names and shapes in the files of a streamed or sharded one are compared with it."""
+        """Of a teacher that runs; names and shapes in the files of a streamed or sharded one are compared with it."""
         made = self._model_config(stage, teacher.model, where)
         folder = resolve_path(teacher.model.path or "", self.config.base)
         if teacher.backend in ("streamed", "sharded") and isinstance(folder, Path) and auto_class != CLASSIFIER:

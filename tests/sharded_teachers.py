@@ -70,9 +70,7 @@ def sharded(folder: Path, name: str, dist: Dist, half: bool = False, **config: A
     """The same teacher with a part on every rank."""
     path = str(folder / name)
     empty = build_model(ModelConfig(path=path), HEADS[name], seed=0, empty=True, **_described(name))
-    teacher = TeacherConfig(
-        name=name, model=ModelConfig(path=path), backend="sharded", sharded=ShardedConfig(**config)
-    )
+    teacher = TeacherConfig(name=name, model=ModelConfig(path=path), backend="sharded", sharded=ShardedConfig(**config))
     dtype = torch.bfloat16 if half else torch.float32
     return shard(TappedModel(empty, HEADS[name], NUM_IDS), folder / name, teacher, CPU, dtype, dist, "teachers[0]")
 

@@ -166,8 +166,8 @@ class TeacherConfig(Config):
         description="where its weights live: resident = beside the student; offload = in host memory (GPU) or a mapped "
         "file in the run folder (CPU), on the device only while it runs; streamed = in its own safetensors files, one "
         "layer at a time in memory: a batch reads all of them once; sharded = a part on every process, gathered layer "
-        "by layer (engine.kind: deepspeed); cached = nowhere: its outputs are read from a cache (kind: cache), and it is "
-        "not run",
+        "by layer (engine.kind: deepspeed); cached = nowhere: its outputs are read from a cache (kind: cache), and it "
+        "is not run",
     )
     sharded: ShardedConfig | None = Field(None, description="backend sharded: its ZeRO-3 engine")
 

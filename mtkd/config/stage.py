@@ -201,7 +201,7 @@ class StageConfig(Config):
             if teacher.backend == "sharded":
                 raise ValueError(
                     f"teacher {teacher.name!r}: the processes of a cache stage take unequal numbers of batches, and a "
-                    "sharded teacher needs all of them for each; drop backend"
+                    "sharded teacher needs all of them for each; drop backend, or set it to streamed"
                 )
 
     @property
