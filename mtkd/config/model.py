@@ -136,7 +136,8 @@ class ShardedConfig(Config):
     )
     offload: Literal["none", "cpu", "nvme"] = Field(
         "none",
-        description="where a rank's part waits: none = on its device; cpu = in pinned host memory; nvme = in files",
+        description="where a rank's part waits: none = on its device; cpu = in pinned host memory; nvme = in files, in "
+        "float32",
     )
     nvme_path: str | None = Field(
         None,
