@@ -25,14 +25,15 @@ from mtkd.models.weights import StoredWeight
 
 # Numbers that may be gathered at a time: no limit, for a layer is released as soon as it has run.
 _LIVE = 10**12
-_NVME_BUFFERS = 16  # parameters of one module that may be on their way from files at a time
+# Large parameters of one module that may be on their way from files; each takes the memory of the largest part.
+_NVME_BUFFERS = 5
 
 
 def engine_settings(config: ShardedConfig, name: str, world_size: int, largest_part: int) -> dict[str, Any]:
     """The DeepSpeed configuration of one teacher: ZeRO-3, nothing that trains.
 
     Args:
-        name: of the teacher; its files must be apart from those of others, which DeepSpeed would delete.
+        name: of the teacher; its files are apart from those of other teachers and runs, which DeepSpeed would delete.
         largest_part: of one rank, numbers.
     """
     zero: dict[str, Any] = {
@@ -50,9 +51,8 @@ def engine_settings(config: ShardedConfig, name: str, world_size: int, largest_p
         zero["offload_param"] = {"device": config.offload, "pin_memory": torch.cuda.is_available()}
     if config.offload == "nvme":
         assert config.nvme_path is not None
-        folder = Path(config.nvme_path).absolute() / name
         zero["offload_param"] |= {
-            "nvme_path": str(folder),
+            "nvme_path": str(Path(config.nvme_path).absolute() / f"{name}-{os.getpid()}"),
             "buffer_size": largest_part,
             "buffer_count": _NVME_BUFFERS,
         }

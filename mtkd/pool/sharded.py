@@ -7,6 +7,7 @@ pool does: every teacher runs on every micro-batch, whatever its weights are and
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +50,7 @@ class ShardedModel(nn.Module):
                 module.register_forward_hook(_in_float32)
         engine, _, _, _ = deepspeed.initialize(model=model, config=dict(settings), dist_init_required=False)
         self._engine = [engine]  # in a list: it is a module itself, around the same model
+        self._files: str | None = settings["zero_optimization"].get("offload_param", {}).get("nvme_path")
 
     @property
     def num_columns(self) -> int:
@@ -102,6 +104,8 @@ class ShardedModel(nn.Module):
         self._engine = []
         for parameter in self.model.parameters():
             parameter.data, parameter.ds_tensor = torch.empty(0), None  # type: ignore[attr-defined]
+        if self._files is not None:
+            shutil.rmtree(self._files, ignore_errors=True)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """`to`, `cuda`, `float`: where the parameters are is decided here alone."""
