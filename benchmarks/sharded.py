@@ -98,7 +98,7 @@ def gathered(folder: Path, dist):
     from mtkd.models.weights import find_weights
     from mtkd.pool.partition import engine_settings
 
-    settings = engine_settings(ShardedConfig(), folder.name, dist.world_size, 0)
+    settings = engine_settings(ShardedConfig(), folder.name, 0)
     with deepspeed.zero.Init(config_dict_or_path=settings):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     stored = find_weights(empty_teacher(folder).model, folder)
@@ -118,7 +118,7 @@ def under_transformers(folder: Path, dist):
     from mtkd.config import ShardedConfig
     from mtkd.pool.partition import engine_settings
 
-    held = HfDeepSpeedConfig(engine_settings(ShardedConfig(), folder.name, dist.world_size, 0))
+    held = HfDeepSpeedConfig(engine_settings(ShardedConfig(), folder.name, 0))
     model = AutoModelForCausalLM.from_pretrained(folder)
     unset_hf_deepspeed_config()
     del held

@@ -29,7 +29,7 @@ _LIVE = 10**12
 _NVME_BUFFERS = 5
 
 
-def engine_settings(config: ShardedConfig, name: str, world_size: int, largest_part: int) -> dict[str, Any]:
+def engine_settings(config: ShardedConfig, name: str, largest_part: int) -> dict[str, Any]:
     """The DeepSpeed configuration of one teacher: ZeRO-3, nothing that trains.
 
     Args:
@@ -59,7 +59,6 @@ def engine_settings(config: ShardedConfig, name: str, world_size: int, largest_p
     return {
         "train_micro_batch_size_per_gpu": 1,  # formal, and mandatory
         "gradient_accumulation_steps": 1,
-        "train_batch_size": world_size,
         "fp16": {"enabled": False},
         "bf16": {"enabled": False},  # the weights' own types are kept; enabled, buffers would be cast too
         "zero_optimization": zero,

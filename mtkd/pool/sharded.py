@@ -133,7 +133,7 @@ def shard(
     weights, config = find_weights(model.model, folder), teacher.sharded or ShardedConfig()
     half = dtype == torch.bfloat16 and all(w.dtype == dtype for w in weights.values() if len(w.shape) > 1)
     half = half and config.offload != "nvme"  # DeepSpeed's files have one type for all
-    settings = engine_settings(config, teacher.name, dist.world_size, largest_part(weights.values(), dist.world_size))
+    settings = engine_settings(config, teacher.name, largest_part(weights.values(), dist.world_size))
     move_buffers(model, device)
     partition(model.model, weights, settings, half=half, device=device, dist=dist, where=where)
     sharded = ShardedModel(model, settings)
