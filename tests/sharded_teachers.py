@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from tiny import CPU, NUM_IDS, causal_batch, causal_model, class_batch, classifier, rows_of
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from mtkd.config import ModelConfig, ShardedConfig, TeacherConfig
 from mtkd.data.batch import Batch
@@ -107,13 +106,13 @@ def wants(model: TappedModel | ShardedModel) -> frozenset[str]:
     return frozenset(keys | (info.taps & {"logits", "embedding"}))
 
 
-def values(features: Features, positions: int) -> dict[str, Tensor]:
-    """Everything as tensors; logits at the first positions, read in two tiles."""
+def values(features: Features, positions: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Everything as tensors; logits at the first positions as the objective reads them: cast, in tiles."""
     found = {}
     for key, value in features.items():
         if not isinstance(value, Tensor):
             tiles = torch.arange(positions).split(2)
-            value = torch.cat([value.rows(index) for index in tiles])
+            value = torch.cat([value.in_dtype(dtype).rows(index) for index in tiles])
         found[key] = value
     return found
 
@@ -139,16 +138,3 @@ def held_numbers(model: ShardedModel) -> tuple[int, int]:
     """Numbers of this rank's parts, and of parameters that are whole now; a tied one once."""
     parameters: Sequence[Any] = list(model.parameters())
     return sum(p.ds_tensor.numel() for p in parameters), sum(p.data.numel() for p in parameters)
-
-
-def stored_in_half(folder: Path, name: str, into: str) -> None:
-    """A copy of a teacher whose file is bfloat16."""
-    config = AutoConfig.from_pretrained(folder / name)
-    model = AutoModelForCausalLM.from_pretrained(folder / name, config=config, dtype=torch.bfloat16)
-    model.save_pretrained(folder / into)
-    HEADS[into] = HEADS[name]
-
-
-def without_routes(batch: Batch) -> Batch:
-    """The batch as a weighting that reads no routes gets it."""
-    return dataclasses.replace(batch, routes=None)

@@ -92,7 +92,7 @@ class Recorder:
             raise UserError("attention with a position bias cannot be recorded on packed rows", where="batch.packing")
         head_input = None if self.head_input is None else hidden(self.head_input)
         calls = {layer: call(found) for layer, found in self.calls.items()}
-        return Recorder(self.layers, calls, self.num_calls, head_input, self.head)
+        return Recorder(self.layers, calls, self.num_calls, head_input, head=self.head)
 
 
 _active: ContextVar[Recorder | None] = ContextVar("mtkd_recorder", default=None)

@@ -112,7 +112,7 @@ def partition(
     import deepspeed
 
     init = deepspeed.zero.Init(config_dict_or_path=dict(settings))
-    made: dict[int, nn.Parameter] = {}
+    made: dict[int, Any] = {}
     broken: list[str] = []
 
     def fill() -> None:
@@ -171,12 +171,12 @@ def read_numbers(stored: StoredWeight, start: int, stop: int) -> Tensor:
     By plain reads: the pages of a mapping would count as this process's memory for as long as the kernel likes.
     """
     values = torch.empty(stop - start, dtype=stored.dtype)
-    left = memoryview(values.view(torch.uint8).numpy()) if len(values) else memoryview(bytearray())
+    left: Any = values.view(torch.uint8).numpy()
     place = stored.start + start * stored.dtype.itemsize
     descriptor = os.open(stored.file, os.O_RDONLY | os.O_CLOEXEC)
     try:
         while len(left):
-            count = os.preadv(descriptor, [left], place)
+            count = os.preadv(descriptor, [left.data], place)
             if count == 0:
                 raise OSError(f"{stored.file} ends within {stored.name}")
             left, place = left[count:], place + count

@@ -79,6 +79,9 @@ def _features(folder: Path) -> dict[str, Any]:
         ours = small.sharded(folder, name, dist, whole_parameters=40, prefetch_parameters=500)
         teacher, judge = (pooled(name, model, CPU, torch.float32) for model in (ours, theirs))
         keys, batch = small.wants(ours), small.batch_of(name, dist.rank)
+        if name == "padded":
+            for model in (ours, theirs):
+                model.enable_packing("packing")
         worst = 0.0
         for step in range(4):  # the order of the layers is learned in the first, and used from the third on
             told_batch = small.filler(batch) if step == 2 and dist.is_main else batch
@@ -236,8 +239,9 @@ def _faults(folder: Path) -> list[Any]:
     for half, judge in ((False, exact), (True, rounded)):
         ours = small.sharded(folder, "half", dist, half=half)
         types = {p.ds_tensor.dtype for p in ours.parameters() if p.ds_numel > 100}
-        teacher = pooled("s", ours, CPU, torch.bfloat16 if half else torch.float32)
-        pair = (small.values(x.forward(batch, small.wants(ours)), len(batch.ids)) for x in (teacher, judge))
+        dtype = torch.bfloat16 if half else torch.float32
+        teacher = pooled("s", ours, CPU, dtype)
+        pair = (small.values(x.forward(batch, small.wants(ours)), len(batch.ids), dtype) for x in (teacher, judge))
         told.append((sorted(map(str, types)), small.largest_difference(*pair)))
         teacher.close()
     return told
