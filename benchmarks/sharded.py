@@ -1,23 +1,24 @@
 """Three sharded teachers of 300 MB beside a student on two processes: what each process holds, and what a step takes.
 
     python benchmarks/sharded.py                  # everything, about ten minutes; --rounds 1 for a look
-    MALLOC_ARENA_MAX=1 python benchmarks/sharded.py
 
 Setting: CPU, gloo, 2 processes of one thread; student Llama 4x256 under ZeRO 2, teachers Llama 8x768 (float32, untied,
 random weights in safetensors shards), V = 8,000, 4 x 64 tokens per process; forward KL to the uniform mixture. Every
-measurement is a fresh pair of processes; the figure is the larger one of the two.
+measurement is a fresh pair of processes; the figure is the larger one of the two. glibc gives freed blocks of 1 MiB and
+more back at once in all of them (MALLOC_MMAP_THRESHOLD_), as it does wherever a teacher is sharded on a CPU.
 
 Memory is the resident set (VmHWM of /proc/self/status: anonymous, file and shared pages), from the start of the process
-to the end of the fourth step: loading and Adam's moments are in it. The law:
+to the end of the third step: loading and Adam's moments are in it. The law:
 
     peak  <  (student + sum of the teachers / 2 + largest layer) x 1.2
 
 "student" is the peak of the same process with the same student and no teachers (K = 0: labels alone). Because that has
 the libraries in it, the same is printed for what the teachers add:  peak - student  <  (sum / 2 + largest layer) x 1.2.
 
-Loading is measured by itself: one teacher, the largest resident set while it is loaded less what was there before, for
-mtkd and for the two other ways to load a ZeRO-3 model (`GatheredParameters` per weight, read on rank 0 and broadcast;
-`from_pretrained` under `HfDeepSpeedConfig`).
+Loading is measured by itself: one teacher, the largest resident set while it is loaded less what was there before (a
+tiny one was loaded first, which imports everything), for mtkd and for the way of DeepSpeed's documentation: `zero.Init`,
+then `GatheredParameters` for each weight, read on rank 0 and broadcast. (transformers' own way,
+`from_pretrained` under `HfDeepSpeedConfig`, needs accelerate, which mtkd does not.)
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import warnings
 from functools import partial
 from pathlib import Path
 
-VOCABULARY, LENGTH, SEQUENCES, STEPS, TEACHERS = 8_000, 64, 4, 4, 3
+VOCABULARY, LENGTH, SEQUENCES, STEPS, TEACHERS = 8_000, 64, 4, 3, 3
 STUDENT = {"hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 512}
 TEACHER = {"hidden_size": 768, "num_hidden_layers": 8, "intermediate_size": 2_304}
 MB = 1e6
@@ -59,6 +60,7 @@ def write_teachers(folder: str) -> tuple[float, float]:
     for k in range(TEACHERS):
         model = llama(TEACHER, k + 1)
         model.save_pretrained(Path(folder) / str(k), max_shard_size="100MB")
+    llama({**TEACHER, "hidden_size": 16, "num_hidden_layers": 1}, 0).save_pretrained(Path(folder) / "tiny")
     layers = [*model.model.layers, model.lm_head, model.model.embed_tokens]
     sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
     return sum(p.numel() for p in model.parameters()) * 4 / MB, max(sizes) * 4 / MB
@@ -93,13 +95,14 @@ def gathered(folder: Path, dist):
     import deepspeed
     from safetensors import safe_open
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     from mtkd.config import ShardedConfig
     from mtkd.models.weights import find_weights
     from mtkd.pool.partition import engine_settings
 
     settings = engine_settings(ShardedConfig(), folder.name, 0)
-    with deepspeed.zero.Init(config_dict_or_path=settings):
+    with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=settings):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     stored = find_weights(empty_teacher(folder).model, folder)
     for name, parameter in model.named_parameters():
@@ -110,22 +113,7 @@ def gathered(folder: Path, dist):
     return model
 
 
-def under_transformers(folder: Path, dist):
-    """The way of transformers' documentation."""
-    from transformers import AutoModelForCausalLM
-    from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
-
-    from mtkd.config import ShardedConfig
-    from mtkd.pool.partition import engine_settings
-
-    held = HfDeepSpeedConfig(engine_settings(ShardedConfig(), folder.name, 0))
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    unset_hf_deepspeed_config()
-    del held
-    return model
-
-
-WAYS = {"mtkd": sharded_teacher, "GatheredParameters": gathered, "HfDeepSpeedConfig": under_transformers}
+WAYS = {"mtkd": sharded_teacher, "GatheredParameters": gathered}
 
 
 def load(way: str, folder: str) -> dict[str, float]:
@@ -134,9 +122,7 @@ def load(way: str, folder: str) -> dict[str, float]:
     from mtkd.engine.deepspeed_engine import init_distributed
 
     dist = init_distributed("cpu")
-    empty_teacher(Path(folder) / "0")  # imports
-    import deepspeed  # noqa: F401
-
+    tiny = WAYS[way](Path(folder) / "tiny", dist)
     before = status_mb("RssAnon", "RssFile", "RssShmem")
     Path("/proc/self/clear_refs").write_text("5")  # the largest resident set starts anew
     begun = time.perf_counter()
@@ -144,12 +130,12 @@ def load(way: str, folder: str) -> dict[str, float]:
     dist.barrier()
     seconds = time.perf_counter() - begun
     held = status_mb("RssAnon", "RssFile", "RssShmem") - before
-    assert all(p.ds_numel for p in model.parameters())
+    assert all(p.ds_numel for p in (*model.parameters(), *tiny.parameters()))
     return {"peak": status_mb("VmHWM") - before, "held": held, "seconds": seconds}
 
 
 def train(backend: str, count: int, folder: str) -> dict[str, float]:
-    """Four steps of the student on this rank: its peak in MB, seconds per step, the first loss."""
+    """Three steps of the student on this rank: its peak in MB, seconds per step, the first loss."""
     warnings.filterwarnings("ignore")
     import torch
 
@@ -219,6 +205,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     rounds = parser.parse_args().rounds
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # What a process with sharded teachers does by itself; here for all, so that they compare.
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 20))
     with tempfile.TemporaryDirectory(dir=".") as folder:
         one, layer = write_teachers(folder)
         print(f"one teacher {one:.0f} MB, largest layer {layer:.0f} MB")

@@ -2,13 +2,13 @@
 
 No rank ever has the whole model, nor a whole weight while it is loaded: the buffer that DeepSpeed partitions is
 allocated and filled only where this rank's part is, so the pages of the other ranks' parts are never touched (on a GPU
-the buffer is real: one weight at a time). Measured against the two other ways: `from_pretrained` under
-`HfDeepSpeedConfig` holds one whole model per rank, `GatheredParameters` one whole weight on every rank and a broadcast
-of everything. `HfDeepSpeedConfig` is never created, so no student or other teacher can be changed by it.
+the buffer is real: one weight at a time). `HfDeepSpeedConfig` is never created: no student and no other teacher can be
+changed by it. benchmarks/sharded.py measures what loading takes.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterable, Mapping
 from math import prod
@@ -27,6 +27,9 @@ from mtkd.models.weights import StoredWeight
 _LIVE = 10**12
 # Large parameters of one module that may be on their way from files; each takes the memory of the largest part.
 _NVME_BUFFERS = 5
+# Bytes from which on glibc gives a freed block back to the system; by itself it moves this up to 32 MB.
+_BLOCK = 1 << 20
+_M_MMAP_THRESHOLD = -3  # of mallopt
 
 
 def engine_settings(config: ShardedConfig, name: str, largest_part: int) -> dict[str, Any]:
@@ -111,6 +114,8 @@ def partition(
     """
     import deepspeed
 
+    if device.type == "cpu":
+        _give_blocks_back()
     init = deepspeed.zero.Init(config_dict_or_path=dict(settings))
     made: dict[int, Any] = {}
     broken: list[str] = []
@@ -137,6 +142,16 @@ def partition(
     told = dist.broadcast_object(sorted({n for names in dist.gather_objects(broken) or [] for n in names}))
     if told:
         raise DataError("the teacher's weights are not finite", where=where, found=", ".join(told[:5]))
+
+
+def _give_blocks_back() -> None:
+    """Freed weights go back to the system at once, for the whole process, unless the environment says otherwise.
+
+    Layers of all sizes come and go at every pass: kept for later use, they would hold as much again as the parts.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt") and "MALLOC_MMAP_THRESHOLD_" not in os.environ:  # glibc has it, musl does not
+        library.mallopt(_M_MMAP_THRESHOLD, _BLOCK)
 
 
 def _parameter(stored: StoredWeight, half: bool, device: torch.device, dist: Dist) -> nn.Parameter:

@@ -26,6 +26,7 @@ from mtkd.errors import DataError, UserError
 from mtkd.lookaround import after_step, before_step
 from mtkd.match import Match
 from mtkd.methods import kd
+from mtkd.models.packing import make_layout
 from mtkd.models.weights import read_weights
 from mtkd.pool import TeacherPool, pooled
 from mtkd.pool.partition import engine_settings, part_of, read_numbers
@@ -82,6 +83,7 @@ def _features(folder: Path) -> dict[str, Any]:
         if name == "padded":
             for model in (ours, theirs):
                 model.enable_packing("packing")
+            told["packed"] = make_layout(batch.attention_mask, ours.info.width) is not None
         worst = 0.0
         for step in range(4):  # the order of the layers is learned in the first, and used from the third on
             told_batch = small.filler(batch) if step == 2 and dist.is_main else batch
@@ -111,8 +113,10 @@ def _features(folder: Path) -> dict[str, Any]:
 @deepspeed
 def test_features_are_a_resident_teachers(models: Path) -> None:
     """All features of all layers on two ranks with unequal batches, one of them of filler rows in one call."""
+    packed = []
     for told in run_distributed(_features, 2, models, timeout=240):
         assert told.pop("linear")
+        packed.append(told.pop("packed"))
         for name, found in told.items():
             assert found["difference"] < 1e-5, name
             for what in ("parts", "whole", "parameters"):
@@ -120,6 +124,7 @@ def test_features_are_a_resident_teachers(models: Path) -> None:
             assert found["table"] == 0
             assert found["closed"] == (0, 0), name
             assert found["freed"], name
+    assert packed == [True, False]  # one rank alone packs its rows
 
 
 # ---------------------------------------------------------------- losses
