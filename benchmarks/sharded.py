@@ -16,8 +16,8 @@ to the end of the third step: loading and Adam's moments are in it. The law:
 the libraries in it, the same is printed for what the teachers add:  peak - student  <  (sum / 2 + largest layer) x 1.2.
 
 Loading is measured by itself: one teacher, the largest resident set while it is loaded less what was there before (a
-tiny one was loaded first, which imports everything), for mtkd and for the way of DeepSpeed's documentation: `zero.Init`,
-then `GatheredParameters` for each weight, read on rank 0 and broadcast. (transformers' own way,
+tiny one was loaded first, which imports everything), for mtkd and for the way of DeepSpeed's documentation: first
+`zero.Init`, then `GatheredParameters` for each weight, read on rank 0 and broadcast. (transformers' own way,
 `from_pretrained` under `HfDeepSpeedConfig`, needs accelerate, which mtkd does not.)
 """
 
@@ -113,7 +113,21 @@ def gathered(folder: Path, dist):
     return model
 
 
-WAYS = {"mtkd": sharded_teacher, "GatheredParameters": gathered}
+def parts_alone(folder: Path, dist):
+    """As the backend loads it, without its engine and the pass that verifies it."""
+    import torch
+
+    from mtkd.config import ShardedConfig
+    from mtkd.models.weights import find_weights
+    from mtkd.pool.partition import engine_settings, partition
+
+    model = empty_teacher(folder).model
+    settings, how = engine_settings(ShardedConfig(), folder.name, 0), {"half": False, "where": "benchmark"}
+    partition(model, find_weights(model, folder), settings, device=torch.device("cpu"), dist=dist, **how)
+    return model
+
+
+WAYS = {"mtkd, parts": parts_alone, "GatheredParameters": gathered, "mtkd, with engine and check": sharded_teacher}
 
 
 def load(way: str, folder: str) -> dict[str, float]:

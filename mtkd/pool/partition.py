@@ -23,8 +23,6 @@ from mtkd.engine.dist import Dist, together
 from mtkd.errors import DataError, UserError
 from mtkd.models.weights import StoredWeight
 
-# Numbers that may be gathered at a time: no limit, for a layer is released as soon as it has run.
-_LIVE = 10**12
 # Large parameters of one module that may be on their way from files; each takes the memory of the largest part.
 _NVME_BUFFERS = 5
 # Bytes from which on glibc gives a freed block back to the system; by itself it moves this up to 32 MB.
@@ -44,7 +42,9 @@ def engine_settings(config: ShardedConfig, name: str, largest_part: int) -> dict
         "overlap_comm": True,
         "stage3_prefetch_bucket_size": config.prefetch_parameters,
         "stage3_param_persistence_threshold": config.whole_parameters,
-        "stage3_max_live_parameters": _LIVE,
+        # Every module that runs gathers another bucket ahead, so the bucket alone bounds nothing: without this limit,
+        # which the running layer counts against too, one pass had the whole teacher gathered.
+        "stage3_max_live_parameters": config.prefetch_parameters,
         # Nothing is kept for a later use in the same pass: a tied embedding would stay whole through all layers.
         "stage3_max_reuse_distance": 0,
         # True replaces torch's linear function, for the whole process and for good.

@@ -16,6 +16,7 @@ from tiny import CPU, causal_batch, causal_model, make_objective, rows_of
 from tiny_run import tiny_config
 
 import mtkd
+import mtkd.pool.partition as loading
 from mtkd.chain import stage_values
 from mtkd.config import Named, OptimizerConfig, RunConfig, ShardedConfig
 from mtkd.engine.base import Engine
@@ -68,8 +69,34 @@ def test_any_part_of_a_stored_weight_can_be_read(tmp_path: Path, dtype: torch.dt
 # ---------------------------------------------------------------- features
 
 
+class _Watch:
+    """What loading reads on this rank, and how many weights are whole at a time."""
+
+    def __init__(self) -> None:
+        self.numbers, self.most = 0, 0
+        self._made: list[torch.nn.Parameter] = []
+        read, make = loading.read_numbers, loading._parameter
+
+        def counted(stored: Any, start: int, stop: int) -> torch.Tensor:
+            self.numbers += stop - start
+            return read(stored, start, stop)
+
+        def followed(*args: Any) -> torch.nn.Parameter:
+            self._made.append(make(*args))
+            self.most = max(self.most, sum(p.data.numel() > 0 for p in self._made))
+            return self._made[-1]
+
+        loading.read_numbers, loading._parameter = counted, followed
+
+    def told(self) -> tuple[int, int]:
+        """Numbers read and the most whole weights, since the last call."""
+        found = self.numbers, self.most
+        self.numbers, self.most, self._made = 0, 0, []
+        return found
+
+
 def _features(folder: Path) -> dict[str, Any]:
-    dist = init_distributed("cpu")
+    dist, watch = init_distributed("cpu"), _Watch()
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
     linear = torch.nn.functional.linear
@@ -78,6 +105,7 @@ def _features(folder: Path) -> dict[str, Any]:
         theirs = small.resident(folder, name)
         # whole_parameters and prefetch change what is where, and no number
         ours = small.sharded(folder, name, dist, whole_parameters=40, prefetch_parameters=500)
+        read = watch.told()
         teacher, judge = (pooled(name, model, CPU, torch.float32) for model in (ours, theirs))
         keys, batch = small.wants(ours), small.batch_of(name, dist.rank)
         if name == "padded":
@@ -92,8 +120,10 @@ def _features(folder: Path) -> dict[str, Any]:
         parts, whole = small.held_numbers(ours)
         numbers = [p.numel() for p in theirs.parameters()]
         table = ours.embedding_table
+        mine = sum(len(part_of(n, dist)) for n in numbers)
         told[name] = {
             "difference": worst,
+            "read": (read, (mine, 1)),
             "parts": (parts, sum(-(-n // dist.world_size) for n in numbers)),
             "whole": (whole, sum(n for n in numbers if n <= 40)),
             "parameters": (teacher.num_parameters, judge.num_parameters),
@@ -119,7 +149,7 @@ def test_features_are_a_resident_teachers(models: Path) -> None:
         packed.append(told.pop("packed"))
         for name, found in told.items():
             assert found["difference"] < 1e-5, name
-            for what in ("parts", "whole", "parameters"):
+            for what in ("parts", "whole", "parameters", "read"):
                 assert found[what][0] == found[what][1], (name, what, found[what])
             assert found["table"] == 0
             assert found["closed"] == (0, 0), name
@@ -292,6 +322,7 @@ def test_every_setting_reaches_the_engine(tmp_path: Path) -> None:
     assert plain["stage"] == 3
     assert "offload_param" not in plain
     assert zero(prefetch_parameters=7)["stage3_prefetch_bucket_size"] == 7 != plain["stage3_prefetch_bucket_size"]
+    assert zero(prefetch_parameters=7)["stage3_max_live_parameters"] == 7
     assert zero(whole_parameters=7)["stage3_param_persistence_threshold"] == 7
     assert plain["stage3_param_persistence_threshold"] != 7
     assert zero(offload="cpu")["offload_param"]["device"] == "cpu"
