@@ -126,8 +126,8 @@ class ShardedConfig(Config):
 
     prefetch_parameters: Annotated[int, Field(ge=0)] = Field(
         10_000_000,
-        description="numbers (not bytes) that may be gathered at a time so that the next layers are there early; memory "
-        "for twice as many on every rank; what a layer needs is gathered in any case; 0: nothing early",
+        description="numbers (not bytes) that may be gathered at a time so that the next layers are there early; "
+        "memory for twice as many on every rank; what a layer needs is gathered in any case; 0: nothing early",
     )
     whole_parameters: Annotated[int, Field(ge=0)] = Field(
         10_000,
