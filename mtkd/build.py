@@ -6,8 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from mtkd.built import BuiltStage
 from mtkd.cachefolder import cache_digest, cache_folder, cached_teacher
-from mtkd.chain import check_checkpoint, identity, member_of, stage_of, stage_seed, weights_digest
+from mtkd.chain import identity, member_of, stage_of, stage_seed, weights_digest
 from mtkd.cofinetune import CoFinetuning, check_members
 from mtkd.config import ModelConfig, RunConfig, StageConfig, TeacherConfig
 from mtkd.configfile import fingerprint
@@ -31,10 +31,9 @@ from mtkd.data.tokenizers import (
     tokenizer_fingerprint,
     train_tokenizer,
 )
-from mtkd.engine.base import Engine, Trainable, seed_everything
+from mtkd.engine.base import Trainable, seed_everything
 from mtkd.engine.dist import Dist
 from mtkd.engine.make import make_engine
-from mtkd.errors import DataError
 from mtkd.locate import given_tokenizer, read_tokenizer, resolve_path, revision_of
 from mtkd.mix import stage_rows
 from mtkd.models.folder import check_folder, find_folder
@@ -42,48 +41,13 @@ from mtkd.models.load import build_model, compress_model
 from mtkd.models.taps import TappedModel, input_table
 from mtkd.models.vocabulary import VocabularyMap, compressed_teacher, compressed_twice, make_vocabulary, read_vocabulary
 from mtkd.objective import Objective
-from mtkd.pool import CachedTeacher, OffloadedModel, OffloadTeacher, ResidentTeacher, Teacher, TeacherPool
-from mtkd.pool.offload import offload, stream
+from mtkd.pool import CachedTeacher, LiveModel, Teacher, TeacherPool, offload, pooled, shard, stream
 from mtkd.pool.resident import check_finite
 from mtkd.projection import make_projections
 from mtkd.rows import compile_rows
 from mtkd.rundir import RunDir, StageDir
 from mtkd.weightings.base import StageFacts
 from mtkd.weightings.make import make_weighting, stage_facts
-
-
-@dataclass
-class BuiltStage:
-    """Everything the loop needs for one stage."""
-
-    name: str
-    stage: StageConfig
-    objective: Trainable
-    pool: TeacherPool
-    engine: Engine
-    stream: TrainStream
-    data: LoadedData
-    steps: int
-    identity: dict[str, Any]
-    layout: dict[str, Any]
-
-    def num_parameters(self, member: str | None = None) -> int:
-        """Parameters of the exported models, or of one of them; tied and shared ones once."""
-        models = torch.nn.ModuleList(m.model for n, m in self.objective.models.items() if member in (None, n))
-        return sum(getattr(p, "ds_numel", p.numel()) for p in models.parameters())
-
-    def close(self) -> None:
-        """Free teachers, engine and graphs before the next stage."""
-        self.pool.close()
-        self.engine.close()
-
-    def check_layout(self, manifest: Mapping[str, Any]) -> None:
-        """Refuse a checkpoint of another identity, or one that was cut for other processes.
-
-        Raises:
-            DataError: with every difference.
-        """
-        check_checkpoint(self.name, manifest, self.identity, self.layout)
 
 
 class Workshop:
@@ -223,7 +187,7 @@ class Workshop:
         model: ModelConfig,
         data: LoadedData,
         seed: int,
-        teacher: TappedModel | OffloadedModel | None = None,
+        teacher: LiveModel | None = None,
         where: str = "model",
         empty: bool = False,
     ) -> TappedModel:
@@ -263,15 +227,18 @@ class Workshop:
             built = compress_model(built, task, vocabulary, seed)
         return TappedModel(built, task, num_ids, vocabulary)
 
-    def teacher(self, teacher: TeacherConfig, data: LoadedData, where: str) -> TappedModel | OffloadedModel:
+    def teacher(self, teacher: TeacherConfig, data: LoadedData, where: str) -> LiveModel:
         """A teacher whose tokenizer is the run's, with its weights where its backend keeps them; a collective."""
         assert teacher.model.path is not None
         if data.task.token_level and self.vocabulary(teacher.model, where) is not None:
             raise compressed_teacher(teacher.model.path, where)
-        model = self.model(teacher.model, data, seed=0, where=where, empty=teacher.backend == "streamed")
-        if teacher.backend == "streamed":
+        in_files = teacher.backend in ("streamed", "sharded")
+        model = self.model(teacher.model, data, seed=0, where=where, empty=in_files)
+        if in_files:
             found = find_folder(teacher.model.path, teacher.model.revision, self.resolve, weights=True)
-            return stream(model, found, self.device, self.dtype)
+            if teacher.backend == "streamed":
+                return stream(model, found, self.device, self.dtype)
+            return shard(model, found, teacher, self.device, self.dtype, self.dist, where)
         check_finite(model, where)
         model.verify()
         if teacher.backend == "resident":
@@ -322,7 +289,7 @@ class Workshop:
             for model in (student, *live.values()):
                 model.enable_packing(f"{where}.batch.packing")
         teachers: list[Teacher] = [
-            self._in_pool(t.name, live[t.name])
+            pooled(t.name, live[t.name], self.device, self.dtype, self.config.engine.compile)
             if t.name in live
             else self._cached(t, data, f"{where}.teachers[{i}].model")
             for i, t in enumerate(stage.teachers)
@@ -353,14 +320,7 @@ class Workshop:
         wants = [objective.teacher_wants(k) for k in range(len(teachers))]
         return objective, TeacherPool(teachers, wants, self.config.engine.prefetch)
 
-    def _in_pool(self, name: str, model: TappedModel | OffloadedModel) -> Teacher:
-        if isinstance(model, OffloadedModel):
-            return OffloadTeacher(name, model, self.device, self.dtype)
-        if self.config.engine.compile:
-            model.compile_model()
-        return ResidentTeacher(name, model, self.device, self.dtype)
-
-    def tile(self, models: Sequence[TappedModel | OffloadedModel]) -> int:
+    def tile(self, models: Sequence[LiveModel]) -> int:
         """Positions per tile for the widest of some models' logits."""
         return self.config.engine.tile_for(max(model.num_columns for model in models), self.device.type)
 

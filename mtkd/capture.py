@@ -35,7 +35,7 @@ from mtkd.engine.dist import alive, on_main, together
 from mtkd.ensembles import as_logits
 from mtkd.errors import DataError, NonFiniteError, Preempted, UserError
 from mtkd.models.taps import TappedModel
-from mtkd.pool import OffloadedModel, OffloadTeacher, ResidentTeacher
+from mtkd.pool import Teacher, pooled
 from mtkd.rundir import RunDir, StageDir
 from mtkd.seal import MANIFEST, append_jsonl, fault_point, write_atomic
 from mtkd.train import StopFlag, stop_flag
@@ -167,11 +167,7 @@ def _cache(job: _Job, config: TeacherConfig, where: str, stopped: StopFlag, prog
     job.shards += writer.num_shards - len(missing)
     job.examples += origin.num_examples - sum(len(examples) for _, examples in missing)
     progress.skip(job.examples)
-    teacher = (
-        OffloadTeacher(config.name, model, shop.device, shop.dtype)
-        if isinstance(model, OffloadedModel)
-        else ResidentTeacher(config.name, model, shop.device, shop.dtype)
-    )
+    teacher = pooled(config.name, model, shop.device, shop.dtype)
     for start in range(0, len(missing), dist.world_size):
         _round(job, teacher, writer, missing[start : start + dist.world_size], stopped, progress)
     teacher.close()
@@ -182,7 +178,7 @@ def _cache(job: _Job, config: TeacherConfig, where: str, stopped: StopFlag, prog
 
 def _round(
     job: _Job,
-    teacher: ResidentTeacher,
+    teacher: Teacher,
     writer: CacheWriter,
     shards: list[tuple[int, range]],
     stopped: StopFlag,
@@ -221,7 +217,7 @@ def _preempted(job: _Job) -> Preempted:
 
 
 def _records(
-    job: _Job, teacher: ResidentTeacher, content: CacheContent, examples: range, stopped: StopFlag
+    job: _Job, teacher: Teacher, content: CacheContent, examples: range, stopped: StopFlag
 ) -> list[Record] | None:
     """What a teacher says about some examples; None when the process was told to stop before the end."""
     wants, records = frozenset({"logits", *content.hidden}), list[Record]()

@@ -132,9 +132,13 @@ def stage_values(stage: StageConfig) -> dict[str, Any]:
 
 
 def _without_places(values: dict[str, Any]) -> dict[str, Any]:
-    """Stage values in which live teachers are all resident: where their weights are changes no numbers."""
+    """Stage values in which live teachers are all resident: where their weights are changes no numbers.
+
+    (A sharded teacher's are those of a resident one to rounding.)
+    """
     for teacher in values["teachers"]:
         teacher["backend"] = "cached" if teacher["backend"] == "cached" else "resident"
+        del teacher["sharded"]
     return values
 
 

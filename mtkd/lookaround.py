@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from mtkd.build import BuiltStage
+from mtkd.built import BuiltStage
 from mtkd.data.batch import Batch
 from mtkd.engine.base import Engine
 from mtkd.ensembles import as_logits

@@ -12,7 +12,7 @@ from mtkd.config import ModelConfig, TeacherConfig
 from mtkd.models.info import ModelInfo
 
 SKIPPED = "done, skipped"
-_MOVING = ("offload", "streamed")
+_MOVING = ("offload", "streamed", "sharded")
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from mtkd.models.load import smaller_config
 from mtkd.models.vocabulary import compressed_teacher, compressed_twice, read_vocabulary
 from mtkd.models.weights import check_weights
 from mtkd.planned import SKIPPED, Plan, PlannedModel, PlannedStage, of_cache, planned_model, row_text, with_consequences
+from mtkd.pool.partition import check_nvme
 from mtkd.registry import TASKS, load_plugins
 from mtkd.rows import compile_rows
 from mtkd.rundir import RunDir
@@ -115,6 +116,8 @@ class _Planner:
             made = self._teacher_config(stage, teacher, auto_class, place)
             sized.append(self._sized(teacher.name, teacher.model, made, data, auto_class))
             self._check_tokenizer(teacher.model, place, task.token_level)
+            if teacher.sharded is not None:
+                check_nvme(teacher.sharded, f"{place}.sharded")
         backends = [""] * own + [teacher.backend for teacher in stage.teachers]
         planned = [replace(model, backend=backend) for (model, _), backend in zip(sized, backends, strict=True)]
         infos = [info for _, info in sized]
@@ -228,10 +231,10 @@ class _Planner:
     def _teacher_config(
         self, stage: StageConfig, teacher: TeacherConfig, auto_class: str, where: str
     ) -> PretrainedConfig:
-        """Of a teacher that runs; the names and shapes in a streamed one's files are compared with it already."""
+        """Of a teacher that runs; names and shapes in the files of a streamed or sharded one are compared with it."""
         made = self._model_config(stage, teacher.model, where)
         folder = resolve_path(teacher.model.path or "", self.config.base)
-        if teacher.backend == "streamed" and isinstance(folder, Path) and auto_class != CLASSIFIER:
+        if teacher.backend in ("streamed", "sharded") and isinstance(folder, Path) and auto_class != CLASSIFIER:
             check_folder(folder)
             check_weights(made, auto_class, folder)
         return made

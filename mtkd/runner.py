@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from mtkd.agreement import agree, agree_on_run, check_shared, new_run_id
-from mtkd.build import BuiltStage, Workshop
+from mtkd.build import Workshop
+from mtkd.built import BuiltStage
 from mtkd.capture import capture
 from mtkd.chain import changed_stages, finished, to_redo
 from mtkd.checks import check

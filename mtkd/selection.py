@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from mtkd.build import BuiltStage
+from mtkd.built import BuiltStage
 from mtkd.data.batch import Batch
 from mtkd.data.sampler import evaluation_batches
 from mtkd.errors import DataError, UserError

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from mtkd.build import BuiltStage
+from mtkd.built import BuiltStage
 from mtkd.config import RunConfig
 from mtkd.console import StageProgress, say
 from mtkd.data.batch import Batch, position_counts

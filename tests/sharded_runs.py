@@ -12,7 +12,8 @@ import torch
 from tiny_run import EPOCH_STEPS, NAME, write_yaml
 
 import mtkd.runner
-from mtkd.build import BuiltStage, Workshop
+from mtkd.build import Workshop
+from mtkd.built import BuiltStage
 from mtkd.configfile import load_config
 from mtkd.data.sampler import TrainStream
 from mtkd.errors import UserError

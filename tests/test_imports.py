@@ -32,7 +32,7 @@ ORDER = (
         "cofinetune",
     ),
     ("chain", "ladder", "rundir", "locate", "memory", "cachefolder", "cacheplan", "planned", "agreement"),
-    ("build", "checks", "planner"),
+    ("build", "built", "checks", "planner"),
     ("evaluate", "lookaround"),
     ("selection", "train", "capture"),
     ("report", "runner", "status", "table", "listing", "doctor", "laws", "testing"),

@@ -7,7 +7,7 @@ from mtkd.config.base import STAGE_PREFIX, Config, Name, Named, Positive, Share,
 from mtkd.config.cache import CacheConfig
 from mtkd.config.chain import ChainConfig, Rung, Training
 from mtkd.config.data import RANDOM_TOKENS, DataConfig, TokenizerConfig, TransferConfig, prompt_parts
-from mtkd.config.model import ModelConfig, SliceConfig, TeacherConfig, VocabularyConfig
+from mtkd.config.model import ModelConfig, ShardedConfig, SliceConfig, TeacherConfig, VocabularyConfig
 from mtkd.config.run import Comparison, EngineConfig, EvaluateConfig, RunConfig
 from mtkd.config.stage import BatchConfig, EarlyStop, EqualTime, OptimizerConfig, ScoringBatchConfig, StageConfig
 
@@ -32,6 +32,7 @@ __all__ = [
     "RunConfig",
     "Rung",
     "ScoringBatchConfig",
+    "ShardedConfig",
     "Share",
     "SliceConfig",
     "StageConfig",

@@ -121,6 +121,36 @@ class ModelConfig(Config):
         return self.keep_layers is not None or self.slice is not None
 
 
+class ShardedConfig(Config):
+    """The ZeRO-3 engine of a sharded teacher; each teacher has its own, whatever the student's is."""
+
+    prefetch_parameters: Annotated[int, Field(ge=0)] = Field(
+        10_000_000,
+        description="numbers (not bytes) that may be gathered at a time so that the next layers are there early; "
+        "memory for twice as many on every rank; what a layer needs is gathered in any case; 0: nothing early",
+    )
+    whole_parameters: Annotated[int, Field(ge=0)] = Field(
+        10_000,
+        description="a parameter of at most so many numbers (norms, biases) is gathered once and stays whole on every "
+        "rank; 0: none",
+    )
+    offload: Literal["none", "cpu", "nvme"] = Field(
+        "none",
+        description="where a rank's part waits: none = on its device; cpu = in pinned host memory; nvme = in files, in "
+        "float32",
+    )
+    nvme_path: str | None = Field(
+        None,
+        description="offload: nvme: folder on a local disk, as every node has it; relative to the working directory",
+    )
+
+    @model_validator(mode="after")
+    def _path_of_nvme(self) -> ShardedConfig:
+        if (self.offload == "nvme") != (self.nvme_path is not None):
+            raise ValueError("offload: nvme and nvme_path go together")
+        return self
+
+
 class TeacherConfig(Config):
     """One teacher of the pool."""
 
@@ -132,13 +162,15 @@ class TeacherConfig(Config):
     model: ModelConfig = Field(
         description="a folder, hub id, card or stage:NAME; backend cached: stage:CACHESTAGE/TEACHER or a cache's folder"
     )
-    backend: Literal["resident", "offload", "streamed", "cached"] = Field(
+    backend: Literal["resident", "offload", "streamed", "sharded", "cached"] = Field(
         "resident",
         description="where its weights live: resident = beside the student; offload = in host memory (GPU) or a mapped "
         "file in the run folder (CPU), on the device only while it runs; streamed = in its own safetensors files, one "
-        "layer at a time in memory: a batch reads all of them once; cached = nowhere: its outputs are read from a "
-        "cache (kind: cache), and it is not run",
+        "layer at a time in memory: a batch reads all of them once; sharded = a part on every process, gathered layer "
+        "by layer (engine.kind: deepspeed); cached = nowhere: its outputs are read from a cache (kind: cache), and it "
+        "is not run",
     )
+    sharded: ShardedConfig | None = Field(None, description="backend sharded: its ZeRO-3 engine")
 
     @model_validator(mode="before")
     @classmethod
@@ -159,9 +191,11 @@ class TeacherConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _whole_stream(self) -> TeacherConfig:
-        if self.backend == "streamed" and self.model.is_cut:
-            raise ValueError("a streamed teacher is read from its files as it is; drop keep_layers and slice")
+    def _whole_files(self) -> TeacherConfig:
+        if self.backend in ("streamed", "sharded") and self.model.is_cut:
+            raise ValueError(f"a {self.backend} teacher is read from its files as it is; drop keep_layers and slice")
+        if self.sharded is not None and self.backend != "sharded":
+            raise ValueError(f"sharded is for backend: sharded, not for {self.backend}; drop it")
         return self
 
     @model_validator(mode="after")

@@ -207,6 +207,7 @@ class RunConfig(Config):
             self._known_data(stage.data, f"{where}.data")
             for role, model in stage.trained.items():
                 self._known_vocabulary(model, stage, f"{where}.{role}.vocabulary")
+            self._sharded_by_deepspeed(stage, where)
             earlier = names[:position]
             used = [(f"{where}.{role}", model.path, False) for role, model in stage.trained.items()]
             used += [
@@ -231,6 +232,14 @@ class RunConfig(Config):
         if ours is None or theirs is None:
             return True  # an unknown name is told elsewhere
         return ours.task == theirs.task and ours.next_sentence >= theirs.next_sentence
+
+    def _sharded_by_deepspeed(self, stage: StageConfig, where: str) -> None:
+        sharded = [i for i, teacher in enumerate(stage.teachers) if teacher.backend == "sharded"]
+        if sharded and self.engine.kind != "deepspeed":
+            raise ValueError(
+                f"{where}.teachers[{sharded[0]}].backend: a sharded teacher has a part on every process, and engine "
+                f"kind {self.engine.kind!r} is one process; set engine.kind: deepspeed"
+            )
 
     def _known_vocabulary(self, model: ModelConfig, stage: StageConfig, where: str) -> None:
         if model.vocabulary is None:

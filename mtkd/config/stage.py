@@ -198,6 +198,11 @@ class StageConfig(Config):
                     f"teacher {teacher.name!r}: a cache stage has one teacher in memory at a time; drop backend, or "
                     "set it to streamed"
                 )
+            if teacher.backend == "sharded":
+                raise ValueError(
+                    f"teacher {teacher.name!r}: the processes of a cache stage take unequal numbers of batches, and a "
+                    "sharded teacher needs all of them for each; drop backend, or set it to streamed"
+                )
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from mtkd.evaluate.metrics import by_domain, summarise
 from mtkd.evaluate.score import score
 from mtkd.evaluate.significance import compare, correct
 from mtkd.models.taps import TappedModel
-from mtkd.pool import OffloadedModel
+from mtkd.pool import LiveModel
 from mtkd.seal import read_jsonl, write_atomic
 
 ENSEMBLE = "ensemble:"
@@ -85,7 +85,7 @@ def _scores(shop: Workshop, model: str, key: str, data_name: str) -> Scores | No
     batches = evaluation_batches(split, shop.config.evaluate.batch, shop.dist.rank, shop.dist.world_size)
     records = score(models, data, split, batches, shop.device, shop.dtype, shop.dist, shop.tile(models))
     for each in models:
-        if isinstance(each, OffloadedModel):
+        if not isinstance(each, TappedModel):
             each.close()
     if records is not None:
         write_atomic(file, "".join(json.dumps(record) + "\n" for record in records))
@@ -93,7 +93,7 @@ def _scores(shop: Workshop, model: str, key: str, data_name: str) -> Scores | No
     return records
 
 
-def _models(shop: Workshop, model: str, data: LoadedData) -> list[TappedModel | OffloadedModel]:
+def _models(shop: Workshop, model: str, data: LoadedData) -> list[LiveModel]:
     if not model.startswith(ENSEMBLE):
         return [shop.model(ModelConfig(path=STAGE_PREFIX + model), data, seed=0)]
     stage = model.removeprefix(ENSEMBLE)

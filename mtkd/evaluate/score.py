@@ -17,7 +17,7 @@ from mtkd.engine.dist import Dist, alive
 from mtkd.features import DenseLogits, Logits
 from mtkd.models.taps import TappedModel
 from mtkd.models.vocabulary import VocabularyMap
-from mtkd.pool import OffloadedModel
+from mtkd.pool import LiveModel
 
 WANTS = frozenset({"logits"})
 WholeHead = Callable[[], AbstractContextManager[None]]
@@ -25,7 +25,7 @@ WholeHead = Callable[[], AbstractContextManager[None]]
 
 @torch.no_grad()
 def mixture_log_probs(
-    models: Sequence[TappedModel | OffloadedModel],
+    models: Sequence[LiveModel],
     batch: Batch,
     dtype: torch.dtype,
     tile: int,
@@ -78,7 +78,7 @@ def mean_loss(
 
 
 def score(
-    models: Sequence[TappedModel | OffloadedModel],
+    models: Sequence[LiveModel],
     data: LoadedData,
     split: Split,
     batches: Iterable[Batch],
@@ -101,7 +101,7 @@ def score(
 
 
 def _score_documents(
-    models: Sequence[TappedModel | OffloadedModel],
+    models: Sequence[LiveModel],
     split: Split,
     batches: Iterable[Batch],
     device: torch.device,
@@ -146,7 +146,7 @@ def _score_documents(
 
 
 def _score_examples(
-    models: Sequence[TappedModel | OffloadedModel],
+    models: Sequence[LiveModel],
     split: Split,
     batches: Iterable[Batch],
     device: torch.device,
@@ -179,7 +179,7 @@ def _score_examples(
     return [merged[example] for example in sorted(merged)]
 
 
-def _common_vocabulary(models: Sequence[TappedModel | OffloadedModel]) -> VocabularyMap | None:
+def _common_vocabulary(models: Sequence[LiveModel]) -> VocabularyMap | None:
     """That of the only model; a mixture at token level has whole vocabularies (teachers, which must have one)."""
     vocabulary = models[0].vocabulary
     assert vocabulary is None or len(models) == 1

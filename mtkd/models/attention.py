@@ -76,6 +76,7 @@ class Recorder:
         num_calls: how many attentions there were.
         head_input: what the output head was given, [B,L,H].
         whole_logits: whether the head also computes them.
+        head: weight and bias of a sharded teacher's output head, whole; None where the parameters can be read later.
     """
 
     layers: frozenset[int]
@@ -83,6 +84,7 @@ class Recorder:
     num_calls: int = 0
     head_input: Tensor | None = None
     whole_logits: bool = False
+    head: tuple[Tensor, Tensor | None] | None = None
 
     def spread(self, hidden: Callable[[Tensor], Tensor], call: Callable[[AttentionCall], AttentionCall]) -> Recorder:
         """What was recorded on packed rows, put back where the examples are in the batch."""
@@ -90,7 +92,7 @@ class Recorder:
             raise UserError("attention with a position bias cannot be recorded on packed rows", where="batch.packing")
         head_input = None if self.head_input is None else hidden(self.head_input)
         calls = {layer: call(found) for layer, found in self.calls.items()}
-        return Recorder(self.layers, calls, self.num_calls, head_input)
+        return Recorder(self.layers, calls, self.num_calls, head_input, head=self.head)
 
 
 _active: ContextVar[Recorder | None] = ContextVar("mtkd_recorder", default=None)

@@ -291,7 +291,10 @@ class TappedModel(nn.Module):
         if recorder.head_input is None:
             raise UserError(f"architecture '{self.info.architecture}' never called its output head", where="model")
         head = self._head()
-        return HeadLogits(recorder.head_input, head.weight, head.bias, self.num_ids, self._transform)
+        if recorder.head is None:
+            return HeadLogits(recorder.head_input, head.weight, head.bias, self.num_ids, self._transform)
+        weight, bias = recorder.head
+        return HeadLogits(recorder.head_input.to(weight.dtype), weight, bias, self.num_ids, self._transform)
 
     def _depth(self, name: str, layer: int | None) -> int:
         return 0 if name == "embedding" or layer is None else layer
@@ -341,6 +344,11 @@ def _head_forward(head: nn.Linear, hidden: Tensor) -> Tensor:
     recorder = active_recorder()
     if recorder is not None:
         recorder.head_input = hidden
+        if hasattr(head.weight, "ds_id") and not head.weight.requires_grad:
+            # ZeRO-3 gathered it for this call and frees it after. What shares its memory keeps it for the tiles, so
+            # that it is gathered once per forward, on every rank, whatever their numbers of tiles. A student's (it
+            # requires gradients) is the objective's own parameter.
+            recorder.head = (head.weight.detach(), None if head.bias is None else head.bias.detach())
         if not recorder.whole_logits:
             return hidden[..., :0]
         with torch.autocast(hidden.device.type, enabled=False):

@@ -4,24 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from mtkd.data.batch import Batch
 from mtkd.errors import UserError
 from mtkd.features import Features, split_key
+from mtkd.models.taps import TappedModel
 from mtkd.pool.base import Teacher
 from mtkd.pool.cached import CachedTeacher
 from mtkd.pool.offload import OffloadedModel, OffloadTeacher, offload, stream
 from mtkd.pool.resident import ResidentTeacher
+from mtkd.pool.sharded import ShardedModel, ShardedTeacher, shard
 
 __all__ = [
     "CachedTeacher",
+    "LiveModel",
     "OffloadTeacher",
     "OffloadedModel",
     "ResidentTeacher",
+    "ShardedModel",
+    "ShardedTeacher",
     "Teacher",
     "TeacherPool",
     "offload",
+    "pooled",
+    "shard",
     "stream",
 ]
+
+LiveModel = TappedModel | OffloadedModel | ShardedModel
+"""A model that can be run, wherever its weights are."""
+
+
+def pooled(name: str, model: LiveModel, device: torch.device, dtype: torch.dtype, compiled: bool = False) -> Teacher:
+    """A live model as a teacher of the pool; see `ResidentTeacher` for the arguments.
+
+    Args: compiled: a resident one goes through torch.compile.
+    """
+    if isinstance(model, ShardedModel):
+        return ShardedTeacher(name, model, device, dtype)
+    if isinstance(model, OffloadedModel):
+        return OffloadTeacher(name, model, device, dtype)
+    if compiled:
+        model.compile_model()
+    return ResidentTeacher(name, model, device, dtype)
 
 
 class TeacherPool:

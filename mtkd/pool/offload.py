@@ -165,7 +165,7 @@ def offload(model: TappedModel, device: torch.device, file: Path, dist: Dist) ->
     parameters = list(model.parameters())  # a tied one once
     if device.type == "cpu":
         return OffloadedModel(model, MappedParameters(parameters, file, dist))
-    _move_buffers(model, device)
+    move_buffers(model, device)
     head = [p for p in model.output_head or () if p is not None]
     return OffloadedModel(model, PinnedParameters(parameters, head, device))
 
@@ -211,7 +211,7 @@ class OffloadTeacher(ResidentTeacher):
         self._offloaded.close()
 
 
-def _move_buffers(model: nn.Module, device: torch.device) -> None:
+def move_buffers(model: nn.Module, device: torch.device) -> None:
     """Buffers (position tables) are small: they stay on the device."""
     for module in model.modules():
         for name, buffer in module._buffers.items():

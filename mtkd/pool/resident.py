@@ -14,6 +14,7 @@ from mtkd.models.taps import TappedModel
 
 if TYPE_CHECKING:
     from mtkd.pool.offload import OffloadedModel
+    from mtkd.pool.sharded import ShardedModel
 
 
 def check_finite(model: TappedModel, where: str) -> None:
@@ -38,12 +39,17 @@ class ResidentTeacher:
     """
 
     def __init__(
-        self, name: str, model: TappedModel | OffloadedModel, device: torch.device, dtype: torch.dtype
+        self,
+        name: str,
+        model: TappedModel | OffloadedModel | ShardedModel,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         self.name, self.info = name, model.info
-        self.num_parameters = sum(p.numel() for p in model.parameters())
+        # of a sharded one there is a part here; `ds_numel` is the whole
+        self.num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         self._dtype = dtype
-        self._model: TappedModel | OffloadedModel | None = model.to(device).eval().requires_grad_(False)
+        self._model: TappedModel | OffloadedModel | ShardedModel | None = model.to(device).eval().requires_grad_(False)
         speed_up_linears(self._model)
 
     def provides(self) -> frozenset[str]:

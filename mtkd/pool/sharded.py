@@ -1,0 +1,161 @@
+"""The sharded backend: every rank keeps a part of the teacher, and layers are put together while they run.
+
+Each teacher has a DeepSpeed engine of its own (ZeRO-3, no optimizer), independent of the student's ZeRO stage and of
+the other teachers. Its forward is a collective of all ranks: they must run the same teachers in the same order, and the
+pool does: every teacher runs on every micro-batch, whatever its weights are and whether or not a row of it counts.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from mtkd.config import ShardedConfig, TeacherConfig
+from mtkd.data.batch import Batch
+from mtkd.engine.dist import Dist
+from mtkd.features import Features
+from mtkd.models.taps import TappedModel
+from mtkd.models.weights import find_weights
+from mtkd.pool.offload import move_buffers
+from mtkd.pool.partition import engine_settings, largest_part, partition
+from mtkd.pool.resident import ResidentTeacher
+
+
+class ShardedModel(nn.Module):
+    """A frozen `TappedModel` under its own ZeRO-3 engine.
+
+    Logits it gives hold the whole output head, gathered once by the forward pass; its memory is free when nobody holds
+    them any more, normally after the micro-batch.
+
+    Args:
+        model: with partitioned parameters.
+        settings: of the engine.
+    """
+
+    def __init__(self, model: TappedModel, settings: Mapping[str, Any]) -> None:
+        super().__init__()
+        import deepspeed
+
+        self.model = model.eval().requires_grad_(False)
+        self.info, self.vocabulary = model.info, model.vocabulary
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                # Stored in bfloat16 or not, the residual stream is what a resident teacher's is: float32.
+                module.register_forward_hook(_in_float32)
+        engine, _, _, _ = deepspeed.initialize(model=model, config=dict(settings), dist_init_required=False)
+        self._engine = [engine]  # in a list: it is a module itself, around the same model
+        self._files: str | None = settings["zero_optimization"].get("offload_param", {}).get("nvme_path")
+
+    @property
+    def num_columns(self) -> int:
+        """As `TappedModel` has it."""
+        return self.model.num_columns
+
+    def verify(self) -> None:
+        """As `TappedModel` has it. A collective."""
+        with self._out_of_turn():
+            self.model.verify()
+
+    def enable_packing(self, where: str) -> None:
+        """As `TappedModel` has it. A collective."""
+        with self._out_of_turn():
+            self.model.enable_packing(where)
+
+    @property
+    def embedding_table(self) -> Tensor:
+        """As `TappedModel` has it; a whole copy on every rank. A collective."""
+        import deepspeed
+
+        table = self.model.model.get_input_embeddings().weight
+        with deepspeed.zero.GatheredParameters([table]):
+            return self.model.embedding_table.detach().float().clone()
+
+    def forward(self, batch: Batch, wants: frozenset[str]) -> Features:
+        """The wanted features. A collective."""
+        # The engine's own forward would switch autocast off.
+        features: Features = self.model(batch, wants)
+        return features
+
+    @contextmanager
+    def _out_of_turn(self) -> Iterator[None]:
+        """Within it the model may run otherwise than a forward pass does; the order of layers is learned anew after."""
+        try:
+            yield
+        finally:
+            coordinator = self._engine[0].optimizer.get_param_coordinator()
+            if not coordinator.is_invalid_trace():
+                coordinator._invalidate_trace()
+
+    def close(self) -> None:
+        """Remove the hooks and free this rank's part; the model must not run any more."""
+        from deepspeed.runtime.zero import parameter_offload
+
+        for engine in self._engine:
+            engine.destroy()
+            # A global list of every root module, for modules that ask who called them.
+            stack = parameter_offload.FWD_MODULE_STACK
+            stack[:] = [module for module in stack if module is not self.model]
+        self._engine = []
+        for parameter in self.model.parameters():
+            parameter.data, parameter.ds_tensor = torch.empty(0), None  # type: ignore[attr-defined]
+        if self._files is not None:
+            shutil.rmtree(self._files, ignore_errors=True)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """`to`, `cuda`, `float`: where the parameters are is decided here alone."""
+        return self
+
+
+def shard(
+    model: TappedModel,
+    folder: Path,
+    teacher: TeacherConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    dist: Dist,
+    where: str,
+) -> ShardedModel:
+    """A model without weights with those of its folder, a part on every rank; checked as a resident one. A collective.
+
+    Args:
+        model: its parameters on the meta device. folder: checked.
+        dtype: the run's: in bfloat16, where all matrices are stored in it, they stay so; else everything is float32.
+        where: place of the teacher in the configuration.
+    Raises:
+        DataError: weights that are not the model's, cannot be read, or are not finite.
+    """
+    weights, config = find_weights(model.model, folder), teacher.sharded or ShardedConfig()
+    half = dtype == torch.bfloat16 and all(w.dtype == dtype for w in weights.values() if len(w.shape) > 1)
+    half = half and config.offload != "nvme"  # DeepSpeed's files have one type for all
+    settings = engine_settings(config, teacher.name, largest_part(weights.values(), dist.world_size))
+    move_buffers(model, device)
+    partition(model.model, weights, settings, half=half, device=device, dist=dist, where=where)
+    sharded = ShardedModel(model, settings)
+    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        sharded.verify()
+    return sharded
+
+
+class ShardedTeacher(ResidentTeacher):
+    """A `ShardedModel` in the pool.
+
+    Args: name, model, device, dtype: as for a resident teacher.
+    """
+
+    def __init__(self, name: str, model: ShardedModel, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(name, model, device, dtype)
+        self._sharded = model
+
+    def close(self) -> None:
+        super().close()
+        self._sharded.close()
+
+
+def _in_float32(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+    return output.float()
