@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from tiny import CPU, make_objective
-from tiny_glm import CLOZE, cloze_model, language_model, part_b, split_of, tokenizer
+from tiny_glm import ANSWERS, CLOZE, cloze_model, language_model, part_b, split_of, tokenizer
 
 from mtkd.config import OptimizerConfig
 from mtkd.data.batch import Batch
@@ -144,7 +144,7 @@ def test_a_cloze_is_scored_by_the_language_model() -> None:
     for row in range(3):
         text = batch.input_ids[row][batch.attention_mask[row]].tolist()
         at, sep = text.index(mask), len(text)
-        for label, words in enumerate(CLOZE["verbalizers"].values()):
+        for label, (_, words) in enumerate(ANSWERS):
             answer = tokenizer()(words, add_special_tokens=False)["input_ids"]
             ids = [*text, start, *answer[:-1]]
             positions = [[*range(sep), *[at] * len(answer)], [*[0] * sep, *range(1, len(answer) + 1)]]

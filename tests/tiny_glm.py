@@ -26,8 +26,10 @@ CLOZE = {
     "cloze": "{text} It was [MASK].",
     "verbalizers": {"good": " warm day", "bad": " cold"},  # of several tokens and of one
 }
-_WORDS = {"good": ["fine", "bright", "warm", "kind", "open"], "bad": ["cold", "dark", "sour", "rude", "shut"]}
-_COMMON = ["the", "day", "was", "long", "and", "we", "saw", "it", "all", "from", "there"]
+ANSWERS = sorted(CLOZE["verbalizers"].items())
+"""Class and words, in the order of the classes."""
+_WORDS = {"good": ("fine", "bright", "warm", "kind", "open"), "bad": ("cold", "dark", "sour", "rude", "shut")}
+_COMMON = ("the", "day", "was", "long", "and", "we", "saw", "it", "all", "from", "there")
 
 
 def examples(count: int, seed: int = 0) -> dict[str, list[str]]:
@@ -92,7 +94,7 @@ def language_model(width: int, layers: int, seed: int) -> TappedModel:
 
 
 def cloze_model(width: int, layers: int, seed: int) -> TappedModel:
-    words = [tokenizer()(text, add_special_tokens=False)["input_ids"] for text in CLOZE["verbalizers"].values()]
+    words = [tokenizer()(text, add_special_tokens=False)["input_ids"] for _, text in ANSWERS]
     with seeded(seed):
         model = GLMForSequenceClassification(_config(width, layers, verbalizers=words, num_labels=2))
     return TappedModel(model, "AutoModelForSequenceClassification", len(tokenizer())).eval()

@@ -111,7 +111,8 @@ class DataConfig(Config):
     text_pair: str | None = Field(None, description="column of the second text, classify only")
     label: str = Field("label", description="column of the label, classify and glm-cloze")
     labels: tuple[str, ...] = Field(
-        (), description="class names in order; default: sorted values of the train split (glm-cloze: of verbalizers)"
+        (),
+        description="class names in order; default: sorted values of the train split (glm-cloze: names of verbalizers)",
     )
     cloze: str | None = Field(
         None,
@@ -189,7 +190,7 @@ class DataConfig(Config):
     @property
     def classes(self) -> tuple[str, ...]:
         """Class names in order, as far as the configuration names them."""
-        return self.labels or tuple(self.verbalizers)
+        return self.labels or tuple(sorted(self.verbalizers))
 
     @property
     def columns(self) -> tuple[str, ...]:

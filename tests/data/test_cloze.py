@@ -52,8 +52,8 @@ def test_the_template_is_filled_in(cloze: Callable[..., LoadedData], glm: PreTra
     batch = split.collate(range(3))
     for row, text in enumerate(whole):
         assert batch.input_ids[row][batch.attention_mask[row]].tolist() == glm(text)["input_ids"]
-    assert (data.label_names, data.num_labels, batch.targets.tolist()) == (("yes", "no"), 2, [0, 1, 1])
-    assert cloze(labels=["no", "yes"]).split("train").collate([0, 1]).targets.tolist() == [1, 0]
+    assert (data.label_names, data.num_labels, batch.targets.tolist()) == (("no", "yes"), 2, [1, 0, 0])
+    assert cloze(labels=["yes", "no"]).split("train").collate([0, 1]).targets.tolist() == [0, 1]
     assert batch.sep is None
 
 
@@ -85,9 +85,9 @@ def test_words_of_the_classes(glm: PreTrainedTokenizerFast) -> None:
         return answer_ids(config, glm, "data.x")
 
     assert ids(yes=" Yes", no=" No way") == [
-        glm(text, add_special_tokens=False)["input_ids"] for text in (" Yes", " No way")
+        glm(text, add_special_tokens=False)["input_ids"] for text in (" No way", " Yes")
     ]
-    assert len(ids(yes=" Yes", no=" No way")[1]) > 1
+    assert len(ids(yes=" Yes", no=" No way")[0]) > 1
 
 
 def test_what_is_refused(cloze: Callable[..., LoadedData], load: Loader, glm: PreTrainedTokenizerFast) -> None:
