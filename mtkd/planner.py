@@ -224,11 +224,9 @@ class _Planner:
         """The configuration of a model as a stage will have it, which is one that can do the stage's task."""
         made = self._any_model_config(stage, model, where)
         data = self.config.data[self.config.data_name(stage.data)]
-        if model.vocabulary is not None and TASKS.find(data.task).cloze:
-            raise UserError("a cloze scores words of the whole vocabulary", where=f"{where}.vocabulary",
-                            found=f"task {data.task}", todo="drop vocabulary")  # fmt: skip
         cloze = model_info(made, TASKS.find(data.task).class_for(data)).cloze
-        check_model(data, made.model_type, cloze, where)
+        compressed = model.vocabulary is not None or self._vocabulary(model) is not None
+        check_model(data, made.model_type, where, cloze=cloze, compressed=compressed)
         return made
 
     def _any_model_config(self, stage: StageConfig, model: ModelConfig, where: str) -> PretrainedConfig:

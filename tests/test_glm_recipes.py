@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny_glm import stage, values
+from tiny_glm import cloze_model, stage, tokenizer, values
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import mtkd
@@ -217,4 +217,20 @@ def test_words_beyond_the_model_are_refused_at_plan_time(tmp_path: Path) -> None
     whole["data"]["task"] |= {"max_length": 8, "verbalizers": {"good": " warm", "bad": " cold" * 9}}
     whole |= {"stages": {"x": stage("task")}}
     with pytest.raises(UserError, match="longer than the model's positions"):
+        mtkd.plan(RunConfig.model_validate(whole))
+
+
+def test_a_cloze_of_somebody_else_is_for_the_cloze_task(tmp_path: Path) -> None:
+    """Task classify would cut its blank off; task glm-cloze asks with the words of the data."""
+    folder = tmp_path / "cloze"
+    cloze_model(16, 1, 0).model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    whole = values(tmp_path)
+    whole |= {"tokenizer": {"path": str(folder)}, "stages": {"x": stage("task", str(folder))}}
+    whole["data"]["task"]["verbalizers"] = {"good": " day", "bad": " long day"}
+    plan = mtkd.plan(RunConfig.model_validate(whole))
+    assert plan.stages[0].models[0].architecture == "glm_blocklm"
+    plain = {key: value for key, value in whole["data"]["task"].items() if key not in ("cloze", "verbalizers")}
+    whole["data"]["task"] = {**plain, "task": "classify", "labels": ["bad", "good"]}
+    with pytest.raises(UserError, match="task: glm-cloze"):
         mtkd.plan(RunConfig.model_validate(whole))

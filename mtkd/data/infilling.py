@@ -96,10 +96,11 @@ class Infilling:
 
     def most(self, size: int) -> int:
         """Most tokens of an example made of a block of `size`: every stretch adds its blank and its start."""
-        return len(self._before) + size + len(self._after) + 2 * self._wanted(size)
+        stretches = self._wanted(size) if self._shares[:2].any() else 1
+        return len(self._before) + size + len(self._after) + 2 * stretches
 
     def _wanted(self, size: int) -> int:
-        """Tokens at least that spans and sentences cover; also the most stretches there can be."""
+        """Tokens at least that spans and sentences cover, and so the most of these that there can be."""
         return max(1, math.ceil(self._share * size))
 
     def draw(self, tokens: np.ndarray, example: int, epoch: int) -> tuple[int, list[Span]]:

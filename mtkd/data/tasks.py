@@ -104,11 +104,12 @@ def varies(config: DataConfig) -> bool:
     return bool(TASKS.find(config.task).varies) and config.redraw
 
 
-def check_model(config: DataConfig, architecture: str, cloze: bool, where: str) -> None:
+def check_model(config: DataConfig, architecture: str, where: str, *, cloze: bool, compressed: bool) -> None:
     """Refuse a model that cannot do the task of a `data` block.
 
     Args:
         architecture: transformers' model_type. cloze: whether its configuration scores classes by their words.
+        compressed: whether it has a part of the ids.
 
     Raises:
         UserError: naming both.
@@ -121,6 +122,13 @@ def check_model(config: DataConfig, architecture: str, cloze: bool, where: str) 
             found=f"architecture '{architecture}'",
             allowed=task.architectures,
             todo="choose such a model, or another task for these data",
+        )
+    if task.cloze and compressed:
+        raise UserError(
+            "a cloze scores words of the whole vocabulary, and this model has a part of it",
+            where=f"{where}.vocabulary",
+            found=f"task {task.name}",
+            todo="drop vocabulary here and in the stages before",
         )
     if cloze and not task.cloze and not task.token_level:
         raise UserError(
