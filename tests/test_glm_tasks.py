@@ -112,9 +112,9 @@ def test_gradient_does_not_depend_on_the_cut(cuts: list[list[int]]) -> None:
 def test_a_few_steps_lower_the_loss() -> None:
     split = split_of(32)
     objective, _ = make_objective(language_model(32, 1, 0), [], [LABELS])
-    engine = TorchEngine(objective, OptimizerConfig(lr=1e-2, warmup=0.0), 60, CPU)
+    engine = TorchEngine(objective, OptimizerConfig(lr=1e-2, warmup=0.0), 30, CPU)
     losses = []
-    for step in range(60):
+    for step in range(30):
         batch = split.collate(range(len(split)), epoch=step)
         loss, _ = engine.forward(batch, [], global_counts([batch], Dist())[0])
         engine.backward(loss)

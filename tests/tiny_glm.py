@@ -104,7 +104,7 @@ def values(folder: Path, **data: Any) -> dict[str, Any]:
     """A run over local files as YAML values: `text` to fill blanks in, `task` a cloze; no stages yet."""
     if not (folder / "data").exists():
         write_data(folder / "data")
-    files = {"source": "files", "path": "data", "files": {s: f"{s}.jsonl" for s in ("train", "test")}}
+    files = {"source": "files", "path": str(folder / "data"), "files": {s: f"{s}.jsonl" for s in ("train", "test")}}
     files |= {"max_length": LONGEST}
     return {
         "name": "glm",

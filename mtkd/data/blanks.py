@@ -85,7 +85,7 @@ def prepare_cloze(request: PrepareRequest) -> Split:
     texts, spans = _filled(request)
     encoded, num_cut = list[list[int]](), 0
     for row, (ids, owners) in enumerate(_owned(tokenizer, texts, spans)):
-        if ids.count(int(tokenizer.mask_token_id)) != 1:  # type: ignore[arg-type]
+        if ids.count(int(tokenizer.mask_token_id)) != 1:
             where = request.origin.where(row)
             raise DataError("a text holds the blank itself", where=where, found=texts[row][:160], allowed=f"no {BLANK}")
         kept = _fitted(owners, config.max_length)

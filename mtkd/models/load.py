@@ -20,7 +20,7 @@ from mtkd.models.cut import cut_config, cut_weights
 from mtkd.models.folder import find_folder
 from mtkd.models.fresh import fresh_config, set_dropout
 from mtkd.models.glm.published import config_of_card
-from mtkd.models.info import CLASSIFIER, attention_implementation, check_head, model_info
+from mtkd.models.info import CLASSIFIER, GLM, attention_implementation, check_head, model_info
 from mtkd.models.vocabulary import VocabularyMap, compressed_config, compressed_weights, planned_config
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def _full_config(
         if config.dropout is not None:
             set_dropout(full, config.dropout)
     check_head(full, request.auto_class)
-    if full.model_type == glm.GLM:
+    if full.model_type == GLM:
         answer_with(full, request.auto_class, request.answers)
     if request.auto_class == CLASSIFIER and request.num_labels:
         _set_labels(full, request)

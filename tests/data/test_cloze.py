@@ -27,7 +27,8 @@ WORDS = {"yes": " Yes", "no": " No way"}
 
 @pytest.fixture(scope="module")
 def glm() -> PreTrainedTokenizerFast:
-    return trained_tokenizer([*ROWS["premise"], *ROWS["hypothesis"], "Yes No way"] * 5, 400)
+    # words behind a space, so that the space is part of their first token
+    return trained_tokenizer([*ROWS["premise"], *(f" {text}" for text in ROWS["hypothesis"]), "Yes No way"] * 5, 400)
 
 
 @pytest.fixture
@@ -57,14 +58,14 @@ def test_the_template_is_filled_in(cloze: Callable[..., LoadedData], glm: PreTra
     assert batch.sep is None
 
 
-@pytest.mark.parametrize("most", range(8, 24))
+@pytest.mark.parametrize("most", range(8, 22))
 def test_the_longest_column_is_cut_and_the_blank_never(
     cloze: Callable[..., LoadedData], glm: PreTrainedTokenizerFast, most: int
 ) -> None:
     """Against columns that are shortened token by token before they are put into the template."""
     split = cloze(max_length=most).split("train")
     ids = [glm(ROWS[name], add_special_tokens=False)["input_ids"] for name in ("premise", "hypothesis")]
-    fixed = len(glm("? [MASK],.")["input_ids"])
+    fixed = len(["[CLS]", "?", "[MASK]", ",", ".", "<|endoftext|>"])
     for row, text in enumerate(texts(split, glm)):
         first, second = (list(column[row]) for column in ids)
         if second and not ROWS["hypothesis"][row].startswith(" "):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mtkd.models.cards import Card
 from mtkd.models.glm.configuration import GLMConfig
 
@@ -15,6 +17,7 @@ IDS = {
 def config_of_card(card: Card) -> GLMConfig:
     """The configuration that `mtkd convert-glm` would write for a published model, as far as a card tells."""
     assert card.positions is not None, "cards of GLM have it"
+    ids: dict[str, Any] = {**IDS[card.vocabulary]}
     return GLMConfig(
         vocab_size=card.vocabulary,
         hidden_size=card.width,
@@ -22,5 +25,5 @@ def config_of_card(card: Card) -> GLMConfig:
         num_attention_heads=card.heads,
         max_position_embeddings=card.positions,
         architectures=["GLMForConditionalGeneration"],
-        **IDS[card.vocabulary],
+        **ids,
     )
