@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ def config(folder: Path, stages: dict[str, Any], data: dict[str, Any] | None = N
     return mtkd.load_config(file)
 
 
+LEARNS = {"steps": 60, "optimizer": {"lr": 3e-3}}
 # The published counts are those of the weights' padded 50,304 rows; a fresh model has the tokenizer's own 50,266.
 UNPADDED = 1_920_122_880 - 38 * 2048
 
@@ -120,29 +120,25 @@ def test_the_toy_chain_runs(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_student_learns_a_cloze_from_its_teacher(tmp_path: Path) -> None:
-    """Blanks, then classes: a cloze teaches blanks, a language model's weights become a cloze, and both learn."""
+    """A cloze teaches blanks, and a language model's weights become a cloze: neither has a head of its own."""
     stages = {
-        "base": stage("text", {"architecture": "glm_blocklm", "layers": 2, "width": 48, "heads": 4}, steps=30),
-        "teacher": stage("task", "stage:base", steps=60, optimizer={"lr": 3e-3}),
-        "pretrain": stage("text", teachers=["stage:base", "stage:teacher"], method="glmd", weighting="entropy"),
+        "teacher": stage("task", {"architecture": "glm_blocklm", "layers": 2, "width": 48, "heads": 4}, **LEARNS),
+        "pretrain": stage("text", teachers=["stage:teacher"], method="glmd", steps=4),
+        "blank": stage("text", "stage:pretrain", steps=2),
         "student": stage(
             "task",
             "stage:pretrain",
-            steps=60,
-            teachers=["stage:teacher", "stage:base"],
+            teachers=["stage:teacher", "stage:blank"],
             method="mt_bert",
             match=[{"replace": "hidden", "loss": "mse", "weight": 0.0}],
             weighting="confidence",
-            optimizer={"lr": 5e-3},
+            **LEARNS,
         ),
     }
     result = mtkd.run(config(tmp_path, stages))
     found = {name: model["overall"]["accuracy"] for name, model in result.results["models"].items()}
     assert set(found) == {"teacher", "student"}  # the others' models are language models
     assert min(found.values()) > 0.85
-    lines = [json.loads(line) for line in (Path(result.folder) / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in lines if line.get("stage") == "base" and "loss" in line]
-    assert losses[-1] < losses[0]
 
 
 @pytest.mark.slow
@@ -173,7 +169,10 @@ def test_a_cache_of_blanks_that_are_drawn_once(tmp_path: Path) -> None:
             {"x": stage("text"), "c": {"kind": "cache", "data": "text", "teachers": ["stage:x"]}},
             "redraw: false",
         ),
-        ({"x": stage("task"), "y": stage("task", teachers=["stage:x"], method="minilm")}, "cannot come from the student"),
+        (
+            {"x": stage("task"), "y": stage("task", teachers=["stage:x"], method="minilm")},
+            "cannot come from the student",
+        ),
     ],
 )
 def test_what_a_plan_refuses(tmp_path: Path, stages: dict[str, Any], message: str) -> None:
