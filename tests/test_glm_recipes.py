@@ -84,9 +84,9 @@ def shortened(name: str, folder: Path) -> RunConfig:
     values = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
     values |= {"output": str(folder), "engine": {"kind": "torch", "device": "cpu", "threads": 1}}
     for data in values["data"].values():
-        data["limit"] = {"train": 60, "validation": 10, "test": 20}
+        data["limit"] = {"train": 40, "validation": 6, "test": 12}
     for each in (*values["stages"].values(), *([values["chain"]] if "chain" in values else [])):
-        each["steps"] = 4
+        each["steps"] = 2
     values["evaluate"] = {**values.get("evaluate", {}), "resamples": 100}
     file = folder / f"{name}.yaml"
     file.write_text(yaml.safe_dump(values, sort_keys=False))
