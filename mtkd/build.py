@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import shutil
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,20 +18,19 @@ from mtkd.cofinetune import CoFinetuning, check_members
 from mtkd.config import ModelConfig, RunConfig, StageConfig, TeacherConfig
 from mtkd.configfile import fingerprint
 from mtkd.console import say
+from mtkd.data.blanks import answer_ids
 from mtkd.data.collate import LoadedData, Split, load_data
 from mtkd.data.sampler import Order, TrainStream
 from mtkd.data.sources import Raw, load_raw
 from mtkd.data.tokenizers import (
     check_same_tokenizer,
-    load_tokenizer,
     num_real_ids,
     tokenizer_fingerprint,
-    train_tokenizer,
 )
 from mtkd.engine.base import Trainable, seed_everything
 from mtkd.engine.dist import Dist
 from mtkd.engine.make import make_engine
-from mtkd.locate import given_tokenizer, read_tokenizer, resolve_path, revision_of
+from mtkd.locate import given_tokenizer, read_tokenizer, resolve_path, revision_of, trained_tokenizer
 from mtkd.mix import stage_rows
 from mtkd.models.folder import check_folder, find_folder
 from mtkd.models.load import build_model, compress_model
@@ -88,25 +84,8 @@ class Workshop:
         """The run's one tokenizer: trained (and kept in the run folder), given, or that of the first loaded model."""
         settings = self.config.tokenizer
         if settings is not None and settings.train_on is not None:
-            return self._trained_tokenizer(settings.train_on, settings.vocab_size)
+            return trained_tokenizer(self.config, self.raw(settings.train_on), self.run.path, self.dist)
         return given_tokenizer(self.config)
-
-    def _trained_tokenizer(self, name: str, vocab_size: int) -> PreTrainedTokenizerBase:
-        folder = self.run.path / "tokenizer"
-        data = self.config.data[name]
-        columns, closed = [data.text, *data.prompt_columns], data.task != "causal-lm"
-        origin = {"data": self.raw(name).fingerprint, "text": columns, "vocab_size": vocab_size, "closed": closed}
-        note = folder / "trained_on.json"
-        if self.dist.is_main and not (note.exists() and json.loads(note.read_text()) == origin):
-            fresh = self.run.path / ".tmp-tokenizer"
-            shutil.rmtree(fresh, ignore_errors=True)
-            texts = [text for column in columns for text in self.raw(name).texts("train", column)]
-            train_tokenizer(texts, vocab_size, closed=closed).save_pretrained(fresh)
-            (fresh / note.name).write_text(json.dumps(origin))
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(fresh, folder)
-        self.dist.barrier()
-        return load_tokenizer(str(folder))
 
     def resolve(self, path: str) -> Path | str:
         """stage:NAME[/MEMBER] -> its export, a folder -> its path, a card -> its source; else the hub id as it is."""
@@ -202,6 +181,7 @@ class Workshop:
         if model.path is not None and vocabulary is None:
             own = read_tokenizer(self.resolve(model.path), revision_of(model))
             check_same_tokenizer(self.tokenizer, own, where)
+        answers = answer_ids(data.config, self.tokenizer, f"data.{data.name}") if data.task.cloze else None
         tables = [] if teacher is None else [teacher.embedding_table]
         built = build_model(
             model,
@@ -213,6 +193,7 @@ class Workshop:
             tokenizer=self.tokenizer,
             seed=seed,
             resolve=self.resolve,
+            answers=answers,
             on_loaded=lambda whole: tables.insert(0, input_table(whole)),
             empty=empty,
         )

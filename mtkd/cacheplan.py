@@ -16,6 +16,7 @@ from mtkd.config import RANDOM_TOKENS, CacheConfig, DataConfig, RunConfig, Stage
 from mtkd.data.batch import Batch, position_counts
 from mtkd.data.collate import PLACES
 from mtkd.data.files import find_files
+from mtkd.data.tasks import varies
 from mtkd.errors import UserError
 from mtkd.features import DenseLogits, split_key
 from mtkd.models.info import ModelInfo
@@ -55,14 +56,14 @@ def check_cacheable(stage: StageConfig, data: DataConfig, where: str) -> None:
     Raises:
         UserError: naming the field.
     """
-    if data.task == "masked-lm":
+    if varies(data):
         raise UserError(
-            "a masked-lm teacher sees other masked tokens in every epoch, so what it says once is not what it would "
+            f"a {data.task} teacher sees other masked tokens in every epoch, so what it says once is not what it would "
             "say the next time",
             where=f"{where}.data",
             found=f"task {data.task}",
-            allowed="tasks whose inputs are the same in every epoch: causal-lm, classify",
-            todo="use resident teachers for masked-lm",
+            allowed="inputs that are the same in every epoch",
+            todo=f"set redraw: false in the data block, or use resident teachers for {data.task}",
         )
     unread = sorted(_FOR_TOKENS & stage.cache.model_fields_set)
     if not TASKS.find(data.task).token_level and unread:

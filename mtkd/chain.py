@@ -12,9 +12,12 @@ from mtkd.configfile import differences, fingerprint
 from mtkd.errors import DataError, UserError, nearest
 from mtkd.mix import stage_rows
 from mtkd.models.folder import MAP_FILE
-from mtkd.models.info import MASKED_LM, PRE_TRAINING
+from mtkd.models.info import CAUSAL_LM, MASKED_LM, PRE_TRAINING
 from mtkd.registry import LOSSES, METHODS, SOURCES, TASKS, WEIGHTINGS, Registry
 from mtkd.rundir import StageDir
+
+CLOZE = "cloze"
+"""The head of a model that scores classes by their words: that of the language model (GLM)."""
 
 # Fields that change when a stage is saved, not what it makes.
 _BOOKKEEPING = {"save_every", "keep"}
@@ -101,22 +104,28 @@ def scored_models(config: RunConfig) -> list[str]:
 def does_task(config: RunConfig, stage: str) -> bool:
     """Whether a stage's models have the head for the data of `evaluate`."""
     ours, theirs = config.stages[stage.partition("/")[0]].data, config.evaluate.data
-    labels = [config.data[config.data_name(name)].labels for name in (ours, theirs)]
+    labels = [config.data[config.data_name(name)].classes for name in (ours, theirs)]
     if all(labels) and labels[0] != labels[1]:  # found in the data, they are compared when the models are loaded
         return False
     return head_fits(head_for(config, ours), head_for(config, theirs))
 
 
 def head_for(config: RunConfig, data_name: str) -> str:
-    """The auto class of the models that are trained on a `data` entry."""
+    """The auto class of the models that are trained on a `data` entry, or `CLOZE`."""
     name = config.data_name(data_name)
     data = config.data[name]
-    return str(TASKS.find(data.task, f"data.{name}.task").class_for(data))
+    task = TASKS.find(data.task, f"data.{name}.task")
+    return CLOZE if task.cloze else str(task.class_for(data))
 
 
 def head_fits(model: str, task: str) -> bool:
     """Whether a model of one auto class has the head of another: both heads of pre-training include masked tokens'."""
     return model == task or (model, task) == (PRE_TRAINING, MASKED_LM)
+
+
+def can_teach(model: str, task: str) -> bool:
+    """Whether what a model of one head predicts means something with another: a cloze is a language model's reading."""
+    return head_fits(model, task) or {model, task} == {CAUSAL_LM, CLOZE}
 
 
 def stage_values(stage: StageConfig) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mtkd.chain import does_task, head_fits, head_for, model_name, model_of, scored_models, stage_of
+from mtkd.chain import can_teach, does_task, head_for, model_name, model_of, scored_models, stage_of
 from mtkd.config import RANDOM_TOKENS, RunConfig, StageConfig
 from mtkd.data.files import columns_of, find_files
 from mtkd.data.sources import check_source
@@ -78,7 +78,7 @@ def _check_heads(config: RunConfig, stage: StageConfig, rows: Sequence[Match], w
         if earlier is None:
             continue
         theirs, ours = (head_for(config, s.data) for s in (config.stages[earlier], stage))
-        if not head_fits(theirs, ours) and (read or ours == PRE_TRAINING):
+        if not can_teach(theirs, ours) and (read or ours == PRE_TRAINING):
             raise UserError(
                 f"stage '{earlier}' made its model for another task: here its predictions would come from a new head",
                 where=f"{where}.teachers[{i}]",

@@ -224,12 +224,17 @@ def convert_glm(
             "--vocabulary", help="folder with GPT-2's vocab.json and merges.txt, or BERT's vocab.txt; default: SOURCE"
         ),
     ] = None,
+    no_tokenizer: Annotated[
+        bool, typer.Option("--no-tokenizer", help="leave the vocabulary beside SOURCE alone: it is not a plain one")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Convert a published GLM (2022) checkpoint to a model folder; no code in it is run."""
     from mtkd.models.glm import convert_checkpoint
 
-    made = convert_checkpoint(source, out, heads=heads, hidden_act=hidden_act, vocabulary=vocabulary)
+    made = convert_checkpoint(
+        source, out, heads=heads, hidden_act=hidden_act, vocabulary=vocabulary, with_tokenizer=not no_tokenizer
+    )
     if as_json:
         _print_json({"folder": str(made.folder), "parameters": made.parameters, "config": made.config.to_dict()})
         return

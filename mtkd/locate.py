@@ -1,16 +1,21 @@
-"""Where the models and the tokenizer of a run come from, before any of them is loaded."""
+"""Where the models and the tokenizer of a run come from; the tokenizer that a run trains is made here."""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from mtkd.chain import stage_of
 from mtkd.config import ModelConfig, RunConfig
-from mtkd.data.tokenizers import load_tokenizer
+from mtkd.data.sources import Raw
+from mtkd.data.tokenizers import load_tokenizer, train_tokenizer
+from mtkd.engine.dist import Dist
 from mtkd.errors import UserError
-from mtkd.models.cards import load_cards
+from mtkd.models.cards import Card, how_to_get, load_cards, missing_glm
 from mtkd.models.folder import check_folder
 
 
@@ -29,17 +34,42 @@ def revision_of(model: ModelConfig) -> str | None:
     return model.revision or (card.revision if card else None)
 
 
-def given_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of a run that does not train one: the given one, or that of the first loaded model."""
+def tokenizer_origin(config: RunConfig) -> tuple[str, str | None]:
+    """Path and revision of the tokenizer of a run that does not train one: the given one, or the first loaded model's.
+
+    Raises:
+        UserError: there is none.
+    """
     settings = config.tokenizer
     if settings is not None and settings.path is not None:
-        return read_tokenizer(resolve_path(settings.path, config.base))
+        return settings.path, None
     for stage in config.stages.values():
         live = [t.model for t in stage.teachers if t.backend != "cached"]
         for model in (*live, *stage.trained.values()):
             if model.path is not None and stage_of(model.path) is None:
-                return read_tokenizer(resolve_path(model.path, config.base), revision_of(model))
+                return model.path, revision_of(model)
     raise UserError("no model brings a tokenizer", where="tokenizer", todo="set tokenizer.path or tokenizer.train_on")
+
+
+def given_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a run that does not train one."""
+    path, revision = tokenizer_origin(config)
+    if (card := missing(path, config.base)) is not None:
+        raise UserError("this model is not here", where="tokenizer", found=path, todo=how_to_get(card))
+    return read_tokenizer(resolve_path(path, config.base), revision)
+
+
+def missing(path: str | None, base: Path) -> Card | None:
+    """The card of a published GLM that was not converted yet, so that nothing but its shape is known."""
+    return missing_glm(path, lambda name: resolve_path(name, base))
+
+
+def missing_models(config: RunConfig) -> list[str]:
+    """The models and the tokenizer of a run that are not here, each with what brings them."""
+    models = [m for s in config.stages.values() for m in (*s.trained.values(), *(t.model for t in s.teachers))]
+    paths = [model.path for model in models] + ([config.tokenizer.path] if config.tokenizer else [])
+    found = {path: missing(path, config.base) for path in paths if path is not None}
+    return [f"{path}: {how_to_get(card)}" for path, card in found.items() if card is not None]
 
 
 def read_tokenizer(folder: Path | str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -47,3 +77,26 @@ def read_tokenizer(folder: Path | str, revision: str | None = None) -> PreTraine
     if isinstance(folder, Path):
         check_folder(folder, weights=False)
     return load_tokenizer(str(folder), revision)
+
+
+def trained_tokenizer(config: RunConfig, raw: Raw, run: Path, dist: Dist) -> PreTrainedTokenizerBase:
+    """The tokenizer that a run trains on the train split of `raw`, kept in the run folder; a collective."""
+    settings = config.tokenizer
+    assert settings is not None
+    assert settings.train_on is not None
+    folder, data = run / "tokenizer", config.data[settings.train_on]
+    columns, closed = [*data.columns], data.task != "causal-lm"
+    origin = {"data": raw.fingerprint, "text": columns, "vocab_size": settings.vocab_size, "closed": closed}
+    origin |= {"commands": settings.commands} if settings.commands != "plain" else {}
+    note = folder / "trained_on.json"
+    if dist.is_main and not (note.exists() and json.loads(note.read_text()) == origin):
+        fresh = run / ".tmp-tokenizer"
+        shutil.rmtree(fresh, ignore_errors=True)
+        texts = [text for column in columns for text in raw.texts("train", column)]
+        made = train_tokenizer(texts, settings.vocab_size, closed=closed, commands=settings.commands)
+        made.save_pretrained(fresh)
+        (fresh / note.name).write_text(json.dumps(origin))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(fresh, folder)
+    dist.barrier()
+    return load_tokenizer(str(folder))

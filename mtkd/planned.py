@@ -49,13 +49,14 @@ class PlannedStage:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `mtkd run` would do."""
+    """What `mtkd run` would do; `missing`: models that are planned from their cards, and what brings them here."""
 
     name: str
     folder: str
     engine: str
     command: str
     stages: list[PlannedStage] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -78,7 +79,7 @@ class Plan:
         for stage in self.stages:
             for row in stage.rows:
                 rows.add_row(stage.name, row)
-        table.caption = f"started by: {self.command}"
+        table.caption = "\n".join([f"started by: {self.command}", *(f"not here yet: {each}" for each in self.missing)])
         return [table, rows]
 
 

@@ -23,17 +23,27 @@ from mtkd.chain import model_name, model_of, needed_stages, scored_models, stage
 from mtkd.checks import check
 from mtkd.cofinetune import check_members
 from mtkd.config import DataConfig, ModelConfig, RunConfig, StageConfig, TeacherConfig
+from mtkd.data.blanks import answer_ids
+from mtkd.data.tasks import check_model
 from mtkd.data.tokenizers import check_chat_template, check_same_tokenizer, num_real_ids, train_tokenizer
 from mtkd.errors import UserError
 from mtkd.ladder import Look, complete
 from mtkd.launcher import num_processes, shown_command
-from mtkd.locate import given_tokenizer, read_tokenizer, resolve_path, revision_of
+from mtkd.locate import (
+    given_tokenizer,
+    missing,
+    missing_models,
+    read_tokenizer,
+    resolve_path,
+    revision_of,
+    tokenizer_origin,
+)
 from mtkd.memory import FLOAT, TeacherSize, check_offload, teacher_bytes
 from mtkd.mix import stage_rows
 from mtkd.models.folder import check_folder
-from mtkd.models.info import CLASSIFIER, ModelInfo, check_packing, count_parameters, model_info
+from mtkd.models.info import CLASSIFIER, GLM, ModelInfo, check_packing, count_parameters, model_info
+from mtkd.models.load import answer_with, smaller_config
 from mtkd.models.load import load_config as load_model_config
-from mtkd.models.load import smaller_config
 from mtkd.models.vocabulary import compressed_teacher, compressed_twice, read_vocabulary
 from mtkd.models.weights import check_weights
 from mtkd.planned import SKIPPED, Plan, PlannedModel, PlannedStage, of_cache, planned_model, row_text, with_consequences
@@ -72,7 +82,7 @@ def plan(config: RunConfig) -> Plan:
     kind = f"{engine.kind}, {num_processes(engine)} process(es), {engine.precision}"
     if engine.kind == "deepspeed":
         kind += f", ZeRO {engine.zero_stage}"
-    return Plan(config.name, str(config.folder), kind, " ".join(shown_command(engine)), stages)
+    return Plan(config.name, str(config.folder), kind, " ".join(shown_command(engine)), stages, missing_models(config))
 
 
 class _Planner:
@@ -82,12 +92,19 @@ class _Planner:
         self._cached: dict[str, CacheFacts] = {}  # what cache stages will have made
         self._compressed: dict[str, int] = {}  # stages whose model has a compressed vocabulary: its ids
         settings = config.tokenizer
-        self._trains_tokenizer = settings is not None and settings.train_on is not None
-        if self._trains_tokenizer:
+        self._stands_in = settings is not None and settings.train_on is not None
+        card = None if self._stands_in else missing(tokenizer_origin(config)[0], config.base)
+        if self._stands_in:
             assert settings is not None
             # A stand-in with the special tokens of the one to come, which has at most `vocab_size` ids.
-            self._tokenizer: PreTrainedTokenizerBase = train_tokenizer(["stand-in"], settings.vocab_size)
+            self._tokenizer: PreTrainedTokenizerBase = train_tokenizer(
+                ["stand-in"], settings.vocab_size, commands=settings.commands
+            )
             self._num_ids = settings.vocab_size
+        elif card is not None:
+            assert card.ids is not None, "cards of GLM have it"
+            self._tokenizer, self._num_ids = train_tokenizer(["stand-in"], card.ids, commands="glm"), card.ids
+            self._stands_in = True  # as little is known of it
         else:
             self._tokenizer = given_tokenizer(config)
             self._num_ids = num_real_ids(self._tokenizer)
@@ -122,6 +139,9 @@ class _Planner:
         planned = [replace(model, backend=backend) for (model, _), backend in zip(sized, backends, strict=True)]
         infos = [info for _, info in sized]
         if stage.batch.packing:
+            if task.laid:
+                raise UserError(f"examples of task '{task.name}' have two parts, each with a mask of its own",
+                                where=f"{where}.batch.packing", found="packing", todo="drop packing")  # fmt: skip
             for which, info in zip(planned, infos, strict=True):
                 if which.backend != "cached":  # a cached teacher does not run
                     check_packing(info, f"{where}.batch.packing")
@@ -132,7 +152,7 @@ class _Planner:
             infos[0],
             {p.role: info for p, info in sized[own:]},
             token_level=task.token_level,
-            regression=False if task.token_level or data.labels else None,
+            regression=False if task.token_level or data.classes else None,
             where=f"{where}.match",
         )
         check_cached(stage, rows, caches, token_level=task.token_level, where=where)
@@ -198,7 +218,7 @@ class _Planner:
             if made is None:
                 found[teacher.name] = read_facts(teacher.model.path or "", self.config.base, auto_class, place)
                 check_precision_of(found[teacher.name], self.config.engine.precision, place)
-                if not self._trains_tokenizer:
+                if not self._stands_in:
                     check_tokenizer_of(found[teacher.name], self._tokenizer, place)
             else:
                 found[teacher.name] = self._cached[made]
@@ -209,6 +229,15 @@ class _Planner:
         return found
 
     def _model_config(self, stage: StageConfig, model: ModelConfig, where: str) -> PretrainedConfig:
+        """The configuration of a model as a stage will have it, which is one that can do the stage's task."""
+        made = self._any_model_config(stage, model, where)
+        data = self.config.data[self.config.data_name(stage.data)]
+        cloze = model_info(made, TASKS.find(data.task).class_for(data)).cloze
+        compressed = model.vocabulary is not None or self._vocabulary(model) is not None
+        check_model(data, made.model_type, where, cloze=cloze, compressed=compressed)
+        return made
+
+    def _any_model_config(self, stage: StageConfig, model: ModelConfig, where: str) -> PretrainedConfig:
         vocabulary = self._vocabulary(model)
         if model.vocabulary is not None and vocabulary is not None:
             raise compressed_twice(f"{where}.vocabulary")
@@ -222,10 +251,11 @@ class _Planner:
             TASKS.find(data.task).class_for(data),
             num_ids=vocabulary or self._num_ids,
             max_positions=data.max_length,
-            num_labels=len(data.labels),
-            label_names=data.labels,
+            num_labels=len(data.classes),
+            label_names=data.classes,
             tokenizer=self._tokenizer,
             resolve=lambda path: resolve_path(path, self.config.base),
+            answers=self._answers(data),
         )
 
     def _teacher_config(
@@ -239,11 +269,22 @@ class _Planner:
             check_weights(made, auto_class, folder)
         return made
 
+    def _answers(self, data: DataConfig) -> list[list[int]] | None:
+        """Token ids of the words of a cloze's classes; a stand-in's while the tokenizer is not there."""
+        if not TASKS.find(data.task).cloze:
+            return None
+        return answer_ids(data, self._tokenizer, f"data.{self._name_of(data)}")
+
+    def _name_of(self, data: DataConfig) -> str:
+        return next(name for name, other in self.config.data.items() if other is data)
+
     def _for_task(self, made: PretrainedConfig, earlier: str, stage: StageConfig, where: str) -> PretrainedConfig:
         """An earlier stage's model as this stage will load it: the head of its task, the length of its data."""
         data = self.config.data[self.config.data_name(stage.data)]
         auto_class = TASKS.find(data.task).class_for(data)
         made = type(made).from_dict(made.to_dict())
+        if made.model_type == GLM:
+            answer_with(made, auto_class, self._answers(data))
         if auto_class == CLASSIFIER and data.labels:
             self._check_labels(earlier, data.labels, where)
             made.num_labels = len(data.labels)
@@ -310,7 +351,11 @@ class _Planner:
             if token_level:
                 raise compressed_teacher(model.path or "", where)
             return
-        if stage_of(model.path) is None and not self._trains_tokenizer and model.path is not None:
+        known = (
+            model.path is not None and stage_of(model.path) is None and missing(model.path, self.config.base) is None
+        )
+        if known and not self._stands_in:
+            assert model.path is not None
             own = read_tokenizer(resolve_path(model.path, self.config.base), revision_of(model))
             check_same_tokenizer(self._tokenizer, own, where)
 
@@ -364,4 +409,4 @@ class _Planner:
 
 def _with_open_labels(info: ModelInfo, data: DataConfig, auto_class: str) -> ModelInfo:
     """The same number of classes for every model where only the data tells it; the build compares the real ones."""
-    return replace(info, num_labels=2) if auto_class == CLASSIFIER and not data.labels else info
+    return replace(info, num_labels=2) if auto_class == CLASSIFIER and not data.classes else info

@@ -106,7 +106,9 @@ def _plan_unfinished(config: RunConfig) -> None:
     folder = RunDir(Path(config.output) / config.name)
     known = folder.config_file.is_file()
     if not known or not all(folder.stage(i, name).done() for i, name in enumerate(config.stages, 1)):
-        plan(config)
+        missing = plan(config).missing
+        if missing:
+            raise UserError("models of this run are not here", where="stages", found="\n           ".join(missing))
 
 
 def _report(folder: RunDir) -> Path:

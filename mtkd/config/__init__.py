@@ -6,12 +6,21 @@ Read by `mtkd.configfile.load_config`, printed as JSON Schema by `mtkd schema`. 
 from mtkd.config.base import STAGE_PREFIX, Config, Name, Named, Positive, Share, check_name
 from mtkd.config.cache import CacheConfig
 from mtkd.config.chain import ChainConfig, Rung, Training
-from mtkd.config.data import RANDOM_TOKENS, DataConfig, TokenizerConfig, TransferConfig, prompt_parts
+from mtkd.config.data import (
+    BLANK,
+    RANDOM_TOKENS,
+    DataConfig,
+    InfillConfig,
+    TokenizerConfig,
+    TransferConfig,
+    prompt_parts,
+)
 from mtkd.config.model import ModelConfig, ShardedConfig, SliceConfig, TeacherConfig, VocabularyConfig
 from mtkd.config.run import Comparison, EngineConfig, EvaluateConfig, RunConfig
 from mtkd.config.stage import BatchConfig, EarlyStop, EqualTime, OptimizerConfig, ScoringBatchConfig, StageConfig
 
 __all__ = [
+    "BLANK",
     "RANDOM_TOKENS",
     "STAGE_PREFIX",
     "BatchConfig",
@@ -24,6 +33,7 @@ __all__ = [
     "EngineConfig",
     "EqualTime",
     "EvaluateConfig",
+    "InfillConfig",
     "ModelConfig",
     "Name",
     "Named",

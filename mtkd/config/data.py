@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from string import Formatter
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -21,11 +21,16 @@ class TokenizerConfig(Config):
         None, description="name of a `data` entry; a byte-level BPE is trained on its train split"
     )
     vocab_size: Positive = Field(4096, description="ids of a trained tokenizer, special tokens included")
+    commands: Literal["plain", "glm"] = Field(
+        "plain", description="special tokens of a trained tokenizer: plain (<s>, <mask> and so on), or GLM's commands"
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> TokenizerConfig:
         if (self.path is None) == (self.train_on is None):
             raise ValueError("give either `path` or `train_on`")
+        if self.path is not None and self.commands != "plain":
+            raise ValueError("commands: of a trained tokenizer; a loaded one has its own")
         return self
 
 
@@ -37,6 +42,35 @@ class TransferConfig(Config):
         "text's own tokens in another order"
     )
     share: Share = Field(1.0, description="share of the ordinary tokens that is replaced, or takes part in the shuffle")
+
+
+class InfillConfig(Config):
+    """GLM's blank infilling: which share of the examples is asked for what; those left out beside others are 0."""
+
+    mask: Share = Field(0.5, description="[MASK]: spans of a few tokens; base and large know these alone: {mask: 1}")
+    smask: Share = Field(0.3, description="[sMASK]: whole sentences")
+    gmask: Share = Field(0.2, description="[gMASK]: a suffix of half the example or more")
+    span: Annotated[float, Field(gt=0)] = Field(
+        3.0, description="[MASK]: mean of the Poisson law of span lengths in tokens, before its zeros are left out"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _others_are_zero(cls, value: Any) -> Any:
+        shares = ("mask", "smask", "gmask")
+        if isinstance(value, dict) and any(name in value for name in shares):
+            return {**dict.fromkeys(shares, 0.0), **value}
+        return value
+
+    @model_validator(mode="after")
+    def _sum(self) -> InfillConfig:
+        if abs(self.mask + self.smask + self.gmask - 1) > 1e-6:
+            raise ValueError(f"mask, smask and gmask sum to {self.mask + self.smask + self.gmask:g}, not to 1")
+        return self
+
+
+BLANK = "[MASK]"
+"""The place of the answer in a cloze."""
 
 
 class DataConfig(Config):
@@ -59,7 +93,10 @@ class DataConfig(Config):
     transfer: TransferConfig | None = Field(
         None, description="replace or shuffle the tokens of the train split (validation and test stay real)"
     )
-    task: str = Field("causal-lm", description="registered task (`mtkd ls tasks`): causal-lm, masked-lm, classify")
+    task: str = Field(
+        "causal-lm",
+        description="registered task (`mtkd ls tasks`): causal-lm, masked-lm, classify, glm-infill, glm-cloze",
+    )
     text: str = Field("text", description="column of the (first) text")
     prompt: str | None = Field(
         None,
@@ -72,14 +109,36 @@ class DataConfig(Config):
         description="with prompt: prompt and response are the turns of the tokenizer's chat template",
     )
     text_pair: str | None = Field(None, description="column of the second text, classify only")
-    label: str = Field("label", description="column of the label, classify only")
-    labels: tuple[str, ...] = Field((), description="class names in order; default: sorted values of the train split")
+    label: str = Field("label", description="column of the label, classify and glm-cloze")
+    labels: tuple[str, ...] = Field(
+        (),
+        description="class names in order; default: sorted values of the train split (glm-cloze: names of verbalizers)",
+    )
+    cloze: str | None = Field(
+        None,
+        description='glm-cloze: template of columns with one blank, such as "{premise}? [MASK], {hypothesis}"; of a '
+        "text that is too long the longest column is cut, never the blank",
+    )
+    verbalizers: dict[str, str] = Field(
+        default_factory=dict,
+        description="glm-cloze: what each class puts into the blank, one or more words; with the space before them "
+        'where the tokenizer keeps spaces: {yes: " Yes", no: " No"}',
+    )
+    infill: InfillConfig = Field(InfillConfig(), description="glm-infill: the mixture of objectives")
+    redraw: bool = Field(
+        True,
+        description="masked-lm, glm-infill: draw anew in every epoch what is asked for; false: once for all epochs, so "
+        "that teachers can be cached",
+    )
     teacher: str = Field("teacher", description="column that names each row's teacher; read by weighting: route")
     max_length: Positive = Field(
         128,
         description="tokens per example, special ones included; language-model tasks cut longer documents into blocks",
     )
-    mask_share: Share = Field(0.15, description="masked-lm: share of tokens selected as targets")
+    mask_share: Share = Field(
+        0.15,
+        description="masked-lm: share of tokens selected as targets; glm-infill: least share in spans or sentences",
+    )
     next_sentence: bool = Field(
         False,
         description="masked-lm: pairs of segments, half of them from another document, with the label which; the model "
@@ -115,6 +174,31 @@ class DataConfig(Config):
             raise ValueError("prompts go with real texts; drop prompt, or transfer and random-tokens")
         return self
 
+    @model_validator(mode="after")
+    def _blank(self) -> DataConfig:
+        if self.cloze is None:
+            return self
+        if "\\n" in self.cloze:
+            raise ValueError("cloze has a backslash and an n, not the end of a line: write it in double quotes")
+        parts = prompt_parts(self.cloze, "cloze")
+        if "{" not in self.cloze or sum(text.count(BLANK) for text, _ in parts) != 1:
+            raise ValueError(f"cloze is a template of columns in braces with one {BLANK}, not {self.cloze!r}")
+        if self.source == RANDOM_TOKENS or self.transfer is not None:
+            raise ValueError("a cloze goes with real texts; drop transfer and random-tokens")
+        return self
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in order, as far as the configuration names them."""
+        return self.labels or tuple(sorted(self.verbalizers))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that are read as text, a second text aside; each once."""
+        if self.cloze is not None:
+            return tuple(dict.fromkeys(name for _, name in prompt_parts(self.cloze, "cloze") if name is not None))
+        return (self.text, *self.prompt_columns)
+
     @property
     def prompt_columns(self) -> tuple[str, ...]:
         """The columns that the prompt is made of."""
@@ -134,8 +218,10 @@ class DataConfig(Config):
         return noise is None or noise.share < 1 or (noise.tokens == "shuffled" and self.task == "classify")
 
 
-def prompt_parts(prompt: str) -> list[tuple[str, str | None]]:
+def prompt_parts(prompt: str, what: str = "prompt") -> list[tuple[str, str | None]]:
     """Text and the column after it, in order; a prompt without braces is one column.
+
+    Args: what: the template is, for messages.
 
     Raises:
         ValueError: braces that do not close, no column, a conversion or a format.
@@ -145,8 +231,8 @@ def prompt_parts(prompt: str) -> list[tuple[str, str | None]]:
     parts: list[tuple[str, str | None]] = []
     for text, name, form, conversion in Formatter().parse(prompt):
         if name is not None and (not name or form or conversion):
-            raise ValueError(f"a field of a prompt is the bare name of a column in braces, not {prompt!r}")
+            raise ValueError(f"a field of a {what} is the bare name of a column in braces, not {prompt!r}")
         parts.append((text, name))
     if all(name is None for _, name in parts):
-        raise ValueError(f"the prompt {prompt!r} names no column")
+        raise ValueError(f"the {what} {prompt!r} names no column")
     return parts

@@ -26,6 +26,9 @@ class Batch:
         nsp_targets: 0 where the second segment follows the first, 1 where it is another document's, `NO_LABEL` in
             filler rows; [B] int64, or None when nothing is asked.
         routes: number of the teacher that the data names for each example, [B] int64 (-1 in filler rows), or None.
+        position_ids: where examples bring their own, GLM's: row 0 index in part A, or of the blank that a piece fills;
+            row 1 0 in part A, 1, 2, ... in a piece; [B,2,L] int64, 0 at padding. None: tokens are counted.
+        sep: tokens of part A, which is seen in both directions, [B] int64; None where there are no parts.
     """
 
     ids: Tensor  # [B]
@@ -35,6 +38,8 @@ class Batch:
     token_type_ids: Tensor | None = None  # [B,L]
     nsp_targets: Tensor | None = None  # [B]
     routes: Tensor | None = None  # [B]
+    position_ids: Tensor | None = None  # [B,2,L]
+    sep: Tensor | None = None  # [B]
 
     @property
     def real(self) -> Tensor:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from mtkd.config import DataConfig
+    from mtkd.data.infilling import LaidOut
     from mtkd.data.sources import Raw
 
 _FILLER_LENGTH = 2  # tokens of a batch in which nothing counts
@@ -72,6 +73,13 @@ class Pairs(Protocol):
     def next_sentence(self, index: int, epoch: int) -> int: ...
 
 
+@runtime_checkable
+class Laid(Protocol):
+    """Examples in two parts, with positions of their own (GLM); what `read` returns is the inputs and targets of it."""
+
+    def lay_out(self, index: int, epoch: int) -> LaidOut: ...
+
+
 class Split:
     """One tokenised split: its examples, the documents they come from, and batches of them.
 
@@ -82,6 +90,9 @@ class Split:
         labels: classification: class number per example [examples] int64, or float32 targets of a regression.
         token_types: whether batches carry token types.
         note: what the person should know of how it was made, e.g. examples left out; "" for nothing.
+
+    Attributes:
+        redraws: whether inputs that depend on the epoch do so; else they are those of epoch 0 for ever.
     """
 
     def __init__(
@@ -98,7 +109,7 @@ class Split:
         self._documents = documents
         self._pad_id = pad_id
         self._token_types = token_types
-        self.labels, self.note = labels, note
+        self.labels, self.note, self.redraws = labels, note, True
         self.lengths = examples.lengths
         self._routes: np.ndarray | None = None
 
@@ -154,7 +165,7 @@ class Split:
         Args:
             indices: example numbers; [] makes a batch of filler rows only.
             size: rows; missing ones are filler rows, in which nothing counts.
-            epoch: pass over the data; decides which tokens are masked in training (masked-lm).
+            epoch: pass over the data; decides what is asked for in training (masked-lm, glm-infill).
 
         Returns:
             Batch with `size` (or len(indices)) rows.
@@ -162,34 +173,61 @@ class Split:
         num_rows = len(indices) if size is None else size
         if num_rows < max(1, len(indices)):
             raise ValueError(f"{len(indices)} examples do not make a batch of {num_rows} rows")
-        length = max((int(self.lengths[i]) for i in indices), default=_FILLER_LENGTH)
-        ids = np.full(num_rows, NO_EXAMPLE, np.int64)
-        inputs = np.full((num_rows, length), self._pad_id, np.int64)
-        attention = np.zeros((num_rows, length), bool)
-        attention[len(indices) :, 0] = True  # a filler row without a single token would give softmax over nothing
+        epoch = epoch if self.redraws else 0
+        if isinstance(self._examples, Laid):
+            return self._collate_laid([self._examples.lay_out(int(i), epoch) for i in indices], indices, num_rows)
+        read = [self._examples.read(int(i), epoch) for i in indices]
+        length = max((len(tokens) for tokens, _, _ in read), default=_FILLER_LENGTH)
         types = np.zeros((num_rows, length), np.int64) if self._token_types else None
-        targets = self._no_targets(num_rows, length)
-        follows = np.full(num_rows, NO_LABEL, np.int64) if isinstance(self._examples, Pairs) else None
-        for row, index in enumerate(indices):
-            tokens, target, token_types = self._examples.read(int(index), epoch)
-            ids[row] = index
-            inputs[row, : len(tokens)] = tokens
-            attention[row, : len(tokens)] = True
-            if isinstance(target, np.ndarray):
-                targets[row, : len(target)] = target
-            else:
-                targets[row] = target
+        for row, (tokens, _, token_types) in enumerate(read):
             if types is not None and token_types is not None:
                 types[row, : len(tokens)] = token_types
+        follows = np.full(num_rows, NO_LABEL, np.int64) if isinstance(self._examples, Pairs) else None
+        for row, index in enumerate(indices):
             if follows is not None and isinstance(self._examples, Pairs):
                 follows[row] = self._examples.next_sentence(int(index), epoch)
+        batch = self._padded([tokens for tokens, _, _ in read], [target for _, target, _ in read], indices, num_rows)
+        batch.token_type_ids = torch.from_numpy(types) if types is not None else None
+        batch.nsp_targets = torch.from_numpy(follows) if follows is not None else None
+        return batch
+
+    def _collate_laid(self, read: Sequence[LaidOut], indices: Sequence[int], num_rows: int) -> Batch:
+        batch = self._padded([x.inputs for x in read], [x.targets for x in read], indices, num_rows)
+        positions = torch.zeros(num_rows, 2, batch.input_ids.shape[1], dtype=torch.int64)
+        sep = torch.ones(num_rows, dtype=torch.int64)  # the one token of a filler row
+        for row, example in enumerate(read):
+            positions[row, :, : len(example.inputs)] = torch.from_numpy(example.positions)
+            sep[row] = example.sep
+        batch.position_ids, batch.sep = positions, sep
+        return batch
+
+    def _padded(
+        self,
+        inputs: Sequence[np.ndarray],
+        targets: Sequence[np.ndarray | float],
+        indices: Sequence[int],
+        num_rows: int,
+    ) -> Batch:
+        """Examples padded on the right to the longest of them, and filler rows."""
+        length = max(map(len, inputs), default=_FILLER_LENGTH)
+        ids = np.full(num_rows, NO_EXAMPLE, np.int64)
+        padded = np.full((num_rows, length), self._pad_id, np.int64)
+        attention = np.zeros((num_rows, length), bool)
+        attention[len(indices) :, 0] = True  # a filler row without a single token would give softmax over nothing
+        wanted = self._no_targets(num_rows, length)
+        for row, (index, tokens, target) in enumerate(zip(indices, inputs, targets, strict=True)):
+            ids[row] = index
+            padded[row, : len(tokens)] = tokens
+            attention[row, : len(tokens)] = True
+            if isinstance(target, np.ndarray):
+                wanted[row, : len(target)] = target
+            else:
+                wanted[row] = target
         return Batch(
             ids=torch.from_numpy(ids),
-            input_ids=torch.from_numpy(inputs),
+            input_ids=torch.from_numpy(padded),
             attention_mask=torch.from_numpy(attention),
-            targets=torch.from_numpy(targets),
-            token_type_ids=torch.from_numpy(types) if types is not None else None,
-            nsp_targets=torch.from_numpy(follows) if follows is not None else None,
+            targets=torch.from_numpy(wanted),
             routes=self._routes_of(indices, num_rows),
         )
 
@@ -273,6 +311,7 @@ def load_data(
                 num_labels=num_labels,
             )
             made[split] = task.prepare(request)
+            made[split].redraws = config.redraw
     options = config.model_dump(mode="json", exclude=PLACES)
     of_tokenizer = tokenizer_fingerprint(tokenizer, chat=config.chat)
     parts = [raw.fingerprint, of_tokenizer, json.dumps(options, sort_keys=True), *label_names]

@@ -11,13 +11,11 @@ from mtkd.data.labels import read_labels
 from mtkd.data.masking import Masking
 from mtkd.data.pairs import PairExamples, around_pair
 from mtkd.data.prompts import prepare_prompted
-from mtkd.data.rows import TOKENIZED_AT_ONCE, column_of, described, pad_id, texts_of, tokenize
+from mtkd.data.rows import TOKENIZED_AT_ONCE, around_text, column_of, described, pad_id, texts_of, tokenized
 from mtkd.data.transfer import transfer_tokens
 from mtkd.errors import DataError, UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from mtkd.data.tasks import PrepareRequest
 
 
@@ -75,7 +73,7 @@ def prepare_causal(request: PrepareRequest) -> Split:
     flat: list[np.ndarray] = []
     counts = np.zeros(len(texts), np.int64)
     scored = np.array([len(text.encode()) for text in texts], np.int64)
-    for number, ids in enumerate(_tokenized(request, texts)):
+    for number, ids in enumerate(tokenized(request, texts)):
         document = np.array([*before, *ids, *after], np.int32)
         if len(document) < 2:
             raise DataError(
@@ -95,7 +93,7 @@ def prepare_masked(request: PrepareRequest) -> Split:
     """Every document cut into blocks of at most `max_length` tokens, the special tokens around each included."""
     tokenizer, config = request.tokenizer, request.config
     masking = Masking(tokenizer, config.mask_share, config.seed)
-    before, after = _around(tokenizer)
+    before, after = around_text(tokenizer)
     room = config.max_length - len(before) - len(after)
     if room < 1:
         raise UserError("no room for a token", where="data.max_length", found=config.max_length, allowed="a longer one")
@@ -104,7 +102,7 @@ def prepare_masked(request: PrepareRequest) -> Split:
         return _paired(request, texts, rows, masking)
     flat: list[np.ndarray] = []
     of_example: list[int] = []
-    for number, ids in enumerate(_tokenized(request, texts)):
+    for number, ids in enumerate(tokenized(request, texts)):
         for start in range(0, len(ids), room):
             flat.append(np.array([*before, *ids[start : start + room], *after], np.int32))
             of_example.append(number)
@@ -118,7 +116,7 @@ def prepare_masked(request: PrepareRequest) -> Split:
 def _paired(request: PrepareRequest, texts: list[str], rows: np.ndarray, masking: Masking) -> Split:
     """Pairs of segments; every document is cut into equal stretches of at most `max_length` tokens."""
     tokenizer, config = request.tokenizer, request.config
-    documents = [ids.astype(np.int32) for ids in _tokenized(request, texts)]
+    documents = [ids.astype(np.int32) for ids in tokenized(request, texts)]
     for number, ids in enumerate(documents):
         if len(ids) < 2:
             where = request.origin.where(rows[number])
@@ -172,22 +170,6 @@ def prepare_classify(request: PrepareRequest) -> Split:
         labels=labels,
         token_types=with_types,
     )
-
-
-def _tokenized(request: PrepareRequest, texts: list[str]) -> list[np.ndarray]:
-    """Ids of every text without special tokens, replaced where the `data` block makes a transfer set of them."""
-    return transfer_tokens(list(tokenize(request.tokenizer, texts)), request.config, request.tokenizer, request.split)
-
-
-def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The special tokens that the tokenizer puts before and after a text."""
-    probe = "a"
-    bare: list[int] = tokenizer(probe, add_special_tokens=False)["input_ids"]
-    full: list[int] = tokenizer(probe)["input_ids"]
-    for start in range(len(full) - len(bare) + 1):
-        if full[start : start + len(bare)] == bare:
-            return full[:start], full[start + len(bare) :]
-    raise DataError("the tokenizer changes a text when it adds special tokens", where="tokenizer", found=full)
 
 
 def _blocks(firsts: np.ndarray, inputs: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

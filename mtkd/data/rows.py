@@ -9,6 +9,7 @@ import numpy as np
 
 from mtkd.data.collate import Documents
 from mtkd.data.files import read_texts
+from mtkd.data.transfer import transfer_tokens
 from mtkd.errors import DataError
 
 if TYPE_CHECKING:
@@ -44,6 +45,22 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iterat
             return_token_type_ids=False,
             verbose=False,
         )["input_ids"]
+
+
+def tokenized(request: PrepareRequest, texts: Sequence[str]) -> list[np.ndarray]:
+    """Ids of every text without special tokens, replaced where the `data` block makes a transfer set of them."""
+    return transfer_tokens(list(tokenize(request.tokenizer, texts)), request.config, request.tokenizer, request.split)
+
+
+def around_text(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts before and after a text."""
+    probe = "a"
+    bare: list[int] = tokenizer(probe, add_special_tokens=False)["input_ids"]
+    full: list[int] = tokenizer(probe)["input_ids"]
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return full[:start], full[start + len(bare) :]
+    raise DataError("the tokenizer changes a text when it adds special tokens", where="tokenizer", found=full)
 
 
 def described(request: PrepareRequest, rows: np.ndarray, of_example: np.ndarray, scored: np.ndarray) -> Documents:

@@ -136,11 +136,8 @@ def _check_random_tokens(config: DataConfig, where: str) -> None:
 def _read_columns(config: DataConfig) -> tuple[str, ...]:
     """The columns of a source that a task reads."""
     pair = (config.text_pair,) if config.text_pair else ()
-    return (
-        (config.text, *pair, config.label)
-        if config.task == "classify"
-        else (config.text, *pair, *config.prompt_columns)
-    )
+    label = (config.label,) if config.task in ("classify", "glm-cloze") else ()
+    return (*config.columns, *pair, *label)
 
 
 def _check_columns(config: DataConfig, split: str, columns: list[str] | None) -> None:
@@ -150,7 +147,7 @@ def _check_columns(config: DataConfig, split: str, columns: list[str] | None) ->
                 f"no column '{name}'",
                 where=config.files[split],  # type: ignore[index]
                 allowed=columns,
-                todo=nearest(name, columns) or "set text, text_pair, label and prompt to columns of the file",
+                todo=nearest(name, columns) or "set text, text_pair, label, prompt and cloze to columns of the file",
             )
 
 

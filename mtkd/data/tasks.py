@@ -48,6 +48,11 @@ class TaskSpec:
         labels: (config, raw) -> class names and number of outputs; () and 0 for token tasks.
         regression_metrics: instead of `metrics` when the labels are numbers.
         fields: of the `data` block that only this kind of task reads.
+        architectures: the only ones that can do it; () for all that have the head.
+        varies: inputs change with the epoch, unless `redraw` is false.
+        laid: examples have two parts and positions of their own.
+        cloze: a class is scored by its words (`verbalizers`) in place of a blank; no weights beside the language
+            model's.
     """
 
     name: str
@@ -58,6 +63,10 @@ class TaskSpec:
     labels: Labels
     regression_metrics: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()
+    architectures: tuple[str, ...] = ()
+    varies: bool = False
+    laid: bool = False
+    cloze: bool = False
 
     def class_for(self, config: DataConfig) -> str:
         """The auto class of a `data` block's models: with next-sentence labels the one that has both heads."""
@@ -84,8 +93,75 @@ def check_task(config: DataConfig, where: str = "data") -> None:
             found=getattr(config, name),
             todo=f"drop it, or set task: {' or '.join(readers)}",
         )
-    if config.task == "masked-lm" and config.mask_share == 0:
+    if "mask_share" in task.fields and config.mask_share == 0:
         raise UserError("no token would be a target", where=f"{where}.mask_share", found=0, allowed="above 0, up to 1")
+    if task.cloze:
+        _check_cloze(config, where)
+
+
+def varies(config: DataConfig) -> bool:
+    """Whether the inputs of a `data` block change with the epoch."""
+    return bool(TASKS.find(config.task).varies) and config.redraw
+
+
+def check_model(config: DataConfig, architecture: str, where: str, *, cloze: bool, compressed: bool) -> None:
+    """Refuse a model that cannot do the task of a `data` block.
+
+    Args:
+        architecture: transformers' model_type. cloze: whether its configuration scores classes by their words.
+        compressed: whether it has a part of the ids.
+
+    Raises:
+        UserError: naming both.
+    """
+    task: TaskSpec = TASKS.find(config.task)
+    if task.architectures and architecture not in task.architectures:
+        raise UserError(
+            f"task '{task.name}' is for {' and '.join(task.architectures)}",
+            where=where,
+            found=f"architecture '{architecture}'",
+            allowed=task.architectures,
+            todo="choose such a model, or another task for these data",
+        )
+    if task.cloze and compressed:
+        raise UserError(
+            "a cloze scores words of the whole vocabulary, and this model has a part of it",
+            where=f"{where}.vocabulary",
+            found=f"task {task.name}",
+            todo="drop vocabulary here and in the stages before",
+        )
+    if cloze and not task.cloze and not task.token_level:
+        raise UserError(
+            f"the model is a cloze, and task '{task.name}' does not see to it that every text keeps its blank",
+            where=where,
+            found="verbalizers in its configuration",
+            todo="set data.NAME.task: glm-cloze with cloze and verbalizers",
+        )
+
+
+def _check_cloze(config: DataConfig, where: str) -> None:
+    if config.cloze is None or len(config.verbalizers) < 2:
+        first = config.cloze is None
+        raise UserError(
+            f"task '{config.task}' needs cloze and verbalizers",
+            where=f"{where}.{'cloze' if first else 'verbalizers'}",
+            found="nothing" if first else config.verbalizers,
+            allowed="a template with [MASK]" if first else "the words of two classes or more",
+        )
+    if config.labels and set(config.labels) != set(config.verbalizers):
+        raise UserError(
+            "labels and verbalizers name different classes",
+            where=f"{where}.labels",
+            found=config.labels,
+            allowed=list(config.verbalizers),
+        )
+    if "text" in config.model_fields_set:
+        raise UserError("the columns of a cloze are those of its template", where=f"{where}.text", found=config.text)
+    words = [text.strip() for text in config.verbalizers.values()]
+    if not all(words) or len(set(config.verbalizers.values())) < len(words):
+        raise UserError(
+            "every class needs words of its own", where=f"{where}.verbalizers", found=list(config.verbalizers.values())
+        )
 
 
 def _no_labels(config: DataConfig, raw: Raw) -> tuple[tuple[str, ...], int]:
@@ -99,6 +175,10 @@ def _class_labels(config: DataConfig, raw: Raw) -> tuple[tuple[str, ...], int]:
     from mtkd.data.labels import find_labels
 
     return find_labels(config, raw)
+
+
+def _cloze_labels(config: DataConfig, raw: Raw) -> tuple[tuple[str, ...], int]:
+    return config.classes, len(config.classes)
 
 
 def _causal(request: PrepareRequest) -> Split:
@@ -118,6 +198,20 @@ def _classify(request: PrepareRequest) -> Split:
 
     return prepare_classify(request)
 
+
+def _infill(request: PrepareRequest) -> Split:
+    from mtkd.data.blanks import prepare_infill
+
+    return prepare_infill(request)
+
+
+def _cloze(request: PrepareRequest) -> Split:
+    from mtkd.data.blanks import prepare_cloze
+
+    return prepare_cloze(request)
+
+
+_GLM = ("glm_blocklm",)
 
 TASKS.add(
     "causal-lm",
@@ -140,7 +234,37 @@ TASKS.add(
         ("perplexity", "accuracy"),
         _masked,
         _no_labels,
-        fields=("mask_share", "next_sentence"),
+        fields=("mask_share", "next_sentence", "redraw"),
+        varies=True,
+    ),
+)
+TASKS.add(
+    "glm-infill",
+    TaskSpec(
+        "glm-infill",
+        "AutoModelForCausalLM",
+        True,
+        ("perplexity", "accuracy"),
+        _infill,
+        _no_labels,
+        fields=("infill", "mask_share", "redraw"),
+        architectures=_GLM,
+        varies=True,
+        laid=True,
+    ),
+)
+TASKS.add(
+    "glm-cloze",
+    TaskSpec(
+        "glm-cloze",
+        "AutoModelForSequenceClassification",
+        False,
+        ("accuracy", "f1", "matthews"),
+        _cloze,
+        _cloze_labels,
+        fields=("cloze", "verbalizers", "label", "labels"),
+        architectures=_GLM,
+        cloze=True,
     ),
 )
 TASKS.add(

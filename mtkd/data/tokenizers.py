@@ -20,7 +20,9 @@ SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "<mask>")
 _SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)  # every byte and every special token has an id
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, *, closed: bool = False) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, *, closed: bool = False, commands: str = "plain"
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of `vocab_size` ids (fewer when the texts hold fewer merges); same texts, same ids.
 
     Args:
@@ -28,6 +30,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, *, closed: bool = Fal
         vocab_size: ids, special tokens included.
         closed: whether `tokenizer(text)` ends with </s>: encoders expect it, and a causal model that is asked to go on
             writing must not see it. Beginning and end of training documents do not depend on this.
+        commands: the special tokens: "plain" are <pad>, <s>, </s>, <unk>, <mask>; "glm" those of a GLM, whose texts
+            are always closed.
 
     Raises:
         UserError: when there is not an id for every byte.
@@ -36,6 +40,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, *, closed: bool = Fal
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
+    if commands == "glm":
+        from mtkd.data.glm_tokens import trained_tokenizer
+
+        return trained_tokenizer(_non_empty(texts), vocab_size)
     if vocab_size < _SMALLEST_VOCABULARY:
         raise UserError(
             "too few ids for every byte and special token",

@@ -5,6 +5,7 @@ A score record is one line of a scores file. Its fields per task:
     masked-lm    document, domain, nll (nats, summed), tokens (targets), correct (targets predicted right)
                  both, where the vocabulary is compressed: removed (targets without a column of their own)
     classify     document, label, prediction, probabilities; without probabilities it is a regression
+    glm-infill as masked-lm, glm-cloze as classify
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def summarise(task: str, scores: Sequence[Score]) -> dict[str, float]:
     """The metrics of one model over all given documents.
 
     Args:
-        task: ``causal-lm``, ``masked-lm`` or ``classify`` (also ``classification``, ``regression``).
+        task: of the `data` block (also ``classification``, ``regression``).
         scores: one record per document.
 
     Returns:
@@ -99,13 +100,15 @@ def kind_of(task: str, scores: Sequence[Score]) -> str:
         raise DataError("there is nothing to score: no documents", where=f"task {task}")
     if task in ("causal-lm", "masked-lm", "regression"):
         return task
-    if task in ("classify", "classification"):
+    if task == "glm-infill":
+        return "masked-lm"
+    if task in ("classify", "classification", "glm-cloze"):
         return "classification" if scores[0].get("probabilities") is not None else "regression"
     raise DataError(
         "no metrics are known for this task",
         where="evaluate",
         found=task,
-        allowed="causal-lm, masked-lm, classify, classification, regression",
+        allowed="causal-lm, masked-lm, classify, classification, regression, glm-infill, glm-cloze",
     )
 
 

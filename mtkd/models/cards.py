@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -11,6 +12,7 @@ from pydantic import Field, ValidationError, computed_field
 
 from mtkd.config import Config, Name, Positive
 from mtkd.errors import DataError
+from mtkd.models.info import GLM
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -24,6 +26,8 @@ class Card(Config):
     architecture: str = Field(description="transformers' model_type, or mtkd's own")
     tokenizer: str = Field(description="what kind, and hub id where it is another model's")
     vocabulary: Positive = Field(description="rows of the embedding, padding included")
+    ids: Positive | None = Field(None, description="GLM: ids of its tokenizer, commands included")
+    positions: Positive | None = Field(None, description="GLM: longest text in tokens")
     layers: Positive = Field(description="number of layers")
     width: Positive = Field(description="width of the hidden states")
     heads: Positive = Field(description="attention heads (of the queries)")
@@ -39,6 +43,25 @@ class Card(Config):
     @computed_field(description="memory of the weights alone in 10^9 bytes: parameters x bytes of the published dtype")
     def memory_gb(self) -> float:
         return round(self.parameters * _BYTES[self.dtype] / 1e9, 2)
+
+
+def missing_glm(path: str | None, resolve: Callable[[str], Path | str]) -> Card | None:
+    """The card of a GLM that is not here: its weights cannot be fetched by themselves, they must be converted.
+
+    Args:
+        path: of a model or tokenizer. resolve: maps names of folders to folders, as in `find_folder`.
+    """
+    card = load_cards().get(path or "")
+    return card if card is not None and card.architecture == GLM and not Path(resolve(card.name)).is_dir() else None
+
+
+def how_to_get(card: Card) -> str:
+    """What brings the weights of a published GLM to where `missing_glm` looks for them."""
+    return (
+        f"download {card.source}, then `mtkd convert-glm FOLDER {card.name}` (with --vocabulary where the "
+        f"plain vocabulary does not lie beside the weights); the folder '{card.name}' is looked for beside the "
+        "configuration and in the working directory"
+    )
 
 
 def load_cards() -> dict[str, Card]:

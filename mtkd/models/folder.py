@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mtkd.errors import DataError, UserError, nearest
-from mtkd.models.cards import load_cards
+from mtkd.models.cards import how_to_get, load_cards, missing_glm
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
@@ -40,6 +40,8 @@ def find_folder(path: str, revision: str | None, resolve: Callable[[str], Path |
         DataError: a folder that is unsafe or incomplete, or a failed download.
     """
     card = load_cards().get(path)
+    if (glm := missing_glm(path, resolve)) is not None:
+        raise UserError("this model is not here", where="model.path", found=path, todo=how_to_get(glm))
     found = Path(resolve(path))
     if found.is_dir():
         folder = found

@@ -17,9 +17,9 @@ from transformers import (
 )
 
 from mtkd.config import ModelConfig
+from mtkd.data.glm_tokens import END, START
 from mtkd.errors import UserError, nearest
 from mtkd.models.glm import GLMConfig
-from mtkd.models.glm.tokens import END, START
 from mtkd.models.info import CLASSIFIER, GLM
 
 if TYPE_CHECKING:

@@ -90,7 +90,7 @@ def model_info(config: PretrainedConfig, auto_class: str) -> ModelInfo:
     width = config.hidden_size
     taps = {"logits", "hidden", "embedding", "cls"} | ({"nsp_logits"} if auto_class == PRE_TRAINING else set())
     tapped = attention_implementation(config, auto_class) == TAP
-    cloze = auto_class == CLASSIFIER and bool(getattr(config, "verbalizers", None))
+    cloze = auto_class == CLASSIFIER and getattr(config, "verbalizers", None) is not None
     if tapped and not cloze:  # a cloze attends to words that are not in the batch
         taps.update(ATTENTION)
     cls, causal = model_class(config, auto_class), is_causal(config, auto_class)
@@ -122,19 +122,32 @@ def _check_glm(config: PretrainedConfig, auto_class: str) -> None:
 
     if config.hidden_act not in ACT2FN:
         raise UserError("not an activation", where="model: hidden_act", found=config.hidden_act)
-    verbalizers = getattr(config, "verbalizers", None)
-    if auto_class != CLASSIFIER or not verbalizers:
-        return
-    where, size = "model: verbalizers", config.vocab_size
+    fault = cloze_fault(config) if auto_class == CLASSIFIER else None
+    if fault is not None:
+        message, found, allowed = fault
+        raise UserError(message, where="model: verbalizers", found=found, allowed=allowed)
+
+
+def cloze_fault(config: Any) -> tuple[str, Any, Any] | None:
+    """What is wrong with the answers of a GLM's configuration: (message, found, allowed); None for nothing.
+
+    The one check of clozes, at plan time and when the model is built.
+    """
+    verbalizers = config.verbalizers
+    if verbalizers is None:
+        return None
     if config.sop_token_id is None or config.mask_token_id is None or not config.tie_word_embeddings:
-        raise UserError("a cloze needs sop_token_id, mask_token_id and tied embeddings", where=where)
+        found = {name: getattr(config, name) for name in ("sop_token_id", "mask_token_id", "tie_word_embeddings")}
+        return "a cloze needs sop_token_id, mask_token_id and tied embeddings", found, "two ids, and true"
     if config.num_labels and len(verbalizers) != config.num_labels:
-        raise UserError(
-            "a cloze has one answer per class", where=where, found=len(verbalizers), allowed=config.num_labels
-        )
-    wrong = [words for words in verbalizers if not words or not all(0 <= word < size for word in words)]
-    if wrong:
-        raise UserError("an answer is a list of token ids", where=where, found=wrong[0], allowed=f"0 to {size - 1}")
+        return "a cloze has one answer per class", len(verbalizers), config.num_labels
+    size, most = config.vocab_size, config.max_position_embeddings
+    for words in verbalizers:
+        if not words or not all(0 <= word < size for word in words):
+            return "an answer is a list of token ids", words, f"one or more, each 0 to {size - 1}"
+        if len(words) > most:
+            return "an answer is longer than the model's positions", f"{len(words)} tokens", f"at most {most}"
+    return None
 
 
 def _unpackable(config: PretrainedConfig, cls: type[PreTrainedModel], causal: bool, tapped: bool) -> str:

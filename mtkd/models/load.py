@@ -15,10 +15,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from mtkd.config import ModelConfig
 from mtkd.errors import DataError, UserError
 from mtkd.models import attention, glm  # noqa: F401  registers the tap that models are built with, and our own type
+from mtkd.models.cards import missing_glm
 from mtkd.models.cut import cut_config, cut_weights
 from mtkd.models.folder import find_folder
 from mtkd.models.fresh import fresh_config, set_dropout
-from mtkd.models.info import CLASSIFIER, attention_implementation, check_head, model_info
+from mtkd.models.glm.published import config_of_card
+from mtkd.models.info import CLASSIFIER, GLM, attention_implementation, check_head, model_info
 from mtkd.models.vocabulary import VocabularyMap, compressed_config, compressed_weights, planned_config
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ class _Request:
     num_labels: int
     label_names: tuple[str, ...]
     tokenizer: PreTrainedTokenizerBase
+    answers: list[list[int]] | None
 
 
 def build_model(
@@ -59,6 +62,7 @@ def build_model(
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     resolve: Resolve,
+    answers: list[list[int]] | None = None,
     on_loaded: Callable[[PreTrainedModel], None] | None = None,
     empty: bool = False,
 ) -> PreTrainedModel:
@@ -75,6 +79,7 @@ def build_model(
         tokenizer: gives the special ids of a fresh model.
         seed: of everything that is newly initialised; the global random state is neither read nor changed.
         resolve: maps ``stage:NAME`` and relative folders to folders; returns anything else as it is.
+        answers: token ids of every class's words: makes a GLM classifier a cloze, whatever its own configuration says.
         on_loaded: sees a loaded model before anything is cut from it.
         empty: of a model that is loaded whole: as `empty_model` makes it, its weights are not read.
 
@@ -82,7 +87,7 @@ def build_model(
         UserError: the description does not fit the task, the tokenizer or the data.
         DataError: the folder is unsafe, or its weights are not those of the architecture.
     """
-    request = _Request(auto_class, num_ids, max_positions, num_labels, label_names, tokenizer)
+    request = _Request(auto_class, num_ids, max_positions, num_labels, label_names, tokenizer, answers)
     full, folder = _full_config(config, request, resolve, weights=True)
     if folder is None:
         return _from_config(full, auto_class, seed)
@@ -115,6 +120,7 @@ def load_config(
     label_names: tuple[str, ...],
     tokenizer: PreTrainedTokenizerBase,
     resolve: Resolve,
+    answers: list[list[int]] | None = None,
 ) -> PretrainedConfig:
     """The configuration that `build_model` would build, without weights; same arguments, same errors.
 
@@ -122,7 +128,7 @@ def load_config(
         UserError: the description does not fit the task, the tokenizer or the data.
         DataError: the folder is unsafe or not a model.
     """
-    request = _Request(auto_class, num_ids, max_positions, num_labels, label_names, tokenizer)
+    request = _Request(auto_class, num_ids, max_positions, num_labels, label_names, tokenizer, answers)
     full, _ = _full_config(config, request, resolve, weights=False)
     return smaller_config(full, config, tokenizer, num_ids)
 
@@ -164,11 +170,17 @@ def _full_config(
             tokenizer=request.tokenizer,
         )
     else:
-        folder = find_folder(config.path, config.revision, resolve, weights=weights)
-        full = _read_config(folder)
+        card = None if weights else missing_glm(config.path, resolve)
+        if card is None:
+            folder = find_folder(config.path, config.revision, resolve, weights=weights)
+            full = _read_config(folder)
+        else:
+            full = config_of_card(card)
         if config.dropout is not None:
             set_dropout(full, config.dropout)
     check_head(full, request.auto_class)
+    if full.model_type == GLM:
+        answer_with(full, request.auto_class, request.answers)
     if request.auto_class == CLASSIFIER and request.num_labels:
         _set_labels(full, request)
     _check_fits(full, request)
@@ -185,9 +197,18 @@ def _read_config(folder: Path) -> PretrainedConfig:
         raise DataError(f"the configuration cannot be read: {_first_line(error)}", where=str(folder)) from error
 
 
+def answer_with(config: PretrainedConfig, auto_class: str, answers: list[list[int]] | None) -> None:
+    """Make a GLM's configuration that of a cloze with these answers; of a language model, one without any."""
+    if answers is not None:
+        config.verbalizers, config.num_labels = answers, len(answers)
+    elif auto_class != CLASSIFIER:
+        config.verbalizers = None
+
+
 def _set_labels(config: PretrainedConfig, request: _Request) -> None:
     names = request.label_names or tuple(f"LABEL_{i}" for i in range(request.num_labels))
-    if _is_classifier(config):
+    # the data's cloze has no weights of its own: whatever the model answered before, it is a language model
+    if _is_classifier(config) and request.answers is None:
         theirs = tuple(str(name) for _, name in sorted((int(i), n) for i, n in (config.id2label or {}).items()))
         if len(theirs) != request.num_labels:
             raise DataError(

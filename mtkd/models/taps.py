@@ -69,6 +69,7 @@ class TappedModel(nn.Module):
         types = getattr(model.config, "type_vocab_size", 0) or 0
         self._takes_types = "token_type_ids" in parameters and types > 1
         # Heads hand their keyword arguments on to the encoder or decoder, which would fill a cache by default.
+        self._takes_parts = "sep" in parameters
         self._takes_cache = "use_cache" in inspect.signature(model.base_model.forward).parameters
         if self.token_level:
             if self.info.vocabulary < self.num_ids:
@@ -281,6 +282,14 @@ class TappedModel(nn.Module):
             inputs = {"input_ids": layout.pack(ids), "attention_mask": layout.mask, "position_ids": layout.position_ids}
         elif self._takes_types and batch.token_type_ids is not None:
             inputs["token_type_ids"] = batch.token_type_ids
+        if batch.sep is not None:
+            if layout is not None or not self._takes_parts:
+                raise UserError(
+                    "examples in two parts are for GLM, on rows of their own",
+                    where="model",
+                    found=f"architecture '{self.info.architecture}'" + (", packed rows" if layout is not None else ""),
+                )
+            inputs |= {"position_ids": batch.position_ids, "sep": batch.sep}
         if self._takes_cache:
             inputs["use_cache"] = False
         return inputs

@@ -110,8 +110,8 @@ def _note(ladder: Ladder) -> str:
 def _metric(run: RunData) -> str:
     """The leading metric of the run's task."""
     task = str(run.results.get("task"))
-    kinds = ["classification", "regression"] if task == "classify" else [task]
-    known = [PRIMARY_METRIC[kind] for kind in kinds if kind in PRIMARY_METRIC]
+    kinds = {"classify": ["classification", "regression"], "glm-cloze": ["classification"], "glm-infill": ["masked-lm"]}
+    known = [PRIMARY_METRIC[kind] for kind in kinds.get(task, [task]) if kind in PRIMARY_METRIC]
     scored = {metric for model in run.models.values() for metric in _overall(model)}
     return next((metric for metric in known if metric in scored), known[0] if known else "loss")
 

@@ -12,6 +12,8 @@ from glm_bank import (
     EOP,
     MASK,
     PAD,
+    POSITIONS,
+    SHAPE,
     SOP,
     block_positions,
     logits_of,
@@ -363,13 +365,55 @@ def test_caches_of_fixed_size_are_refused() -> None:
     [
         ({"verbalizers": [[1], [2]], "sop_token_id": None}, "sop_token_id"),
         ({"verbalizers": [[1], [2]], "tie_word_embeddings": False}, "tied"),
-        ({"verbalizers": [[1], [2], [3]]}, "3 verbalizers for 2"),
-        ({"verbalizers": [[1], []]}, "without words"),
+        ({"verbalizers": [[1], [2], [3]]}, "one answer per class"),
+        ({"verbalizers": [[1], []]}, "list of token ids"),
+        ({"verbalizers": [[1], [70]]}, "0 to 69"),
+        ({"verbalizers": [[1], [-1]]}, "0 to 69"),
+        ({"verbalizers": [[1], [2] * 21]}, "at most 20"),
     ],
 )
 def test_clozes_that_are_refused(fields: dict[str, object], message: str) -> None:
+    """At plan time and where the model is built, for the same reasons."""
+    config = small_config(num_labels=2, **fields)
     with pytest.raises(ValueError, match=message):
-        GLMForSequenceClassification(small_config(num_labels=2, **fields))
+        GLMForSequenceClassification(config)
+    with pytest.raises(UserError, match=message):
+        model_info(config, CLASSIFIER)
+
+
+def test_the_longest_answer_is_scored() -> None:
+    model = GLMForSequenceClassification(small_config(num_labels=2, verbalizers=[[1], [2] * POSITIONS]))
+    assert model(torch.tensor([[5, MASK, 7]])).logits.isfinite().all()
+
+
+def test_the_attentions_of_a_cloze_are_those_of_its_text() -> None:
+    """Part A sees itself alone: the maps are those of the language model that reads it."""
+    model = noisy(
+        GLMForSequenceClassification(
+            small_config(num_labels=2, verbalizers=[[3], [4, 5]], attn_implementation="eager")
+        ).double()
+    )
+    ids = torch.tensor([[5, MASK, 7, 9], [1, 2, MASK, PAD]])
+    mask = (ids != PAD).long()
+    found = model(ids, attention_mask=mask, output_attentions=True).attentions
+    alone = model.glm(ids, attention_mask=mask, sep=mask.sum(1), output_attentions=True).attentions
+    assert len(found) == SHAPE["num_hidden_layers"]
+    for ours, theirs in zip(found, alone, strict=True):
+        close(ours[mask.bool()[:, None].expand(-1, ours.shape[1], -1)], theirs[mask.bool()[:, None].expand(-1, 4, -1)])
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"input_ids": torch.ones(1, POSITIONS + 2).long()},
+        {"input_ids": torch.ones(1, 2).long(), "position_ids": torch.tensor([[[0, 1], [0, POSITIONS + 1]]])},
+        {"input_ids": torch.ones(1, 2).long(), "position_ids": torch.tensor([[[0, -1], [0, 0]]])},
+    ],
+)
+def test_texts_longer_than_the_positions_are_refused(inputs: dict[str, torch.Tensor]) -> None:
+    with pytest.raises(ValueError, match=f"positions are 0 to {POSITIONS}"):
+        small_model()(**inputs)
+    assert small_model()(torch.ones(1, POSITIONS + 1).long()).logits.isfinite().all()
 
 
 def test_a_cloze_takes_no_other_mask() -> None:

@@ -377,3 +377,18 @@ def test_types_that_are_no_weights(dtype: torch.dtype, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"word_embeddings\.weight") as caught:
         convert_checkpoint(write(tmp_path / "source", "original", weights), tmp_path / "out", heads=4)
     assert "cannot be converted" in str(caught.value)
+
+
+def test_a_vocabulary_that_is_not_plain_can_be_left_alone(tmp_path: Path) -> None:
+    """The hub's folders may hold GLM's commands already."""
+    _, weights = originals()
+    source = write(tmp_path / "published", "original", weights)
+    bert_file(source)
+    with (source / "vocab.txt").open("a") as file:
+        file.write("<|startofpiece|>\n")
+    with pytest.raises(DataError, match="--no-tokenizer"):
+        convert_checkpoint(source, tmp_path / "first", heads=4)
+    made = convert_checkpoint(source, tmp_path / "second", heads=4, with_tokenizer=False)
+    assert {file.name for file in made.folder.iterdir()} == {"config.json", "model.safetensors"}
+    with pytest.raises(UserError, match="a vocabulary, and none"):
+        convert_checkpoint(source, tmp_path / "third", heads=4, vocabulary=source, with_tokenizer=False)

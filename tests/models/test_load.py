@@ -94,7 +94,7 @@ def test_a_shared_pad_token_keeps_its_gradient() -> None:
         (description("bert", max_positions=15), MASKED_LM, "longer than the model's longest"),
         (ModelConfig(path="bert-bas"), MASKED_LM, "did you mean 'bert-base'"),
         (ModelConfig(path="no/such/folder"), MASKED_LM, "no such model folder"),
-        (ModelConfig(path="glm-large"), MASKED_LM, "fetch a checkpoint given by a URL"),
+        (ModelConfig(path="glm-large"), MASKED_LM, "mtkd convert-glm FOLDER glm-large"),
     ],
 )
 def test_descriptions_that_are_refused(

@@ -11,13 +11,13 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
+from mtkd.data.glm_tokens import bert_tokenizer, gpt2_tokenizer
 from mtkd.models.glm.classifier import GLMForSequenceClassification
 from mtkd.models.glm.configuration import GLMConfig
 from mtkd.models.glm.convert import convert_checkpoint, convert_state_dict, merge_state_dicts
 from mtkd.models.glm.heads import GLMForConditionalGeneration
 from mtkd.models.glm.model import GLMModel
 from mtkd.models.glm.prompts import blank_prompts, pieces
-from mtkd.models.glm.tokens import bert_tokenizer, gpt2_tokenizer
 from mtkd.models.info import GLM
 
 AutoConfig.register(GLM, GLMConfig)

@@ -15,6 +15,7 @@ from transformers.utils.generic import can_return_tuple
 from mtkd.models.glm.configuration import GLMConfig
 from mtkd.models.glm.inputs import Sep, default_positions, split_mask, two_rows
 from mtkd.models.glm.model import GLMModel, GLMPreTrainedModel
+from mtkd.models.info import cloze_fault
 
 
 class Cloze:
@@ -28,13 +29,9 @@ class Cloze:
         seen: which of them one sees, bool [E,E].
         slots, words, classes: the P predictions: the token that makes one, the word, and whose it is; [P] each.
 
-    Raises:
-        ValueError: a class without words.
     """
 
     def __init__(self, sop: int, verbalizers: list[list[int]]) -> None:
-        if not all(verbalizers):
-            raise ValueError(f"a class without words cannot be scored: verbalizers {verbalizers}")
         ids, positions, owner = [sop], [1], [-1]
         slots, words, classes = [], [], []
         for number, answer in enumerate(verbalizers):
@@ -63,8 +60,9 @@ class GLMForSequenceClassification(GLMPreTrainedModel):
     first token's hidden state (`pooler`, `classifier`).
 
     Raises:
-        ValueError: verbalizers without `sop_token_id` and `mask_token_id`, with another number of classes, or with an
-            output head that is not the table of the tokens.
+        ValueError: verbalizers without `sop_token_id` and `mask_token_id`, with another number of classes, with ids
+            that the model has not got or more of them than it has positions, or with an output head that is not the
+            table of the tokens.
     """
 
     def __init__(self, config: GLMConfig) -> None:
@@ -77,10 +75,11 @@ class GLMForSequenceClassification(GLMPreTrainedModel):
             self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
             self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         else:
-            if config.sop_token_id is None or config.mask_token_id is None or not config.tie_word_embeddings:
-                raise ValueError("a cloze needs sop_token_id, mask_token_id and tied embeddings")
-            if len(config.verbalizers) != self.num_labels:
-                raise ValueError(f"{len(config.verbalizers)} verbalizers for {self.num_labels} classes")
+            if (fault := cloze_fault(config)) is not None:
+                message, found, allowed = fault
+                raise ValueError(f"{message}: {found}; allowed: {allowed}")
+            assert config.sop_token_id is not None, "checked"
+            self.num_labels = len(config.verbalizers)
             self.cloze = Cloze(config.sop_token_id, config.verbalizers)
         self.post_init()
 
@@ -168,15 +167,18 @@ class GLMForSequenceClassification(GLMPreTrainedModel):
             **options,
         )
         hidden = output.last_hidden_state[:, length:]
-        scores = nn.functional.linear(hidden, self.glm.word_embeddings.weight)
+        scores = self.glm.word_embeddings(hidden)
         exact = torch.promote_types(scores.dtype, torch.float32)
         found = torch.log_softmax(scores, -1, dtype=exact)[:, cloze.slots.to(device), cloze.words.to(device)]  # [B,P]
         logits = found.new_zeros(batch, self.num_labels).index_add(1, cloze.classes.to(device), found)
         states: Any = output.hidden_states  # None, or None for those not asked for
+        maps: Any = output.attentions
         return SequenceClassifierOutput(
             loss=None if labels is None else _loss(logits, labels),
             logits=logits,
             hidden_states=states if states is None else tuple(s if s is None else s[:, :length] for s in states),  # type: ignore[misc]
+            # part A sees nothing of part B: what is left of its rows still sums to 1
+            attentions=maps if maps is None else tuple(m if m is None else m[..., :length, :length] for m in maps),  # type: ignore[misc]
         )
 
 

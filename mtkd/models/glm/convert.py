@@ -14,20 +14,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from mtkd.data.glm_tokens import END, START, tokenizer_beside
 from mtkd.errors import DataError, UserError
 from mtkd.models.cards import load_cards
 from mtkd.models.glm.checkpoint import Checkpoint, open_checkpoint
 from mtkd.models.glm.configuration import HUB_ACTIVATION, ORIGINAL_ACTIVATION, GLMConfig
 from mtkd.models.glm.names import Stored, merge, rename, shapes_wanted, stored
+from mtkd.models.glm.published import IDS
 from mtkd.models.glm.shards import SHARD_BYTES, num_bytes, write_shards
-from mtkd.models.glm.tokens import END, START, tokenizer_beside
 from mtkd.models.info import GLM
-
-# Ids of the published vocabularies by their padded size: `mtkd.models.glm.tokens` builds their tokenizers.
-_IDS = {
-    50304: {"pad_token_id": 50256, "sop_token_id": 50257, "eos_token_id": 50258, "mask_token_id": 50260},
-    30592: {"pad_token_id": 0, "sop_token_id": 30522, "eos_token_id": 30523, "mask_token_id": 103},
-}
 
 
 @dataclass(frozen=True)
@@ -75,6 +70,7 @@ def convert_checkpoint(
     heads: int | None = None,
     hidden_act: str | None = None,
     vocabulary: Path | None = None,
+    with_tokenizer: bool = True,
     shard_bytes: int = SHARD_BYTES,
 ) -> Converted:
     """Write a published checkpoint as a model folder: config.json, safetensors and their index.
@@ -89,11 +85,14 @@ def convert_checkpoint(
         hidden_act: default: the tanh form for the original's checkpoints, the erf form for the hub port's.
         vocabulary: a folder with vocab.json and merges.txt (GPT-2) or vocab.txt (BERT), whose tokenizer, with GLM's
             commands, goes along; default: those files beside the weights, if they are there.
+        with_tokenizer: false: no tokenizer goes along, whatever lies beside the weights.
 
     Raises:
         UserError: `out` exists, or a number of heads that nobody knows or that does not fit.
         DataError: a source that is not a GLM: names, shapes, parts, or a pickle with more than weights.
     """
+    if vocabulary is not None and not with_tokenizer:
+        raise UserError("a vocabulary, and none", where="--no-tokenizer", found=f"--vocabulary {vocabulary}")
     if hidden_act not in (None, HUB_ACTIVATION, ORIGINAL_ACTIVATION):
         raise UserError(
             "not an activation of a published GLM",
@@ -106,7 +105,7 @@ def convert_checkpoint(
     opened = open_checkpoint(source)
     weights = _merged(opened.parts, str(source))
     config = _config(opened, weights, heads, hidden_act)
-    tokenizer = _tokenizer(source, vocabulary, config)
+    tokenizer = _tokenizer(source, vocabulary, config) if with_tokenizer else None
     out.parent.mkdir(parents=True, exist_ok=True)
     need = sum(num_bytes(weight) for weight in weights.values())
     if (free := shutil.disk_usage(out.parent).free) < need:
@@ -156,7 +155,7 @@ def _tokenizer(source: Path, vocabulary: Path | None, config: GLMConfig) -> PreT
             "eos_token_id": ids[END],
             "mask_token_id": found.mask_token_id,
         }
-        wanted = _IDS.get(config.vocab_size, own)
+        wanted = IDS.get(config.vocab_size, own)
         if own != wanted:
             raise UserError(
                 f"the vocabulary is not that of weights with {config.vocab_size} ids",
@@ -220,7 +219,7 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
 def _config(opened: Checkpoint, weights: Mapping[str, Stored], heads: int | None, act: str | None) -> GLMConfig:
     sizes = _sizes({name: weight.shape for name, weight in weights.items()}, str(opened.source))
     found = _heads(opened, sizes, heads)
-    ids: dict[str, Any] = {**_IDS.get(sizes["vocabulary"], {})}
+    ids: dict[str, Any] = {**IDS.get(sizes["vocabulary"], {})}
     return GLMConfig(
         vocab_size=sizes["vocabulary"],
         hidden_size=sizes["width"],

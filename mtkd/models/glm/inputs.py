@@ -108,6 +108,23 @@ def two_rows(position_ids: Tensor) -> Tensor:
     return position_ids
 
 
+def check_positions(position_ids: Tensor, most: int) -> None:
+    """Refuse positions beyond the tables; on a GPU the lookup itself does, and asking first would wait for it.
+
+    Args:
+        most: the largest position, `max_position_embeddings`.
+
+    Raises:
+        ValueError: naming the position.
+    """
+    if position_ids.device.type != "cpu" or not position_ids.numel() or torch.compiler.is_compiling():
+        return
+    smallest, largest = (int(x) for x in torch.aminmax(position_ids))
+    if smallest < 0 or largest > most:
+        found = smallest if smallest < 0 else largest
+        raise ValueError(f"position {found} of a GLM whose positions are 0 to {most}: the text is too long for it")
+
+
 def default_positions(attention_mask: Tensor | None, *, queries: int, keys: int, device: torch.device) -> Tensor:
     """Tokens counted from 0, padding (of a mask [B,K]) not counted; all of part A. [B or 1,2,Q]."""
     if attention_mask is not None and attention_mask.dim() == 2:

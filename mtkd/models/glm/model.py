@@ -23,7 +23,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from mtkd.models.glm.configuration import GLMConfig
-from mtkd.models.glm.inputs import Sep, default_positions, prefix_mask, split_mask, two_rows
+from mtkd.models.glm.inputs import Sep, check_positions, default_positions, prefix_mask, split_mask, two_rows
 
 
 def eager_attention(
@@ -53,6 +53,17 @@ def _residual_projection(inputs: int, outputs: int) -> nn.Linear:
     layer = nn.Linear(inputs, outputs)
     layer.ends_in_residual = True  # type: ignore[assignment]
     return layer
+
+
+class TokenTable(nn.Embedding):
+    """The vectors of the tokens, and what is multiplied with them.
+
+    Called with ids it looks them up; called with hidden states [...,H] it gives their products with every vector,
+    [...,V]. Both go through the module's own call, which is where ZeRO-3 gathers the weight.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.weight) if input.is_floating_point() else super().forward(input)
 
 
 class GLMAttention(nn.Module):
@@ -158,7 +169,7 @@ class GLMModel(GLMPreTrainedModel):
     def __init__(self, config: GLMConfig) -> None:
         super().__init__(config)
         width, positions = config.hidden_size, config.max_position_embeddings + 1
-        self.word_embeddings = nn.Embedding(config.vocab_size, width)
+        self.word_embeddings = TokenTable(config.vocab_size, width)
         self.position_embeddings = nn.Embedding(positions, width)
         self.block_position_embeddings = nn.Embedding(positions, width)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout_prob)
@@ -192,7 +203,7 @@ class GLMModel(GLMPreTrainedModel):
             past_key_values: a `DynamicCache`.
 
         Raises:
-            ValueError: inputs of other shapes, or a cache of fixed size.
+            ValueError: inputs of other shapes, positions that the model has not got, or a cache of fixed size.
         """
         kwargs.pop("output_attentions", None)
         kwargs.pop("output_hidden_states", None)
@@ -210,7 +221,9 @@ class GLMModel(GLMPreTrainedModel):
         mask = prefix_mask(padding, sep, batch=batch, queries=queries, keys=keys, device=device)
         if position_ids is None:
             position_ids = default_positions(padding, queries=queries, keys=keys, device=device)
-        first, second = two_rows(position_ids).unbind(1)
+        position_ids = two_rows(position_ids)
+        check_positions(position_ids, self.config.max_position_embeddings)
+        first, second = position_ids.unbind(1)
         hidden = embedded + self.position_embeddings(first) + self.block_position_embeddings(second)
         hidden = self.embedding_dropout(hidden)
         for layer in self.layers:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mtkd.errors import DataError, UserError
-from mtkd.models.glm.tokens import BLANKS, END, START
+from mtkd.data.glm_tokens import BLANKS, END, START, command_ids
+from mtkd.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,23 +72,4 @@ def pieces(tokenizer: PreTrainedTokenizerBase, generated: Tensor, prompt_length:
     for row in generated[:, prompt_length:].tolist():
         piece = row[: row.index(end)] if end in row else row
         found.append(str(tokenizer.decode(piece, skip_special_tokens=True)).strip())
-    return found
-
-
-def command_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Command -> id, for those that the tokenizer has.
-
-    Raises:
-        DataError: it lacks [MASK], <|startofpiece|> or <|endofpiece|>.
-    """
-    ids = tokenizer.get_vocab()
-    found = {name: ids[name] for name in (*BLANKS, START, END) if name in ids}
-    missing = [name for name in ("[MASK]", START, END) if name not in found]
-    if missing:
-        raise DataError(
-            "the tokenizer has not got GLM's commands",
-            where="tokenizer",
-            found=f"missing: {', '.join(missing)}",
-            todo="build one with mtkd.models.glm.gpt2_tokenizer or bert_tokenizer",
-        )
     return found

@@ -1,4 +1,4 @@
-"""GLM's tokenizers, from the plain vocabularies of GPT-2 and BERT: the same text rules, and the commands behind them.
+"""GLM's tokenizers, from the plain vocabularies of GPT-2 and BERT, or trained: the commands stand behind the others.
 
 The commands stand at their published ids when the vocabulary is the published one (GPT-2: 50,257 entries, commands from
 50257; BERT uncased: 30,522 entries, commands from 30522), and right behind it for any other.
@@ -9,13 +9,13 @@ Source: Du et al. 2022, GLM, arXiv 2103.10360; the command tokens and their orde
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mtkd.errors import DataError
+from mtkd.errors import DataError, UserError
 
 END_OF_TEXT = "<|endoftext|>"
 START, END = "<|startofpiece|>", "<|endofpiece|>"
@@ -54,6 +54,35 @@ def gpt2_tokenizer(vocabulary: Path, merges: Path) -> PreTrainedTokenizerFast:
     return _finish(core, END_OF_TEXT, END_OF_TEXT)
 
 
+def trained_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """As `gpt2_tokenizer`, with merges learned from texts; same texts, same ids.
+
+    Args:
+        vocab_size: ids, commands included; fewer when the texts hold fewer merges.
+
+    Raises:
+        UserError: when there is not an id for every byte and command.
+    """
+    own = (END_OF_TEXT, *_GPT2_COMMANDS)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if vocab_size < len(alphabet) + len(own):
+        raise UserError(
+            "too few ids for every byte and every command of GLM",
+            where="tokenizer.vocab_size",
+            found=vocab_size,
+            allowed=f"at least {len(alphabet) + len(own)}",
+        )
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(own), min_frequency=2, initial_alphabet=alphabet, show_progress=False
+    )
+    core.train_from_iterator(texts, trainer)
+    _add(core, own)
+    return _finish(core, END_OF_TEXT, END_OF_TEXT)
+
+
 def bert_tokenizer(vocabulary: Path, *, lowercase: bool = True) -> PreTrainedTokenizerFast:
     """WordPiece with GLM's commands, as base, large, 410M and 515M have it; `tokenizer(text)` is ``[CLS] text [SEP]``.
 
@@ -85,6 +114,25 @@ def tokenizer_beside(folder: Path) -> PreTrainedTokenizerFast | None:
     return bert_tokenizer(folder / "vocab.txt") if (folder / "vocab.txt").is_file() else None
 
 
+def command_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Command -> id, for those that the tokenizer has.
+
+    Raises:
+        DataError: it lacks [MASK], <|startofpiece|> or <|endofpiece|>.
+    """
+    ids = tokenizer.get_vocab()
+    found = {name: ids[name] for name in (*BLANKS, START, END) if name in ids}
+    missing = [name for name in ("[MASK]", START, END) if name not in found]
+    if missing:
+        raise DataError(
+            "the tokenizer has not got GLM's commands",
+            where="tokenizer",
+            found=f"missing: {', '.join(missing)}",
+            todo="build one with mtkd.models.glm.gpt2_tokenizer or bert_tokenizer, or train one with commands: glm",
+        )
+    return found
+
+
 def _check(tokens: list[str], ids: list[int], needed: Sequence[str], commands: Sequence[str], file: Path) -> None:
     """Refuse a vocabulary behind which the commands would not stand at the next ids."""
     known = set(tokens)
@@ -98,6 +146,7 @@ def _check(tokens: list[str], ids: list[int], needed: Sequence[str], commands: S
             found=f"missing: {missing}; commands of GLM in it already: {taken}; {twice} tokens twice; "
             f"{len(ids)} ids up to {ids[-1] if ids else 0}",
             allowed="the file of the plain GPT-2 or BERT tokenizer: every id from 0 on, without GLM's commands",
+            todo="name a folder with it (--vocabulary), or convert without a tokenizer (--no-tokenizer)",
         )
 
 
