@@ -1,41 +1,163 @@
-"""What teachers need of memory and disk by their backend, from parameter counts alone."""
+"""What stays in memory during a stage, from parameter counts: teachers by backend, what trains by stage of ZeRO.
+
+A backend is one function of `BACKENDS`; `mtkd.footprint` counts what comes and goes within a step.
+"""
 
 from __future__ import annotations
 
 import mmap
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mtkd.config import EngineConfig
 from mtkd.errors import UserError
+from mtkd.models.info import ModelInfo
 
 FLOAT = 4
-"""Bytes of a float32: the teachers' weights, whatever their file holds."""
+"""Bytes of a float32: the weights of student and teachers, whatever their file holds."""
+
+BUCKET = 500_000_000
+"""Numbers in DeepSpeed's buffer for reducing gradients, its default `reduce_bucket_size`."""
+_PREFETCHED, _LIVE = 50_000_000, 1_000_000_000
+"""DeepSpeed's defaults at ZeRO 3: numbers gathered ahead, and numbers that may stay gathered."""
 
 
 @dataclass(frozen=True)
 class TeacherSize:
-    """Parameters of a teacher, those of its vocabulary-size output head among them, and where they live."""
+    """Parameters of a teacher, those of its vocabulary-size output head among them, and where they live.
+
+    Attributes:
+        layer: parameters of its largest layer.
+        ahead: sharded: numbers that are gathered before their layer runs.
+    """
 
     parameters: int
     head: int
     backend: str
+    layer: int = 0
+    ahead: int = 20_000_000
 
 
-def teacher_bytes(teachers: Sequence[TeacherSize], *, on_gpu: bool, prefetch: bool) -> int:
-    """Device memory of a stage's teachers, bytes: resident ones add up, of offloaded ones the largest counts.
+@dataclass(frozen=True)
+class Place:
+    """Where a stage runs. Attributes: ranks: in all; local: of them on one host; prefetch: `engine.prefetch`."""
 
-    On a GPU the offloaded teachers' heads stay beside it until a micro-batch is done, and with `prefetch` the next
-    body is there already; on a CPU the next one is read into the page cache, which is nobody's memory.
+    on_gpu: bool
+    prefetch: bool = True
+    ranks: int = 1
+    local: int = 1
+
+
+@dataclass(frozen=True)
+class Share:
+    """Bytes: on a rank's device; in the host's memory per host, beside what ranks on a CPU hold there; on disk."""
+
+    rank: float = 0
+    host: float = 0
+    disk: float = 0
+
+    def __add__(self, other: Share) -> Share:
+        return Share(self.rank + other.rank, self.host + other.host, self.disk + other.disk)
+
+
+def _resident(teachers: Sequence[TeacherSize], place: Place) -> Share:
+    return Share(FLOAT * sum(t.parameters for t in teachers))
+
+
+def _offload(teachers: Sequence[TeacherSize], place: Place) -> Share:
+    """The largest one counts: of a GPU in pinned memory, and the heads stay until a micro-batch is done; of a CPU in a
+    file, whose pages in the kernel's cache are nobody's memory."""
+    whole = FLOAT * sum(t.parameters for t in teachers)
+    if not place.on_gpu:
+        return Share(FLOAT * max(t.parameters for t in teachers), disk=whole)
+    bodies = sorted((t.parameters - t.head for t in teachers), reverse=True)
+    rank = sum(bodies[: 1 + place.prefetch]) + sum(t.head for t in teachers)
+    return Share(FLOAT * rank, host=whole * place.local)
+
+
+def _sharded(teachers: Sequence[TeacherSize], place: Place) -> Share:
+    """A part of each on every rank; the layer that runs and what is gathered ahead of it; each head once, whole."""
+    parts = sum(t.parameters for t in teachers) / place.ranks
+    gathered = max(min(t.layer + t.ahead, t.parameters) for t in teachers)
+    return Share(FLOAT * (parts + gathered + sum(t.head for t in teachers)))
+
+
+def _streamed(teachers: Sequence[TeacherSize], place: Place) -> Share:
+    """The layer that runs and the next one; the head. Weights stay in their own files."""
+    return Share(FLOAT * max(2 * t.layer + t.head for t in teachers))
+
+
+def _cached(teachers: Sequence[TeacherSize], place: Place) -> Share:
+    return Share()
+
+
+BACKENDS: Mapping[str, Callable[[Sequence[TeacherSize], Place], Share]] = {
+    "resident": _resident,
+    "offload": _offload,
+    "sharded": _sharded,
+    "streamed": _streamed,
+    "cached": _cached,
+}
+
+
+def teacher_share(teachers: Sequence[TeacherSize], place: Place) -> Share:
+    """What the weights of a stage's teachers take."""
+    total = Share()
+    for backend, function in BACKENDS.items():
+        of_it = [t for t in teachers if t.backend == backend]
+        total += function(of_it, place) if of_it else Share()
+    return total
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Bytes on a rank of what trains.
+
+    Attributes:
+        optimizer: moments, and from ZeRO 1 on the float32 copy that they belong to.
+        buckets: DeepSpeed's buffers, and what ZeRO 3 has gathered.
+        gradients: where they do not come and go as in the footprint; else None.
     """
-    total = sum(t.parameters for t in teachers if t.backend == "resident")
-    waiting = [t for t in teachers if t.backend == "offload"]
-    if not on_gpu:
-        return FLOAT * (total + max((t.parameters for t in waiting), default=0))
-    bodies = sorted((t.parameters - t.head for t in waiting), reverse=True)
-    return FLOAT * (total + sum(bodies[: 1 + prefetch]) + sum(t.head for t in waiting))
+
+    weights: float
+    optimizer: float
+    buckets: float = 0
+    gradients: float | None = None
+
+
+def trained_share(numbers: int, engine: EngineConfig, ranks: int) -> Trained:
+    """What holds the trained parameters.
+
+    Args: numbers: trained parameters.
+    """
+    whole = FLOAT * numbers
+    if engine.kind == "torch":
+        return Trained(whole, 2 * whole)
+    part, bucket = whole / ranks, FLOAT * BUCKET
+    if engine.zero_stage == 0:
+        # gradients stay allocated between steps, and are reduced in flat copies of at most a bucket
+        return Trained(whole, 2 * whole, min(whole, bucket), whole)
+    if engine.zero_stage < 3:
+        gradients = whole if engine.zero_stage == 1 else part
+        return Trained(whole, 3 * part, bucket, gradients)
+    gathered = FLOAT * min(numbers, _LIVE + _PREFETCHED)
+    return Trained(part, 3 * part, bucket + gathered, part)
+
+
+def layer_parameters(parameters: int, info: ModelInfo) -> int:
+    """Of one layer, all being equal: what is left of a model without one table of embeddings, by its layers.
+
+    Where input and output tables are two the second counts among the layers: a few per cent too much.
+    """
+    return (parameters - info.vocabulary * info.width) // info.num_layers
+
+
+def checkpoint_bytes(numbers: int, engine: EngineConfig) -> int:
+    """One checkpoint on disk, all ranks together: weights and two moments; from ZeRO 1 on the float32 copy too."""
+    return FLOAT * numbers * (3 if engine.zero_stage == 0 else 4)
 
 
 def check_offload(teachers: Sequence[TeacherSize], folder: Path, *, on_gpu: bool, where: str) -> None:
@@ -54,8 +176,7 @@ def check_offload(teachers: Sequence[TeacherSize], folder: Path, *, on_gpu: bool
             where=where,
             todo="use backend: resident",
         )
-    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
-    free = shutil.disk_usage(there).free
+    there, free = free_disk(folder)
     if needed > free:
         raise UserError(
             "the disk has no room for the offloaded teachers, which are written there in float32",
@@ -64,3 +185,9 @@ def check_offload(teachers: Sequence[TeacherSize], folder: Path, *, on_gpu: bool
             allowed=f"at least {needed / 1e9:.1f} GB",
             todo="make room, put `output` on another disk, or use backend: resident",
         )
+
+
+def free_disk(folder: Path) -> tuple[Path, int]:
+    """(the nearest folder above that exists, bytes free there)."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
+    return there, shutil.disk_usage(there).free

@@ -7,8 +7,10 @@ from dataclasses import replace
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from mtkd.budget import Sketch, find_limits, stage_memory
 from mtkd.cachefolder import CacheFacts, check_precision_of, check_tokenizer_of, read_facts
 from mtkd.cacheplan import (
+    bytes_per_token,
     check_cacheable,
     check_cached,
     check_layers,
@@ -24,10 +26,11 @@ from mtkd.cofinetune import check_members
 from mtkd.config import DataConfig, ModelConfig, RunConfig, StageConfig
 from mtkd.data.tokenizers import check_chat_template, check_same_tokenizer, num_real_ids, train_tokenizer
 from mtkd.errors import UserError
+from mtkd.footprint import CachedShape, Shape
 from mtkd.ladder import Look, complete
 from mtkd.launcher import launch_command
 from mtkd.locate import given_tokenizer, read_tokenizer, resolve_path, revision_of
-from mtkd.memory import FLOAT, TeacherSize, check_offload, teacher_bytes
+from mtkd.memory import TeacherSize, check_offload, layer_parameters
 from mtkd.mix import stage_rows
 from mtkd.models.info import CLASSIFIER, ModelInfo, check_packing, count_parameters, model_info
 from mtkd.models.load import load_config as load_model_config
@@ -37,9 +40,6 @@ from mtkd.planned import SKIPPED, Plan, PlannedModel, PlannedStage, of_cache, pl
 from mtkd.registry import TASKS, load_plugins
 from mtkd.rows import compile_rows
 from mtkd.rundir import RunDir
-
-# Float32 copies of a trainable parameter in training: weight, gradient, two Adam moments.
-_COPIES = {"weight": 1, "gradient": 1, "optimizer": 2}
 
 
 def resolve(config: RunConfig) -> RunConfig:
@@ -52,9 +52,11 @@ def resolve(config: RunConfig) -> RunConfig:
     return complete(config, lambda stand_in: _Planner(stand_in).look())
 
 
-def plan(config: RunConfig) -> Plan:
+def plan(config: RunConfig, *, memory: bool = False) -> Plan:
     """Resolve and check a run: models from their configurations, rows against both sides, tokenizers against another.
 
+    Args:
+        memory: also say what each stage needs of memory and disk; a second or so per stage.
     Raises:
         UserError: whatever would fail later for a reason that can be known now.
     """
@@ -63,6 +65,8 @@ def plan(config: RunConfig) -> Plan:
     planner = _Planner(config)
     planner.check_chats()
     stages = with_consequences([planner.stage(name) for name in config.stages])
+    if memory:
+        stages = planner.with_memory(stages)
     planner.check_scored()
     engine = config.engine
     command = ["mtkd", "run", "FILE"]
@@ -81,6 +85,7 @@ class _Planner:
         self._made: dict[str, PretrainedConfig] = {}
         self._cached: dict[str, CacheFacts] = {}  # what cache stages will have made
         self._compressed: dict[str, int] = {}  # stages whose model has a compressed vocabulary: its ids
+        self._sketches: dict[str, Sketch] = {}
         settings = config.tokenizer
         self._trains_tokenizer = settings is not None and settings.train_on is not None
         if self._trains_tokenizer:
@@ -108,6 +113,7 @@ class _Planner:
             self._check_tokenizer(model, f"{where}.{role}", token_level=False)
         sized = [self._sized(role, model, made, data, auto_class) for role, model, made in models]
         caches = self._caches(stage, data, auto_class, where)
+        live: dict[str, Shape] = {}
         for i, teacher in enumerate(stage.teachers):
             place = f"{where}.teachers[{i}]"
             if teacher.name in caches:
@@ -115,6 +121,7 @@ class _Planner:
                 continue
             made = self._model_config(stage, teacher.model, place)
             sized.append(self._sized(teacher.name, teacher.model, made, data, auto_class))
+            live[teacher.name] = self._shape(made, auto_class, teacher.model)
             self._check_tokenizer(teacher.model, place, task.token_level)
         backends = [""] * own + [teacher.backend for teacher in stage.teachers]
         planned = [replace(model, backend=backend) for (model, _), backend in zip(sized, backends, strict=True)]
@@ -137,6 +144,22 @@ class _Planner:
         if caches and task.token_level and name in self._compressed:
             raise compressed_from_cache(next(iter(caches)), f"{where}.student.vocabulary")
         texts = [row_text(row.match.weight, row.key, row.pairs) for row in rows]
+        shapes = {role: self._shape(made, auto_class, model, name) for role, model, made in models}
+        teachers = {
+            t.name: live.get(t.name) or CachedShape(caches[t.name].content, caches[t.name].info) for t in stage.teachers
+        }
+        self._sketches[name] = Sketch(
+            name,
+            stage,
+            shapes,
+            teachers,
+            self._sizes(planned[own:], infos[own:], where),
+            rows,
+            task.token_level,
+            sum(p.parameters for p in planned[:own]),
+            max(info.vocabulary if task.token_level else info.num_labels for info in infos),
+            data.max_length,
+        )
         return PlannedStage(
             name,
             stage.kind,
@@ -146,7 +169,6 @@ class _Planner:
             texts,
             stage.steps,
             self._tokens(stage, data.max_length),
-            self._memory(planned[:own], self._sizes(planned[own:], infos[own:], where), infos[0]),
         )
 
     def _sized(
@@ -161,6 +183,8 @@ class _Planner:
         check_cacheable(stage, data, where)
         token_level = TASKS.find(data.task).token_level
         planned, texts = [], []
+        shapes: dict[str, Shape | CachedShape] = {}
+        size, tokens = 0.0, train_tokens(data, self.config.base)
         for i, teacher in enumerate(stage.teachers):
             place = f"{where}.teachers[{i}]"
             made = self._model_config(stage, teacher.model, place)
@@ -172,13 +196,23 @@ class _Planner:
             self._made[f"{name}/{teacher.name}"] = made
             self._cached[f"{name}/{teacher.name}"] = CacheFacts(content, info, model.parameters, f"stages.{name}")
             planned.append(model)
-            texts.append(f"{teacher.name}: {describe(content, info, train_tokens(data, self.config.base))}")
-        largest = max(planned, key=lambda model: model.parameters)  # they are run one after the other
-        logits = self._tile(self._num_ids) * self._num_ids * 2 if token_level else 0
-        memory = (largest.parameters + logits) * FLOAT
-        return PlannedStage(
-            name, stage.kind, self._state(name), needed_stages(stage), planned, texts, None, None, memory / 1e9
+            shapes[teacher.name] = self._shape(made, auto_class, teacher.model)
+            size += bytes_per_token(content, info)
+            texts.append(f"{teacher.name}: {describe(content, info, tokens)}")
+        self._sketches[name] = Sketch(
+            name,
+            stage,
+            {},
+            shapes,
+            [TeacherSize(model.parameters, 0, "resident") for model in planned],
+            [],
+            token_level,
+            0,
+            columns,
+            data.max_length,
+            None if tokens is None else size * tokens,
         )
+        return PlannedStage(name, stage.kind, self._state(name), needed_stages(stage), planned, texts, None, None)
 
     def _caches(self, stage: StageConfig, data: DataConfig, auto_class: str, where: str) -> dict[str, CacheFacts]:
         """What is known of the caches that a stage reads, by teacher; those of earlier stages need not exist yet."""
@@ -315,7 +349,12 @@ class _Planner:
     def _sizes(self, teachers: list[PlannedModel], infos: list[ModelInfo], where: str) -> list[TeacherSize]:
         """What the teachers occupy; refuses to offload where there is no room for it."""
         sizes = [
-            TeacherSize(t.parameters, 0 if info.num_labels else info.vocabulary * info.width, t.backend)
+            TeacherSize(
+                t.parameters,
+                0 if info.num_labels else info.vocabulary * info.width,
+                t.backend,
+                layer_parameters(t.parameters, info),
+            )
             for t, info in zip(teachers, infos, strict=True)
         ]
         check_offload(sizes, self.config.folder, on_gpu=self._on_gpu, where=f"{where}.teachers")
@@ -326,21 +365,19 @@ class _Planner:
         device = self.config.engine.device
         return device == "cuda" or (device == "auto" and torch.cuda.is_available())
 
-    def _tile(self, columns: int) -> int:
-        return self.config.engine.tile_for(columns, "cuda" if self._on_gpu else "cpu")
+    def _shape(self, made: PretrainedConfig, auto_class: str, model: ModelConfig, stage: str | None = None) -> Shape:
+        """A model without weights. Args: stage: that trains it, for a vocabulary that it compresses."""
+        kept = made.vocab_size if stage in self._compressed or self._vocabulary(model) is not None else None
+        return Shape(made, auto_class, self._num_ids, kept)
 
-    def _memory(self, trained: list[PlannedModel], teachers: list[TeacherSize], student: ModelInfo) -> float:
-        """GB (1e9 bytes) per rank of weights, gradients, Adam's moments and one vocabulary tile; no activations."""
+    def with_memory(self, stages: list[PlannedStage]) -> list[PlannedStage]:
+        """The stages with what each needs of memory and disk."""
         engine = self.config.engine
-        ranks, shard = engine.processes, engine.zero_stage
-        own = sum(m.parameters for m in trained) * FLOAT
-        total = own * _COPIES["optimizer"] / (ranks if shard >= 1 else 1)
-        total += own * _COPIES["gradient"] / (ranks if shard >= 2 else 1)
-        total += own * _COPIES["weight"] / (ranks if shard >= 3 else 1)
-        total += teacher_bytes(teachers, on_gpu=self._on_gpu, prefetch=engine.prefetch)
-        live = sum(t.backend != "cached" for t in teachers)
-        total += self._tile(student.vocabulary) * student.vocabulary * FLOAT * (3 + live)
-        return total / 1e9
+        limits = find_limits(engine, self.config.folder, on_gpu=self._on_gpu)
+        return [
+            replace(stage, memory=stage_memory(self._sketches[stage.name], engine, limits, on_gpu=self._on_gpu))
+            for stage in stages
+        ]
 
 
 def _with_open_labels(info: ModelInfo, data: DataConfig, auto_class: str) -> ModelInfo:

@@ -16,7 +16,7 @@ from tiny_run import NAME, STUDENT_STEPS, ids_file, tiny_config, with_teacher, w
 import mtkd
 from mtkd.config import RunConfig
 from mtkd.errors import UserError
-from mtkd.memory import FLOAT, TeacherSize, teacher_bytes
+from mtkd.memory import FLOAT, Place, Share, TeacherSize, teacher_share
 
 DISK = "mtkd.memory.shutil.disk_usage"
 
@@ -52,10 +52,11 @@ def test_a_run_stopped_and_resumed_is_the_resident_run(tmp_path: Path) -> None:
 def planned(folder: Path, backends: tuple[str, ...], **engine: Any) -> float:
     teachers = [{"name": f"t{i}", "model": "stage:teacher", "backend": b} for i, b in enumerate(backends)]
     config = tiny_config(folder, stages={"student": {"teachers": teachers}}, engine=engine)
-    stage = mtkd.plan(config).stages[1]
+    stage = mtkd.plan(config, memory=True).stages[1]
     assert [m.backend for m in stage.models] == ["", *backends]
     assert {m.parameters for m in stage.models[1:]} == {teacher_parameters(config)}
-    return stage.memory_gb * 1e9
+    assert stage.memory is not None
+    return stage.memory.rank_gb * 1e9
 
 
 def teacher_parameters(config: RunConfig) -> int:
@@ -74,9 +75,10 @@ def test_the_plan_counts_one_offloaded_teacher(tmp_path: Path) -> None:
 
 def test_on_a_gpu_heads_and_the_next_body_stay() -> None:
     teachers = [TeacherSize(100, 30, "offload"), TeacherSize(90, 40, "offload"), TeacherSize(7, 1, "resident")]
-    assert teacher_bytes(teachers, on_gpu=True, prefetch=False) == FLOAT * (7 + 30 + 40 + 70)
-    assert teacher_bytes(teachers, on_gpu=True, prefetch=True) == FLOAT * (7 + 30 + 40 + 70 + 50)
-    assert teacher_bytes(teachers, on_gpu=False, prefetch=True) == FLOAT * (7 + 100)
+    pinned, file = 2 * FLOAT * 190, FLOAT * 190
+    assert teacher_share(teachers, Place(True, False, 2, 2)) == Share(FLOAT * (7 + 30 + 40 + 70), host=pinned)
+    assert teacher_share(teachers, Place(True, True, 2, 2)) == Share(FLOAT * (7 + 30 + 40 + 70 + 50), host=pinned)
+    assert teacher_share(teachers, Place(False, True, 2, 2)) == Share(FLOAT * (7 + 100), disk=file)
 
 
 def test_a_disk_without_room_is_refused_by_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
