@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mtkd.config import EngineConfig
+from mtkd.engine.deepspeed_engine import LARGEST_BUCKET
 from mtkd.errors import UserError
 from mtkd.models.info import ModelInfo
 
 FLOAT = 4
 """Bytes of a float32: the weights of student and teachers, whatever their file holds."""
 
-BUCKET = 500_000_000
-"""Numbers in DeepSpeed's buffer for reducing gradients, its default `reduce_bucket_size`."""
 _PREFETCHED, _LIVE = 50_000_000, 1_000_000_000
 """DeepSpeed's defaults at ZeRO 3: numbers gathered ahead, and numbers that may stay gathered."""
 
@@ -136,10 +135,10 @@ def trained_share(numbers: int, engine: EngineConfig, ranks: int) -> Trained:
     whole = FLOAT * numbers
     if engine.kind == "torch":
         return Trained(whole, 2 * whole)
-    part, bucket = whole / ranks, FLOAT * BUCKET
+    part, bucket = whole / ranks, FLOAT * min(numbers, LARGEST_BUCKET)
     if engine.zero_stage == 0:
         # gradients stay allocated between steps, and are reduced in flat copies of at most a bucket
-        return Trained(whole, 2 * whole, min(whole, bucket), whole)
+        return Trained(whole, 2 * whole, bucket, whole)
     if engine.zero_stage < 3:
         gradients = whole if engine.zero_stage == 1 else part
         return Trained(whole, 3 * part, bucket, gradients)
