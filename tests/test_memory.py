@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from mtkd.config import BatchConfig, EngineConfig, ModelConfig, Named, StageConf
 from mtkd.data.batch import Batch
 from mtkd.engine.dist import Dist
 from mtkd.engine.torch_engine import TorchEngine
-from mtkd.footprint import Shape
+from mtkd.footprint import CachedShape, Shape
 from mtkd.match import Match
 from mtkd.memory import TeacherSize
 from mtkd.models.taps import TappedModel
@@ -67,10 +66,12 @@ class Case:
         backends: Sequence[str] = ("resident",),
         weighting: str = "uniform",
         accumulate: int = 1,
+        teacher: LlamaConfig | None = None,
         **engine: Any,
     ) -> None:
         self.names = [f"t{k}" for k in range(len(backends))]
         self.backends, self.matches, self.engine = backends, matches, EngineConfig(device="cpu", **engine)
+        self.teacher = teacher or TEACHER
         teachers = [TeacherConfig(name=n, model=ModelConfig(path="x")) for n in self.names]
         self.stage = StageConfig(
             kind="distill",
@@ -82,18 +83,21 @@ class Case:
             batch=BatchConfig(sequences=SEQUENCES * accumulate * self.engine.processes, accumulate=accumulate),
         )
 
-    def planned(self, **changes: Any) -> StageMemory:
-        student, teacher = tapped(STUDENT, 0), tapped(TEACHER, 1)
+    def sizes(self) -> list[TeacherSize]:
+        size = sum(p.numel() for p in tapped(self.teacher, 1).parameters())
+        return [TeacherSize(size, IDS * self.teacher.hidden_size, backend) for backend in self.backends]
+
+    def sketch(self) -> Sketch:
+        """What the planner would make of it."""
+        student, teacher = tapped(STUDENT, 0), tapped(self.teacher, 1)
         rows = self._rows(student, [teacher] * len(self.names))
-        size = sum(p.numel() for p in teacher.parameters())
         own = sum(p.numel() for p in student.parameters())
-        sizes = [TeacherSize(size, IDS * TEACHER.hidden_size, backend) for backend in self.backends]
-        shape = Shape(TEACHER, HEAD, IDS)
-        shapes = dict.fromkeys(self.names, shape)
-        sketch = Sketch(
-            "s", self.stage, {"student": Shape(STUDENT, HEAD, IDS)}, shapes, sizes, rows, True, own, IDS, LENGTH
-        )
-        return stage_memory(replace(sketch, **changes), self.engine, NO_LIMITS, on_gpu=False)
+        trained, shape = {"student": Shape(STUDENT, HEAD, IDS)}, Shape(self.teacher, HEAD, IDS)
+        teachers: dict[str, Shape | CachedShape] = dict.fromkeys(self.names, shape)
+        return Sketch("s", self.stage, trained, teachers, self.sizes(), rows, True, own, IDS, LENGTH)
+
+    def planned(self) -> StageMemory:
+        return stage_memory(self.sketch(), self.engine, NO_LIMITS, on_gpu=False)
 
     def _rows(self, student: TappedModel, teachers: Sequence[TappedModel]) -> Any:
         infos = {name: teacher.info for name, teacher in zip(self.names, teachers, strict=True)}
@@ -101,7 +105,7 @@ class Case:
 
     def make(self, folder: Path) -> tuple[Objective, TeacherPool]:
         dtype = torch.bfloat16 if self.engine.precision == "bf16" else torch.float32
-        student, teachers = tapped(STUDENT, 0), [tapped(TEACHER, k + 1) for k in range(len(self.names))]
+        student, teachers = tapped(STUDENT, 0), [tapped(self.teacher, k + 1) for k in range(len(self.names))]
         if self.engine.activation_checkpointing:
             student.enable_activation_checkpointing()
         rows = self._rows(student, teachers)
