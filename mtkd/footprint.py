@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -247,8 +247,7 @@ def measure(step: Step, device: str = "cpu") -> Footprint:
         except Exception:
             # Some weightings read values (a solver of scipy's, say); they need little memory of their own.
             made = _measured(step, _trainable(step, Uniform()))
-            note = f"weighting '{step.weighting.name}' was counted as uniform"
-            return Footprint(**{**vars(made), "notes": (*made.notes, note)})
+            return replace(made, notes=(f"weighting '{step.weighting.name}' is counted as uniform",))
 
 
 def _measured(step: Step, objective: Trainable) -> Footprint:

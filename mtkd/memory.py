@@ -15,7 +15,6 @@ from pathlib import Path
 from mtkd.config import EngineConfig
 from mtkd.engine.deepspeed_engine import LARGEST_BUCKET
 from mtkd.errors import UserError
-from mtkd.models.info import ModelInfo
 
 FLOAT = 4
 """Bytes of a float32: the weights of student and teachers, whatever their file holds."""
@@ -29,15 +28,19 @@ class TeacherSize:
     """Parameters of a teacher, those of its vocabulary-size output head among them, and where they live.
 
     Attributes:
-        layer: parameters of its largest layer.
         ahead: sharded: numbers that are gathered before their layer runs.
     """
 
     parameters: int
     head: int
     backend: str
-    layer: int = 0
+    layers: int = 1
     ahead: int = 20_000_000
+
+    @property
+    def layer(self) -> int:
+        """Parameters of one layer, all being equal; other tables of embeddings count among them."""
+        return -(-(self.parameters - self.head) // self.layers)
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,9 @@ def _sharded(teachers: Sequence[TeacherSize], place: Place) -> Share:
 
 
 def _streamed(teachers: Sequence[TeacherSize], place: Place) -> Share:
-    """The layer that runs and the next one; the head. Weights stay in their own files."""
-    return Share(FLOAT * max(2 * t.layer + t.head for t in teachers))
+    """The layer that runs; the heads, of a CPU one at a time. Weights stay in their own files."""
+    heads = [t.head for t in teachers]
+    return Share(FLOAT * (max(t.layer for t in teachers) + (sum(heads) if place.on_gpu else max(heads))))
 
 
 def _cached(teachers: Sequence[TeacherSize], place: Place) -> Share:
@@ -144,14 +148,6 @@ def trained_share(numbers: int, engine: EngineConfig, ranks: int) -> Trained:
         return Trained(whole, 3 * part, bucket, gradients)
     gathered = FLOAT * min(numbers, _LIVE + _PREFETCHED)
     return Trained(part, 3 * part, bucket + gathered, part)
-
-
-def layer_parameters(parameters: int, info: ModelInfo) -> int:
-    """Of one layer, all being equal: what is left of a model without one table of embeddings, by its layers.
-
-    Where input and output tables are two the second counts among the layers: a few per cent too much.
-    """
-    return (parameters - info.vocabulary * info.width) // info.num_layers
 
 
 def checkpoint_bytes(numbers: int, engine: EngineConfig) -> int:

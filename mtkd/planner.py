@@ -30,7 +30,7 @@ from mtkd.footprint import CachedShape, Shape
 from mtkd.ladder import Look, complete
 from mtkd.launcher import launch_command
 from mtkd.locate import given_tokenizer, read_tokenizer, resolve_path, revision_of
-from mtkd.memory import TeacherSize, check_offload, layer_parameters
+from mtkd.memory import TeacherSize, check_offload
 from mtkd.mix import stage_rows
 from mtkd.models.info import CLASSIFIER, ModelInfo, check_packing, count_parameters, model_info
 from mtkd.models.load import load_config as load_model_config
@@ -353,7 +353,7 @@ class _Planner:
                 t.parameters,
                 0 if info.num_labels else info.vocabulary * info.width,
                 t.backend,
-                layer_parameters(t.parameters, info),
+                t.layers,
             )
             for t, info in zip(teachers, infos, strict=True)
         ]
