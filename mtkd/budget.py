@@ -132,9 +132,11 @@ def _needs(sketch: Sketch, engine: EngineConfig, on_gpu: bool) -> StageMemory:
     ranks, local = engine.processes, min(engine.processes_per_host or engine.processes, engine.processes)
     place = Place(on_gpu, engine.prefetch, ranks, local)
     notes = ["not counted: Python and its libraries, and on a GPU the driver's context and what its allocator rounds"]
-    step, found = _step(sketch, engine, on_gpu), None
+    step, found, there = _step(sketch, engine, on_gpu), None, torch.cuda.is_available()
+    if on_gpu and not there:
+        notes.append("steps are counted with a CPU's kernels, for there is no GPU here")
     try:
-        found = measure(step, "cuda" if on_gpu and torch.cuda.is_available() else "cpu")
+        found = measure(step, "cuda" if on_gpu and there else "cpu")
         notes += found.notes
     except UserError:
         raise
@@ -152,7 +154,11 @@ def _needs(sketch: Sketch, engine: EngineConfig, on_gpu: bool) -> StageMemory:
     elif found is not None:
         moment, ranked = found.moment, _moving(found)
     ranked["teachers' weights"] = teachers.rank
-    parts = [Part(name, value / GB, (0 if on_gpu else value * local) / GB) for name, value in ranked.items() if value]
+    parts = [
+        Part(name, value / GB, (0 if on_gpu else value * local) / GB)
+        for name, value in ranked.items()
+        if value or name == "gradients"  # who looks for them should find them, gone as they are at other moments
+    ]
     if teachers.host:
         parts.append(Part("waiting teachers, pinned", 0, teachers.host / GB))
     disk = _disk(sketch, engine)
@@ -270,7 +276,10 @@ def _advice(sketch: Sketch, engine: EngineConfig, now: StageMemory, limits: Limi
     """Changes that help, each by itself; and all of them together where none is enough."""
     found = []
     for text, changed, other in _changes(sketch, engine, on_gpu):
-        then = _needs(changed, other, on_gpu)
+        try:
+            then = _needs(changed, other, on_gpu)
+        except UserError:  # an architecture that cannot recompute its layers, say
+            continue
         saved = _most(now, on_gpu) - _most(then, on_gpu)
         if saved > _WORTH * _most(now, on_gpu):
             fits, _ = _verdict(then, limits, on_gpu)

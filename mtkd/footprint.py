@@ -25,7 +25,7 @@ from mtkd.cofinetune import CoFinetuning
 from mtkd.data.batch import Batch
 from mtkd.engine.base import Trainable
 from mtkd.features import DenseLogits, Features, SparseLogits, SparseRows
-from mtkd.models.info import ModelInfo, attention_implementation
+from mtkd.models.info import ModelInfo, attention_implementation, model_info
 from mtkd.models.linear import speed_up_linears
 from mtkd.models.taps import TappedModel
 from mtkd.models.vocabulary import VocabularyMap
@@ -313,7 +313,10 @@ def _trainable(step: Step, weighting: Weighting | None) -> Trainable:
         return CoFinetuning(models, regression=step.regression, tile=step.tile, dtype=step.dtype)
     (student,) = models.values()
     names = tuple(step.teachers)
-    infos = [shape.info if isinstance(shape, CachedShape) else _model(shape).info for shape in step.teachers.values()]
+    infos = [
+        shape.info if isinstance(shape, CachedShape) else model_info(shape.config, shape.auto_class)
+        for shape in step.teachers.values()
+    ]
     facts = StageFacts(names, (1,) * len(names), student.info.width, student.info.num_labels, 0)
     return Objective(
         student,

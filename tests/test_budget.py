@@ -149,6 +149,27 @@ def test_checkpoints_are_as_large_as_planned(tmp_path: Path) -> None:
     assert student.disk["export"] * GB == pytest.approx(weights, rel=0.15)
 
 
+RECIPES = [
+    file
+    for file in sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+    if file.stem in ("quickstart", "takd", "cached", "instruct", "mtbert", "tinybert", "glmd", "custom_weighting")
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_a_step_of_every_recipe_is_counted(file: Path, tmp_path: Path) -> None:
+    """Language models and classifiers, caches, co-finetuning, attention and hidden rows, compressed vocabularies."""
+    planned = mtkd.plan(mtkd.load_config(file, [f"output={tmp_path}"]), memory=True)
+    for stage in planned.stages:
+        assert stage.memory is not None
+        assert not [note for note in stage.memory.notes if "not counted, for" in note], stage.name
+        names = {part.name for part in stage.memory.parts}
+        assert "teachers' weights" in names or stage.kind != "cache"
+        if stage.kind != "cache":
+            assert {"student weights", "gradients", "optimizer"} <= names
+
+
 def test_the_command_shows_parts_and_verdict(tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
