@@ -183,6 +183,8 @@ def _trained_parts(sketch: Sketch, engine: EngineConfig, found: Footprint | None
     if found is None:
         return "update", {**parts, "gradients": held.weights if held.gradients is None else held.gradients}
     parts["buffers of the models"] = found.buffers
+    if held.gradients is None and found.trained + held.flat > found.total:
+        return "update", {**parts, "gradients": found.trained, "DeepSpeed's buffers": held.flat}
     if held.gradients is None:
         return found.moment, {**parts, "gradients": found.gradients, **_moving(found)}
     # where gradients stay, or live elsewhere, the largest moment is that of everything else

@@ -123,12 +123,14 @@ class Trained:
         optimizer: moments, and from ZeRO 1 on the float32 copy that they belong to.
         buckets: DeepSpeed's buffers, and what ZeRO 3 has gathered.
         gradients: where they do not come and go as in the footprint; else None.
+        flat: copies in which all gradients are reduced after the backward pass.
     """
 
     weights: float
     optimizer: float
     buckets: float = 0
     gradients: float | None = None
+    flat: float = 0
 
 
 def trained_share(numbers: int, engine: EngineConfig, ranks: int) -> Trained:
@@ -141,8 +143,7 @@ def trained_share(numbers: int, engine: EngineConfig, ranks: int) -> Trained:
         return Trained(whole, 2 * whole)
     part, bucket = whole / ranks, FLOAT * min(numbers, LARGEST_BUCKET)
     if engine.zero_stage == 0:
-        # gradients stay allocated between steps, and are reduced in flat copies of at most a bucket
-        return Trained(whole, 2 * whole, bucket, whole)
+        return Trained(whole, 2 * whole, flat=bucket)
     if engine.zero_stage < 3:
         gradients = whole if engine.zero_stage == 1 else part
         return Trained(whole, 3 * part, bucket, gradients)

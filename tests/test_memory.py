@@ -132,6 +132,7 @@ class Case:
         objective, pool = self.make(folder)
         engine = TorchEngine(objective, self.stage.optimizer, 2, CPU)
         for step in range(2):
+            objective.begin_step(step, torch.eye(len(self.names), dtype=torch.float64))
             for _ in range(self.stage.batch.accumulate):
                 loss, _ = engine.forward(batch(), pool.forward(batch()), counts())
                 engine.backward(loss)
@@ -171,7 +172,7 @@ CASES = {
     "2 teachers": Case([Match(loss="kl")], ("resident",) * 2),
     "3 teachers, jsd": Case([Match(loss="jsd")], ("resident",) * 3),
     "accumulate": Case([Match(loss="kl")], accumulate=2),
-    "hidden states": Case([Match(feature="hidden", loss="mse", teacher_layer="uniform")]),
+    "hidden states": Case([Match(feature="hidden", loss="mse", student_layer=(2, 4), teacher_layer=(1, 2))]),
     "attention": Case(
         [Match(feature="scores", loss="attention_mse", teacher_layer="last", student_layer="last"), Match(loss="kl")]
     ),
