@@ -148,7 +148,7 @@ def _needs(sketch: Sketch, engine: EngineConfig, on_gpu: bool) -> StageMemory:
     if sketch.stage.batch.packing:
         notes.append("packed rows are counted as padded ones of as many tokens")
     teachers = teacher_share(_at_one_time(sketch), place)
-    moment, ranked = "update", {}
+    moment, ranked = "update", dict[str, float]()
     if sketch.trained:
         moment, ranked = _trained_parts(sketch, engine, found)
     elif found is not None:
@@ -309,7 +309,8 @@ def _changes(sketch: Sketch, engine: EngineConfig, on_gpu: bool) -> Iterator[tup
         )
     if engine.precision == "fp32":
         yield "engine.precision: bf16", sketch, engine.model_copy(update={"precision": "bf16"})
-    tile = engine.tile_for(sketch.columns, "cuda" if on_gpu else "cpu")
+    step = _step(sketch, engine, on_gpu)
+    tile = min(step.tile, step.sequences * step.length)
     if sketch.token_level and tile > 16:
         smaller = max(tile // 4, 16)
         yield f"engine.tile: {smaller}", sketch, engine.model_copy(update={"tile": smaller})

@@ -186,6 +186,16 @@ class _Meter(Storages):
             self._without.remove(id(parameter))
             self.gradients += parameter.grad.untyped_storage().nbytes()
 
+    def begin(self) -> None:
+        """What is there now stays: only what comes from here on counts."""
+        self.base, self.peak, self.ungraded = self.live, 0, 0
+
+    def footprint(self, trained: int, buffers: int) -> Footprint:
+        """What was counted. Args: trained, buffers: bytes."""
+        found = self.found
+        moving = (found["gradients"], found["teachers"], found["activations"], found["rest"])
+        return Footprint(self.moment, *moving, trained, buffers, self.ungraded)
+
     def after_forward(self) -> None:
         """The student's forward is done: what it left is activations, what comes now is not."""
         self.activations = self.live - self.base - self.teachers - self.gradients
@@ -265,7 +275,7 @@ def _measured(step: Step, objective: Trainable) -> Footprint:
         model.register_forward_hook(lambda *_: meter.after_forward())
     with meter:
         meter.follow(x for x in held if isinstance(x, Tensor))
-        meter.base, meter.peak = meter.live, 0
+        meter.begin()
         # a second micro-batch finds the gradients of the first
         for _ in range(min(step.micro_batches, 2)):
             meter.at, meter.teachers, before = "teachers", 0, meter.live
@@ -279,7 +289,7 @@ def _measured(step: Step, objective: Trainable) -> Footprint:
     buffers = sum(b.untyped_storage().nbytes() for b in objective.buffers())
     if trained > meter.peak:  # the optimizer finds all gradients and nothing else
         meter.moment, meter.found = "update", {"gradients": trained, "teachers": 0, "activations": 0, "rest": 0}
-    return Footprint(meter.moment, **meter.found, trained=trained, buffers=buffers, ungraded=meter.ungraded)
+    return meter.footprint(trained, buffers)
 
 
 def _captured(step: Step) -> Footprint:
@@ -290,7 +300,7 @@ def _captured(step: Step) -> Footprint:
     kind = batch.input_ids.device.type
     with meter, torch.no_grad():
         meter.follow([*teacher.parameters(), *teacher.buffers(), batch.input_ids])
-        meter.base, meter.peak = meter.live, 0
+        meter.begin()
         with torch.autocast(kind, torch.bfloat16, enabled=step.dtype == torch.bfloat16):
             features = teacher(batch, frozenset({"logits"}))
         meter.teachers, meter.at = meter.live - meter.base, "loss"
@@ -299,7 +309,7 @@ def _captured(step: Step) -> Footprint:
         count = min(step.tile, step.sequences * (step.length if step.token_level else 1))
         rows = logits.in_dtype(step.dtype).rows(torch.zeros(count, dtype=torch.int64))
         torch.log_softmax(rows, -1).topk(min(128, rows.shape[-1]), -1)
-    return Footprint(meter.moment, **meter.found, trained=0, buffers=0, ungraded=meter.ungraded)
+    return meter.footprint(trained=0, buffers=0)
 
 
 def _trainable(step: Step, weighting: Weighting | None) -> Trainable:

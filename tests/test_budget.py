@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_memory import GB, Case
+from test_memory import GB, Case, llama
 from tiny_run import tiny_config, write_yaml
 
 import mtkd
@@ -69,10 +69,12 @@ def test_advice_is_what_the_plan_says_of_the_changed_run() -> None:
     tight = Limits(whole.rank_gb * 0.75 * GB, 10 * GB, GB, HERE)
     advice = needed(case, tight).advice
     said = {line.split(": ")[0] + ": " + line.split(": ")[1]: line for line in advice}
-    assert any(line.startswith("stages.s.teachers: backend: offload") and line.endswith("fits") for line in advice)
+    assert advice[0].startswith("stages.s.batch.accumulate: 4: ")
+    assert advice[0].endswith(", fits")
+    assert any(line.startswith("stages.s.teachers: backend: offload: ") for line in advice)
     assert not any("zero_stage" in line or "sharded" in line for line in advice)  # one process has nothing to share
     for change, fields in {
-        "engine.tile: 256": {"tile": 256},
+        "engine.tile: 128": {"tile": 128},
         "engine.activation_checkpointing: true": {"activation_checkpointing": True},
         "engine.precision: bf16": {"precision": "bf16"},
     }.items():
@@ -87,13 +89,11 @@ def test_advice_is_what_the_plan_says_of_the_changed_run() -> None:
 
 
 def test_several_ranks_are_told_to_shard() -> None:
-    case = Case([Match(loss="kl")], kind="deepspeed", processes=4)
+    case = Case([Match(loss="kl")], teacher=llama(512, 8), kind="deepspeed", processes=16)
     whole = needed(case, Limits(None, None, None))
     advice = needed(case, Limits(whole.rank_gb * 0.5 * GB, None, None, HERE)).advice
     assert any(line.startswith("engine.zero_stage: 3") for line in advice)
     assert any("backend: sharded" in line for line in advice)
-    stages = [line for line in advice if line.startswith("engine.zero_stage")]
-    assert stages == sorted(stages, reverse=True)  # the more is sharded the less a rank holds
 
 
 def test_limits_are_the_configurations_or_this_machines(tmp_path: Path) -> None:

@@ -85,7 +85,8 @@ class Case:
 
     def sizes(self) -> list[TeacherSize]:
         size = sum(p.numel() for p in tapped(self.teacher, 1).parameters())
-        return [TeacherSize(size, IDS * self.teacher.hidden_size, backend) for backend in self.backends]
+        head, layers = IDS * self.teacher.hidden_size, self.teacher.num_hidden_layers
+        return [TeacherSize(size, head, backend, layers) for backend in self.backends]
 
     def sketch(self) -> Sketch:
         """What the planner would make of it."""

@@ -137,7 +137,7 @@ def steps(device: str, toy: bool) -> Iterator[Figures]:
             student, pool = ours.student_and_teachers(teachers)
             step = ours.distil(student, pool, [ours.KL], ours.text_batch(), device=torch.device(device), dtype=dtype)
             loss, peak = _peak(step, device)
-            seconds = _seconds(step, device, 1 if toy else 20)
+            seconds = _seconds(step, device, 1 if toy else 20, warm=not toy)
             name = f"kl, {teachers} teacher(s), {str(dtype).removeprefix('torch.')}"
             found[name] = {
                 "seconds": seconds,
