@@ -41,6 +41,7 @@ MOMENTS = ("teachers", "forward", "loss", "backward", "update")
 """Parts of a step, in order: `forward` ends with the student's features, `loss` where the backward pass begins."""
 
 
+_PARTS = ("gradients", "teachers", "activations", "rest")
 _ODD = "_mtkd_any"
 
 
@@ -175,7 +176,7 @@ class _Meter(Storages):
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         super().__init__()
         self.at, self.base, self.teachers, self.activations = "teachers", 0, 0, 0
-        self.found = dict.fromkeys(("gradients", "teachers", "activations", "rest"), 0)
+        self.found = dict.fromkeys(_PARTS, 0)
         self.moment, self.ungraded, self.gradients = "teachers", 0, 0
         self._without = {id(p) for p in parameters}  # those that have no gradient yet
         for parameter in parameters:
@@ -192,8 +193,7 @@ class _Meter(Storages):
 
     def footprint(self, trained: int, buffers: int) -> Footprint:
         """What was counted. Args: trained, buffers: bytes."""
-        found = self.found
-        moving = (found["gradients"], found["teachers"], found["activations"], found["rest"])
+        moving = (self.found[name] for name in _PARTS)
         return Footprint(self.moment, *moving, trained, buffers, self.ungraded)
 
     def after_forward(self) -> None:
@@ -212,16 +212,11 @@ class _Meter(Storages):
         self.peak, self.moment = live, self.at
         rest = live - gradients
         if self.at == "teachers":
-            self.found = {"gradients": gradients, "teachers": rest, "activations": 0, "rest": 0}
+            self.found = dict(zip(_PARTS, (gradients, rest, 0, 0), strict=True))
             return
         teachers = min(self.teachers, rest)
         activations = rest - teachers if self.at == "forward" else min(self.activations, rest - teachers)
-        self.found = {
-            "gradients": gradients,
-            "teachers": teachers,
-            "activations": activations,
-            "rest": rest - teachers - activations,
-        }
+        self.found = dict(zip(_PARTS, (gradients, teachers, activations, rest - teachers - activations), strict=True))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         aten = torch.ops.aten
@@ -288,7 +283,7 @@ def _measured(step: Step, objective: Trainable) -> Footprint:
     trained = sum(p.untyped_storage().nbytes() for p in parameters)
     buffers = sum(b.untyped_storage().nbytes() for b in objective.buffers())
     if trained > meter.peak:  # the optimizer finds all gradients and nothing else
-        meter.moment, meter.found = "update", {"gradients": trained, "teachers": 0, "activations": 0, "rest": 0}
+        meter.moment, meter.found = "update", dict(zip(_PARTS, (trained, 0, 0, 0), strict=True))
     return meter.footprint(trained, buffers)
 
 

@@ -137,7 +137,8 @@ def test_steps_are_those_of_a_cpu(weighting: str, precision: str, device: torch.
         found = []
         for step in range(3):
             part: Batch = causal_batch([5, 9, 6], seed=step).to(where)
-            loss, _ = engine.forward(part, pool.forward(part), position_counts([part]))
+            counts = {**position_counts([part]), **objective.step_counts(part)}
+            loss, _ = engine.forward(part, pool.forward(part), counts)
             engine.backward(loss)
             engine.step(step)
             found.append(float(loss.detach()))
