@@ -16,7 +16,7 @@ import torch
 from mtkd.config import EngineConfig, StageConfig
 from mtkd.errors import UserError
 from mtkd.footprint import CachedShape, Footprint, Shape, Step, measure
-from mtkd.memory import FLOAT, Place, TeacherSize, checkpoint_bytes, free_disk, teacher_share, trained_share
+from mtkd.memory import FLOAT, Place, Share, TeacherSize, checkpoint_bytes, free_disk, teacher_share, trained_share
 from mtkd.rows import Row
 
 GB = 1e9
@@ -150,10 +150,9 @@ def _needs(sketch: Sketch, engine: EngineConfig, on_gpu: bool) -> StageMemory:
     teachers = teacher_share(_at_one_time(sketch), place)
     moment, ranked = "update", dict[str, float]()
     if sketch.trained:
-        moment, ranked = _trained_parts(sketch, engine, found)
-    elif found is not None:
-        moment, ranked = found.moment, _moving(found)
-    ranked["teachers' weights"] = teachers.rank
+        moment, ranked = _trained_parts(sketch, engine, found, step, teachers)
+    elif found is not None:  # a cache is made while its teacher runs
+        moment, ranked = found.moment, {**_moving(found), "teachers' weights": teachers.rank}
     parts = [
         Part(name, value / GB, (0 if on_gpu else value * local) / GB)
         for name, value in ranked.items()
@@ -175,20 +174,33 @@ def _needs(sketch: Sketch, engine: EngineConfig, on_gpu: bool) -> StageMemory:
     )
 
 
-def _trained_parts(sketch: Sketch, engine: EngineConfig, found: Footprint | None) -> tuple[str, dict[str, float]]:
-    """(moment, bytes of a rank by part); of the student alone where a step could not be made."""
+def _trained_parts(
+    sketch: Sketch, engine: EngineConfig, found: Footprint | None, step: Step, teachers: Share
+) -> tuple[str, dict[str, float]]:
+    """(moment, bytes of a rank by part) of the largest moment; without what moves where a step could not be made."""
     numbers = found.trained // FLOAT if found else sketch.exported
     held = trained_share(numbers, engine, engine.processes)
     parts = {"student weights": held.weights, "optimizer": held.optimizer, "DeepSpeed's buffers": held.buckets}
     if found is None:
-        return "update", {**parts, "gradients": held.weights if held.gradients is None else held.gradients}
+        gradients = held.weights if held.gradients is None else held.gradients
+        return "update", {**parts, "gradients": gradients, "teachers' weights": teachers.rank}
     parts["buffers of the models"] = found.buffers
-    if held.gradients is None and found.trained + held.flat > found.total:
-        return "update", {**parts, "gradients": found.trained, "DeepSpeed's buffers": held.flat}
+    after = {"teachers' weights": teachers.after}
+    earlier = float(found.trained) if step.micro_batches > 1 else 0.0  # gradients of the micro-batch before
+    turn = {"gradients": earlier, "teachers' features": found.asked, "teachers' weights": teachers.rank}
     if held.gradients is None:
-        return found.moment, {**parts, "gradients": found.gradients, **_moving(found)}
-    # where gradients stay, or live elsewhere, the largest moment is that of everything else
-    return "any", {**parts, "gradients": held.gradients, "activations, tiles, temporaries": found.ungraded}
+        moments = {
+            "teachers": turn,
+            found.moment: {"gradients": found.gradients, **_moving(found), **after},
+            "update": {"gradients": found.trained, "DeepSpeed's buffers": held.flat, **after},
+        }
+    else:  # where gradients stay, or live elsewhere, the largest moment is that of everything else
+        moments = {
+            "teachers": {**turn, "gradients": held.gradients},
+            "learning": {"gradients": held.gradients, "activations, tiles, temporaries": found.ungraded, **after},
+        }
+    moment = max(moments, key=lambda name: sum(moments[name].values()))
+    return moment, {**parts, **moments[moment]}
 
 
 def _moving(found: Footprint) -> dict[str, float]:

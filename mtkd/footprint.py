@@ -72,12 +72,9 @@ class Step:
     """A stage's step on one rank.
 
     Attributes:
-        trained: by name; several are co-finetuned.
-        teachers: by name, in pool order.
-        sequences, length: of a micro-batch, padding included.
-        micro_batches: per optimizer step.
-        tile: positions. on_gpu: tiles are not cut for a CPU's cache.
-        dtype: bfloat16 runs models under autocast.
+        trained: by name; several are co-finetuned. teachers: by name, in pool order.
+        sequences, length: of a micro-batch, padding included. micro_batches: per optimizer step.
+        tile: positions. on_gpu: tiles are not cut for a CPU's cache. dtype: bfloat16 runs models under autocast.
     """
 
     trained: Mapping[str, Shape]
@@ -106,9 +103,9 @@ class Footprint:
         teachers: features and temporaries of the teachers.
         activations: what the student's forward left for the backward pass.
         rest: tiles, temporaries, gradients of activations.
-        trained: bytes of the trained parameters: all gradients take as much.
-        buffers: of the trained models.
+        trained: bytes of the trained parameters: all gradients take as much. buffers: of the trained models.
         ungraded: the most of teachers, activations and rest together, at whatever moment.
+        asked: the most while the teachers run, without gradients.
         notes: what was left out, in words.
     """
 
@@ -120,6 +117,7 @@ class Footprint:
     trained: int
     buffers: int
     ungraded: int
+    asked: int
     notes: tuple[str, ...] = ()
 
     @property
@@ -177,7 +175,7 @@ class _Meter(Storages):
         super().__init__()
         self.at, self.base, self.teachers, self.activations = "teachers", 0, 0, 0
         self.found = dict.fromkeys(_PARTS, 0)
-        self.moment, self.ungraded, self.gradients = "teachers", 0, 0
+        self.moment, self.ungraded, self.asked, self.gradients = "teachers", 0, 0, 0
         self._without = {id(p) for p in parameters}  # those that have no gradient yet
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self._graded)
@@ -189,12 +187,14 @@ class _Meter(Storages):
 
     def begin(self) -> None:
         """What is there now stays: only what comes from here on counts."""
-        self.base, self.peak, self.ungraded = self.live, 0, 0
+        self.base, self.peak, self.ungraded, self.asked = self.live, 0, 0, 0
 
     def footprint(self, trained: int, buffers: int) -> Footprint:
         """What was counted. Args: trained, buffers: bytes."""
-        moving = (self.found[name] for name in _PARTS)
-        return Footprint(self.moment, *moving, trained, buffers, self.ungraded)
+        gradients, teachers, activations, rest = (self.found[name] for name in _PARTS)
+        return Footprint(
+            self.moment, gradients, teachers, activations, rest, trained, buffers, self.ungraded, self.asked
+        )
 
     def after_forward(self) -> None:
         """The student's forward is done: what it left is activations, what comes now is not."""
@@ -203,6 +203,8 @@ class _Meter(Storages):
 
     def _changed(self) -> None:
         live = self.live - self.base
+        if self.at == "teachers":
+            self.asked = max(self.asked, live - self.gradients)
         if live <= self.peak and live <= self.ungraded:
             return
         gradients = self.gradients

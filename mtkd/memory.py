@@ -55,42 +55,50 @@ class Place:
 
 @dataclass(frozen=True)
 class Share:
-    """Bytes: on a rank's device; in the host's memory per host, beside what ranks on a CPU hold there; on disk."""
+    """Bytes of the teachers' weights.
+
+    Attributes:
+        rank: on a rank's device while the teachers run. after: there while the student learns from what they said.
+        host: in the host's memory per host, beside what ranks on a CPU hold there. disk: in files.
+    """
 
     rank: float = 0
+    after: float = 0
     host: float = 0
     disk: float = 0
 
     def __add__(self, other: Share) -> Share:
-        return Share(self.rank + other.rank, self.host + other.host, self.disk + other.disk)
+        return Share(self.rank + other.rank, self.after + other.after, self.host + other.host, self.disk + other.disk)
 
 
 def _resident(teachers: Sequence[TeacherSize], place: Place) -> Share:
-    return Share(FLOAT * sum(t.parameters for t in teachers))
+    whole = FLOAT * sum(t.parameters for t in teachers)
+    return Share(whole, whole)
 
 
 def _offload(teachers: Sequence[TeacherSize], place: Place) -> Share:
     """The largest one counts: of a GPU in pinned memory, and the heads stay until a micro-batch is done; of a CPU in a
     file, whose pages in the kernel's cache are nobody's memory."""
-    whole = FLOAT * sum(t.parameters for t in teachers)
+    whole, heads = FLOAT * sum(t.parameters for t in teachers), FLOAT * sum(t.head for t in teachers)
     if not place.on_gpu:
-        return Share(FLOAT * max(t.parameters for t in teachers), disk=whole)
+        largest, head = max(t.parameters for t in teachers), max(t.head for t in teachers)
+        return Share(FLOAT * largest, FLOAT * head, disk=whole)
     bodies = sorted((t.parameters - t.head for t in teachers), reverse=True)
-    rank = sum(bodies[: 1 + place.prefetch]) + sum(t.head for t in teachers)
-    return Share(FLOAT * rank, host=whole * place.local)
+    return Share(FLOAT * sum(bodies[: 1 + place.prefetch]) + heads, heads, host=whole * place.local)
 
 
 def _sharded(teachers: Sequence[TeacherSize], place: Place) -> Share:
     """A part of each on every rank; the layer that runs and what is gathered ahead of it; each head once, whole."""
     parts = sum(t.parameters for t in teachers) / place.ranks
     gathered = max(min(t.layer + t.ahead, t.parameters) for t in teachers)
-    return Share(FLOAT * (parts + gathered + sum(t.head for t in teachers)))
+    after = parts + sum(t.head for t in teachers)
+    return Share(FLOAT * (after + gathered), FLOAT * after)
 
 
 def _streamed(teachers: Sequence[TeacherSize], place: Place) -> Share:
     """The layer that runs; the heads, of a CPU one at a time. Weights stay in their own files."""
-    heads = [t.head for t in teachers]
-    return Share(FLOAT * (max(t.layer for t in teachers) + (sum(heads) if place.on_gpu else max(heads))))
+    heads = FLOAT * (sum(t.head for t in teachers) if place.on_gpu else max(t.head for t in teachers))
+    return Share(FLOAT * max(t.layer for t in teachers) + heads, heads)
 
 
 def _cached(teachers: Sequence[TeacherSize], place: Place) -> Share:

@@ -25,10 +25,11 @@ def test_a_sharded_and_a_streamed_teacher_by_hand() -> None:
     """A part per rank, the largest layer with what is gathered ahead, the heads; a layer and the heads."""
     place = Place(on_gpu=True, ranks=4, local=4)
     sharded = [TeacherSize(1_000, 60, "sharded", 10, ahead=20), TeacherSize(600, 40, "sharded", 8, ahead=20)]
-    assert teacher_share(sharded, place) == Share(FLOAT * (250 + 150 + 94 + 20 + 60 + 40))
+    after = 250 + 150 + 60 + 40
+    assert teacher_share(sharded, place) == Share(FLOAT * (after + 94 + 20), FLOAT * after)
     streamed = [TeacherSize(1_000, 60, "streamed", 10), TeacherSize(600, 40, "streamed", 8)]
-    assert teacher_share(streamed, place) == Share(FLOAT * (94 + 60 + 40))
-    assert teacher_share(streamed, Place(on_gpu=False)) == Share(FLOAT * (94 + 60))
+    assert teacher_share(streamed, place) == Share(FLOAT * (94 + 60 + 40), FLOAT * (60 + 40))
+    assert teacher_share(streamed, Place(on_gpu=False)) == Share(FLOAT * (94 + 60), FLOAT * 60)
     assert teacher_share([TeacherSize(1_000, 60, "cached")], place) == Share()
 
 

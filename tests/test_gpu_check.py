@@ -18,7 +18,7 @@ def check(folder: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
     out = folder / "results.json"
     command = [str(ROOT / "launch" / "gpu-check"), "--device", "cpu", "--toy", "--out", str(out), *arguments]
     done = subprocess.run(
-        command, env={**os.environ, "PYTHON": sys.executable}, timeout=200, capture_output=True, text=True
+        command, env={**os.environ, "PYTHON": sys.executable}, timeout=280, capture_output=True, text=True
     )
     assert out.is_file(), done.stderr
     return done.returncode, json.loads(out.read_text())
