@@ -155,14 +155,14 @@ def test_checkpoints_are_as_large_as_planned(tmp_path: Path) -> None:
 RECIPES = [
     file
     for file in sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
-    if file.stem in ("quickstart", "takd", "cached", "instruct", "mtbert", "tinybert", "glmd", "custom_weighting")
+    if file.stem in ("quickstart", "takd", "cached", "instruct", "tinybert", "glmd", "custom_weighting")
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_a_step_of_every_recipe_is_counted(file: Path, tmp_path: Path) -> None:
-    """Language models and classifiers, caches, co-finetuning, attention and hidden rows, compressed vocabularies."""
+    """Language models and classifiers, caches, attention and hidden rows, compressed vocabularies."""
     planned = mtkd.plan(mtkd.load_config(file, [f"output={tmp_path}"]), memory=True)
     for stage in planned.stages:
         assert stage.memory is not None
