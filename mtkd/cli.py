@@ -98,11 +98,11 @@ def resume(
 
 @app.command()
 def plan(file: File, override: Override = None, as_json: Json = False) -> None:
-    """Resolve and check everything; show stages, models, memory, steps and tokens; train nothing."""
+    """Resolve and check everything; show stages, models, steps, tokens and memory; train nothing."""
     from mtkd.configfile import load_config
     from mtkd.planner import plan as make_plan
 
-    made = make_plan(load_config(file, override or ()))
+    made = make_plan(load_config(file, override or ()), memory=True)
     if as_json:
         _print_json(made.as_dict())
     else:

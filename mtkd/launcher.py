@@ -113,6 +113,11 @@ def num_processes(config: EngineConfig) -> int:
     return sum(read_hostfile(config.hostfile).values()) if config.hostfile is not None else config.processes
 
 
+def largest_node(config: EngineConfig) -> int:
+    """The most ranks on one node, as far as the configuration tells."""
+    return max(read_hostfile(config.hostfile).values()) if config.hostfile is not None else config.processes
+
+
 def shown_command(config: EngineConfig) -> list[str]:
     """A command line that does what `mtkd run FILE` does, for `mtkd plan`."""
     run = ["mtkd", "run", "FILE"]

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from mtkd.budget import StageMemory
 from mtkd.cachefolder import CacheFacts
 from mtkd.config import ModelConfig, TeacherConfig
 from mtkd.models.info import ModelInfo
@@ -34,7 +35,10 @@ class PlannedModel:
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A stage as it would run; `steps` and `tokens` (upper bound) are None while they depend on data or stages."""
+    """A stage as it would run; `steps` and `tokens` (upper bound) are None while they depend on data or stages.
+
+    Attributes: memory: None where it was not asked for.
+    """
 
     name: str
     kind: str
@@ -44,7 +48,7 @@ class PlannedStage:
     rows: list[str]
     steps: int | None
     tokens: int | None
-    memory_gb: float
+    memory: StageMemory | None = None
 
 
 @dataclass(frozen=True)
@@ -65,14 +69,14 @@ class Plan:
     def tables(self) -> list[Table]:
         """For the terminal."""
         table = Table(
-            "stage", "kind", "state", "model", "origin", "shape", "parameters", "steps", "tokens <=", "GB per rank",
+            "stage", "kind", "state", "model", "origin", "shape", "parameters", "steps", "tokens <=",
             title=f"{self.name}  ->  {self.folder}   engine: {self.engine}",
         )  # fmt: skip
         for stage in self.stages:
             for i, model in enumerate(stage.models):
                 shape = f"{model.architecture} {model.layers}x{model.width}, {model.heads} heads"
                 first = (stage.name, stage.kind, stage.state) if i == 0 else ("", "", "")
-                work = (_number(stage.steps), _number(stage.tokens), f"{stage.memory_gb:.2f}") if i == 0 else ("",) * 3
+                work = (_number(stage.steps), _number(stage.tokens)) if i == 0 else ("", "")
                 origin = f"{model.origin} ({model.backend})" if model.backend in _MOVING else model.origin
                 table.add_row(*first, model.role, origin, shape, f"{model.parameters:,}", *work)
         rows = Table("stage", "row", title="rows of the objectives, and what caches keep")
@@ -80,7 +84,38 @@ class Plan:
             for row in stage.rows:
                 rows.add_row(stage.name, row)
         table.caption = "\n".join([f"started by: {self.command}", *(f"not here yet: {each}" for each in self.missing)])
-        return [table, rows]
+        planned = [(stage.name, stage.memory) for stage in self.stages if stage.memory is not None]
+        return [table, rows, *([_memory_table(planned), _verdicts(planned)] if planned else [])]
+
+
+def _memory_table(stages: list[tuple[str, StageMemory]]) -> Table:
+    table = Table(
+        "stage", "part", "GB per rank", "GB per host", title="memory at the largest moment of a step, and disk"
+    )
+    notes: dict[str, None] = {}
+    for name, memory in stages:
+        for i, part in enumerate(memory.parts):
+            table.add_row(name if i == 0 else "", part.name, _gb(part.rank_gb), _gb(part.host_gb))
+        table.add_row("", f"total (at: {memory.moment})", _gb(memory.rank_gb), _gb(memory.host_gb))
+        table.add_row("", "host, while models are loaded", "", _gb(memory.loading_gb))
+        for what, size in memory.disk.items():
+            table.add_row("", f"disk: {what}", "", _gb(size))
+        notes |= dict.fromkeys(memory.notes)
+    table.caption = "; ".join(notes)
+    return table
+
+
+def _verdicts(stages: list[tuple[str, StageMemory]]) -> Table:
+    table = Table("stage", "verdict", title="does it fit")
+    for name, memory in stages:
+        table.add_row(name, memory.verdict)
+        for text in memory.advice:
+            table.add_row("", f"try {text}")
+    return table
+
+
+def _gb(size: float) -> str:
+    return f"{size:.3f}" if size else "-"
 
 
 def with_consequences(stages: list[PlannedStage]) -> list[PlannedStage]:

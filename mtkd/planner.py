@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from mtkd.budget import Sketch, find_limits, stage_memory
 from mtkd.cachefolder import CacheFacts, check_precision_of, check_tokenizer_of, read_facts
 from mtkd.cacheplan import (
+    bytes_per_token,
     check_cacheable,
     check_cached,
     check_layers,
@@ -27,6 +29,7 @@ from mtkd.data.blanks import answer_ids
 from mtkd.data.tasks import check_model
 from mtkd.data.tokenizers import check_chat_template, check_same_tokenizer, num_real_ids, train_tokenizer
 from mtkd.errors import UserError
+from mtkd.footprint import CachedShape, Shape
 from mtkd.ladder import Look, complete
 from mtkd.launcher import num_processes, shown_command
 from mtkd.locate import (
@@ -38,7 +41,7 @@ from mtkd.locate import (
     revision_of,
     tokenizer_origin,
 )
-from mtkd.memory import FLOAT, TeacherSize, check_offload, teacher_bytes
+from mtkd.memory import TeacherSize, check_offload
 from mtkd.mix import stage_rows
 from mtkd.models.folder import check_folder
 from mtkd.models.info import CLASSIFIER, GLM, ModelInfo, check_packing, count_parameters, model_info
@@ -52,9 +55,6 @@ from mtkd.registry import TASKS, load_plugins
 from mtkd.rows import compile_rows
 from mtkd.rundir import RunDir
 
-# Float32 copies of a trainable parameter in training: weight, gradient, two Adam moments.
-_COPIES = {"weight": 1, "gradient": 1, "optimizer": 2}
-
 
 def resolve(config: RunConfig) -> RunConfig:
     """The run with every stage of its chain: shapes that depend on other models are derived; else as it is.
@@ -66,9 +66,11 @@ def resolve(config: RunConfig) -> RunConfig:
     return complete(config, lambda stand_in: _Planner(stand_in).look())
 
 
-def plan(config: RunConfig) -> Plan:
+def plan(config: RunConfig, *, memory: bool = False) -> Plan:
     """Resolve and check a run: models from their configurations, rows against both sides, tokenizers against another.
 
+    Args:
+        memory: also say what each stage needs of memory and disk; a second or so per stage.
     Raises:
         UserError: whatever would fail later for a reason that can be known now.
     """
@@ -77,6 +79,8 @@ def plan(config: RunConfig) -> Plan:
     planner = _Planner(config)
     planner.check_chats()
     stages = with_consequences([planner.stage(name) for name in config.stages])
+    if memory:
+        stages = planner.with_memory(stages)
     planner.check_scored()
     engine = config.engine
     kind = f"{engine.kind}, {num_processes(engine)} process(es), {engine.precision}"
@@ -91,6 +95,7 @@ class _Planner:
         self._made: dict[str, PretrainedConfig] = {}
         self._cached: dict[str, CacheFacts] = {}  # what cache stages will have made
         self._compressed: dict[str, int] = {}  # stages whose model has a compressed vocabulary: its ids
+        self._sketches: dict[str, Sketch] = {}
         settings = config.tokenizer
         self._stands_in = settings is not None and settings.train_on is not None
         card = None if self._stands_in else missing(tokenizer_origin(config)[0], config.base)
@@ -125,6 +130,7 @@ class _Planner:
             self._check_tokenizer(model, f"{where}.{role}", token_level=False)
         sized = [self._sized(role, model, made, data, auto_class) for role, model, made in models]
         caches = self._caches(stage, data, auto_class, where)
+        live: dict[str, Shape] = {}
         for i, teacher in enumerate(stage.teachers):
             place = f"{where}.teachers[{i}]"
             if teacher.name in caches:
@@ -132,6 +138,7 @@ class _Planner:
                 continue
             made = self._teacher_config(stage, teacher, auto_class, place)
             sized.append(self._sized(teacher.name, teacher.model, made, data, auto_class))
+            live[teacher.name] = self._shape(made, auto_class, teacher.model)
             self._check_tokenizer(teacher.model, place, task.token_level)
             if teacher.sharded is not None:
                 check_nvme(teacher.sharded, f"{place}.sharded")
@@ -159,6 +166,22 @@ class _Planner:
         if caches and task.token_level and name in self._compressed:
             raise compressed_from_cache(next(iter(caches)), f"{where}.student.vocabulary")
         texts = [row_text(row.match.weight, row.key, row.pairs) for row in rows]
+        shapes = {role: self._shape(made, auto_class, model, name) for role, model, made in models}
+        teachers = {
+            t.name: live.get(t.name) or CachedShape(caches[t.name].content, caches[t.name].info) for t in stage.teachers
+        }
+        self._sketches[name] = Sketch(
+            name,
+            stage,
+            shapes,
+            teachers,
+            self._sizes(planned[own:], infos[own:], where),
+            rows,
+            task.token_level,
+            sum(p.parameters for p in planned[:own]),
+            max(info.vocabulary if task.token_level else info.num_labels for info in infos),
+            data.max_length,
+        )
         return PlannedStage(
             name,
             stage.kind,
@@ -168,7 +191,6 @@ class _Planner:
             texts,
             stage.steps,
             self._tokens(stage, data.max_length),
-            self._memory(planned[:own], self._sizes(planned[own:], infos[own:], where), infos[0]),
         )
 
     def _sized(
@@ -184,6 +206,8 @@ class _Planner:
         token_level = TASKS.find(data.task).token_level
         planned, texts = list[PlannedModel](), list[str]()
         sizes: list[TeacherSize] = []
+        shapes: dict[str, Shape | CachedShape] = {}
+        size, tokens = 0.0, train_tokens(data, self.config.base)
         for i, teacher in enumerate(stage.teachers):
             place = f"{where}.teachers[{i}]"
             made = self._teacher_config(stage, teacher, auto_class, place)
@@ -196,17 +220,27 @@ class _Planner:
             self._cached[f"{name}/{teacher.name}"] = CacheFacts(content, info, model.parameters, f"stages.{name}")
             planned.append(replace(model, backend=teacher.backend))
             sizes += self._sizes(planned[-1:], [info], where)
-            text = f"{teacher.name}: {describe(content, info, train_tokens(data, self.config.base))}"
+            shapes[teacher.name] = self._shape(made, auto_class, teacher.model)
+            size += bytes_per_token(content, info)
+            text = f"{teacher.name}: {describe(content, info, tokens)}"
             if teacher.backend == "streamed":
                 sweep = stage.batch.tokens or (stage.batch.sequences or 0) * data.max_length
                 text += f"; all its weights are read from disk for every batch of <= {sweep:,} tokens"
             texts.append(text)
-        logits = self._tile(self._num_ids) * self._num_ids * 2 if token_level else 0
-        # they are run one after the other
-        memory = max(teacher_bytes([s], on_gpu=self._on_gpu, prefetch=False) for s in sizes) + logits * FLOAT
-        return PlannedStage(
-            name, stage.kind, self._state(name), needed_stages(stage), planned, texts, None, None, memory / 1e9
+        self._sketches[name] = Sketch(
+            name,
+            stage,
+            {},
+            shapes,
+            sizes,
+            [],
+            token_level,
+            0,
+            columns,
+            data.max_length,
+            None if tokens is None else size * tokens,
         )
+        return PlannedStage(name, stage.kind, self._state(name), needed_stages(stage), planned, texts, None, None)
 
     def _caches(self, stage: StageConfig, data: DataConfig, auto_class: str, where: str) -> dict[str, CacheFacts]:
         """What is known of the caches that a stage reads, by teacher; those of earlier stages need not exist yet."""
@@ -390,21 +424,19 @@ class _Planner:
         device = self.config.engine.device
         return device == "cuda" or (device == "auto" and torch.cuda.is_available())
 
-    def _tile(self, columns: int) -> int:
-        return self.config.engine.tile_for(columns, "cuda" if self._on_gpu else "cpu")
+    def _shape(self, made: PretrainedConfig, auto_class: str, model: ModelConfig, stage: str | None = None) -> Shape:
+        """A model without weights. Args: stage: that trains it, for a vocabulary that it compresses."""
+        kept = made.vocab_size if stage in self._compressed or self._vocabulary(model) is not None else None
+        return Shape(made, auto_class, self._num_ids, kept)
 
-    def _memory(self, trained: list[PlannedModel], teachers: list[TeacherSize], student: ModelInfo) -> float:
-        """GB (1e9 bytes) per rank of weights, gradients, Adam's moments and one vocabulary tile; no activations."""
+    def with_memory(self, stages: list[PlannedStage]) -> list[PlannedStage]:
+        """The stages with what each needs of memory and disk."""
         engine = self.config.engine
-        ranks, shard = num_processes(engine), engine.zero_stage
-        own = sum(m.parameters for m in trained) * FLOAT
-        total = own * _COPIES["optimizer"] / (ranks if shard >= 1 else 1)
-        total += own * _COPIES["gradient"] / (ranks if shard >= 2 else 1)
-        total += own * _COPIES["weight"] / (ranks if shard >= 3 else 1)
-        total += teacher_bytes(teachers, on_gpu=self._on_gpu, prefetch=engine.prefetch)
-        live = sum(t.backend != "cached" for t in teachers)
-        total += self._tile(student.vocabulary) * student.vocabulary * FLOAT * (3 + live)
-        return total / 1e9
+        limits = find_limits(engine, self.config.folder, on_gpu=self._on_gpu)
+        return [
+            replace(stage, memory=stage_memory(self._sketches[stage.name], engine, limits, on_gpu=self._on_gpu))
+            for stage in stages
+        ]
 
 
 def _with_open_labels(info: ModelInfo, data: DataConfig, auto_class: str) -> ModelInfo:

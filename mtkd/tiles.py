@@ -9,6 +9,8 @@ Memory: tile * V per live temporary, plus the head's own gradient, whatever the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +27,23 @@ TileLoss = Callable[[Tensor, Tensor, slice], tuple[Tensor, Tensor]]
 # On a CPU the elementwise work of a tile goes in chunks of about this many logits (2 MB in float32): its dozen
 # temporaries then stay in the cache, while the matrix products keep the size of the tile.
 _CHUNK_LOGITS = 2**19
+_whole: ContextVar[bool] = ContextVar("mtkd_whole_tiles", default=False)
+
+
+@contextmanager
+def whole_tiles(whole: bool) -> Iterator[None]:
+    """Within it tiles are not cut on a CPU either: a plan for a GPU is made where there may be none."""
+    token = _whole.set(whole)
+    try:
+        yield
+    finally:
+        _whole.reset(token)
 
 
 def chunks(rows: int, logits: Tensor) -> Iterator[slice]:
     """Slices of a tile's rows for elementwise work on its logits [m,V]: on a CPU small ones, else all of them."""
-    size = rows if logits.device.type != "cpu" else max(1, _CHUNK_LOGITS // max(logits.shape[-1], 1))
+    cut = logits.device.type == "cpu" and not _whole.get()
+    size = rows if not cut else max(1, _CHUNK_LOGITS // max(logits.shape[-1], 1))
     for start in range(0, rows, max(size, 1)):
         yield slice(start, min(start + size, rows))
 

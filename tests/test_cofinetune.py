@@ -172,7 +172,8 @@ def write_run(folder: Path, **co: object) -> Path:
 
 def test_a_whole_run(tmp_path: Path) -> None:
     config = mtkd.load_config(write_run(tmp_path))
-    planned = mtkd.plan(config).stages
+    planned = mtkd.plan(config, memory=True).stages
+    assert [len(stage.memory.notes) for stage in planned if stage.memory] == [1, 1]  # both steps could be counted
     assert [m.role for m in planned[0].models] == ["a", "b"]
     assert [m.origin for m in planned[1].models] == ["fresh", "stage:teachers/a", "stage:teachers/b"]
     result = mtkd.run(config)

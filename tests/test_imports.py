@@ -31,7 +31,10 @@ ORDER = (
         "gram",
         "cofinetune",
     ),
-    ("chain", "ladder", "rundir", "locate", "memory", "cachefolder", "cacheplan", "planned", "agreement"),
+    (
+        *("chain", "ladder", "rundir", "locate", "memory", "footprint", "budget"),
+        *("cachefolder", "cacheplan", "planned", "agreement"),
+    ),
     ("build", "built", "checks", "planner"),
     ("evaluate", "lookaround"),
     ("selection", "train", "capture"),

@@ -16,7 +16,7 @@ from tiny_run import NAME, STUDENT_STEPS, ids_file, tiny_config, with_teacher, w
 import mtkd
 from mtkd.config import RunConfig
 from mtkd.errors import UserError
-from mtkd.memory import FLOAT, TeacherSize, teacher_bytes
+from mtkd.memory import FLOAT, Place, Share, TeacherSize, teacher_share
 
 DISK = "mtkd.memory.shutil.disk_usage"
 
@@ -52,10 +52,11 @@ def test_a_run_stopped_and_resumed_is_the_resident_run(tmp_path: Path) -> None:
 def planned(folder: Path, backends: tuple[str, ...], **engine: Any) -> float:
     teachers = [{"name": f"t{i}", "model": "stage:teacher", "backend": b} for i, b in enumerate(backends)]
     config = tiny_config(folder, stages={"student": {"teachers": teachers}}, engine=engine)
-    stage = mtkd.plan(config).stages[1]
+    stage = mtkd.plan(config, memory=True).stages[1]
     assert [m.backend for m in stage.models] == ["", *backends]
     assert {m.parameters for m in stage.models[1:]} == {teacher_parameters(config)}
-    return stage.memory_gb * 1e9
+    assert stage.memory is not None
+    return stage.memory.rank_gb * 1e9
 
 
 def teacher_parameters(config: RunConfig) -> int:
@@ -66,17 +67,20 @@ def teacher_parameters(config: RunConfig) -> int:
 
 
 def test_the_plan_counts_one_offloaded_teacher(tmp_path: Path) -> None:
-    one = teacher_parameters(tiny_config(tmp_path)) * 4
+    """At the largest moment, when the student is compared with them, of those that wait one head is there."""
+    one, head = teacher_parameters(tiny_config(tmp_path)) * 4, 300 * 16 * 4
     resident, offloaded = planned(tmp_path, ("resident",) * 4), planned(tmp_path, ("offload",) * 4)
-    assert resident - offloaded == pytest.approx(3 * one)
-    assert resident - planned(tmp_path, ("resident", "offload", "offload", "resident")) == pytest.approx(one)
+    assert resident - offloaded == pytest.approx(4 * one - head)
+    mixed = planned(tmp_path, ("resident", "offload", "offload", "resident"))
+    assert resident - mixed == pytest.approx(2 * one - head)
 
 
 def test_on_a_gpu_heads_and_the_next_body_stay() -> None:
     teachers = [TeacherSize(100, 30, "offload"), TeacherSize(90, 40, "offload"), TeacherSize(7, 1, "resident")]
-    assert teacher_bytes(teachers, on_gpu=True, prefetch=False) == FLOAT * (7 + 30 + 40 + 70)
-    assert teacher_bytes(teachers, on_gpu=True, prefetch=True) == FLOAT * (7 + 30 + 40 + 70 + 50)
-    assert teacher_bytes(teachers, on_gpu=False, prefetch=True) == FLOAT * (7 + 100)
+    pinned, file, after = 2 * FLOAT * 190, FLOAT * 190, FLOAT * (7 + 70)
+    assert teacher_share(teachers, Place(True, False, 2, 2)) == Share(FLOAT * (7 + 70 + 70), after, pinned)
+    assert teacher_share(teachers, Place(True, True, 2, 2)) == Share(FLOAT * (7 + 70 + 70 + 50), after, pinned)
+    assert teacher_share(teachers, Place(False, True, 2, 2)) == Share(FLOAT * (7 + 100), FLOAT * (7 + 40), disk=file)
 
 
 def test_a_disk_without_room_is_refused_by_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

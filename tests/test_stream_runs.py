@@ -18,7 +18,7 @@ import mtkd
 import mtkd.runner
 from mtkd.data.tokenizers import train_tokenizer
 from mtkd.errors import DataError, UserError
-from mtkd.memory import FLOAT, TeacherSize, check_offload, teacher_bytes
+from mtkd.memory import FLOAT, Place, TeacherSize, check_offload, teacher_share
 
 STREAMED = [{**teacher, "backend": "streamed"} for teacher in LIVE]
 
@@ -103,12 +103,12 @@ def test_a_part_of_a_model_is_refused(tmp_path: Path) -> None:
             planned(tmp_path, **cut)
 
 
-def test_the_plan_counts_a_layer_and_the_head() -> None:
+def test_the_plan_counts_a_layer_and_the_heads() -> None:
     streamed = [TeacherSize(110, 30, "streamed", layers=8), TeacherSize(90, 40, "streamed", layers=5)]
     mixed = [*streamed, TeacherSize(7, 1, "resident")]
-    assert teacher_bytes(streamed, on_gpu=False, prefetch=True) == FLOAT * (10 + 40)
-    assert teacher_bytes(mixed, on_gpu=False, prefetch=True) == FLOAT * (7 + 10 + 40)
-    assert teacher_bytes(mixed, on_gpu=True, prefetch=True) == FLOAT * (7 + 10 + 30 + 40)
+    assert teacher_share(streamed, Place(on_gpu=False)).rank == FLOAT * (10 + 40)
+    assert teacher_share(mixed, Place(on_gpu=False)).rank == FLOAT * (7 + 10 + 40)
+    assert teacher_share(mixed, Place(on_gpu=True)).rank == FLOAT * (7 + 10 + 30 + 40)
 
 
 def test_a_system_that_cannot_give_pages_back_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,14 +66,20 @@ def distil(
     batch: Batch,
     *,
     watched: str = "loss",
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
 ) -> Callable[[], float]:
-    """A function that makes one optimizer step and returns the metric `watched`."""
+    """A function that makes one optimizer step and returns the metric `watched`.
+
+    Args: dtype: bfloat16 runs models under autocast.
+    """
     named = {f"t{k}": teacher for k, teacher in enumerate(teachers)}
     whole = objective(student, named, matches, token_level=student.token_level)
-    residents = [ResidentTeacher(name, model, CPU, torch.float32) for name, model in named.items()]
+    whole.dtype, batch = dtype, batch.to(device)
+    residents = [ResidentTeacher(name, model, device, dtype) for name, model in named.items()]
     pool = TeacherPool(residents, [whole.teacher_wants(k) for k in range(len(named))])
     config = OptimizerConfig(lr=LEARNING_RATE, warmup=0, schedule="constant", weight_decay=0)
-    engine = TorchEngine(whole.train(), config, 1_000, CPU)
+    engine = TorchEngine(whole.train(), config, 1_000, device)
     made = 0
 
     def step() -> float:

@@ -74,6 +74,15 @@ class EngineConfig(Config):
     threads: Annotated[int, Field(ge=0)] = Field(
         0, description="CPU threads per process; 0 = $OMP_NUM_THREADS if set, else cores / processes"
     )
+    gpu_memory_gb: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="memory of one GPU that `mtkd plan` compares with, 1e9 bytes; default: that of the GPU here"
+    )
+    host_memory_gb: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="memory of one host that `mtkd plan` compares with, 1e9 bytes; default: that of this machine"
+    )
+    processes_per_host: Positive | None = Field(
+        None, description="processes that share a host's memory in `mtkd plan`; default: all"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> EngineConfig:

@@ -27,6 +27,9 @@ from mtkd.engine.dist import Dist
 from mtkd.errors import DataError
 from mtkd.features import Features
 
+LARGEST_BUCKET = 500_000_000
+"""Numbers in DeepSpeed's buffer for reducing gradients: its default."""
+
 _TAG = "deepspeed"
 _AFTER_WATCH = 60.0  # seconds
 
@@ -61,10 +64,14 @@ def init_distributed(device: str, timeout: float = 1800.0) -> Dist:
     return Dist.current()
 
 
-def deepspeed_config(config: OptimizerConfig, *, zero_stage: int, accumulate: int, world_size: int) -> dict[str, Any]:
+def deepspeed_config(
+    config: OptimizerConfig, *, zero_stage: int, accumulate: int, world_size: int, numbers: int = LARGEST_BUCKET
+) -> dict[str, Any]:
     """The whole DeepSpeed configuration; what is not here was checked to have no influence on the numbers.
 
     Micro-batch sizes are formal (mtkd cuts the batches): one per process, so that DeepSpeed's product rule holds.
+
+    Args: numbers: trained parameters.
     """
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -84,6 +91,8 @@ def deepspeed_config(config: OptimizerConfig, *, zero_stage: int, accumulate: in
             "overlap_comm": False,
             "contiguous_gradients": True,
             "reduce_scatter": zero_stage > 1,
+            # DeepSpeed allocates the whole bucket; one larger than all gradients together would never fill
+            "reduce_bucket_size": max(min(numbers, LARGEST_BUCKET), 1),
             # every parameter is sharded, small ones too: otherwise small models never test sharding
             "stage3_param_persistence_threshold": 0 if zero_stage == 3 else 100_000,
         },
@@ -141,7 +150,13 @@ class DeepSpeedEngine:
         self._config, self._steps, self._accumulate = config, steps, accumulate
         self.objective = objective.to(device)
         self._register_outside(zero_stage)
-        settings = deepspeed_config(config, zero_stage=zero_stage, accumulate=accumulate, world_size=dist.world_size)
+        settings = deepspeed_config(
+            config,
+            zero_stage=zero_stage,
+            accumulate=accumulate,
+            world_size=dist.world_size,
+            numbers=sum(p.numel() for p in objective.parameters() if p.requires_grad),
+        )
         self._zero_stage = zero_stage
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=objective, optimizer=make_adamw(objective, config), config=settings, dist_init_required=False
