@@ -237,7 +237,7 @@ class Workshop:
         if in_files:
             found = find_folder(teacher.model.path, teacher.model.revision, self.resolve, weights=True)
             if teacher.backend == "streamed":
-                return stream(model, found, self.device)
+                return stream(model, found, self.device, self.dtype)
             return shard(model, found, teacher, self.device, self.dtype, self.dist, where)
         check_finite(model, where)
         model.verify()

@@ -180,7 +180,11 @@ class _Planner:
             self._cached[f"{name}/{teacher.name}"] = CacheFacts(content, info, model.parameters, f"stages.{name}")
             planned.append(replace(model, backend=teacher.backend))
             sizes += self._sizes(planned[-1:], [info], where)
-            texts.append(f"{teacher.name}: {describe(content, info, train_tokens(data, self.config.base))}")
+            text = f"{teacher.name}: {describe(content, info, train_tokens(data, self.config.base))}"
+            if teacher.backend == "streamed":
+                sweep = stage.batch.tokens or (stage.batch.sequences or 0) * data.max_length
+                text += f"; all its weights are read from disk for every batch of <= {sweep:,} tokens"
+            texts.append(text)
         logits = self._tile(self._num_ids) * self._num_ids * 2 if token_level else 0
         # they are run one after the other
         memory = max(teacher_bytes([s], on_gpu=self._on_gpu, prefetch=False) for s in sizes) + logits * FLOAT

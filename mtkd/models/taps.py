@@ -210,9 +210,11 @@ class TappedModel(nn.Module):
         self.packing = True
 
     @torch.no_grad()
-    def verify(self) -> None:
+    def verify(self, dtype: torch.dtype = torch.float32) -> None:
         """Compare with the model's own output on two tokens; for a whole model, right after loading.
 
+        Args:
+            dtype: bfloat16 runs the model under autocast; the head's product is in float32 in any case.
         Raises:
             UserError: the logits differ by more than `VERIFY_TOLERANCE` (the architecture does something to them after
                 the head that mtkd does not know), or attention features cannot be numbered.
@@ -223,10 +225,11 @@ class TappedModel(nn.Module):
             batch = self._few_tokens((2,))
             last = self.info.num_layers
             recorder = Recorder(frozenset({last} if "query" in self.info.taps else ()), whole_logits=True)
-            with recording(recorder):  # one pass for both: it may read 20 GB from a disk
+            low = torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+            with recording(recorder), low:  # one pass for both: it may read 20 GB from a disk
                 output = self.model(**self._inputs(batch, None), output_hidden_states=[last])
             self._check_calls(recorder)
-            ours = self._logits(recorder, output)
+            ours = self._logits(recorder, output).in_dtype(torch.float32)
             whole = output.prediction_logits if self._two_heads else output.logits
             theirs = whole.float().reshape(-1, self._columns())[:, : self.num_columns]
             index = torch.arange(theirs.shape[0], device=theirs.device)
@@ -348,6 +351,8 @@ def _head_forward(head: nn.Linear, hidden: Tensor) -> Tensor:
             recorder.head = (head.weight.detach(), None if head.bias is None else head.bias.detach())
         if not recorder.whole_logits:
             return hidden[..., :0]
+        with torch.autocast(hidden.device.type, enabled=False):
+            return nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias)
     return nn.functional.linear(hidden, head.weight, head.bias)
 
 

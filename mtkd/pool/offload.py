@@ -97,7 +97,7 @@ class OffloadedModel(nn.Module):
         with self._turn(), self.waiting.hold([table]):
             return self.model.embedding_table.detach().clone()
 
-    def verify(self) -> None:
+    def verify(self, dtype: torch.dtype) -> None:
         """As `TappedModel` has it, for a model whose weights were never whole in memory: the first turn.
 
         Raises:
@@ -107,7 +107,7 @@ class OffloadedModel(nn.Module):
         head = [p for p in self.model.output_head or () if p is not None]
         try:
             with self._turn(), self.waiting.hold(head):
-                self.model.verify()
+                self.model.verify(dtype)
         except DataError:
             raise
         except (UserError, RuntimeError) as error:
@@ -170,13 +170,13 @@ def offload(model: TappedModel, device: torch.device, file: Path, dist: Dist) ->
     return OffloadedModel(model, PinnedParameters(parameters, head, device))
 
 
-def stream(model: TappedModel, folder: Path, device: torch.device) -> OffloadedModel:
+def stream(model: TappedModel, folder: Path, device: torch.device, dtype: torch.dtype) -> OffloadedModel:
     """The model with its parameters in the files of its folder; it runs once, on two tokens, to be verified.
 
     Args:
         model: on the CPU, its parameters on the meta device (`mtkd.models.load.empty_model`).
         folder: a checked model folder with the weights.
-        device: where it runs.
+        device: where it runs. dtype: bfloat16 verifies it under autocast, as it will run.
     Raises:
         DataError: weights that are missing, unexpected, of another shape, truncated or not finite.
         UserError: an architecture that cannot be streamed.
@@ -185,7 +185,7 @@ def stream(model: TappedModel, folder: Path, device: torch.device) -> OffloadedM
     head = model.model.get_output_embeddings() if model.token_level else None
     streamed = OffloadedModel(model, StreamedParameters(model.model, weights, head, device))
     try:
-        streamed.verify()
+        streamed.verify(dtype)
     except BaseException:
         streamed.close()
         raise

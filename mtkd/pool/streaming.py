@@ -1,9 +1,9 @@
 """Parameters that stay in their own safetensors files: each layer's are in memory while that layer runs.
 
-For a teacher that is larger than memory. The files are mapped read-only in effect and never copied to another place: a
-layer's pages are read into the kernel's page cache by a second thread while the layer before it runs, become this
-process's memory when the layer touches them, and are given back after it. A forward pass so reads every weight once,
-whatever the size of its batch: a large batch is what makes it cheap.
+For a teacher that is larger than memory. The files are mapped read-only and never copied to another place: a layer's
+pages are read into the kernel's page cache by a second thread while the layer before it runs, become this process's
+memory when the layer touches them, and are given back after it. A forward pass so reads every weight once, whatever
+the size of its batch: a large batch is what makes it cheap.
 
 Values are those of a resident teacher. That one has every weight in float32, and autocast rounds it to bfloat16 again
 where a product asks for it; here a product of that kind takes a weight as it is stored, and whatever else a layer has
@@ -12,6 +12,7 @@ is made float32 while it runs.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import warnings
@@ -33,8 +34,6 @@ from transformers.pytorch_utils import Conv1D
 from mtkd.errors import DataError
 from mtkd.models.attention import active_recorder
 from mtkd.models.weights import StoredWeight
-
-_CHECKED = 1 << 24  # values looked at together for NaN and infinity
 
 
 class WeightFiles:
@@ -148,7 +147,7 @@ class StreamedParameters:
     ) -> None:
         self._files = WeightFiles(list(weights.values()))
         self._device = device
-        self._unchecked = {weight for name, weight in weights.items()}
+        self._unchecked = set(weights.values())
         self._stored: dict[int, StoredWeight] = {}  # by the id of the parameter
         self._kept: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
         self._held: set[int] = set()
@@ -176,8 +175,9 @@ class StreamedParameters:
     def leave(self) -> None:
         for unit in self._units:
             self._free(unit)
-            self._finish(unit)
         self._files.drop_all()
+        for unit in self._units:
+            self._finish(unit)
 
     def keep_head(self, head: Tensor) -> Tensor:
         weight = self._stored[id(head)]
@@ -187,7 +187,7 @@ class StreamedParameters:
             return self._read(weight)  # mapped: read at any time, by `MappedLogits`
         kept = self._kept.get(id(head))
         if kept is None:
-            kept = self._read(weight).to(self._device).float()
+            kept = self._here(weight, torch.float32)
             self._kept[id(head)] = kept
         return kept
 
@@ -199,7 +199,7 @@ class StreamedParameters:
         """Within it these may be read outside their modules' forward passes, in float32."""
         for parameter in parameters:
             self._held.add(id(parameter))
-            parameter.data = self._read(self._stored[id(parameter)]).to(self._device).float()
+            parameter.data = self._here(self._stored[id(parameter)], torch.float32)
         try:
             yield
         finally:
@@ -277,11 +277,9 @@ class StreamedParameters:
         cast = torch.is_autocast_enabled(self._device.type)
         for slot in unit.slots:
             if id(slot.parameter) not in self._held:
-                raw = self._read(slot.weight)
-                as_stored = cast and slot.product and raw.dtype != torch.float64
-                dtype = raw.dtype if as_stored else torch.float32
-                # the smaller form goes to the device
-                slot.parameter.data = raw.to(self._device).to(dtype)
+                stored = slot.weight.dtype
+                as_stored = cast and slot.product and stored != torch.float64  # autocast leaves that one alone
+                slot.parameter.data = self._here(slot.weight, stored if as_stored else torch.float32)
 
     def _after(self, unit: _Unit, *_: Any) -> None:
         self._free(unit)
@@ -303,12 +301,21 @@ class StreamedParameters:
         if coming is not None:
             coming.result()  # raises what the thread raised
 
+    def _here(self, weight: StoredWeight, dtype: torch.dtype) -> Tensor:
+        """The values on the device: mapped where they can be, else a copy."""
+        raw = self._read(weight)
+        found = raw.to(self._device).to(dtype)  # the smaller form goes to the device
+        if found is not raw:
+            self._files.drop([weight])
+        return found
+
     def _read(self, weight: StoredWeight) -> Tensor:
+        """The values as they are stored, mapped; looked at when they are read for the first time."""
         values = self._files.read(weight)
         if weight in self._unchecked:
             self._unchecked.discard(weight)
-            flat = values.reshape(-1)
-            if not all(bool(part.isfinite().all()) for part in flat.split(_CHECKED)):
+            # NaN passes through both; a hundred times as fast as `isfinite` in bfloat16 on a CPU, and without copies
+            if values.numel() and not all(math.isfinite(end) for end in torch.aminmax(values)):
                 raise DataError("the teacher's weights are not finite", where=str(weight.file), found=weight.name)
         return values
 
