@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from mtkd.budget import Sketch, find_limits, stage_memory
 from mtkd.cachefolder import CacheFacts, check_precision_of, check_tokenizer_of, read_facts
@@ -21,35 +19,22 @@ from mtkd.cacheplan import (
     describe,
     train_tokens,
 )
-from mtkd.chain import model_name, model_of, needed_stages, scored_models, stage_of, stage_values
+from mtkd.chain import model_name, model_of, needed_stages, stage_of, stage_values
 from mtkd.checks import check
 from mtkd.cofinetune import check_members
-from mtkd.config import DataConfig, ModelConfig, RunConfig, StageConfig, TeacherConfig
-from mtkd.data.blanks import answer_ids
-from mtkd.data.tasks import check_model
-from mtkd.data.tokenizers import check_chat_template, check_same_tokenizer, num_real_ids, train_tokenizer
+from mtkd.config import DataConfig, RunConfig, StageConfig
 from mtkd.errors import UserError
 from mtkd.footprint import CachedShape, Shape
 from mtkd.ladder import Look, complete
 from mtkd.launcher import num_processes, shown_command
 from mtkd.locate import (
-    given_tokenizer,
-    missing,
     missing_models,
-    read_tokenizer,
-    resolve_path,
-    revision_of,
-    tokenizer_origin,
 )
 from mtkd.memory import TeacherSize, check_offload
 from mtkd.mix import stage_rows
-from mtkd.models.folder import check_folder
-from mtkd.models.info import CLASSIFIER, GLM, ModelInfo, check_packing, count_parameters, model_info
-from mtkd.models.load import answer_with, smaller_config
-from mtkd.models.load import load_config as load_model_config
-from mtkd.models.vocabulary import compressed_teacher, compressed_twice, read_vocabulary
-from mtkd.models.weights import check_weights
-from mtkd.planned import SKIPPED, Plan, PlannedModel, PlannedStage, of_cache, planned_model, row_text, with_consequences
+from mtkd.modelplan import PlannedModels, with_open_labels
+from mtkd.models.info import ModelInfo, check_packing
+from mtkd.planned import SKIPPED, Plan, PlannedModel, PlannedStage, of_cache, row_text, with_consequences
 from mtkd.pool.partition import check_nvme
 from mtkd.registry import TASKS, load_plugins
 from mtkd.rows import compile_rows
@@ -77,11 +62,11 @@ def plan(config: RunConfig, *, memory: bool = False) -> Plan:
     config = resolve(config)
     check(config)
     planner = _Planner(config)
-    planner.check_chats()
+    planner.models.check_chats()
     stages = with_consequences([planner.stage(name) for name in config.stages])
     if memory:
         stages = planner.with_memory(stages)
-    planner.check_scored()
+    planner.models.check_scored()
     engine = config.engine
     kind = f"{engine.kind}, {num_processes(engine)} process(es), {engine.precision}"
     if engine.kind == "deepspeed":
@@ -92,27 +77,9 @@ def plan(config: RunConfig, *, memory: bool = False) -> Plan:
 class _Planner:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self._made: dict[str, PretrainedConfig] = {}
+        self.models = PlannedModels(config)
         self._cached: dict[str, CacheFacts] = {}  # what cache stages will have made
-        self._compressed: dict[str, int] = {}  # stages whose model has a compressed vocabulary: its ids
         self._sketches: dict[str, Sketch] = {}
-        settings = config.tokenizer
-        self._stands_in = settings is not None and settings.train_on is not None
-        card = None if self._stands_in else missing(tokenizer_origin(config)[0], config.base)
-        if self._stands_in:
-            assert settings is not None
-            # A stand-in with the special tokens of the one to come, which has at most `vocab_size` ids.
-            self._tokenizer: PreTrainedTokenizerBase = train_tokenizer(
-                ["stand-in"], settings.vocab_size, commands=settings.commands
-            )
-            self._num_ids = settings.vocab_size
-        elif card is not None:
-            assert card.ids is not None, "cards of GLM have it"
-            self._tokenizer, self._num_ids = train_tokenizer(["stand-in"], card.ids, commands="glm"), card.ids
-            self._stands_in = True  # as little is known of it
-        else:
-            self._tokenizer = given_tokenizer(config)
-            self._num_ids = num_real_ids(self._tokenizer)
 
     def stage(self, name: str) -> PlannedStage:
         stage, where = self.config.stages[name], f"stages.{name}"
@@ -121,14 +88,14 @@ class _Planner:
         auto_class = task.class_for(data)
         if stage.kind == "cache":
             return self._cache_stage(name, stage, auto_class, where)
-        models = [(role, m, self._model_config(stage, m, f"{where}.{role}")) for role, m in stage.trained.items()]
+        models = [(role, m, self.models.of(stage, m, f"{where}.{role}")) for role, m in stage.trained.items()]
         own = len(models)
-        self._made |= {model_name(name, stage, role): made for role, _, made in models}
+        self.models.made |= {model_name(name, stage, role): made for role, _, made in models}
         for role, model, made in models:
-            if model.vocabulary is not None or self._vocabulary(model) is not None:
-                self._compressed[model_name(name, stage, role)] = made.vocab_size
-            self._check_tokenizer(model, f"{where}.{role}", token_level=False)
-        sized = [self._sized(role, model, made, data, auto_class) for role, model, made in models]
+            if model.vocabulary is not None or self.models.vocabulary(model) is not None:
+                self.models.compressed[model_name(name, stage, role)] = made.vocab_size
+            self.models.check_tokenizer(model, f"{where}.{role}", token_level=False)
+        sized = [self.models.sized(role, model, made, data, auto_class) for role, model, made in models]
         caches = self._caches(stage, data, auto_class, where)
         live: dict[str, Shape] = {}
         for i, teacher in enumerate(stage.teachers):
@@ -136,10 +103,10 @@ class _Planner:
             if teacher.name in caches:
                 sized.append(of_cache(teacher, caches[teacher.name]))
                 continue
-            made = self._teacher_config(stage, teacher, auto_class, place)
-            sized.append(self._sized(teacher.name, teacher.model, made, data, auto_class))
-            live[teacher.name] = self._shape(made, auto_class, teacher.model)
-            self._check_tokenizer(teacher.model, place, task.token_level)
+            made = self.models.of_teacher(stage, teacher, auto_class, place)
+            sized.append(self.models.sized(teacher.name, teacher.model, made, data, auto_class))
+            live[teacher.name] = self.models.shape(made, auto_class, teacher.model)
+            self.models.check_tokenizer(teacher.model, place, task.token_level)
             if teacher.sharded is not None:
                 check_nvme(teacher.sharded, f"{place}.sharded")
         backends = [""] * own + [teacher.backend for teacher in stage.teachers]
@@ -163,10 +130,10 @@ class _Planner:
             where=f"{where}.match",
         )
         check_cached(stage, rows, caches, token_level=task.token_level, where=where)
-        if caches and task.token_level and name in self._compressed:
+        if caches and task.token_level and name in self.models.compressed:
             raise compressed_from_cache(next(iter(caches)), f"{where}.student.vocabulary")
         texts = [row_text(row.match.weight, row.key, row.pairs) for row in rows]
-        shapes = {role: self._shape(made, auto_class, model, name) for role, model, made in models}
+        shapes = {role: self.models.shape(made, auto_class, model, name) for role, model, made in models}
         teachers = {
             t.name: live.get(t.name) or CachedShape(caches[t.name].content, caches[t.name].info) for t in stage.teachers
         }
@@ -193,12 +160,6 @@ class _Planner:
             self._tokens(stage, data.max_length),
         )
 
-    def _sized(
-        self, role: str, model: ModelConfig, made: PretrainedConfig, data: DataConfig, auto_class: str
-    ) -> tuple[PlannedModel, ModelInfo]:
-        info = _with_open_labels(model_info(made, auto_class), data, auto_class)
-        return planned_model(role, model, info, count_parameters(made, auto_class)), info
-
     def _cache_stage(self, name: str, stage: StageConfig, auto_class: str, where: str) -> PlannedStage:
         """The teachers of a cache stage, what is kept of each, and how large that may become."""
         data = self.config.data[self.config.data_name(stage.data)]
@@ -210,17 +171,17 @@ class _Planner:
         size, tokens = 0.0, train_tokens(data, self.config.base)
         for i, teacher in enumerate(stage.teachers):
             place = f"{where}.teachers[{i}]"
-            made = self._teacher_config(stage, teacher, auto_class, place)
-            self._check_tokenizer(teacher.model, place, token_level)
-            model, info = self._sized(teacher.name, teacher.model, made, data, auto_class)
-            columns = self._num_ids if token_level else info.num_labels
+            made = self.models.of_teacher(stage, teacher, auto_class, place)
+            self.models.check_tokenizer(teacher.model, place, token_level)
+            model, info = self.models.sized(teacher.name, teacher.model, made, data, auto_class)
+            columns = self.models.num_ids if token_level else info.num_labels
             content = content_of(stage.cache, token_level=token_level, columns=columns, seed=self.config.seed)
             check_layers(content, info, f"{where}.cache", teacher.name)
-            self._made[f"{name}/{teacher.name}"] = made
+            self.models.made[f"{name}/{teacher.name}"] = made
             self._cached[f"{name}/{teacher.name}"] = CacheFacts(content, info, model.parameters, f"stages.{name}")
             planned.append(replace(model, backend=teacher.backend))
             sizes += self._sizes(planned[-1:], [info], where)
-            shapes[teacher.name] = self._shape(made, auto_class, teacher.model)
+            shapes[teacher.name] = self.models.shape(made, auto_class, teacher.model)
             size += bytes_per_token(content, info)
             text = f"{teacher.name}: {describe(content, info, tokens)}"
             if teacher.backend == "streamed":
@@ -252,146 +213,19 @@ class _Planner:
             if made is None:
                 found[teacher.name] = read_facts(teacher.model.path or "", self.config.base, auto_class, place)
                 check_precision_of(found[teacher.name], self.config.engine.precision, place)
-                if not self._stands_in:
-                    check_tokenizer_of(found[teacher.name], self._tokenizer, place)
+                if not self.models.stands_in:
+                    check_tokenizer_of(found[teacher.name], self.models.tokenizer, place)
             else:
                 found[teacher.name] = self._cached[made]
                 earlier = self.config.stages[stage_of(teacher.model.path) or ""]
                 check_same_data(self.config, earlier, stage, place)
             facts = found[teacher.name]
-            found[teacher.name] = replace(facts, info=_with_open_labels(facts.info, data, auto_class))
+            found[teacher.name] = replace(facts, info=with_open_labels(facts.info, data, auto_class))
         return found
-
-    def _model_config(self, stage: StageConfig, model: ModelConfig, where: str) -> PretrainedConfig:
-        """The configuration of a model as a stage will have it, which is one that can do the stage's task."""
-        made = self._any_model_config(stage, model, where)
-        data = self.config.data[self.config.data_name(stage.data)]
-        cloze = model_info(made, TASKS.find(data.task).class_for(data)).cloze
-        compressed = model.vocabulary is not None or self._vocabulary(model) is not None
-        check_model(data, made.model_type, where, cloze=cloze, compressed=compressed)
-        return made
-
-    def _any_model_config(self, stage: StageConfig, model: ModelConfig, where: str) -> PretrainedConfig:
-        vocabulary = self._vocabulary(model)
-        if model.vocabulary is not None and vocabulary is not None:
-            raise compressed_twice(f"{where}.vocabulary")
-        earlier = stage_of(model.path)
-        if earlier is not None:
-            made = self._made[model_of(model.path) or ""]
-            return self._for_task(smaller_config(made, model, self._tokenizer, self._num_ids), earlier, stage, where)
-        data = self.config.data[self.config.data_name(stage.data)]
-        return load_model_config(
-            model,
-            TASKS.find(data.task).class_for(data),
-            num_ids=vocabulary or self._num_ids,
-            max_positions=data.max_length,
-            num_labels=len(data.classes),
-            label_names=data.classes,
-            tokenizer=self._tokenizer,
-            resolve=lambda path: resolve_path(path, self.config.base),
-            answers=self._answers(data),
-        )
-
-    def _teacher_config(
-        self, stage: StageConfig, teacher: TeacherConfig, auto_class: str, where: str
-    ) -> PretrainedConfig:
-        """Of a teacher that runs; names and shapes in the files of a streamed or sharded one are compared with it."""
-        made = self._model_config(stage, teacher.model, where)
-        folder = resolve_path(teacher.model.path or "", self.config.base)
-        if teacher.backend in ("streamed", "sharded") and isinstance(folder, Path) and auto_class != CLASSIFIER:
-            check_folder(folder)
-            check_weights(made, auto_class, folder)
-        return made
-
-    def _answers(self, data: DataConfig) -> list[list[int]] | None:
-        """Token ids of the words of a cloze's classes; a stand-in's while the tokenizer is not there."""
-        if not TASKS.find(data.task).cloze:
-            return None
-        return answer_ids(data, self._tokenizer, f"data.{self._name_of(data)}")
-
-    def _name_of(self, data: DataConfig) -> str:
-        return next(name for name, other in self.config.data.items() if other is data)
-
-    def _for_task(self, made: PretrainedConfig, earlier: str, stage: StageConfig, where: str) -> PretrainedConfig:
-        """An earlier stage's model as this stage will load it: the head of its task, the length of its data."""
-        data = self.config.data[self.config.data_name(stage.data)]
-        auto_class = TASKS.find(data.task).class_for(data)
-        made = type(made).from_dict(made.to_dict())
-        if made.model_type == GLM:
-            answer_with(made, auto_class, self._answers(data))
-        if auto_class == CLASSIFIER and data.labels:
-            self._check_labels(earlier, data.labels, where)
-            made.num_labels = len(data.labels)
-        longest = model_info(made, auto_class).max_positions
-        if longest < data.max_length:
-            raise UserError(
-                "the data's examples are longer than the longest sequence of the earlier stage's model",
-                where=where,
-                found=f"{data.max_length} tokens",
-                allowed=f"at most {longest}",
-                todo="give the model of that stage more max_positions, or this data a smaller max_length",
-            )
-        return made
-
-    def _check_labels(self, earlier: str, labels: tuple[str, ...], where: str) -> None:
-        """Refuse a classifier of an earlier stage whose classes are others, where both sides name them."""
-        theirs = self.config.data[self.config.data_name(self.config.stages[earlier].data)]
-        if theirs.task == "classify" and theirs.labels and theirs.labels != labels:
-            raise UserError(
-                f"stage '{earlier}' makes a classifier of other classes",
-                where=where,
-                found=", ".join(theirs.labels),
-                allowed=", ".join(labels),
-                todo="use data of the same classes in the same order, or go on from a model that is no classifier",
-            )
-
-    def _vocabulary(self, model: ModelConfig) -> int | None:
-        """Ids of a model that comes with a vocabulary map; None for a whole vocabulary."""
-        made = model_of(model.path)
-        if made is not None or model.path is None:
-            return self._compressed.get(made or "")
-        found = read_vocabulary(resolve_path(model.path, self.config.base), self._tokenizer, "model.path")
-        return None if found is None else found.num_kept
-
-    def check_scored(self) -> None:
-        """Refuse to score a model on examples that are longer than it can read; after every stage was planned."""
-        name = self.config.data_name(self.config.evaluate.data)
-        data = self.config.data[name]
-        auto_class = TASKS.find(data.task).class_for(data)
-        for model in scored_models(self.config):
-            longest = model_info(self._made[model], auto_class).max_positions
-            if longest < data.max_length:
-                raise UserError(
-                    f"data '{name}' has examples longer than '{model}' can read",
-                    where="evaluate.data",
-                    found=f"{data.max_length} tokens",
-                    allowed=f"at most {longest}",
-                    todo="give the model more max_positions, or leave it out of evaluate.stages",
-                )
-
-    def check_chats(self) -> None:
-        """Refuse turns of a chat that the run's tokenizer, trained ones included, cannot write."""
-        for name, data in self.config.data.items():
-            if data.chat:
-                check_chat_template(self._tokenizer, f"data.{name}.chat")
 
     def look(self) -> Look:
         """What the ladder of a chain asks about models."""
-        return Look(self.stage, self._model_config, self._made)
-
-    def _check_tokenizer(self, model: ModelConfig, where: str, token_level: bool) -> None:
-        """Token -> id of the teacher and of the run, where both exist before anything is trained."""
-        if self._vocabulary(model) is not None:
-            if token_level:
-                raise compressed_teacher(model.path or "", where)
-            return
-        known = (
-            model.path is not None and stage_of(model.path) is None and missing(model.path, self.config.base) is None
-        )
-        if known and not self._stands_in:
-            assert model.path is not None
-            own = read_tokenizer(resolve_path(model.path, self.config.base), revision_of(model))
-            check_same_tokenizer(self._tokenizer, own, where)
+        return Look(self.stage, self.models.of, self.models.made)
 
     def _state(self, name: str) -> str:
         folder = self.config.folder
@@ -424,11 +258,6 @@ class _Planner:
         device = self.config.engine.device
         return device == "cuda" or (device == "auto" and torch.cuda.is_available())
 
-    def _shape(self, made: PretrainedConfig, auto_class: str, model: ModelConfig, stage: str | None = None) -> Shape:
-        """A model without weights. Args: stage: that trains it, for a vocabulary that it compresses."""
-        kept = made.vocab_size if stage in self._compressed or self._vocabulary(model) is not None else None
-        return Shape(made, auto_class, self._num_ids, kept)
-
     def with_memory(self, stages: list[PlannedStage]) -> list[PlannedStage]:
         """The stages with what each needs of memory and disk."""
         engine = self.config.engine
@@ -437,8 +266,3 @@ class _Planner:
             replace(stage, memory=stage_memory(self._sketches[stage.name], engine, limits, on_gpu=self._on_gpu))
             for stage in stages
         ]
-
-
-def _with_open_labels(info: ModelInfo, data: DataConfig, auto_class: str) -> ModelInfo:
-    """The same number of classes for every model where only the data tells it; the build compares the real ones."""
-    return replace(info, num_labels=2) if auto_class == CLASSIFIER and not data.classes else info

@@ -1,0 +1,208 @@
+"""What every model of a run will be, from configurations alone: architecture, sizes, vocabulary, tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from mtkd.chain import model_of, scored_models, stage_of
+from mtkd.config import DataConfig, ModelConfig, RunConfig, StageConfig, TeacherConfig
+from mtkd.data.blanks import answer_ids
+from mtkd.data.tasks import check_model
+from mtkd.data.tokenizers import check_chat_template, check_same_tokenizer, num_real_ids, train_tokenizer
+from mtkd.errors import UserError
+from mtkd.footprint import Shape
+from mtkd.locate import (
+    given_tokenizer,
+    missing,
+    read_tokenizer,
+    resolve_path,
+    revision_of,
+    tokenizer_origin,
+)
+from mtkd.models.folder import check_folder
+from mtkd.models.info import CLASSIFIER, GLM, ModelInfo, count_parameters, model_info
+from mtkd.models.load import answer_with, smaller_config
+from mtkd.models.load import load_config as load_model_config
+from mtkd.models.vocabulary import compressed_teacher, compressed_twice, read_vocabulary
+from mtkd.models.weights import check_weights
+from mtkd.planned import PlannedModel, planned_model
+from mtkd.registry import TASKS
+
+
+class PlannedModels:
+    """The models of a run as its stages will have them; stages are asked for in order.
+
+    Args: config: resolved.
+    Attributes:
+        tokenizer: the run's, or one with its special tokens that stands in while it does not exist (`stands_in`).
+        num_ids: of the run's tokenizer, at most.
+        made: configurations of the models that earlier stages make, by name.
+        compressed: of these models, the ids of those whose vocabulary is compressed.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.made: dict[str, PretrainedConfig] = {}
+        self.compressed: dict[str, int] = {}  # stages whose model has a compressed vocabulary: its ids
+        settings = config.tokenizer
+        self.stands_in = settings is not None and settings.train_on is not None
+        card = None if self.stands_in else missing(tokenizer_origin(config)[0], config.base)
+        if self.stands_in:
+            assert settings is not None
+            # A stand-in with the special tokens of the one to come, which has at most `vocab_size` ids.
+            self.tokenizer: PreTrainedTokenizerBase = train_tokenizer(
+                ["stand-in"], settings.vocab_size, commands=settings.commands
+            )
+            self.num_ids = settings.vocab_size
+        elif card is not None:
+            assert card.ids is not None, "cards of GLM have it"
+            self.tokenizer, self.num_ids = train_tokenizer(["stand-in"], card.ids, commands="glm"), card.ids
+            self.stands_in = True  # as little is known of it
+        else:
+            self.tokenizer = given_tokenizer(config)
+            self.num_ids = num_real_ids(self.tokenizer)
+
+    def sized(
+        self, role: str, model: ModelConfig, made: PretrainedConfig, data: DataConfig, auto_class: str
+    ) -> tuple[PlannedModel, ModelInfo]:
+        """A line of the plan, and what the rows ask about the model; parameters are counted without memory for them."""
+        info = with_open_labels(model_info(made, auto_class), data, auto_class)
+        return planned_model(role, model, info, count_parameters(made, auto_class)), info
+
+    def of(self, stage: StageConfig, model: ModelConfig, where: str) -> PretrainedConfig:
+        """The configuration of a model as a stage will have it, which is one that can do the stage's task."""
+        made = self._any(stage, model, where)
+        data = self.config.data[self.config.data_name(stage.data)]
+        cloze = model_info(made, TASKS.find(data.task).class_for(data)).cloze
+        compressed = model.vocabulary is not None or self.vocabulary(model) is not None
+        check_model(data, made.model_type, where, cloze=cloze, compressed=compressed)
+        return made
+
+    def _any(self, stage: StageConfig, model: ModelConfig, where: str) -> PretrainedConfig:
+        vocabulary = self.vocabulary(model)
+        if model.vocabulary is not None and vocabulary is not None:
+            raise compressed_twice(f"{where}.vocabulary")
+        earlier = stage_of(model.path)
+        if earlier is not None:
+            made = self.made[model_of(model.path) or ""]
+            return self._for_task(smaller_config(made, model, self.tokenizer, self.num_ids), earlier, stage, where)
+        data = self.config.data[self.config.data_name(stage.data)]
+        return load_model_config(
+            model,
+            TASKS.find(data.task).class_for(data),
+            num_ids=vocabulary or self.num_ids,
+            max_positions=data.max_length,
+            num_labels=len(data.classes),
+            label_names=data.classes,
+            tokenizer=self.tokenizer,
+            resolve=lambda path: resolve_path(path, self.config.base),
+            answers=self._answers(data),
+        )
+
+    def of_teacher(self, stage: StageConfig, teacher: TeacherConfig, auto_class: str, where: str) -> PretrainedConfig:
+        """Of a teacher that runs; names and shapes in the files of a streamed or sharded one are compared with it."""
+        made = self.of(stage, teacher.model, where)
+        folder = resolve_path(teacher.model.path or "", self.config.base)
+        if teacher.backend in ("streamed", "sharded") and isinstance(folder, Path) and auto_class != CLASSIFIER:
+            check_folder(folder)
+            check_weights(made, auto_class, folder)
+        return made
+
+    def _answers(self, data: DataConfig) -> list[list[int]] | None:
+        """Token ids of the words of a cloze's classes; a stand-in's while the tokenizer is not there."""
+        if not TASKS.find(data.task).cloze:
+            return None
+        return answer_ids(data, self.tokenizer, f"data.{self._name_of(data)}")
+
+    def _name_of(self, data: DataConfig) -> str:
+        return next(name for name, other in self.config.data.items() if other is data)
+
+    def _for_task(self, made: PretrainedConfig, earlier: str, stage: StageConfig, where: str) -> PretrainedConfig:
+        """An earlier stage's model as this stage will load it: the head of its task, the length of its data."""
+        data = self.config.data[self.config.data_name(stage.data)]
+        auto_class = TASKS.find(data.task).class_for(data)
+        made = type(made).from_dict(made.to_dict())
+        if made.model_type == GLM:
+            answer_with(made, auto_class, self._answers(data))
+        if auto_class == CLASSIFIER and data.labels:
+            self._check_labels(earlier, data.labels, where)
+            made.num_labels = len(data.labels)
+        longest = model_info(made, auto_class).max_positions
+        if longest < data.max_length:
+            raise UserError(
+                "the data's examples are longer than the longest sequence of the earlier stage's model",
+                where=where,
+                found=f"{data.max_length} tokens",
+                allowed=f"at most {longest}",
+                todo="give the model of that stage more max_positions, or this data a smaller max_length",
+            )
+        return made
+
+    def _check_labels(self, earlier: str, labels: tuple[str, ...], where: str) -> None:
+        """Refuse a classifier of an earlier stage whose classes are others, where both sides name them."""
+        theirs = self.config.data[self.config.data_name(self.config.stages[earlier].data)]
+        if theirs.task == "classify" and theirs.labels and theirs.labels != labels:
+            raise UserError(
+                f"stage '{earlier}' makes a classifier of other classes",
+                where=where,
+                found=", ".join(theirs.labels),
+                allowed=", ".join(labels),
+                todo="use data of the same classes in the same order, or go on from a model that is no classifier",
+            )
+
+    def vocabulary(self, model: ModelConfig) -> int | None:
+        """Ids of a model that comes with a vocabulary map; None for a whole vocabulary."""
+        made = model_of(model.path)
+        if made is not None or model.path is None:
+            return self.compressed.get(made or "")
+        found = read_vocabulary(resolve_path(model.path, self.config.base), self.tokenizer, "model.path")
+        return None if found is None else found.num_kept
+
+    def check_scored(self) -> None:
+        """Refuse to score a model on examples that are longer than it can read; after every stage was planned."""
+        name = self.config.data_name(self.config.evaluate.data)
+        data = self.config.data[name]
+        auto_class = TASKS.find(data.task).class_for(data)
+        for model in scored_models(self.config):
+            longest = model_info(self.made[model], auto_class).max_positions
+            if longest < data.max_length:
+                raise UserError(
+                    f"data '{name}' has examples longer than '{model}' can read",
+                    where="evaluate.data",
+                    found=f"{data.max_length} tokens",
+                    allowed=f"at most {longest}",
+                    todo="give the model more max_positions, or leave it out of evaluate.stages",
+                )
+
+    def check_chats(self) -> None:
+        """Refuse turns of a chat that the run's tokenizer, trained ones included, cannot write."""
+        for name, data in self.config.data.items():
+            if data.chat:
+                check_chat_template(self.tokenizer, f"data.{name}.chat")
+
+    def check_tokenizer(self, model: ModelConfig, where: str, token_level: bool) -> None:
+        """Token -> id of the teacher and of the run, where both exist before anything is trained."""
+        if self.vocabulary(model) is not None:
+            if token_level:
+                raise compressed_teacher(model.path or "", where)
+            return
+        known = (
+            model.path is not None and stage_of(model.path) is None and missing(model.path, self.config.base) is None
+        )
+        if known and not self.stands_in:
+            assert model.path is not None
+            own = read_tokenizer(resolve_path(model.path, self.config.base), revision_of(model))
+            check_same_tokenizer(self.tokenizer, own, where)
+
+    def shape(self, made: PretrainedConfig, auto_class: str, model: ModelConfig, stage: str | None = None) -> Shape:
+        """A model without weights. Args: stage: that trains it, for a vocabulary that it compresses."""
+        kept = made.vocab_size if stage in self.compressed or self.vocabulary(model) is not None else None
+        return Shape(made, auto_class, self.num_ids, kept)
+
+
+def with_open_labels(info: ModelInfo, data: DataConfig, auto_class: str) -> ModelInfo:
+    """The same number of classes for every model where only the data tells it; the build compares the real ones."""
+    return replace(info, num_labels=2) if auto_class == CLASSIFIER and not data.classes else info
