@@ -27,7 +27,7 @@ import time
 import warnings
 from pathlib import Path
 
-from step import BATCH, STUDENT, TEACHER, VOCABULARY, llama, token_ids
+from sides.setting import BATCH, STUDENT, TEACHER, VOCABULARY, llama, token_ids
 
 
 def resident_mb(*names: str) -> float:
