@@ -136,6 +136,19 @@ def test_later_stages_may_use_the_chain() -> None:
     assert list(RunConfig.model_validate(written).stages)[-1] == "other"
 
 
+def test_assistants_teach_from_where_the_chain_says() -> None:
+    top = [{"model": "stage:one", "backend": "offload"}, "stage:two"]
+    for mode in ("takd", "dgkd"):
+        config = read(mode=mode, teachers=top, backend="streamed")
+        backends = {t.model.path: t.backend for name in config.chain.names for t in config.stages[name].teachers}  # type: ignore[union-attr]
+        assert backends == {
+            "stage:one": "offload",
+            "stage:two": "resident",
+            "stage:assistant-1": "streamed",
+            "stage:assistant-2": "streamed",
+        }
+
+
 def test_a_taken_name_is_refused_and_a_prefix_helps() -> None:
     written = values()
     written["stages"]["student"] = copy.deepcopy(written["stages"]["one"])

@@ -89,6 +89,9 @@ class ChainConfig(Training):
     )
     teachers: tuple[TeacherConfig, ...] = Field(min_length=1, description="the models at the top, in order")
     student: ModelConfig = Field(description="the model at the bottom")
+    backend: Literal["resident", "offload", "streamed", "sharded"] = Field(
+        "resident", description="where assistants' weights live when they teach; those at the top have their own"
+    )
     rungs: tuple[Rung, ...] = Field((), description="the assistants' shapes, from the largest to the smallest")
     num_rungs: Positive | None = Field(
         None,
@@ -274,7 +277,9 @@ def _teachers(chain: ChainConfig, name: str) -> tuple[TeacherConfig, ...]:
     above = chain.assistants if name == chain.student_name else []
     if name in chain.assistants:
         above = chain.assistants[: chain.assistants.index(name)]
-    assistants = tuple(TeacherConfig.model_validate(STAGE_PREFIX + other) for other in above)
+    # said only where it is not the default: a stage is identified by what was given
+    more = {} if chain.backend == "resident" else {"backend": chain.backend}
+    assistants = tuple(TeacherConfig.model_validate({"model": STAGE_PREFIX + other, **more}) for other in above)
     if chain.mode == "dgkd":
         return (*chain.teachers, *assistants)
     return assistants[-1:] or chain.teachers
