@@ -303,7 +303,7 @@ class TappedModel(nn.Module):
         if recorder.head is None:
             return HeadLogits(recorder.head_input, head.weight, head.bias, self.num_ids, self._transform)
         weight, bias = recorder.head
-        return HeadLogits(recorder.head_input.to(weight.dtype), weight, bias, self.num_ids, self._transform)
+        return HeadLogits(recorder.head_input, weight, bias, self.num_ids, self._transform)
 
     def _depth(self, name: str, layer: int | None) -> int:
         return 0 if name == "embedding" or layer is None else layer
@@ -361,7 +361,9 @@ def _head_forward(head: nn.Linear, hidden: Tensor) -> Tensor:
         if not recorder.whole_logits:
             return hidden[..., :0]
         with torch.autocast(hidden.device.type, enabled=False):
-            return nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias)
+            # float32 as mtkd's own product has it: a head stored in bfloat16 would round what it is given, too
+            bias = None if head.bias is None else head.bias.float()
+            return nn.functional.linear(hidden.float(), head.weight.float(), bias)
     return nn.functional.linear(hidden, head.weight, head.bias)
 
 

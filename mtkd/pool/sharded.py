@@ -57,10 +57,10 @@ class ShardedModel(nn.Module):
         """As `TappedModel` has it."""
         return self.model.num_columns
 
-    def verify(self) -> None:
+    def verify(self, dtype: torch.dtype = torch.float32) -> None:
         """As `TappedModel` has it. A collective."""
         with self._out_of_turn():
-            self.model.verify()
+            self.model.verify(dtype)
 
     def enable_packing(self, where: str) -> None:
         """As `TappedModel` has it. A collective."""
@@ -137,8 +137,7 @@ def shard(
     move_buffers(model, device)
     partition(model.model, weights, settings, half=half, device=device, dist=dist, where=where)
     sharded = ShardedModel(model, settings)
-    with torch.autocast(device.type, torch.bfloat16, enabled=half):
-        sharded.verify()
+    sharded.verify(torch.bfloat16 if half else torch.float32)
     return sharded
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import cache_runs
@@ -15,7 +14,6 @@ from pydantic import ValidationError
 from tiny import CPU, causal_batch, causal_model, make_objective
 from tiny_run import tiny_config
 
-from mtkd.build import Workshop
 from mtkd.chain import identity
 from mtkd.config import EngineConfig, OptimizerConfig
 from mtkd.configfile import load_config
@@ -27,7 +25,7 @@ from mtkd.errors import UserError
 from mtkd.match import Match
 from mtkd.models.attention import use_attention
 from mtkd.models.taps import TappedModel
-from mtkd.pool import OffloadTeacher, ResidentTeacher, offload
+from mtkd.pool import OffloadTeacher, ResidentTeacher, offload, pooled
 
 
 @pytest.fixture
@@ -124,13 +122,14 @@ def test_a_compiled_student_gives_the_same_losses_with_taps(monkeypatch: pytest.
     assert found[0][1] == found[1][1]
 
 
-def test_the_build_compiles_what_the_run_asks_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The student and resident teachers; an offloaded one changes its parameters' place at every turn."""
+def test_a_resident_teacher_is_compiled_where_the_run_asks_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An offloaded one is not: it changes its parameters' place at every turn."""
     seen: list[int] = []
     monkeypatch.setattr(TappedModel, "compile_model", lambda self: seen.append(self.info.width))
-    shop = SimpleNamespace(config=SimpleNamespace(engine=EngineConfig(compile=True)), device=CPU, dtype=torch.float32)
     models = [causal_model(16, 1, 1), offload(causal_model(24, 1, 1), CPU, tmp_path / "x", Dist())]
-    teachers = [Workshop._in_pool(shop, "t", model) for model in models]  # type: ignore[arg-type]
+    teachers = [pooled("t", model, CPU, torch.float32, compiled=True) for model in models]
     assert [type(t) for t in teachers] == [ResidentTeacher, OffloadTeacher]
     assert seen == [16]
     teachers[1].close()
