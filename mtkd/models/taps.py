@@ -28,6 +28,9 @@ from mtkd.models.vocabulary import VocabularyMap
 VERIFY_TOLERANCE = 1e-3
 """Largest difference between our logits and the model's own, relative to its largest logit."""
 
+LOW_TOLERANCE = 3e-2
+"""Of two ways through a model whose matrices are bfloat16."""
+
 
 class TappedModel(nn.Module):
     """A model with taps.
@@ -175,7 +178,7 @@ class TappedModel(nn.Module):
         self.model.compile(dynamic=True)
 
     @torch.no_grad()
-    def enable_packing(self, where: str) -> None:
+    def enable_packing(self, where: str, tolerance: float = VERIFY_TOLERANCE) -> None:
         """Run batches on packed rows from now on, where that needs fewer products than padding.
 
         Three short examples in one row are compared with the same ones padded; for a whole model, before an engine
@@ -183,6 +186,7 @@ class TappedModel(nn.Module):
 
         Args:
             where: the stage's `batch.packing`, for messages.
+            tolerance: relative; bfloat16 needs `LOW_TOLERANCE`.
         Raises:
             UserError: an architecture that cannot be run so.
         """
@@ -200,12 +204,12 @@ class TappedModel(nn.Module):
             difference = float((packed - padded)[batch.attention_mask].abs().max() / largest)
         finally:
             self.train(training)
-        if not difference <= VERIFY_TOLERANCE:
+        if not difference <= tolerance:
             raise UserError(
                 f"architecture '{self.info.architecture}' mixes the examples of a packed row",
                 where=where,
                 found=f"relative difference {difference:.2g}",
-                allowed=f"at most {VERIFY_TOLERANCE}",
+                allowed=f"at most {tolerance}",
                 todo="drop packing",
             )
         self.packing = True

@@ -20,7 +20,7 @@ from mtkd.config import ShardedConfig, TeacherConfig
 from mtkd.data.batch import Batch
 from mtkd.engine.dist import Dist
 from mtkd.features import Features
-from mtkd.models.taps import TappedModel
+from mtkd.models.taps import LOW_TOLERANCE, VERIFY_TOLERANCE, TappedModel
 from mtkd.models.weights import find_weights
 from mtkd.pool.offload import move_buffers
 from mtkd.pool.partition import engine_settings, largest_part, partition
@@ -36,13 +36,14 @@ class ShardedModel(nn.Module):
     Args:
         model: with partitioned parameters.
         settings: of the engine.
+        low: device type, where its matrices are bfloat16 and it runs under autocast; else None.
     """
 
-    def __init__(self, model: TappedModel, settings: Mapping[str, Any]) -> None:
+    def __init__(self, model: TappedModel, settings: Mapping[str, Any], low: str | None) -> None:
         super().__init__()
         import deepspeed
 
-        self.model = model.eval().requires_grad_(False)
+        self.model, self._low = model.eval().requires_grad_(False), low
         self.info, self.vocabulary = model.info, model.vocabulary
         for module in model.modules():
             if isinstance(module, nn.Embedding):
@@ -57,15 +58,15 @@ class ShardedModel(nn.Module):
         """As `TappedModel` has it."""
         return self.model.num_columns
 
-    def verify(self, dtype: torch.dtype = torch.float32) -> None:
+    def verify(self) -> None:
         """As `TappedModel` has it. A collective."""
         with self._out_of_turn():
-            self.model.verify(dtype)
+            self.model.verify(torch.bfloat16 if self._low else torch.float32)
 
     def enable_packing(self, where: str) -> None:
         """As `TappedModel` has it. A collective."""
         with self._out_of_turn():
-            self.model.enable_packing(where)
+            self.model.enable_packing(where, LOW_TOLERANCE if self._low else VERIFY_TOLERANCE)
 
     @property
     def embedding_table(self) -> Tensor:
@@ -86,7 +87,8 @@ class ShardedModel(nn.Module):
     def _out_of_turn(self) -> Iterator[None]:
         """Within it the model may run otherwise than a forward pass does; the order of layers is learned anew after."""
         try:
-            yield
+            with torch.autocast(self._low or "cpu", torch.bfloat16, enabled=self._low is not None):
+                yield
         finally:
             coordinator = self._engine[0].optimizer.get_param_coordinator()
             if not coordinator.is_invalid_trace():
@@ -136,8 +138,8 @@ def shard(
     settings = engine_settings(config, teacher.name, largest_part(weights.values(), dist.world_size))
     move_buffers(model, device)
     partition(model.model, weights, settings, half=half, device=device, dist=dist, where=where)
-    sharded = ShardedModel(model, settings)
-    sharded.verify(torch.bfloat16 if half else torch.float32)
+    sharded = ShardedModel(model, settings, device.type if half else None)
+    sharded.verify()
     return sharded
 
 

@@ -278,6 +278,7 @@ def _faults(folder: Path) -> list[Any]:
         teacher = pooled("s", ours, CPU, dtype)
         pair = (small.values(x.forward(batch, small.wants(ours)), len(batch.ids), dtype) for x in (teacher, judge))
         told.append((sorted(map(str, types)), small.largest_difference(*pair)))
+        ours.enable_packing("packing")  # outside of the teacher's autocast
         teacher.close()
     return told
 
