@@ -121,7 +121,7 @@ class Workshop:
                 counted = self.config.data_name(model.vocabulary.counts)
                 texts = self.config.data[counted]
                 written = [tokenizer_fingerprint(self.tokenizer, chat=True)] if texts.chat else []
-                parts = [self.raw(counted).fingerprint, texts.model_dump(mode="json"), *written]
+                parts = [self.raw(counted).fingerprint, texts.values(), *written]
                 models[f"{role} vocabulary"] = fingerprint(parts)
         for i, teacher in enumerate(stage.teachers):
             if teacher.backend == "cached" and stage_of(teacher.model.path) is None:

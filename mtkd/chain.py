@@ -176,7 +176,7 @@ def identity(
         "compile": config.engine.compile,
         "attention": config.engine.attention,
         "data": {
-            "config": config.data[config.data_name(stage.data)].model_dump(mode="json"),
+            "config": config.data[config.data_name(stage.data)].values(),
             "fingerprint": data,
         },
         "tokenizer": tokenizer,

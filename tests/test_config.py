@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mtkd.config import RunConfig
+from mtkd.config import DataConfig, RunConfig
 from mtkd.configfile import config_digest, differences, fingerprint, load_config
 from mtkd.errors import EXIT_USAGE, UserError
 
@@ -351,3 +351,15 @@ def test_reading_a_configuration_does_not_import_torch(tmp_path: Path) -> None:
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_stages_made_before_a_field_came_are_told_by_the_same_values() -> None:
+    """Finished stages and caches of the time before GLM's tasks are found again."""
+    before = (
+        "chat documents domains files label labels limit mask_share max_length next_sentence path prompt revision seed "
+        "source splits subset task teacher text text_pair transfer validation_share"
+    )
+    assert sorted(DataConfig(source="files").values()) == before.split()
+    assert sorted(DataConfig(source="files").values({"path", "files"})) == sorted({*before.split()} - {"path", "files"})
+    said = DataConfig(source="files", task="glm-infill", infill={"mask": 1}, redraw=False).values()
+    assert said.keys() - {*before.split()} == {"infill", "redraw"}

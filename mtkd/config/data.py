@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from string import Formatter
 from typing import Annotated, Any, Literal
 
@@ -71,6 +72,9 @@ class InfillConfig(Config):
 
 BLANK = "[MASK]"
 """The place of the answer in a cloze."""
+
+_LATER = ("cloze", "verbalizers", "infill", "redraw")
+"""Fields that finished stages and caches may not know."""
 
 
 class DataConfig(Config):
@@ -186,6 +190,16 @@ class DataConfig(Config):
         if self.source == RANDOM_TOKENS or self.transfer is not None:
             raise ValueError("a cloze goes with real texts; drop transfer and random-tokens")
         return self
+
+    def values(self, without: Collection[str] = ()) -> dict[str, Any]:
+        """The fields as plain values, by which stages, caches and scores are told from others.
+
+        Fields that came later stand there only where they say something: what was made before keeps its name.
+        """
+        unsaid = [
+            n for n in _LATER if getattr(self, n) == type(self).model_fields[n].get_default(call_default_factory=True)
+        ]
+        return self.model_dump(mode="json", exclude={*without, *unsaid})
 
     @property
     def classes(self) -> tuple[str, ...]:

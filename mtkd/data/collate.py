@@ -312,7 +312,7 @@ def load_data(
             )
             made[split] = task.prepare(request)
             made[split].redraws = config.redraw
-    options = config.model_dump(mode="json", exclude=PLACES)
+    options = config.values(PLACES)
     of_tokenizer = tokenizer_fingerprint(tokenizer, chat=config.chat)
     parts = [raw.fingerprint, of_tokenizer, json.dumps(options, sort_keys=True), *label_names]
     fingerprint = hashlib.sha256("\0".join(parts).encode()).hexdigest()

@@ -37,7 +37,7 @@ def judge(shop: Workshop) -> dict[str, Any]:
     wanted = [*scored_models(shop.config), *(ENSEMBLE + s for s in settings.ensembles)]
     context = {
         "data": shop.raw(name).fingerprint,
-        "config": shop.config.data[name].model_dump(mode="json"),
+        "config": shop.config.data[name].values(),
         "split": settings.split,
         "tokenizer": tokenizer_fingerprint(shop.tokenizer, chat=shop.config.data[name].chat),
         "precision": shop.config.engine.precision,
