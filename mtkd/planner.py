@@ -55,7 +55,8 @@ def plan(config: RunConfig, *, memory: bool = False) -> Plan:
     """Resolve and check a run: models from their configurations, rows against both sides, tokenizers against another.
 
     Args:
-        memory: also say what each stage needs of memory and disk; a second or so per stage.
+        memory: also say what each stage needs of memory and disk; a second or so per stage, for models of 10B up to
+            a minute: every change that might help is planned too.
     Raises:
         UserError: whatever would fail later for a reason that can be known now.
     """
@@ -261,8 +262,10 @@ class _Planner:
     def with_memory(self, stages: list[PlannedStage]) -> list[PlannedStage]:
         """The stages with what each needs of memory and disk."""
         engine = self.config.engine
-        limits = find_limits(engine, self.config.folder, on_gpu=self._on_gpu)
+        # who says how large a GPU is plans for it, and may do so where there is none
+        on_gpu = self._on_gpu or (engine.device == "auto" and engine.gpu_memory_gb is not None)
+        limits = find_limits(engine, self.config.folder, on_gpu=on_gpu)
         return [
-            replace(stage, memory=stage_memory(self._sketches[stage.name], engine, limits, on_gpu=self._on_gpu))
+            replace(stage, memory=stage_memory(self._sketches[stage.name], engine, limits, on_gpu=on_gpu))
             for stage in stages
         ]

@@ -186,3 +186,13 @@ def test_the_command_shows_parts_and_verdict(tmp_path: Path) -> None:
     tight = CliRunner().invoke(app, ["plan", file, "-o", "engine.host_memory_gb=0.0001"]).stdout
     assert "does not fit" in tight
     assert "try engine." in tight
+
+
+def test_a_given_gpu_is_planned_for_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    given = {"gpu_memory_gb": 0.0001}
+    for engine, word in ((given, "GPU: "), ({**given, "device": "cpu"}, "fits: host"), ({}, "fits: host")):
+        config = tiny_config(tmp_path, engine={"device": "auto", **engine})
+        memory = mtkd.plan(config, memory=True).stages[-1].memory
+        assert memory is not None
+        assert word in memory.verdict
