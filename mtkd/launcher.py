@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -302,9 +303,13 @@ def _to_ranks(process: subprocess.Popen[bytes], number: int) -> None:
     """To the ranks alone, so that they save: DeepSpeed's launcher would end at once and take the exit code with it."""
     import psutil
 
-    ranks = [rank.pid for rank in psutil.Process(process.pid).children()]
-    for pid in ranks:
-        os.kill(pid, number)
+    try:
+        ranks = psutil.Process(process.pid).children()
+    except psutil.NoSuchProcess:
+        return  # it has ended, and `end_session` ends what it left
+    for rank in ranks:
+        with suppress(psutil.NoSuchProcess):
+            rank.send_signal(number)
     if not ranks:
         process.kill()
 

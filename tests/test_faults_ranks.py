@@ -18,6 +18,7 @@ import pytest
 from tiny_run import NAME, write_yaml
 
 from mtkd.errors import EXIT_LOST
+from mtkd.launcher import _to_ranks
 from mtkd.seal import newest_sealed, read_jsonl
 
 SCRIPT = Path(__file__).parent / "watched_rank.py"
@@ -145,6 +146,13 @@ with adopting():
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert not psutil.pid_exists(int(done.stdout))
+
+
+def test_a_signal_after_the_launcher_has_ended_is_no_error() -> None:
+    """Its ranks may still be saving then: whoever presses Ctrl-C must not stop the wait for them."""
+    launcher = subprocess.Popen(["true"])
+    launcher.wait()
+    _to_ranks(launcher, signal.SIGINT)
 
 
 @pytest.mark.slow
