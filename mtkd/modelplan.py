@@ -10,6 +10,9 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from mtkd.chain import model_of, scored_models, stage_of
 from mtkd.config import DataConfig, ModelConfig, RunConfig, StageConfig, TeacherConfig
 from mtkd.data.blanks import answer_ids
+from mtkd.data.glm_tokens import command_ids
+from mtkd.data.infilling import Infilling
+from mtkd.data.rows import around_text
 from mtkd.data.tasks import check_model
 from mtkd.data.tokenizers import check_chat_template, check_same_tokenizer, num_real_ids, train_tokenizer
 from mtkd.errors import UserError
@@ -182,6 +185,15 @@ class PlannedModels:
         for name, data in self.config.data.items():
             if data.chat:
                 check_chat_template(self.tokenizer, f"data.{name}.chat")
+
+    def check_commands(self) -> None:
+        """Refuse GLM's tasks with a tokenizer that lacks what they write, or examples too short for a blank."""
+        for name, data in self.config.data.items():
+            task = TASKS.find(data.task, f"data.{name}.task")
+            if task.cloze:
+                command_ids(self.tokenizer)
+            if task.laid:
+                Infilling(self.tokenizer, data, around_text(self.tokenizer)).room(data.max_length)
 
     def check_tokenizer(self, model: ModelConfig, where: str, token_level: bool) -> None:
         """Token -> id of the teacher and of the run, where both exist before anything is trained."""

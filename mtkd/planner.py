@@ -64,6 +64,7 @@ def plan(config: RunConfig, *, memory: bool = False) -> Plan:
     check(config)
     planner = _Planner(config)
     planner.models.check_chats()
+    planner.models.check_commands()
     stages = with_consequences([planner.stage(name) for name in config.stages])
     if memory:
         stages = planner.with_memory(stages)

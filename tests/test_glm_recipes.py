@@ -15,6 +15,7 @@ from mtkd.config import RunConfig
 from mtkd.errors import UserError
 from mtkd.models.glm import GLMForConditionalGeneration, GLMForSequenceClassification
 from mtkd.planner import resolve
+from mtkd.runner import _plan_unfinished
 
 RECIPES = Path(__file__).parents[1] / "configs" / "glm"
 
@@ -48,14 +49,28 @@ def test_the_recipes_are_planned_without_weights(tmp_path: Path, monkeypatch: py
     assert [m.role for m in chain.stages[1].models] == ["student", "glm-7b"]
 
 
+@pytest.mark.parametrize("task", ["text", "task"])
+def test_a_tokenizer_without_commands_is_refused_at_plan_time(tmp_path: Path, task: str) -> None:
+    made = config(tmp_path, {"model": stage(task)}, tokenizer={"commands": "plain"}, evaluate={"data": task})
+    with pytest.raises(UserError, match=r"missing: \[MASK\], <\|startofpiece\|>") as caught:
+        mtkd.plan(made)
+    assert "commands: glm" in str(caught.value)
+
+
+def test_examples_that_have_no_room_for_a_blank_are_refused_at_plan_time(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no room for a blank"):
+        mtkd.plan(config(tmp_path, {"model": stage("text")}, {"max_length": 3}, evaluate={"data": "text"}))
+
+
 @pytest.mark.parametrize("name", ["glm10b-to-2b", "chain"])
 def test_a_recipe_without_its_teacher_is_refused_before_anything_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    recipe = mtkd.load_config(RECIPES / f"{name}.yaml", ["engine={kind: torch, device: cpu}", f"output={tmp_path}"])
+    recipe = mtkd.load_config(RECIPES / f"{name}.yaml", [f"output={tmp_path}"])
     with pytest.raises(UserError, match="convert-glm FOLDER glm-10b"):
-        mtkd.run(recipe)
+        _plan_unfinished(recipe)  # of `mtkd.run`, which would start DeepSpeed first
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("large", "small"), [("glm10b-to-2b", "toy"), ("chain", "toy-chain")])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -81,7 +82,12 @@ class Infilling:
         self._start, self._end = ids[START], ids[END]
         self._before, self._after = around
         self._share, self._mean, self._seed = config.mask_share, settings.span, config.seed % 2**64
-        self._ends = _sentence_ends(tokenizer) if settings.smask else np.zeros(num_real_ids(tokenizer), bool)
+        self._tokenizer = tokenizer
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        """Made when a sentence is asked for: the plan asks for none, and decoding every id takes a second."""
+        return _sentence_ends(self._tokenizer)
 
     def room(self, max_length: int) -> int:
         """Most tokens of a block, so that an example has at most `max_length` whatever is drawn.
