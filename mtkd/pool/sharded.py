@@ -65,7 +65,8 @@ class ShardedModel(nn.Module):
 
     def enable_packing(self, where: str) -> None:
         """As `TappedModel` has it. A collective."""
-        with self._out_of_turn():
+        low = torch.autocast(self._low or "cpu", torch.bfloat16, enabled=self._low is not None)
+        with self._out_of_turn(), low:
             self.model.enable_packing(where, LOW_TOLERANCE if self._low else VERIFY_TOLERANCE)
 
     @property
@@ -87,8 +88,7 @@ class ShardedModel(nn.Module):
     def _out_of_turn(self) -> Iterator[None]:
         """Within it the model may run otherwise than a forward pass does; the order of layers is learned anew after."""
         try:
-            with torch.autocast(self._low or "cpu", torch.bfloat16, enabled=self._low is not None):
-                yield
+            yield
         finally:
             coordinator = self._engine[0].optimizer.get_param_coordinator()
             if not coordinator.is_invalid_trace():
