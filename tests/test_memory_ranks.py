@@ -44,7 +44,7 @@ def grown(backends: tuple[str, ...], folder: str) -> tuple[int, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backends", [("resident",) * 2, ("offload",) * 3, ("resident", "offload", "offload")])
+@pytest.mark.parametrize("backends", [("offload",) * 3, ("resident", "offload", "offload")])
 def test_a_process_grows_by_what_was_planned(
     backends: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,7 +78,7 @@ def held(zero_stage: int) -> tuple[int, int, float]:
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("deepspeed")
-@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
 def test_a_rank_holds_what_was_planned(zero_stage: int) -> None:
     for _, peak, planned in run_distributed(held, 2, zero_stage, timeout=200):
         assert planned * GB == pytest.approx(peak, rel=0.15)
