@@ -35,8 +35,8 @@ def fail(fault: str) -> None:
     if fault == "asleep":
         time.sleep(600)
     if fault == "slow":
-        for _ in range(12):  # batches without a collective
-            time.sleep(0.3)
+        for _ in range(24):  # batches without a collective
+            time.sleep(0.4)
             alive()
 
 
