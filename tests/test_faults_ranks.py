@@ -114,7 +114,7 @@ def test_a_frozen_rank_ends_the_run_with_the_stacks_of_all(tmp_path: Path, fault
 @pytest.mark.slow
 @pytest.mark.parametrize("bad", [0, 1])
 def test_a_rank_that_works_alone_for_long_is_waited_for(tmp_path: Path, bad: int) -> None:
-    """The other one waits in a collective three times as long as nobody may stand still; a busy machine has time, too."""
+    """The other one waits in a collective three times as long as nobody may stand still."""
     ended = group(tmp_path, "slow", bad, timeout=3)
     assert ended.codes == [0, 0], ended.output
     assert ended.output == ""
