@@ -23,6 +23,7 @@ from mtkd.chain import model_name, model_of, needed_stages, stage_of, stage_valu
 from mtkd.checks import check
 from mtkd.cofinetune import check_members
 from mtkd.config import DataConfig, RunConfig, StageConfig
+from mtkd.data.tasks import TaskSpec
 from mtkd.errors import UserError
 from mtkd.footprint import CachedShape, Shape
 from mtkd.ladder import Look, complete
@@ -115,12 +116,7 @@ class _Planner:
         planned = [replace(model, backend=backend) for (model, _), backend in zip(sized, backends, strict=True)]
         infos = [info for _, info in sized]
         if stage.batch.packing:
-            if task.laid:
-                raise UserError(f"examples of task '{task.name}' have two parts, each with a mask of its own",
-                                where=f"{where}.batch.packing", found="packing", todo="drop packing")  # fmt: skip
-            for which, info in zip(planned, infos, strict=True):
-                if which.backend != "cached":  # a cached teacher does not run
-                    check_packing(info, f"{where}.batch.packing")
+            _check_packed(task, planned, infos, f"{where}.batch.packing")
         if stage.members:
             check_members({p.role: info for p, info in sized}, f"{where}.members")
         rows = compile_rows(
@@ -270,3 +266,17 @@ class _Planner:
             replace(stage, memory=stage_memory(self._sketches[stage.name], engine, limits, on_gpu=on_gpu))
             for stage in stages
         ]
+
+
+def _check_packed(task: TaskSpec, models: list[PlannedModel], infos: list[ModelInfo], where: str) -> None:
+    """Refuse to pack examples, or for models, that cannot share a row."""
+    if task.laid:
+        raise UserError(
+            f"examples of task '{task.name}' have two parts, each with a mask of its own",
+            where=where,
+            found="packing",
+            todo="drop packing",
+        )
+    for model, info in zip(models, infos, strict=True):
+        if model.backend != "cached":  # a cached teacher does not run
+            check_packing(info, where)

@@ -12,9 +12,10 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from mtkd.data.tokenizers import byte_pairs
 from mtkd.errors import DataError, UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -64,21 +65,15 @@ def trained_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokeni
         UserError: when there is not an id for every byte and command.
     """
     own = (END_OF_TEXT, *_GPT2_COMMANDS)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    if vocab_size < len(alphabet) + len(own):
+    least = len(pre_tokenizers.ByteLevel.alphabet()) + len(own)
+    if vocab_size < least:
         raise UserError(
             "too few ids for every byte and every command of GLM",
             where="tokenizer.vocab_size",
             found=vocab_size,
-            allowed=f"at least {len(alphabet) + len(own)}",
+            allowed=f"at least {least}",
         )
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(own), min_frequency=2, initial_alphabet=alphabet, show_progress=False
-    )
-    core.train_from_iterator(texts, trainer)
+    core = byte_pairs(texts, vocab_size - len(own))
     _add(core, own)
     return _finish(core, END_OF_TEXT, END_OF_TEXT)
 
