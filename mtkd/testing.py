@@ -37,6 +37,9 @@ def run_distributed(
 ) -> list[Result]:
     """Call ``function(*args)`` on `world_size` fresh CPU processes joined in a gloo group.
 
+    The processes are forks of multiprocessing's fork server, where the platform has one, with this process's
+    environment: what `multiprocessing.set_forkserver_preload` names is imported once and not by every rank.
+
     Args:
         function: importable by name (a module-level function), like its arguments and result picklable.
         timeout: seconds for everything, start of the processes included.
@@ -45,7 +48,8 @@ def run_distributed(
     Raises:
         RankError: with the traceback of the first rank that failed; nothing is left running.
     """
-    context = multiprocessing.get_context("spawn")
+    forks = "forkserver" in multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
     call = pickle.dumps((function, args))
     processes, pipes = [], []
     with tempfile.TemporaryDirectory(prefix="mtkd-ranks-") as folder:
@@ -53,7 +57,7 @@ def run_distributed(
             for rank in range(world_size):
                 receiver, sender = context.Pipe(duplex=False)
                 place = (rank, world_size, str(Path(folder) / "store"), timeout)
-                process = context.Process(target=_rank_main, args=(call, place, sender))
+                process = context.Process(target=_rank_main, args=(call, place, dict(os.environ), sender))
                 process.start()
                 sender.close()  # ours: the pipe must end when the rank does
                 processes.append(process)
@@ -93,9 +97,12 @@ def _collect(pipes: list[Any], processes: list[Any], deadline: float) -> list[An
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _rank_main(call: bytes, place: tuple[int, int, str, float], sender: Any) -> None:
+def _rank_main(call: bytes, place: tuple[int, int, str, float], environment: dict[str, str], sender: Any) -> None:
     rank, world_size, store, timeout = place
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # The fork server's environment is that of its start.
+    os.environ.clear()
+    os.environ.update(environment)
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "OMP_NUM_THREADS": 1}
     os.environ.update({name: str(value) for name, value in names.items()})
     if sys.platform == "linux":

@@ -1,5 +1,6 @@
 """Settings of the whole suite: offline, few threads, and the folder of shared helpers on the path."""
 
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -13,6 +14,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 # processes that tests start import the helpers too
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+
+# imported once, by the server whose forks are the commands and ranks that tests start
+from processes import PRELOADED  # noqa: E402
+
+multiprocessing.set_forkserver_preload(list(PRELOADED))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

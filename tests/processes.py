@@ -1,7 +1,7 @@
 """The `mtkd` command in real processes that can be stopped and killed, without paying for its imports each time.
 
-A fork server imports everything once; each command is a fresh fork of it, so nothing that one run leaves in memory
-(random states, caches, handlers) reaches another one.
+A fork server imports everything once; each command, and each rank of `run_distributed`, is a fresh fork of it, so
+nothing that one run leaves in memory (random states, caches, handlers) reaches another one.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from multiprocessing import get_context
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,10 +25,11 @@ import psutil
 if TYPE_CHECKING:
     from mtkd.data.batch import Batch
 
-_PRELOADED = (
+PRELOADED = (
     *("mtkd.cli", "mtkd.runner", "mtkd.report", "mtkd.report.plots", "datasets", "torch.utils.tensorboard"),
     *("transformers.models.gpt2.modeling_gpt2", "transformers.models.auto.modeling_auto", "matplotlib.pyplot"),
     *("datasets.io.json", "deepspeed", "scipy.stats", "scipy.io", "torch._dynamo", "accelerate"),
+    *("torch.distributed", "torch.utils.cpp_extension", "mtkd.engine.deepspeed_engine", "scipy.optimize", "pytest"),
 )
 _TIMEOUT = 120  # seconds; far more than any of these runs takes
 _started: list[ForkServerProcess] = []
@@ -86,7 +86,7 @@ def start(
     file = folder / f"output-{time.monotonic_ns()}.txt"
     file.touch()
     settings = (str(file), dict(environment or {}), prepare, report)
-    process = _server().Process(target=_command, args=(arguments, settings))
+    process = get_context("forkserver").Process(target=_command, args=(arguments, settings))
     process.start()
     _started.append(process)
     return Command(process, file)
@@ -143,13 +143,6 @@ def kill_all() -> None:
             for below in psutil.Process(process.pid).children(recursive=True):
                 below.kill()
         process.kill()
-
-
-@cache
-def _server() -> ForkServerContext:
-    context = get_context("forkserver")
-    context.set_forkserver_preload(list(_PRELOADED))
-    return context
 
 
 def _command(arguments: tuple[str, ...], settings: tuple[str, dict[str, str], Callable[[], None] | None, bool]) -> None:

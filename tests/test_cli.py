@@ -251,7 +251,6 @@ def test_public_names_survive_any_import_order():
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("deepspeed")
 def test_mtkd_run_starts_the_launcher_itself(tmp_path):
     """Two processes under ZeRO 2 through the command line; the export is one model, and the exit code the ranks'."""
     file = write_yaml(tmp_path, engine={"kind": "deepspeed", "processes": 2, "zero_stage": 2})

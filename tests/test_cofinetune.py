@@ -120,7 +120,6 @@ def _losses(kind: str, zero_stage: int) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("deepspeed")
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_deepspeed_equals_torch(zero_stage: int) -> None:
     expected = _losses("torch", 0)

@@ -156,7 +156,6 @@ def test_a_signal_after_the_launcher_has_ended_is_no_error() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("deepspeed")
 def test_a_killed_rank_and_a_killed_launcher_end_a_run_that_goes_on_later(tmp_path: Path) -> None:
     """F11, F13 and F16 in one run: kill -9 of a rank, resumed; kill -9 of the launcher; then by another number."""
     engine = {"kind": "deepspeed", "processes": 2, "zero_stage": 2}

@@ -78,7 +78,6 @@ def exported(run: Path) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("deepspeed")
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("name", "killed_in", "models"), [
     ("toy", "pretrain", {"teacher", "prediction", "labels-only"}),

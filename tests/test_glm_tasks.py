@@ -181,7 +181,6 @@ def _losses(kind: str, task: str, zero_stage: int) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("deepspeed")
 @pytest.mark.parametrize(("task", "zero_stage"), [("glm-infill", 1), ("glm-cloze", 3)])
 def test_deepspeed_equals_torch(task: str, zero_stage: int) -> None:
     expected = _losses("torch", task, 0)

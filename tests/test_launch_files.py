@@ -146,3 +146,11 @@ def test_the_guide_names_files_and_options_that_exist() -> None:
     for option in set(re.findall(r"--(?:no_ssh|node_rank|master_\w+)", text)):
         assert option in known
     assert shutil.which("bash")
+
+
+@pytest.mark.xdist_group("a-group")
+def test_groups_of_tests_stay_together(request: pytest.FixtureRequest) -> None:
+    """`launch/test` has two workers: tests that share a costly fixture are marked as a group, which one of them gets."""
+    if request.config.getoption("dist", "no") != "loadgroup":
+        pytest.skip("not run by several workers")
+    assert request.node.nodeid.endswith("@a-group")

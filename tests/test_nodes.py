@@ -65,7 +65,6 @@ def outcome(folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("deepspeed")
 def test_two_nodes_lose_one_and_go_on_to_the_end_of_an_undisturbed_run(tmp_path: Path) -> None:
     """The second node is switched off in the middle; both are started again, this time by DeepSpeed's own command.
 
@@ -166,7 +165,6 @@ class LateClock:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("deepspeed")
 def test_ranks_that_were_started_differently_name_what_differs(tmp_path: Path) -> None:
     for name in ("options", "redo", "fine"):
         (tmp_path / name).mkdir()

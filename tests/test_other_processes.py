@@ -51,7 +51,6 @@ def first_one_then_the_other(parent: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("deepspeed")
 def test_two_processes_go_on_as_one_and_one_as_two(tmp_path: Path) -> None:
     file = {name: str(write(tmp_path / name)) for name in ("whole", "two-to-one", "one-to-two")}
     for name, stop, code in (("whole", 0, 0), ("one-to-two", STOP, 75)):

@@ -158,7 +158,7 @@ UNDISTURBED = {"zero-0": "zero-0", "zero-2": "zero-2", "zero-3": "zero-3", "kill
 
 def sharded(function: Any) -> Any:
     """Marks of a test that needs the runs below."""
-    return pytest.mark.slow(pytest.mark.xdist_group("deepspeed")(function))
+    return pytest.mark.slow(pytest.mark.xdist_group("sharded-runs")(function))
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,6 @@ def exported(folder: Path, stage: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("deepspeed")
 def test_routed_and_mixed_runs_are_those_of_one_process(tmp_path: Path) -> None:
     """F14: five examples to score on two ranks, by sharded teachers whose ranks' examples name different ones."""
     alone, ranks = tmp_path / "alone", tmp_path / "ranks"

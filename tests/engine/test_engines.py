@@ -101,7 +101,6 @@ def test_accumulation_gives_the_same_losses(accumulate):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("deepspeed")
 @pytest.mark.parametrize(
     ("zero_stage", "tied", "packing"),
     [(0, False, False), (1, False, True), (2, True, False), (3, False, False), (3, True, True)],

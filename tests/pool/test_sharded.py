@@ -35,7 +35,6 @@ from mtkd.testing import run_distributed
 from mtkd.train import global_counts
 
 slow = pytest.mark.slow
-deepspeed = pytest.mark.xdist_group("deepspeed")
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +139,6 @@ def _features(folder: Path) -> dict[str, Any]:
 
 
 @slow
-@deepspeed
 def test_features_are_a_resident_teachers(models: Path) -> None:
     """All features of all layers on two ranks with unequal batches, one of them of filler rows in one call."""
     packed = []
@@ -242,7 +240,6 @@ def _all_losses(folder: Path) -> list[list[list[float]]]:
 
 
 @slow
-@deepspeed
 def test_losses_are_those_of_resident_teachers(models: Path) -> None:
     """Four steps under students of ZeRO 0 to 3, alone and beside resident and offloaded teachers."""
     wanted = [_losses(models, case) for case in range(len(CASES))]
@@ -284,7 +281,6 @@ def _faults(folder: Path) -> list[Any]:
 
 
 @slow
-@deepspeed
 def test_weights_that_cannot_be_used_are_refused_on_every_rank(models: Path, tmp_path: Path) -> None:
     for name, change in (("broken", None), ("incomplete", "model.norm.weight"), ("infinite", "lm_head.weight")):
         source = causal_model(16, 2, 1).model
