@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 
 # imported once, by the server whose forks are the commands and ranks that tests start
-from processes import PRELOADED  # noqa: E402
+from processes import PRELOADED
 
 multiprocessing.set_forkserver_preload(list(PRELOADED))
 
