@@ -51,6 +51,9 @@ class Workshop:
 
     Args:
         config: the run. run: its folder. dist: this process's rank. device: where tensors live.
+    Attributes:
+        records: per stage that is done its DONE record, as the main rank knows it: over a network file system other
+            ranks may see the file seconds later.
     """
 
     def __init__(self, config: RunConfig, run: RunDir, dist: Dist, device: torch.device) -> None:
@@ -58,10 +61,17 @@ class Workshop:
         self.dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
         self._raws: dict[str, Raw] = {}
         self._data: dict[str, LoadedData] = {}
+        self.records: dict[str, dict[str, Any]] = {}
 
     def folder(self, stage: str) -> StageDir:
         """The folder of a stage of this run."""
         return self.run.stage(list(self.config.stages).index(stage) + 1, stage)
+
+    def record(self, stage: str) -> dict[str, Any]:
+        """What a stage that is done has recorded."""
+        found = self.records.get(stage) or self.folder(stage).done()
+        assert found is not None, "earlier stages are done before later ones start"
+        return found
 
     def raw(self, name: str) -> Raw:
         """The documents or rows of a `data` entry, read once."""
@@ -105,9 +115,7 @@ class Workshop:
 
     def _equal_time_steps(self, stage: StageConfig) -> int:
         assert stage.equal_time is not None
-        target, rate = (self.folder(n).done() for n in (stage.equal_time.to, stage.equal_time.rate_of))
-        assert target, "earlier stages are done before later ones start"
-        assert rate, "earlier stages are done before later ones start"
+        target, rate = self.record(stage.equal_time.to), self.record(stage.equal_time.rate_of)
         return max(1, math.ceil(target["seconds"] / (rate["seconds"] / rate["steps"])))
 
     def identity(self, name: str) -> dict[str, Any]:
@@ -148,9 +156,7 @@ class Workshop:
             return "fresh"
         stage = stage_of(model.path)
         if stage is not None:
-            record = self.folder(stage).done()
-            assert record is not None, "earlier stages are done before later ones start"
-            return str(record["fingerprint"]) + member_of(model.path)
+            return str(self.record(stage)["fingerprint"]) + member_of(model.path)
         folder = self.resolve(model.path)
         if not isinstance(folder, Path):
             return f"{folder}@{revision_of(model)}"

@@ -95,10 +95,11 @@ def _run(config: RunConfig, redo: Sequence[str], dist: Dist, device: torch.devic
         run_id = on_main(dist, lambda: _remember(config, folder))
         _note_rank(folder, dist, run_id)
         shop = Workshop(config, folder, dist, device)
-        records = {name: _stage(shop, name, folder) for name in config.stages}
+        for name in config.stages:
+            shop.records[name] = _stage(shop, name, folder)
         results = judge(shop)
         report = on_main(dist, lambda: _report(folder))
-    return RunResult(folder.path, report, records, results)
+    return RunResult(folder.path, report, shop.records, results)
 
 
 def _plan_unfinished(config: RunConfig) -> None:
@@ -175,17 +176,21 @@ def _stage(shop: Workshop, name: str, run: RunDir) -> dict[str, Any]:
     wanted = shop.identity(name)
     agree(shop.dist, wanted, f"stage '{name}': data, tokenizer and models", "give every node the same files")
     folders = {other: shop.folder(other) for other in shop.config.stages}
-    record = finished(folder, name, wanted, list(dict.fromkeys([name, *changed_stages(shop.config, folders)])))
+
+    def made() -> dict[str, Any] | None:
+        return finished(folder, name, wanted, list(dict.fromkeys([name, *changed_stages(shop.config, folders)])))
+
+    record = on_main(shop.dist, made)
     if record is not None:
         work = f"{len(record['caches'])} caches" if record.get("caches") else f"{record['steps']} steps"
         say(f"stage {name}: done ({work}, {record['seconds']:.0f} s), skipped", main=main)
         return record
     say(f"stage {name}: {shop.config.stages[name].kind}", main=main)
     if shop.config.stages[name].kind == "cache":
-        made = {**capture(shop, name, wanted), "fingerprint": fingerprint(wanted), "identity": wanted}
-        fault_point("before-done", made["steps"])
-        on_main(shop.dist, lambda: folder.mark_done(made))
-        return made
+        cached = {**capture(shop, name, wanted), "fingerprint": fingerprint(wanted), "identity": wanted}
+        fault_point("before-done", cached["steps"])
+        on_main(shop.dist, lambda: folder.mark_done(cached))
+        return cached
     built = shop.build(name)
     facts = train(built, shop.config, run, folder)
     record = {

@@ -7,6 +7,7 @@ import os
 import signal
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import processes
 import pytest
@@ -77,6 +78,31 @@ def test_two_processes_go_on_as_one_and_one_as_two(tmp_path: Path) -> None:
         assert losses[name] == pytest.approx(losses["whole"], abs=1e-3), os.linesep.join(map(str, losses.values()))
         for key, value in weights["whole"].items():
             torch.testing.assert_close(weights[name][key], value, atol=1e-3, rtol=0)
+
+
+def twice_without_seeing_it(parent: str) -> list[dict[str, Any]]:
+    """On each of two ranks: a run and the same again; rank 1 sees no DONE and no results, as over NFS at first."""
+    import mtkd.runner
+    from mtkd.rundir import StageDir
+
+    mtkd.runner.write_report = lambda path: path / "report.html"
+    if int(os.environ["RANK"]) == 1:
+        there = Path.exists
+        StageDir.done = lambda self: None
+        Path.exists = lambda self, **kwargs: self.name != "results.json" and there(self, **kwargs)
+    config = load_config(Path(parent) / "run.yaml")
+    return [mtkd.runner.run(config).stages for _ in range(2)]
+
+
+@pytest.mark.slow
+def test_a_rank_that_does_not_see_the_files_of_others_yet_goes_with_them(tmp_path: Path) -> None:
+    file = write(tmp_path / "late")
+    main, other = run_distributed(twice_without_seeing_it, 2, str(file.parent), timeout=240)
+    assert main[0] == main[1] == other[1]
+    assert list(main[0]) == ["teacher", "student"]
+    assert {name: facts["fingerprint"] for name, facts in other[0].items()} == {
+        name: facts["fingerprint"] for name, facts in main[0].items()
+    }
 
 
 def test_the_meters_of_other_processes_keep_their_sums() -> None:

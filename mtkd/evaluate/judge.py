@@ -13,6 +13,7 @@ from mtkd.console import say
 from mtkd.data.collate import LoadedData
 from mtkd.data.sampler import evaluation_batches
 from mtkd.data.tokenizers import tokenizer_fingerprint
+from mtkd.engine.dist import on_main
 from mtkd.errors import DataError
 from mtkd.evaluate.metrics import by_domain, summarise
 from mtkd.evaluate.score import score
@@ -45,7 +46,7 @@ def judge(shop: Workshop) -> dict[str, Any]:
     keys = {model: fingerprint([context, _fingerprints(shop, model)]) for model in wanted}
     inputs = fingerprint([keys, settings.model_dump(mode="json")])
     path = shop.run.path / "results.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
+    known = on_main(shop.dist, lambda: json.loads(path.read_text()) if path.exists() else {})
     if known.get("inputs") == inputs:
         return known
     scores = {model: _scores(shop, model, keys[model], name) for model in wanted}
@@ -113,7 +114,7 @@ def _results(shop: Workshop, settings: EvaluateConfig, data: str, scores: dict[s
             }
         else:
             stage, _, member = model.partition("/")
-            done = shop.folder(stage).done() or {}
+            done = dict(shop.record(stage))
             if member:
                 done["parameters"] = done["members"][member]
             facts |= {key: done[key] for key in ("kind", "parameters", "steps", "seconds", "tokens")}
