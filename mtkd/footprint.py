@@ -32,7 +32,7 @@ from mtkd.models.vocabulary import VocabularyMap
 from mtkd.objective import Objective
 from mtkd.projection import make_projections
 from mtkd.rows import Row
-from mtkd.tiles import whole_tiles
+from mtkd.tiles import planned_tiles
 from mtkd.weightings.base import StageFacts, Weighting
 from mtkd.weightings.make import make_weighting
 from mtkd.weightings.simple import Uniform
@@ -246,7 +246,7 @@ def measure(step: Step, device: str = "cpu") -> Footprint:
     Raises:
         Exception: whatever the models or losses do that needs values; nothing can be known then.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device), whole_tiles(step.on_gpu):
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device), planned_tiles(step.on_gpu):
         if not step.trained:
             return _captured(step)
         try:
