@@ -15,7 +15,7 @@ from typing import Any
 from mtkd.config import RunConfig
 from mtkd.configfile import differences, fingerprint
 from mtkd.engine.dist import Dist, on_main
-from mtkd.errors import UserError
+from mtkd.errors import UserError, on_every_rank
 from mtkd.rundir import versions
 
 _SHOWN = 12  # differing keys in one message
@@ -43,7 +43,8 @@ def agree(dist: Dist, mine: Mapping[str, Any], where: str, todo: str) -> None:
             lines.append(f"rank 0 on {first[1]} -> rank {rank} on {host}:")
             lines += [f"  {line}" for line in changed[:_SHOWN]]
             lines += [f"  and {len(changed) - _SHOWN} more"] if len(changed) > _SHOWN else []
-    raise UserError("the ranks of this run do not agree", where=where, found="\n           ".join(lines), todo=todo)
+    found = "\n           ".join(lines)
+    raise on_every_rank(UserError("the ranks of this run do not agree", where=where, found=found, todo=todo))
 
 
 def agree_on_run(dist: Dist, config: RunConfig, redo: Sequence[str]) -> None:
@@ -80,12 +81,13 @@ def check_shared(dist: Dist, folder: Path) -> None:
     blind = sorted({host for host, sees in _everybody(dist, (socket.gethostname(), seen)) if not sees})
     on_main(dist, mark.unlink)
     if blind:
-        raise UserError(
+        unshared = UserError(
             "the run's folder is not shared by all nodes: what the main rank writes there is not seen",
             where=str(folder),
             found=f"not seen on {', '.join(blind)}",
             todo="choose an `output` on a file system that every node mounts at the same path",
         )
+        raise on_every_rank(unshared)
 
 
 def _listed(mark: Path) -> bool:

@@ -33,7 +33,7 @@ from mtkd.data.sampler import length_batches
 from mtkd.data.tokenizers import num_real_ids
 from mtkd.engine.dist import alive, on_main, together
 from mtkd.ensembles import as_logits
-from mtkd.errors import DataError, NonFiniteError, Preempted, UserError
+from mtkd.errors import DataError, NonFiniteError, Preempted, UserError, on_every_rank
 from mtkd.models.taps import TappedModel
 from mtkd.pool import Teacher, pooled
 from mtkd.rundir import RunDir, StageDir
@@ -85,7 +85,7 @@ def capture(shop: Workshop, name: str, identity: dict[str, Any]) -> dict[str, An
             for i, teacher in enumerate(stage.teachers):
                 _cache(job, teacher, f"stages.{name}.teachers[{i}]", stopped, progress)
             if not shop.dist.all_ok(not stopped()):
-                raise _preempted(job)
+                raise on_every_rank(_preempted(job))
         fault_point("before-cache-export", 0)
         on_main(shop.dist, lambda: job.folder.partial.rename(job.folder.export) and None)
     shop.dist.barrier()
@@ -205,7 +205,7 @@ def _round(
     on_main(dist, lambda: _log(job))
     progress.update(job.examples, None, note=teacher.name)
     if stops:
-        raise _preempted(job)
+        raise on_every_rank(_preempted(job))
 
 
 def _preempted(job: _Job) -> Preempted:

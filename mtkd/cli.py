@@ -357,7 +357,8 @@ def _exit_code() -> int:
     except SystemExit as end:  # how typer returns
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except UserError as error:
-        typer.echo(f"mtkd: {error}", err=True)
+        if not error.shared or os.environ.get("LOCAL_RANK", "0") == "0":
+            typer.echo(f"mtkd: {error}", err=True)
         return error.exit_code
     except KeyboardInterrupt:
         typer.echo("mtkd: interrupted", err=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TypeVar
 
 EXIT_DONE = 0
 EXIT_USAGE = 2
@@ -23,9 +24,12 @@ class UserError(Exception):
         found: the offending value, shown with ``repr`` (strings given as they are).
         allowed: what would have been accepted.
         todo: the next thing to do.
+    Attributes:
+        shared: every rank of the run raises it; told once per node, not by each of them.
     """
 
     exit_code = EXIT_USAGE
+    shared = False
 
     def __init__(
         self, message: str, *, where: str = "", found: object = None, allowed: object = None, todo: str = ""
@@ -72,6 +76,15 @@ class LostRank(UserError):
     def __init__(self, message: str, *, code: int = EXIT_LOST, where: str = "", todo: str = "") -> None:
         super().__init__(message, where=where, todo=todo)
         self.exit_code = code
+
+
+Shared = TypeVar("Shared", bound=UserError)
+
+
+def on_every_rank(error: Shared) -> Shared:
+    """The error, marked as one that every rank raises."""
+    error.shared = True
+    return error
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

@@ -22,7 +22,7 @@ from mtkd.console import StageProgress, say
 from mtkd.data.batch import Batch, position_counts
 from mtkd.engine.base import learning_rate
 from mtkd.engine.dist import Dist
-from mtkd.errors import DataError, NonFiniteError, Preempted
+from mtkd.errors import DataError, NonFiniteError, Preempted, on_every_rank
 from mtkd.lookaround import after_step, before_step
 from mtkd.rundir import RunDir, StageDir
 from mtkd.seal import Found, append_jsonl, newest_sealed, save_sealed
@@ -61,14 +61,14 @@ def train(built: BuiltStage, config: RunConfig, run: RunDir, folder: StageDir) -
             state.step, state.stream = step + 1, built.stream.state()
             state.seconds, state.targets = time.monotonic() - begun, state.targets + counts["targets"]
             if not math.isfinite(norm):
-                raise _non_finite(built, step, meter.flush())
+                raise on_every_rank(_non_finite(built, step, meter.flush()))
             last = state.step == built.steps
             due = last or bool(stage.evaluate_every and state.step % stage.evaluate_every == 0)
             logged, better = None, False
             if last or state.step % config.log_every == 0 or state.step == 1 or (due and stage.early_stop):
                 logged = meter.log(state, {"lr": learning_rate(stage.optimizer, step, built.steps), "grad_norm": norm})
                 if not math.isfinite(logged):
-                    raise _non_finite(built, step, {"loss": logged})
+                    raise on_every_rank(_non_finite(built, step, {"loss": logged}))
             progress.update(state.step, logged)
             if due:
                 better = note_score(built, state, validate(built, run, state.step))
@@ -78,11 +78,11 @@ def train(built: BuiltStage, config: RunConfig, run: RunDir, folder: StageDir) -
                 _save(built, folder, state, meter)
                 begun = time.monotonic() - state.seconds
             if stop:
-                raise _preempted(built, state)
+                raise on_every_rank(_preempted(built, state))
             if done:
                 break
         if not dist.all_ok(not stopped()):  # during the last step: saved, but nobody looked at the flag any more
-            raise _preempted(built, state)
+            raise on_every_rank(_preempted(built, state))
     return {
         "steps": state.step,
         "exported_step": take_best(built, folder, state),

@@ -262,3 +262,4 @@ def test_mtkd_run_starts_the_launcher_itself(tmp_path):
     diverging = [*command, "-o", "name=other", "-o", "stages.student.optimizer.lr=1e30"]
     broken = subprocess.run(diverging, capture_output=True, text=True, timeout=240, check=False)
     assert broken.returncode == 64, broken.stdout + broken.stderr
+    assert (broken.stdout + broken.stderr).count("is not finite at step") == 1  # of all ranks of the node one speaks

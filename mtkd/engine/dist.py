@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from mtkd.errors import UserError
+from mtkd.errors import UserError, on_every_rank
 
 if TYPE_CHECKING:
     import torch
@@ -158,7 +158,7 @@ def on_main(dist: Dist, action: Callable[[], Object]) -> Object:
     if bug is not None:
         raise bug
     if isinstance(value, UserError):
-        raise value
+        raise on_every_rank(value)
     return value
 
 
@@ -188,4 +188,4 @@ def together(
     message = dist.broadcast_object("; ".join(filter(None, told or [])))
     if error is not None and not isinstance(error, OSError | RuntimeError):
         raise error
-    raise failed(message) from error
+    raise on_every_rank(failed(message)) from error
