@@ -343,7 +343,8 @@ def _changes(sketch: Sketch, engine: EngineConfig, on_gpu: bool) -> Iterator[tup
             yield f"{where}.batch.accumulate: {count}", smaller_batch, engine
     resident = [size for size in sketch.sizes if size.backend == "resident"]
     backends = ["offload"] if resident and stage.kind != "cache" else []
-    if resident and engine.kind == "deepspeed" and num_processes(engine) > 1:
+    cut = any(teacher.backend == "resident" and teacher.model.is_cut for teacher in stage.teachers)
+    if backends and not cut and engine.kind == "deepspeed" and num_processes(engine) > 1:
         backends.append("sharded")
     for backend in backends:
         sizes = [replace(s, backend=backend) if s.backend == "resident" else s for s in sketch.sizes]

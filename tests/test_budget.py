@@ -13,8 +13,8 @@ from test_memory import GB, Case, llama
 from tiny_run import tiny_config, write_yaml
 
 import mtkd
-from mtkd.budget import Limits, StageMemory, find_limits, stage_memory
-from mtkd.config import EngineConfig
+from mtkd.budget import Limits, StageMemory, _changes, find_limits, stage_memory
+from mtkd.config import BatchConfig, EngineConfig, ModelConfig, StageConfig, TeacherConfig
 from mtkd.match import Match
 from mtkd.memory import FLOAT, Place, Share, TeacherSize, teacher_share, trained_share
 
@@ -95,6 +95,21 @@ def test_several_ranks_are_told_to_shard() -> None:
     advice = needed(case, Limits(whole.rank_gb * 0.5 * GB, None, None, HERE)).advice
     assert any(line.startswith("engine.zero_stage: 3") for line in advice)
     assert any("backend: sharded" in line for line in advice)
+
+
+def test_no_advice_is_refused_when_it_is_taken() -> None:
+    """A cut teacher, and those of a cache stage, cannot be sharded."""
+    case = Case([Match(loss="kl")], kind="deepspeed", processes=16)
+    sketch = case.sketch()
+    cut = TeacherConfig(name="t0", model=ModelConfig(path="x", keep_layers=(1, 2)))
+    caching = StageConfig(kind="cache", teachers=case.stage.teachers, batch=BatchConfig(sequences=16))
+    for stage, told in (
+        (case.stage, True),
+        (case.stage.model_copy(update={"teachers": (cut,)}), False),
+        (caching, False),
+    ):
+        texts = [text for text, *_ in _changes(replace(sketch, stage=stage), case.engine, on_gpu=True)]
+        assert any("backend: sharded" in text for text in texts) is told, (stage.kind, texts)
 
 
 def test_limits_are_the_configurations_or_this_machines(tmp_path: Path) -> None:
