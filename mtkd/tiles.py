@@ -35,7 +35,7 @@ def planned_tiles(on_gpu: bool) -> Iterator[None]:
     """Within it losses run for the memory they take, not for their values.
 
     Of equal pieces of work the first two and the last are enough: the second meets what the first has left behind, and
-    those after it meet no more. For a GPU, there may be none here, tiles are not cut into chunks.
+    those after it meet no more. For a GPU (there may be none here) tiles are not cut into chunks.
     """
     token = _planned.set("gpu" if on_gpu else "cpu")
     try:
@@ -45,10 +45,10 @@ def planned_tiles(on_gpu: bool) -> Iterator[None]:
 
 
 def _pieces(count: int, size: int) -> Iterator[slice]:
-    """`count` positions, at least one piece, in slices of `size`."""
-    starts = range(0, max(count, 1), size)
+    """`count` positions in slices of `size`."""
+    starts = range(0, count, size)
     for start in (*starts[:2], starts[-1]) if _planned.get() and len(starts) > 3 else starts:
-        yield slice(start, min(start + size, max(count, 1)))
+        yield slice(start, min(start + size, count))
 
 
 def chunks(rows: int, logits: Tensor) -> Iterator[slice]:
@@ -106,7 +106,7 @@ class _Tiled(torch.autograd.Function):
         needs = tuple(plan.differentiate and need for need in ctx.needs_input_grad)
         folded = _Folded(hidden, weight, bias, weights, plan, needs)
         # An empty set of positions still goes through once, so that every gradient exists on every rank.
-        tiles = _pieces(hidden.shape[0], plan.tile)
+        tiles = _pieces(max(hidden.shape[0], 1), plan.tile)
         total, metrics = _sum_pairs([folded.step(positions, any(needs[:4])) for positions in tiles])
         ctx.folded = folded
         ctx.mark_non_differentiable(metrics)
