@@ -111,10 +111,10 @@ class Setting:
         named = [{"name": f"t{k}", "model": path} for k, path in enumerate(teachers)]
         return {"kind": "cache", "teachers": named, "batch": {"tokens": 1_024}, **values}
 
-    def from_cache(self, layers: int, run: str, count: int, **values: Any) -> dict[str, Any]:
-        """As `distil`, from the first `count` teachers whose outputs a run has cached."""
+    def from_cache(self, layers: int, run: str, count: int, first: int = 0, **values: Any) -> dict[str, Any]:
+        """As `distil`, from `count` teachers, the `first` and those after it, whose outputs a run has cached."""
         caches = self.folder(run) / "stages" / "01-cache" / "export"
-        stage = self.distil(layers, [str((caches / f"t{k}").resolve()) for k in range(count)], **values)
+        stage = self.distil(layers, [str((caches / f"t{k}").resolve()) for k in range(first, first + count)], **values)
         return {**stage, "teachers": [{**teacher, "backend": "cached"} for teacher in stage["teachers"]]}
 
 
@@ -189,7 +189,8 @@ def weighting_arms(setting: Setting) -> Iterator[Arm]:
     # On their own training texts the teachers all say the same: elsewhere there is something to weigh.
     soft = {"feature": "logits", "loss": "kl", "options": {"temperature": 2.0}}
     more: dict[str, Any] = {"match": [soft], "data": "transfer", "share": 2.0}
-    yield Arm("one teacher, unlabelled texts", {"student": setting.from_cache(2, "cache-three-more", 1, **more)})
+    for k, named in enumerate(("one teacher", "the second alone", "the third alone")):
+        yield Arm(f"{named}, unlabelled texts", {"student": setting.from_cache(2, "cache-three-more", 1, k, **more)})
     for name in UNLABELLED:
         student = setting.from_cache(2, "cache-three-more", 3, weighting=name, **more)
         yield Arm(f"{name}, unlabelled texts", {"student": student})
