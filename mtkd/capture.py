@@ -34,10 +34,11 @@ from mtkd.data.tokenizers import num_real_ids
 from mtkd.engine.dist import alive, on_main, together
 from mtkd.ensembles import as_logits
 from mtkd.errors import DataError, NonFiniteError, Preempted, UserError, on_every_rank
+from mtkd.jsonlines import append_jsonl
 from mtkd.models.taps import TappedModel
 from mtkd.pool import Teacher, pooled
 from mtkd.rundir import RunDir, StageDir
-from mtkd.seal import MANIFEST, append_jsonl, fault_point, write_atomic
+from mtkd.seal import MANIFEST, fault_point, write_atomic
 from mtkd.train import StopFlag, stop_flag
 
 _IDENTITY, _SECONDS = "identity.json", "seconds.json"

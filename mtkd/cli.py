@@ -321,7 +321,9 @@ def _finish(folder: Path, as_json: bool) -> None:
 
 
 def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, default=str))
+    from mtkd.jsonlines import finite
+
+    typer.echo(json.dumps(finite(value), indent=2, default=str, allow_nan=False))
 
 
 def _print_tables(tables: list[Table]) -> None:

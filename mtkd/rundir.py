@@ -26,13 +26,12 @@ import yaml
 
 from mtkd.config import RunConfig, check_name
 from mtkd.errors import DataError, UserError
+from mtkd.jsonlines import read_jsonl, to_json
 from mtkd.seal import (
     Found,
-    append_jsonl,
     check_seal,
     fault_point,
     newest_sealed,
-    read_jsonl,
     save_sealed,
     seal,
     write_atomic,
@@ -44,11 +43,9 @@ __all__ = [
     "Found",
     "RunDir",
     "StageDir",
-    "append_jsonl",
     "check_seal",
     "environment",
     "newest_sealed",
-    "read_jsonl",
     "save_sealed",
     "seal",
     "versions",
@@ -185,7 +182,7 @@ class RunDir:
             shutil.rmtree(self.path / "tensorboard" / check_name(name), ignore_errors=True)
         if names and self.metrics_file.exists():
             lines = [line for line in read_jsonl(self.metrics_file) if line.get("stage") not in names]
-            write_atomic(self.metrics_file, "".join(json.dumps(line) + "\n" for line in lines))
+            write_atomic(self.metrics_file, "".join(to_json(line) + "\n" for line in lines))
         for path in parent.iterdir() if parent.is_dir() else ():
             if path.name.startswith(_ASIDE):
                 shutil.rmtree(path)

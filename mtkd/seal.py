@@ -1,4 +1,4 @@
-"""Files that survive a kill at any moment: atomic writes, JSON lines, and sealed folders.
+"""Files that survive a kill at any moment: atomic writes and sealed folders.
 
 A folder is sealed when its MANIFEST.json, written last, lists every file with size and sha256. Only sealed folders are
 ever loaded; `latest` files and anything else that points somewhere are ignored.
@@ -10,7 +10,6 @@ import errno
 import hashlib
 import json
 import logging
-import math
 import os
 import re
 import shutil
@@ -56,39 +55,6 @@ def write_atomic(path: Path, data: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
-
-
-def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
-    """Add one line in one write; NaN and infinity become null, and half a line of a killed writer is cut away."""
-    line = (json.dumps(_finite(record), allow_nan=False) + "\n").encode()
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-    try:
-        size = os.fstat(descriptor).st_size
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":
-            os.ftruncate(descriptor, path.read_bytes().rfind(b"\n") + 1)
-        if os.write(descriptor, line) < len(line):
-            raise OSError(errno.ENOSPC, "only part of a line could be written", str(path))
-    finally:
-        os.close(descriptor)
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All records, none when there is no file; a last line without its end (a killed writer's) is left out.
-
-    Raises:
-        DataError: for any other line that is not a JSON object.
-    """
-    *lines, _unfinished = path.read_bytes().split(b"\n") if path.exists() else [b""]
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict):
-            raise DataError("not a JSON object", where=f"{path}:{number}")
-        records.append(record)
-    return records
 
 
 def seal(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -381,14 +347,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _finite(value: Any) -> Any:
-    """The same with None for every NaN and infinity: JSON has neither."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value

@@ -13,8 +13,9 @@ from mtkd.data.sampler import evaluation_batches
 from mtkd.errors import DataError, UserError
 from mtkd.evaluate.metrics import LOWER_IS_BETTER, summarise
 from mtkd.evaluate.score import mean_loss, score
+from mtkd.jsonlines import append_jsonl
 from mtkd.rundir import RunDir, StageDir
-from mtkd.seal import append_jsonl, check_seal
+from mtkd.seal import check_seal
 
 
 @dataclass

@@ -8,8 +8,9 @@ from typing import Any
 
 from mtkd.config import RunConfig
 from mtkd.configfile import load_config
+from mtkd.jsonlines import read_jsonl
 from mtkd.rundir import RunDir, StageDir
-from mtkd.seal import newest_sealed, read_jsonl
+from mtkd.seal import newest_sealed
 
 
 def status(path: Path) -> dict[str, Any]:

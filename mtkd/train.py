@@ -20,12 +20,13 @@ from mtkd.built import BuiltStage
 from mtkd.config import RunConfig
 from mtkd.console import StageProgress, say
 from mtkd.data.batch import Batch, position_counts
-from mtkd.engine.base import learning_rate
+from mtkd.engine.base import all_finite, learning_rate
 from mtkd.engine.dist import Dist
 from mtkd.errors import DataError, NonFiniteError, Preempted, on_every_rank
+from mtkd.jsonlines import append_jsonl, to_json
 from mtkd.lookaround import after_step, before_step
 from mtkd.rundir import RunDir, StageDir
-from mtkd.seal import Found, append_jsonl, newest_sealed, save_sealed
+from mtkd.seal import Found, newest_sealed, save_sealed
 from mtkd.selection import TrainState, check_selection, note_score, regrouped, take_best, validate
 
 _STATE = "state.json"
@@ -57,11 +58,11 @@ def train(built: BuiltStage, config: RunConfig, run: RunDir, folder: StageDir) -
                 engine.backward(loss)
                 meter.add(metrics)
             norm = engine.step(step)
+            if not math.isfinite(norm):
+                raise on_every_rank(_non_finite(built, step, meter.flush()))
             after_step(built, micro_batches)
             state.step, state.stream = step + 1, built.stream.state()
             state.seconds, state.targets = time.monotonic() - begun, state.targets + counts["targets"]
-            if not math.isfinite(norm):
-                raise on_every_rank(_non_finite(built, step, meter.flush()))
             last = state.step == built.steps
             due = last or bool(stage.evaluate_every and state.step % stage.evaluate_every == 0)
             logged, better = None, False
@@ -118,7 +119,9 @@ class _Meter:
         self._micro_batches = built.stage.batch.accumulate
         before: dict[str, Any] = state.meters[dist.rank] if state.meters else {"sums": {}, "seen": 0}
         self._sums = {
-            name: torch.tensor(value, dtype=torch.float64, device=built.engine.device)
+            name: torch.tensor(
+                float("nan") if value is None else value, dtype=torch.float64, device=built.engine.device
+            )
             for name, value in before["sums"].items()
         }
         self._seen: int = before["seen"]
@@ -127,6 +130,10 @@ class _Meter:
         for name, value in metrics.items():
             self._sums[name] = self._sums[name] + value.double() if name in self._sums else value.double()
         self._seen += 1
+
+    def finite_loss(self) -> bool:
+        """Whether the losses of this rank since the last log line are finite: NaN and infinity stay in a sum."""
+        return "loss" not in self._sums or math.isfinite(self._sums["loss"])
 
     def states(self) -> list[dict[str, Any]]:
         """What `TrainState.meters` keeps, on the main rank; empty elsewhere. A collective."""
@@ -179,12 +186,21 @@ def _tensorboard(run: RunDir, stage: str, step: int, values: dict[str, float]) -
 
 
 def _save(built: BuiltStage, folder: StageDir, state: TrainState, meter: _Meter) -> None:
+    """Seal a checkpoint.
+
+    Raises:
+        NonFiniteError: the parameters, or a loss since the last log line, are not finite: nothing is written then, so
+            that a run whose cause is removed goes on from what was good.
+    """
+    engine = built.engine
+    if not engine.dist.all_ok(all_finite(built.objective) and meter.finite_loss()):
+        raise on_every_rank(_non_finite(built, state.step - 1, meter.flush(), "a parameter"))
     state.meters = meter.states()
 
     def write(path: Path) -> None:
         built.engine.save(path)
         if built.engine.dist.is_main:
-            (path / _STATE).write_text(json.dumps(asdict(state)))
+            (path / _STATE).write_text(to_json(asdict(state)))
 
     facts = {"step": state.step, "identity": built.identity, **built.layout}
     if built.stage.export == "best":
@@ -216,12 +232,14 @@ def _restore(built: BuiltStage, folder: StageDir) -> TrainState:
     return state
 
 
-def _non_finite(built: BuiltStage, step: int, metrics: dict[str, float]) -> NonFiniteError:
+def _non_finite(
+    built: BuiltStage, step: int, metrics: dict[str, float], else_found: str = "the gradient's norm"
+) -> NonFiniteError:
     bad = sorted(name for name, value in metrics.items() if not math.isfinite(value))
     return NonFiniteError(
         f"a loss or gradient is not finite at step {step + 1}",
         where=f"stage '{built.name}'",
-        found=", ".join(bad) or "the gradient's norm",
+        found=", ".join(bad) or else_found,
         todo="lower optimizer.lr, set optimizer.clip, or look at the teacher named above; "
         "the last sealed checkpoint is finite",
     )

@@ -15,7 +15,7 @@ import yaml
 from tiny_run import NAME
 
 from mtkd.errors import EXIT_DATA, EXIT_PREEMPTED
-from mtkd.seal import read_jsonl
+from mtkd.jsonlines import read_jsonl
 
 CACHE = {**cache_runs.EXACT, "traits": ["ce", "entropy"]}
 

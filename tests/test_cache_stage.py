@@ -22,9 +22,9 @@ from mtkd.config import ModelConfig
 from mtkd.configfile import load_config
 from mtkd.engine.dist import Dist
 from mtkd.errors import DataError, NonFiniteError, UserError
+from mtkd.jsonlines import read_jsonl
 from mtkd.rundir import RunDir
 from mtkd.runner import RunResult
-from mtkd.seal import read_jsonl
 from mtkd.status import status
 
 NEAR = 2e-4

@@ -14,9 +14,9 @@ from chain_runs import DGKD, RUN, TAKD, copied, count_events, dgkd_file, outcome
 from tiny_run import NAME, STUDENT_STEPS, undisturbed, with_teacher
 
 from mtkd.configfile import load_config
+from mtkd.jsonlines import read_jsonl
 from mtkd.planner import plan
 from mtkd.report.read import read_run
-from mtkd.seal import read_jsonl
 
 pytestmark = [pytest.mark.xdist_group("chains"), pytest.mark.slow]
 

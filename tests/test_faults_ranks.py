@@ -18,8 +18,9 @@ import pytest
 from tiny_run import NAME, write_yaml
 
 from mtkd.errors import EXIT_LOST
+from mtkd.jsonlines import read_jsonl
 from mtkd.launcher import _to_ranks
-from mtkd.seal import newest_sealed, read_jsonl
+from mtkd.seal import newest_sealed
 
 SCRIPT = Path(__file__).parent / "watched_rank.py"
 SOON = 15  # seconds in which the other ranks must be gone

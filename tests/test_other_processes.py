@@ -18,7 +18,7 @@ from tiny_run import NAME, STUDENT_STEPS, ids_file, write_yaml
 
 from mtkd.configfile import load_config
 from mtkd.errors import Preempted
-from mtkd.seal import read_jsonl
+from mtkd.jsonlines import read_jsonl
 from mtkd.selection import regrouped
 from mtkd.testing import run_distributed
 

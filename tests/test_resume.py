@@ -19,8 +19,9 @@ from sharded_runs import Job, do, student_of, write_runs
 from tiny_run import NAME, STUDENT_STEPS, TEACHER_STEPS, ids_file, undisturbed, with_teacher, write_yaml
 
 from mtkd.configfile import load_config
+from mtkd.jsonlines import read_jsonl
 from mtkd.rundir import RunDir
-from mtkd.seal import check_seal, newest_sealed, read_jsonl
+from mtkd.seal import check_seal, newest_sealed
 from mtkd.testing import RankError, run_distributed
 
 shared = pytest.mark.xdist_group("runs")  # they share an undisturbed run

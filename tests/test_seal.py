@@ -16,12 +16,11 @@ import pytest
 
 from mtkd.engine.dist import Dist
 from mtkd.errors import DataError, UserError
+from mtkd.jsonlines import append_jsonl, read_jsonl
 from mtkd.seal import (
     MANIFEST,
-    append_jsonl,
     check_seal,
     newest_sealed,
-    read_jsonl,
     save_sealed,
     seal,
     write_atomic,

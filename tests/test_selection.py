@@ -19,7 +19,8 @@ from mtkd.checks import check
 from mtkd.config import StageConfig
 from mtkd.configfile import load_config
 from mtkd.errors import UserError
-from mtkd.seal import newest_sealed, read_jsonl
+from mtkd.jsonlines import read_jsonl
+from mtkd.seal import newest_sealed
 
 RUN = f"runs/{NAME}"
 STUDENT = f"{RUN}/stages/02-student"

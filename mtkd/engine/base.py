@@ -51,11 +51,34 @@ class Trainable(nn.Module):
         return {}
 
 
+def gradient_of(loss: Tensor) -> Tensor:
+    """What a backward pass starts with: 1, and NaN for a loss that is not finite; nothing waits for the device.
+
+    A loss may be NaN while its gradient is finite (a constant that was added to it). So its gradient is NaN as well:
+    the gradient's norm, which every rank reads in every step, then tells of any row, micro-batch and rank.
+    """
+    return torch.where(loss.detach().isfinite(), 1.0, float("nan")).to(loss.dtype)
+
+
+def all_finite(module: Trainable) -> bool:
+    """Whether this rank's parameters are finite, and what the objective keeps beside them is not NaN.
+
+    One look at all of them, for a moment at which they are written to disk anyway.
+    """
+    inside = {id(buffer) for model in module.models.values() for buffer in model.buffers()}
+    own = [buffer for buffer in module.buffers() if id(buffer) not in inside]
+    # ZeRO-3 leaves empty tensors behind: this rank's part is in ds_tensor.
+    parts = [getattr(p, "ds_tensor", p).detach() for p in module.parameters() if p.requires_grad]
+    looks = [part.isfinite().all() for part in parts] + [~buffer.isnan().any() for buffer in own]
+    return not looks or bool(torch.stack(looks).all())
+
+
 class Engine(Protocol):
     """Runs an objective on one rank."""
 
     dist: Dist
     device: torch.device
+    objective: Trainable
 
     def forward(
         self, batch: Batch, teachers: list[Features], counts: dict[str, int]
@@ -64,11 +87,16 @@ class Engine(Protocol):
         ...
 
     def backward(self, loss: Tensor) -> None:
-        """Add a micro-batch's gradient."""
+        """Add a micro-batch's gradient: NaN where the loss is not finite, see `gradient_of`."""
         ...
 
     def step(self, step: int) -> float:
-        """Clip, update at the learning rate of `step`, clear gradients; returns the gradient's norm before clipping."""
+        """Clip, update at the learning rate of `step`, clear gradients.
+
+        Returns:
+            The norm of the gradient over all ranks, before clipping: infinite or NaN where it is not finite, and never
+            negative.
+        """
         ...
 
     def save(self, folder: Path) -> None:

@@ -16,6 +16,7 @@ from mtkd.config import OptimizerConfig
 from mtkd.data.batch import Batch
 from mtkd.engine.base import (
     Trainable,
+    gradient_of,
     learning_rate,
     load_plain,
     make_adamw,
@@ -183,7 +184,7 @@ class DeepSpeedEngine:
     def backward(self, loss: Tensor) -> None:
         # The one place that undoes DeepSpeed's own averaging: it divides by the accumulation steps and by the number of
         # ranks, while our losses are already divided by the global counts.
-        self.engine.backward(loss * (self._accumulate * self.dist.world_size))
+        self.engine.backward(loss * (self._accumulate * self.dist.world_size * gradient_of(loss)))
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()  # counts the micro-batch; the update happens in `step`
 
@@ -191,7 +192,8 @@ class DeepSpeedEngine:
         set_learning_rate(self.optimizer.param_groups, learning_rate(self._config, step, self._steps))
         norm = self._clip() if self._zero_stage == 0 else None
         self.engine.step()
-        return float(self.engine.get_global_grad_norm() if norm is None else norm)
+        found = float(self.engine.get_global_grad_norm() if norm is None else norm)
+        return found if found >= 0 else float("nan")  # under ZeRO DeepSpeed says -1 for NaN and infinity
 
     def _clip(self) -> Tensor:
         """Clip at stage 0, where every rank holds the whole, already reduced gradient; its norm before clipping."""

@@ -12,6 +12,7 @@ from mtkd.config import OptimizerConfig
 from mtkd.data.batch import Batch
 from mtkd.engine.base import (
     Trainable,
+    gradient_of,
     learning_rate,
     load_plain,
     make_adamw,
@@ -51,7 +52,7 @@ class TorchEngine:
         return self.objective(batch, teachers, counts)
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()
+        loss.backward(gradient_of(loss))
 
     def step(self, step: int) -> float:
         set_learning_rate(self.optimizer.param_groups, learning_rate(self._config, step, self._steps))

@@ -18,9 +18,10 @@ from mtkd.errors import DataError
 from mtkd.evaluate.metrics import by_domain, summarise
 from mtkd.evaluate.score import score
 from mtkd.evaluate.significance import compare, correct
+from mtkd.jsonlines import finite, read_jsonl, to_json
 from mtkd.models.taps import TappedModel
 from mtkd.pool import LiveModel
-from mtkd.seal import read_jsonl, write_atomic
+from mtkd.seal import write_atomic
 
 ENSEMBLE = "ensemble:"
 
@@ -55,7 +56,8 @@ def judge(shop: Workshop) -> dict[str, Any]:
     if shop.dist.is_main:
         results = _results(shop, settings, name, {m: s for m, s in scores.items() if s is not None})
         results["inputs"] = inputs
-        write_atomic(path, json.dumps(results, indent=1))
+        results = finite(results)
+        write_atomic(path, to_json(results, indent=1))
     return dict(shop.dist.broadcast_object(results))
 
 
@@ -89,7 +91,7 @@ def _scores(shop: Workshop, model: str, key: str, data_name: str) -> Scores | No
         if not isinstance(each, TappedModel):
             each.close()
     if records is not None:
-        write_atomic(file, "".join(json.dumps(record) + "\n" for record in records))
+        write_atomic(file, "".join(to_json(record) + "\n" for record in records))
         write_atomic(note, key)
     return records
 

@@ -13,7 +13,8 @@ from tiny_run import NAME, tiny_config, write_yaml
 
 from mtkd.checks import check
 from mtkd.errors import UserError
-from mtkd.seal import check_seal, read_jsonl
+from mtkd.jsonlines import read_jsonl
+from mtkd.seal import check_seal
 
 CLOCK = ("time", "seconds")
 

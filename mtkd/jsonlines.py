@@ -1,0 +1,62 @@
+"""JSON that every reader takes, NaN and infinity as null; and files of JSON lines that outlive a killed writer."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mtkd.errors import DataError
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """`value` as JSON; NaN and infinity become null."""
+    return json.dumps(finite(value), indent=indent, allow_nan=False)
+
+
+def finite(value: Any) -> Any:
+    """The same with None for every NaN and infinity: JSON has neither."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
+    """Add one line in one write; NaN and infinity become null, and half a line of a killed writer is cut away."""
+    line = (json.dumps(finite(record), allow_nan=False) + "\n").encode()
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            os.ftruncate(descriptor, path.read_bytes().rfind(b"\n") + 1)
+        if os.write(descriptor, line) < len(line):
+            raise OSError(errno.ENOSPC, "only part of a line could be written", str(path))
+    finally:
+        os.close(descriptor)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All records, none when there is no file; a last line without its end (a killed writer's) is left out.
+
+    Raises:
+        DataError: for any other line that is not a JSON object.
+    """
+    *lines, _unfinished = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            raise DataError("not a JSON object", where=f"{path}:{number}")
+        records.append(record)
+    return records
