@@ -37,7 +37,7 @@ class PlannedModel:
 class PlannedStage:
     """A stage as it would run; `steps` and `tokens` (upper bound) are None while they depend on data or stages.
 
-    Attributes: memory: None where it was not asked for.
+    Attributes: memory: None where it was not asked for. notes: what was decided for the user, a sentence each.
     """
 
     name: str
@@ -49,6 +49,7 @@ class PlannedStage:
     steps: int | None
     tokens: int | None
     memory: StageMemory | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,16 @@ class Plan:
                 rows.add_row(stage.name, row)
         table.caption = "\n".join([f"started by: {self.command}", *(f"not here yet: {each}" for each in self.missing)])
         planned = [(stage.name, stage.memory) for stage in self.stages if stage.memory is not None]
-        return [table, rows, *([_memory_table(planned), _verdicts(planned)] if planned else [])]
+        more = [_notes_table(self.stages)] if any(stage.notes for stage in self.stages) else []
+        return [table, rows, *more, *([_memory_table(planned), _verdicts(planned)] if planned else [])]
+
+
+def _notes_table(stages: list[PlannedStage]) -> Table:
+    table = Table("stage", "note", title="what was decided for you")
+    for stage in stages:
+        for note in stage.notes:
+            table.add_row(stage.name, note)
+    return table
 
 
 def _memory_table(stages: list[tuple[str, StageMemory]]) -> Table:

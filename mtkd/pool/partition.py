@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mtkd.config import ShardedConfig
 from mtkd.engine.dist import Dist, together
 from mtkd.errors import DataError, UserError
-from mtkd.models.weights import StoredWeight
+from mtkd.models.stored import StoredWeight
 
 # Large parameters of one module that may be on their way from files; each takes the memory of the largest part.
 _NVME_BUFFERS = 5

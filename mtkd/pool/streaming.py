@@ -33,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mtkd.errors import DataError
 from mtkd.models.attention import active_recorder
-from mtkd.models.weights import StoredWeight
+from mtkd.models.stored import StoredWeight
 
 
 class WeightFiles:

@@ -28,7 +28,7 @@ from mtkd.lookaround import after_step, before_step
 from mtkd.match import Match
 from mtkd.methods import kd
 from mtkd.models.packing import make_layout
-from mtkd.models.weights import read_weights
+from mtkd.models.stored import read_weights
 from mtkd.pool import TeacherPool, pooled
 from mtkd.pool.partition import engine_settings, part_of, read_numbers
 from mtkd.testing import run_distributed

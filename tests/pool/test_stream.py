@@ -28,7 +28,7 @@ from mtkd.models import glm
 from mtkd.models.folder import INDEX
 from mtkd.models.load import empty_model
 from mtkd.models.taps import TappedModel
-from mtkd.models.weights import read_weights
+from mtkd.models.stored import read_weights
 from mtkd.pool import OffloadedModel, OffloadTeacher, ResidentTeacher, TeacherPool, stream
 
 CAUSAL, MASKED, CLASSES = (
