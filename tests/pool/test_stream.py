@@ -27,8 +27,8 @@ from mtkd.features import Features
 from mtkd.models import glm
 from mtkd.models.folder import INDEX
 from mtkd.models.load import empty_model
-from mtkd.models.taps import TappedModel
 from mtkd.models.stored import read_weights
+from mtkd.models.taps import TappedModel
 from mtkd.pool import OffloadedModel, OffloadTeacher, ResidentTeacher, TeacherPool, stream
 
 CAUSAL, MASKED, CLASSES = (
