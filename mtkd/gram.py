@@ -17,6 +17,8 @@ from mtkd.rows import Row
 from mtkd.sparse import completed, read
 from mtkd.weightings.gradients import has_gradient
 
+_AT_ONCE = 2**18  # entries of a gradient that are multiplied in float64 at one time: 2 MB per teacher
+
 
 @torch.no_grad()
 def gram(
@@ -49,7 +51,20 @@ def gram(
             stacked = torch.stack(
                 [_gradient(objective, rows, ours, read(logits, tile), has_label, counts) for logits in theirs]
             )
-            total += (stacked @ stacked.t()).double()
+            total += _products(stacked)
+    return total
+
+
+def _products(gradients: Tensor) -> Tensor:
+    """Inner products of the rows of [T,n], [T,T], summed in float64.
+
+    In float32 two teachers whose gradients differ by less than 1e-4 of their size would lose half of the difference's
+    digits. A part at a time, so that no float64 copy of all logits exists.
+    """
+    total = torch.zeros(len(gradients), len(gradients), dtype=torch.float64, device=gradients.device)
+    for part in gradients.split(_AT_ONCE, 1):
+        exact = part.double()
+        total += exact @ exact.t()
     return total
 
 

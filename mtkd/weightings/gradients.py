@@ -9,55 +9,13 @@ from torch import Tensor
 from mtkd.match import Match
 from mtkd.registry import weighting
 from mtkd.weightings.base import Weighting
+from mtkd.weightings.hull import smallest_norm
 from mtkd.weightings.traits import Traits
-
-_ITERATIONS = 500  # far more than SLSQP needs for a dozen teachers
 
 
 def has_gradient(row: Match) -> bool:
     """Whether a row is a part of the loss that the teachers' gradients are taken of: weighted, on logits."""
     return row.feature == "logits" and row.target == "teacher" and row.weighted
-
-
-def smallest_norm(gram: np.ndarray, largest: float) -> np.ndarray:
-    """``argmin_w w' G w`` with ``sum w = 1`` and ``0 <= w <= largest``, [T] float64; uniform where it is not unique.
-
-    Args:
-        gram: G, [T,T], positive semi-definite; its scale does not matter.
-        largest: C; at and below 1/T only the uniform weights are left.
-    """
-    count = len(gram)
-    uniform = np.full(count, 1 / count)
-    scale = np.abs(gram).max()
-    if count == 1 or largest * count <= 1 or scale == 0:
-        return uniform
-    if not np.isfinite(scale):
-        return np.full(count, np.nan)  # shows in the loss, which stops the run and names the teacher
-    from scipy.optimize import fmin_slsqp
-
-    scaled = gram / scale
-
-    def norm(w: np.ndarray) -> float:
-        return float(w @ scaled @ w)
-
-    def slope(w: np.ndarray) -> np.ndarray:
-        return np.asarray(2 * scaled @ w)
-
-    def excess(w: np.ndarray) -> np.ndarray:
-        return np.array([w.sum() - 1])
-
-    found = fmin_slsqp(
-        norm,
-        uniform,
-        fprime=slope,
-        f_eqcons=excess,
-        bounds=[(0.0, largest)] * count,
-        acc=1e-14,
-        iter=_ITERATIONS,
-        iprint=0,
-    )
-    weights: np.ndarray = np.clip(found, 0, largest)
-    return weights / weights.sum()
 
 
 class _GradientSpace(Weighting):
@@ -87,7 +45,11 @@ class AEKD(_GradientSpace):
     g_k is the gradient of teacher k's loss (the stage's weighted rows on logits) with respect to the student's logits,
     over the whole optimizer step: the Gram matrix is summed over micro-batches and ranks before it is solved, in a
     forward pass of the student (without dropout) of its own. `c` bounds how far a teacher may dominate: ``c = 1`` is
-    `mgda`, ``c <= 1/T`` is uniform. One weight per teacher and step. Solved by SLSQP (scipy).
+    `mgda`, ``c <= 1/T`` is uniform. One weight per teacher and step. Solved exactly (`mtkd/weightings/hull.py`),
+    whatever the gradients' norms are.
+
+    The authors' code divides each gradient by its norm and takes the batch's mean first, so that only directions count;
+    and it lets the bound C follow from a support vector machine's nu. Here, as in the paper's formula, norms count.
 
     A small gradient attracts weight: whoever is near to the student counts more, right or wrong. Without a label row in
     the stage a teacher as unsure as a fresh student therefore wins (measured: tests/weightings/test_stress.py); with

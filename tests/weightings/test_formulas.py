@@ -17,7 +17,7 @@ from mtkd.features import NO_LABEL, DenseLogits
 from mtkd.registry import WEIGHTINGS
 from mtkd.weightings import Around, StageFacts, Traits
 from mtkd.weightings.draws import uniform, uniform_of
-from mtkd.weightings.gradients import smallest_norm
+from mtkd.weightings.hull import smallest_norm
 from mtkd.weightings.learned import Learned
 from mtkd.weightings.reinforced import RLKD, log_probability, some_chosen
 from mtkd.weightings.uncertainty import Uncertainty
