@@ -52,7 +52,9 @@ def pkd(
 
     Layers: ``skip`` maps m(k) = k L_T/L_S (12 -> 6: 2,4,6,8,10), ``last`` maps m(k) = L_T-L_S+k (7..11). The paper sums
     the squares over the width (``sum_over_width: true``), its code takes their mean, to which b = 100 belongs: a factor
-    H. The rule takes the mean over layers; the teacher weights, where there are several, apply to it too.
+    H. The rule takes the mean over layers; the teacher weights, where there are several, apply to it too. The authors'
+    code also takes the mean of the soft term over the classes (KLDivLoss's default): its T^2 KL is smaller by the
+    number of classes than the paper's, which is the one here; `alpha` of that code means another balance.
     """
     if layers not in ("skip", "last"):
         raise ValueError(f"layers is 'skip' or 'last'; found {layers!r}")
@@ -112,10 +114,11 @@ def tinybert(step: str = PRE_TRAIN, temperature: float = 1.0) -> Rows:
     """Layers in general (pre-train) and task (fine-tune) distillation, equations 7 to 9; then soft labels, equation 10.
 
     ``sum_{k=0..L_S} mse(W H^S_k, H^T_m(k)) + sum_{k=1..L_S} mse(A^S_k, A^T_m(k))``, m(k) = k L_T/L_S; one W for the
-    embedding and one for the layers, where widths differ. Prediction: ``-sum_c p_T(c) log p_S(c)``, no hard label.
+    embedding and one for the layers, where widths differ. Prediction: ``-sum_c p_T(c) log p_S(c)``, no hard label; with
+    a temperature both sides are divided by it, and there is no T^2, in paper and code.
     """
     if step == PREDICTION:
-        return {"soft": _soft("soft_ce", 1.0, temperature)}
+        return {"soft": _plain_soft(1.0, temperature)}
     return {"embedding": _embedding(), "hidden": _hidden(), "scores": _scores()}
 
 
@@ -176,18 +179,24 @@ def best_mix(
 def glmd(step: str = PRE_TRAIN, temperature: float = 15.0, prediction_temperature: float = 1.0, top: int = 0) -> Rows:
     """``T^2 KL`` on the logits of every unpadded position, the prompt's too; then soft CE on the class logits, T = 1.
 
-    The first two steps are on token logits (a language model's data), the third on a classifier's. ``top: n`` compares
-    the teacher's n most probable tokens, the others as one bucket; see the loss `kl`.
+    The first two steps are on token logits (a language model's data), the third on a classifier's; at another
+    `prediction_temperature` it has no T^2, as in paper and code. ``top: n`` compares the teacher's n most probable
+    tokens, the others as one bucket; see the loss `kl`.
     """
     if step == PREDICTION:
-        return {"soft": _soft("soft_ce", 1.0, prediction_temperature)}
+        return {"soft": _plain_soft(1.0, prediction_temperature)}
     options: dict[str, float] = {"temperature": temperature, **({"top": top} if top else {})}
     return {"soft": Match(feature="logits", loss="kl", positions="all", options=options)}
 
 
 @method("mt_bert", steps=(FINE_TUNE,), source="Wu et al. 2021, arXiv 2106.01023, equations 2 to 5")
 def mt_bert(temperature: float = 1.0, soft: float = 1.0, hidden: float = 1.0, hard: float = 1.0) -> Rows:
-    """Weighted soft labels, unweighted hidden rows with one projection per (teacher, layer), and the labels."""
+    """Weighted soft labels, unweighted hidden rows with one projection per (teacher, layer), and the labels.
+
+    ``soft * sum_k w_k CE(p_k, p_S) + hidden * sum_k sum_l mse + hard * CE(y, p_S)``; with a temperature both sides of
+    the soft labels are divided by it, and there is no T^2, in paper and code. w_k is the stage's `weighting`; the
+    paper's is `mt_bert`.
+    """
     layers = Match(
         feature="hidden",
         loss="mse",
@@ -197,7 +206,7 @@ def mt_bert(temperature: float = 1.0, soft: float = 1.0, hidden: float = 1.0, ha
         weighted=False,
         projection="per_layer",
     )
-    return _kept({"soft": _soft("soft_ce", soft, temperature), "hidden": layers, "hard": _labels(hard)})
+    return _kept({"soft": _plain_soft(soft, temperature), "hidden": layers, "hard": _labels(hard)})
 
 
 def _kept(rows: Mapping[str, Match]) -> Rows:
@@ -207,6 +216,11 @@ def _kept(rows: Mapping[str, Match]) -> Rows:
 
 def _soft(loss: str, weight: float, temperature: float) -> Match:
     return Match(feature="logits", loss=loss, weight=weight, options={"temperature": temperature})
+
+
+def _plain_soft(weight: float, temperature: float) -> Match:
+    """Soft labels of a paper without T^2: their gradient shrinks with 1/T."""
+    return Match(feature="logits", loss="soft_ce", weight=weight, options={"temperature": temperature, "scale": False})
 
 
 def _labels(weight: float) -> Match:

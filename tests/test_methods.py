@@ -161,9 +161,10 @@ def top_kl(c: Case, temperature: float, top: int) -> Tensor:
     return temperature**2 * ((t * (t / s).log() * best).sum(-1) + rest[1] * (rest[1] / rest[0]).log()).mean()
 
 
-def soft_ce(c: Case, temperature: float) -> Tensor:
+def soft_ce(c: Case, temperature: float, *, scale: bool = False) -> Tensor:
+    """Without T^2 unless it is asked for: TinyBERT, MT-BERT and GLMD have none."""
     s, t = (torch.softmax(x / temperature, -1) for x in logits(c))
-    return -(temperature**2) * (t * s.log()).sum(-1).mean()
+    return -(temperature**2 if scale else 1) * (t * s.log()).sum(-1).mean()
 
 
 def ce(c: Case) -> Tensor:
@@ -242,7 +243,7 @@ Formula = Callable[[Case], Tensor]
 ON_TOKENS: list[tuple[str, dict[str, object], Formula]] = [
     ("kd", {"temperature": 4.0, "soft": 0.7, "hard": 0.3}, lambda c: 0.7 * kl(c, 4) + 0.3 * ce(c)),
     ("kd", {}, lambda c: 0.5 * kl(c, 1) + 0.5 * ce(c)),
-    ("kd", {"loss": "soft_ce", "soft": 1.0, "hard": 0.0, "temperature": 2.0}, lambda c: soft_ce(c, 2)),
+    ("kd", {"loss": "soft_ce", "soft": 1.0, "hard": 0.0, "temperature": 2.0}, lambda c: soft_ce(c, 2, scale=True)),
     ("pd", {}, ce),
     ("distilbert", {}, lambda c: 5 * kl(c, 2) + 2 * ce(c) + cosine(c)),
     ("minilm", {}, lambda c: probs(c) + relation(c, "value", HEADS)),
@@ -270,11 +271,13 @@ ON_CLASSES: list[tuple[str, dict[str, object], Formula]] = [
     ),
     ("tinybert", {}, lambda c: layers(c) + attentions(c)),
     ("tinybert", {"step": "prediction"}, lambda c: soft_ce(c, 1)),
+    ("tinybert", {"step": "prediction", "temperature": 3.0}, lambda c: soft_ce(c, 3)),
     ("mixbaseline", {}, every_map),
     ("mixbaseline", {"step": "prediction"}, lambda c: 0.5 * kl(c, 10) + 0.5 * ce(c)),
     ("best_mix", {}, layers),
     ("best_mix", {"step": "prediction"}, lambda c: kl(c, 10)),
     ("glmd", {}, lambda c: soft_ce(c, 1)),
+    ("glmd", {"prediction_temperature": 4.0}, lambda c: soft_ce(c, 4)),
     (
         "mt_bert",
         {"temperature": 2.0, "soft": 0.5, "hidden": 3.0, "hard": 0.25},

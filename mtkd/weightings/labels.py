@@ -15,7 +15,7 @@ class MTBert(Weighting):
     """``w_k = 1 / (1 + CE(y, t_k))``: a teacher counts less where it is wrong.
 
     The paper does not normalise; ``normalise: true`` divides by the sum over teachers. One teacher alone then has
-    weight 1, whereas unnormalised it keeps its factor.
+    weight 1, whereas unnormalised it keeps its factor. The paper has no T^2 either: see the method `mt_bert`.
 
     Source: Wu et al. 2021, One Teacher is Enough? / MT-BERT, arXiv 2106.01023, equation 2.
     """
@@ -33,7 +33,8 @@ class MTBert(Weighting):
 class CAMKD(Weighting):
     """``w_k = (1 - softmax_k(CE(y, t_k))) / (T - 1)``: sharper than mt_bert, sums to 1; T = 1 gives 1.
 
-    Two teachers: exactly ``softmax(-CE)``.
+    Two teachers: exactly ``softmax(-CE)``. The authors' code divides the weighted sum of losses by T once more; paper
+    and this do not, so that equal teachers count as one. Multiply the row's weight by 1/T for the code's number.
 
     Source: Zhang et al. 2022, Confidence-Aware Multi-Teacher Knowledge Distillation, arXiv 2201.00007, equation 3.
     """

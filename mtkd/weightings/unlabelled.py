@@ -53,7 +53,9 @@ class Margin(_Softmax):
 class Entropy(Weighting):
     """``w_k = (1 - H_k / sum_j H_j) / (T - 1)``: the surer a teacher, the more it counts; T = 1 gives 1.
 
-    When every teacher is certain (all entropies 0) the weights are uniform.
+    When every teacher is certain (all entropies 0) the weights are uniform. Public code (that of CA-MKD's authors) does
+    not normalise the weights, which then sum to T - 1, and divides the weighted sum of losses by T: in all (T - 1)/T of
+    what is here. Multiply the row's weight by that for the code's number.
 
     Source: Kwon et al. 2020, Adaptive Knowledge Distillation Based on Entropy (EBKD), ICASSP, equation 4.
     """
