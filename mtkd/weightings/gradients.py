@@ -48,9 +48,9 @@ class AEKD(_GradientSpace):
     `mgda`, ``c <= 1/T`` is uniform. One weight per teacher and step. Solved exactly (`mtkd/weightings/hull.py`),
     whatever the gradients' norms are.
 
-    Two differences from the authors' code. It takes each gradient's mean over the batch first (one vector of classes per
-    teacher) and may divide it by its norm, and by the weights again afterwards; here, as in the paper's formula, the
-    gradients of all positions count as they are. And its C follows from the nu of a one-class support vector machine.
+    The authors' code takes each gradient's mean over the batch first (one vector of classes per teacher), may divide it
+    by its norm, and gets C from the nu of a one-class support vector machine. Here, as in the paper's formula, the
+    gradients of all positions count as they are.
 
     A small gradient attracts weight: whoever is near to the student counts more, right or wrong. Without a label row in
     the stage a teacher as unsure as a fresh student therefore wins (measured: tests/weightings/test_stress.py); with
