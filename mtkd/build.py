@@ -21,12 +21,13 @@ from mtkd.console import say
 from mtkd.data.blanks import answer_ids
 from mtkd.data.collate import LoadedData, Split, load_data
 from mtkd.data.sampler import Order, TrainStream
-from mtkd.data.sources import Raw, load_raw
+from mtkd.data.sources import Raw
 from mtkd.data.tokenizers import (
     check_same_tokenizer,
     num_real_ids,
     tokenizer_fingerprint,
 )
+from mtkd.dataplan import DataReader
 from mtkd.engine.base import Trainable, seed_everything
 from mtkd.engine.dist import Dist
 from mtkd.engine.make import make_engine
@@ -51,15 +52,18 @@ class Workshop:
 
     Args:
         config: the run. run: its folder. dist: this process's rank. device: where tensors live.
+        reader: of its data, where the plan has read them already.
     Attributes:
         records: per stage that is done its DONE record, as the main rank knows it: over a network file system other
             ranks may see the file seconds later.
     """
 
-    def __init__(self, config: RunConfig, run: RunDir, dist: Dist, device: torch.device) -> None:
+    def __init__(
+        self, config: RunConfig, run: RunDir, dist: Dist, device: torch.device, reader: DataReader | None = None
+    ) -> None:
         self.config, self.base, self.run, self.dist, self.device = config, config.base, run, dist, device
         self.dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
-        self._raws: dict[str, Raw] = {}
+        self._reader = reader or DataReader(config.base)
         self._data: dict[str, LoadedData] = {}
         self.records: dict[str, dict[str, Any]] = {}
 
@@ -75,9 +79,7 @@ class Workshop:
 
     def raw(self, name: str) -> Raw:
         """The documents or rows of a `data` entry, read once."""
-        if name not in self._raws:
-            self._raws[name] = load_raw(self.config.data[name], self.base)
-        return self._raws[name]
+        return self._reader.raw(self.config.data[name])
 
     def data(self, name: str) -> LoadedData:
         """A `data` entry as token ids, made once."""

@@ -15,6 +15,7 @@ from mtkd.data.infilling import Infilling
 from mtkd.data.rows import around_text
 from mtkd.data.tasks import check_model
 from mtkd.data.tokenizers import check_chat_template, check_same_tokenizer, num_real_ids, train_tokenizer
+from mtkd.dataplan import DataFacts, DataReader, unread
 from mtkd.errors import UserError
 from mtkd.footprint import Shape
 from mtkd.locate import (
@@ -38,7 +39,9 @@ from mtkd.registry import TASKS
 class PlannedModels:
     """The models of a run as its stages will have them; stages are asked for in order.
 
-    Args: config: resolved.
+    Args:
+        config: resolved.
+        reader: of the data entries, whose classes the models have; None: what the configuration names is all there is.
     Attributes:
         tokenizer: the run's, or one with its special tokens that stands in while it does not exist (`stands_in`).
         num_ids: of the run's tokenizer, at most.
@@ -46,8 +49,9 @@ class PlannedModels:
         compressed: of these models, the ids of those whose vocabulary is compressed.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, reader: DataReader | None = None) -> None:
         self.config = config
+        self._reader = reader
         self.made: dict[str, PretrainedConfig] = {}
         self.compressed: dict[str, int] = {}  # stages whose model has a compressed vocabulary: its ids
         settings = config.tokenizer
@@ -68,11 +72,15 @@ class PlannedModels:
             self.tokenizer = given_tokenizer(config)
             self.num_ids = num_real_ids(self.tokenizer)
 
+    def facts(self, data: DataConfig) -> DataFacts:
+        """What is known of a `data` entry: its classes, and what its labels are."""
+        return unread(data) if self._reader is None else self._reader.facts(self._name_of(data), data)
+
     def sized(
         self, role: str, model: ModelConfig, made: PretrainedConfig, data: DataConfig, auto_class: str
     ) -> tuple[PlannedModel, ModelInfo]:
         """A line of the plan, and what the rows ask about the model; parameters are counted without memory for them."""
-        info = with_open_labels(model_info(made, auto_class), data, auto_class)
+        info = with_open_labels(model_info(made, auto_class), self.facts(data), auto_class)
         return planned_model(role, model, info, count_parameters(made, auto_class)), info
 
     def of(self, stage: StageConfig, model: ModelConfig, where: str) -> PretrainedConfig:
@@ -93,13 +101,14 @@ class PlannedModels:
             made = self.made[model_of(model.path) or ""]
             return self._for_task(smaller_config(made, model, self.tokenizer, self.num_ids), earlier, stage, where)
         data = self.config.data[self.config.data_name(stage.data)]
+        facts = self.facts(data)
         return load_model_config(
             model,
             TASKS.find(data.task).class_for(data),
             num_ids=vocabulary or self.num_ids,
             max_positions=data.max_length,
-            num_labels=len(data.classes),
-            label_names=data.classes,
+            num_labels=facts.num_labels,
+            label_names=facts.classes,
             tokenizer=self.tokenizer,
             resolve=lambda path: resolve_path(path, self.config.base),
             answers=self._answers(data),
@@ -130,9 +139,10 @@ class PlannedModels:
         made = type(made).from_dict(made.to_dict())
         if made.model_type == GLM:
             answer_with(made, auto_class, self._answers(data))
-        if auto_class == CLASSIFIER and data.labels:
-            self._check_labels(earlier, data.labels, where)
-            made.num_labels = len(data.labels)
+        facts = self.facts(data)
+        if auto_class == CLASSIFIER and facts.known:
+            self._check_labels(earlier, facts, where)
+            made.num_labels = facts.num_labels
         longest = model_info(made, auto_class).max_positions
         if longest < data.max_length:
             raise UserError(
@@ -144,15 +154,16 @@ class PlannedModels:
             )
         return made
 
-    def _check_labels(self, earlier: str, labels: tuple[str, ...], where: str) -> None:
-        """Refuse a classifier of an earlier stage whose classes are others, where both sides name them."""
-        theirs = self.config.data[self.config.data_name(self.config.stages[earlier].data)]
-        if theirs.task == "classify" and theirs.labels and theirs.labels != labels:
+    def _check_labels(self, earlier: str, facts: DataFacts, where: str) -> None:
+        """Refuse a classifier of an earlier stage whose classes are others, where both sides are known."""
+        data = self.config.data[self.config.data_name(self.config.stages[earlier].data)]
+        theirs = self.facts(data)
+        if data.task == "classify" and theirs.known and (theirs.kind, theirs.classes) != (facts.kind, facts.classes):
             raise UserError(
                 f"stage '{earlier}' makes a classifier of other classes",
                 where=where,
-                found=", ".join(theirs.labels),
-                allowed=", ".join(labels),
+                found=", ".join(theirs.classes) or "numbers (a regression)",
+                allowed=", ".join(facts.classes) or "numbers (a regression)",
                 todo="use data of the same classes in the same order, or go on from a model that is no classifier",
             )
 
@@ -215,6 +226,6 @@ class PlannedModels:
         return Shape(made, auto_class, self.num_ids, kept)
 
 
-def with_open_labels(info: ModelInfo, data: DataConfig, auto_class: str) -> ModelInfo:
-    """The same number of classes for every model where only the data tells it; the build compares the real ones."""
-    return replace(info, num_labels=2) if auto_class == CLASSIFIER and not data.classes else info
+def with_open_labels(info: ModelInfo, facts: DataFacts, auto_class: str) -> ModelInfo:
+    """The same number of classes for every model while the data was not read; the build compares the real ones."""
+    return replace(info, num_labels=2) if auto_class == CLASSIFIER and not facts.known else info

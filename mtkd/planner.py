@@ -24,6 +24,7 @@ from mtkd.checks import check
 from mtkd.cofinetune import check_members
 from mtkd.config import DataConfig, RunConfig, StageConfig
 from mtkd.data.tasks import TaskSpec
+from mtkd.dataplan import DataFacts, DataReader
 from mtkd.errors import UserError
 from mtkd.footprint import CachedShape, Shape
 from mtkd.ladder import Look, complete
@@ -52,18 +53,20 @@ def resolve(config: RunConfig) -> RunConfig:
     return complete(config, lambda stand_in: _Planner(stand_in).look())
 
 
-def plan(config: RunConfig, *, memory: bool = False) -> Plan:
+def plan(config: RunConfig, *, memory: bool = False, reader: DataReader | None = None) -> Plan:
     """Resolve and check a run: models from their configurations, rows against both sides, tokenizers against another.
 
     Args:
         memory: also say what each stage needs of memory and disk; a second or so per stage, for models of 10B up to
             a minute: every change that might help is planned too.
+        reader: of the data entries, which the run goes on with.
     Raises:
         UserError: whatever would fail later for a reason that can be known now.
     """
     config = resolve(config)
     check(config)
-    planner = _Planner(config)
+    planner = _Planner(config, reader or DataReader(config.base))
+    facts = {name: planner.models.facts(data) for name, data in config.data.items()}
     planner.models.check_chats()
     planner.models.check_commands()
     stages = with_consequences([planner.stage(name) for name in config.stages])
@@ -74,13 +77,14 @@ def plan(config: RunConfig, *, memory: bool = False) -> Plan:
     kind = f"{engine.kind}, {num_processes(engine)} process(es), {engine.precision}"
     if engine.kind == "deepspeed":
         kind += f", ZeRO {engine.zero_stage}"
-    return Plan(config.name, str(config.folder), kind, " ".join(shown_command(engine)), stages, missing_models(config))
+    missing = [*missing_models(config), *(each.not_here for each in facts.values() if each.not_here)]
+    return Plan(config.name, str(config.folder), kind, " ".join(shown_command(engine)), stages, missing)
 
 
 class _Planner:
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, reader: DataReader | None = None) -> None:
         self.config = config
-        self.models = PlannedModels(config)
+        self.models = PlannedModels(config, reader)
         self._cached: dict[str, CacheFacts] = {}  # what cache stages will have made
         self._sketches: dict[str, Sketch] = {}
 
@@ -120,11 +124,11 @@ class _Planner:
         if stage.members:
             check_members({p.role: info for p, info in sized}, f"{where}.members")
         rows = compile_rows(
-            stage_rows(stage, data, where),
+            stage_rows(stage, data, where, self.models.facts(data).kind == "number"),
             infos[0],
             {p.role: info for p, info in sized[own:]},
             token_level=task.token_level,
-            regression=False if task.token_level or data.classes else None,
+            regression=_regression(task, self.models.facts(data)),
             where=f"{where}.match",
         )
         check_cached(stage, rows, caches, token_level=task.token_level, where=where)
@@ -218,7 +222,7 @@ class _Planner:
                 earlier = self.config.stages[stage_of(teacher.model.path) or ""]
                 check_same_data(self.config, earlier, stage, place)
             facts = found[teacher.name]
-            found[teacher.name] = replace(facts, info=with_open_labels(facts.info, data, auto_class))
+            found[teacher.name] = replace(facts, info=with_open_labels(facts.info, self.models.facts(data), auto_class))
         return found
 
     def look(self) -> Look:
@@ -266,6 +270,13 @@ class _Planner:
             replace(stage, memory=stage_memory(self._sketches[stage.name], engine, limits, on_gpu=on_gpu))
             for stage in stages
         ]
+
+
+def _regression(task: TaskSpec, facts: DataFacts) -> bool | None:
+    """Whether labels are numbers; None while nobody has read the data."""
+    if task.token_level:
+        return False
+    return facts.kind == "number" if facts.known else None
 
 
 def _check_packed(task: TaskSpec, models: list[PlannedModel], infos: list[ModelInfo], where: str) -> None:

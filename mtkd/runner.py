@@ -24,6 +24,7 @@ from mtkd.config import RunConfig
 from mtkd.configfile import config_digest, fingerprint, load_config
 from mtkd.console import say
 from mtkd.data.vocabulary import compress_tokenizer
+from mtkd.dataplan import DataReader
 from mtkd.engine.dist import Dist, on_main
 from mtkd.engine.make import start_processes
 from mtkd.engine.watch import note, watched
@@ -85,7 +86,8 @@ def _run(config: RunConfig, redo: Sequence[str], dist: Dist, device: torch.devic
     config = resolve(config)
     check(config)
     again = to_redo(config, redo)
-    on_main(dist, lambda: _plan_unfinished(config))
+    reader = DataReader(config.base)
+    on_main(dist, lambda: _plan_unfinished(config, reader))
     folder = on_main(dist, lambda: RunDir.create(config, base=Path(config.output)))
     check_shared(dist, folder.path)
     with ExitStack() as held:
@@ -94,7 +96,7 @@ def _run(config: RunConfig, redo: Sequence[str], dist: Dist, device: torch.devic
         on_main(dist, lambda: folder.forget(again))
         run_id = on_main(dist, lambda: _remember(config, folder))
         _note_rank(folder, dist, run_id)
-        shop = Workshop(config, folder, dist, device)
+        shop = Workshop(config, folder, dist, device, reader)
         for name in config.stages:
             shop.records[name] = _stage(shop, name, folder)
         results = judge(shop)
@@ -102,14 +104,16 @@ def _run(config: RunConfig, redo: Sequence[str], dist: Dist, device: torch.devic
     return RunResult(folder.path, report, shop.records, results)
 
 
-def _plan_unfinished(config: RunConfig) -> None:
+def _plan_unfinished(config: RunConfig, reader: DataReader) -> None:
     """Plan the run, unless all of it is done: a mistake in the last stage must not wait for the first ones."""
     folder = RunDir(Path(config.output) / config.name)
     known = folder.config_file.is_file()
     if not known or not all(folder.stage(i, name).done() for i, name in enumerate(config.stages, 1)):
-        missing = plan(config).missing
+        missing = plan(config, reader=reader).missing
         if missing:
-            raise UserError("models of this run are not here", where="stages", found="\n           ".join(missing))
+            raise UserError(
+                "models or data of this run are not here", where="stages", found="\n           ".join(missing)
+            )
 
 
 def _report(folder: RunDir) -> Path:

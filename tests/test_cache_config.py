@@ -165,7 +165,7 @@ def test_classes_do_not_read_the_settings_of_tokens(tmp_path: Path) -> None:
 def test_a_folder_of_class_logits_where_only_the_data_tells_the_classes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two, three classes and regression: the plan does not know, the build compares."""
+    """The plan finds the data's three classes in its rows: a cache of three fits, one of two or of numbers does not."""
     made = cache_runs.class_values(tmp_path, cache={}, student={"method": None, "match": [{}]})
     del made["data"]["text"]["labels"]
     made["stages"] = {
@@ -177,7 +177,11 @@ def test_a_folder_of_class_logits_where_only_the_data_tells_the_classes(
         model = BertConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=4, num_labels=classes)
         facts = CacheFacts(CacheContent("classes", 0, 1.0, classes), model_info(model, CLASSIFIER), 1000, "there")
         monkeypatch.setattr("mtkd.planner.read_facts", lambda *_, facts=facts: facts)
-        assert plan(config).stages[0].models[1].role == "teacher"
+        if classes == 3:
+            assert plan(config).stages[0].models[1].role == "teacher"
+            continue
+        with pytest.raises(UserError, match="another number of classes"):
+            plan(config)
 
 
 def test_other_data_than_the_caches(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import mtkd
 from mtkd.config import RunConfig
+from mtkd.dataplan import DataReader
 from mtkd.errors import UserError
 from mtkd.models.glm import GLMForConditionalGeneration, GLMForSequenceClassification
 from mtkd.planner import resolve
@@ -40,9 +41,14 @@ def test_the_recipes_are_planned_without_weights(tmp_path: Path, monkeypatch: py
     assert found["pretrain", "glm-10b"] == found["teacher", "student"] == 9_880_682_496
     assert found["pretrain", "student"] == found["prediction", "student"] == UNPADDED
     assert [s.rows for s in plan.stages if s.name == "prediction"] == [["1 x 0:logits:soft_ce"]]
-    (missing,) = plan.missing
+    missing, *data = plan.missing
     assert "THUDM/glm-10b" in missing
     assert "mtkd convert-glm" in missing
+    assert {each.partition(":")[0] for each in data} <= {
+        "data.text",
+        "data.task",
+        "data.task-text",
+    }  # fewer where the hub's are here
     chain = mtkd.plan(mtkd.load_config(RECIPES / "chain.yaml"))
     assert [stage.name for stage in chain.stages] == ["glm-7b", "student", "direct"]
     assert chain.stages[0].models[0].parameters == pytest.approx(7.06e9, rel=1e-3)
@@ -69,7 +75,7 @@ def test_a_recipe_without_its_teacher_is_refused_before_anything_is_read(
     monkeypatch.chdir(tmp_path)
     recipe = mtkd.load_config(RECIPES / f"{name}.yaml", [f"output={tmp_path}"])
     with pytest.raises(UserError, match="convert-glm FOLDER glm-10b"):
-        _plan_unfinished(recipe)  # of `mtkd.run`, which would start DeepSpeed first
+        _plan_unfinished(recipe, DataReader(recipe.base))  # of `mtkd.run`, which would start DeepSpeed first
     assert list(tmp_path.iterdir()) == []
 
 

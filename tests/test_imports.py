@@ -32,7 +32,7 @@ ORDER = (
         "cofinetune",
     ),
     (
-        *("chain", "ladder", "rundir", "locate", "memory", "footprint", "budget", "modelplan"),
+        *("chain", "ladder", "rundir", "locate", "memory", "footprint", "budget", "modelplan", "dataplan"),
         *("cachefolder", "cacheplan", "planned", "agreement"),
     ),
     ("build", "built", "checks", "planner"),

@@ -35,6 +35,10 @@ _READ_BY: dict[str, tuple[str, ...]] = {
 }
 
 
+class NotReached(DataError):
+    """A data set that is neither on this machine nor on a hub that answers; its id may be right."""
+
+
 @dataclass(frozen=True)
 class Raw:
     """The rows of a source, before a tokenizer sees them.
@@ -72,10 +76,24 @@ def load_raw(config: DataConfig, base: Path) -> Raw:
     Raises:
         UserError, DataError: naming the file and row where there is one.
     """
+    return choose_rows(read_source(config, base), config)
+
+
+def read_source(config: DataConfig, base: Path) -> Raw:
+    """Every row of a source; arguments and errors as `load_raw`."""
     raw: Raw = SOURCES.find(config.source, "data.source")(config, base)
     for split, rows in raw.splits.items():
         if not len(rows):
             raise DataError("the split has no rows", where=raw.origin(split).name, found="0 rows")
+    return raw
+
+
+def choose_rows(raw: Raw, config: DataConfig) -> Raw:
+    """Hold out the validation split of what `read_source` gave, and apply the limits.
+
+    Raises:
+        UserError, DataError: a split that does not exist, or too few rows.
+    """
     chosen = _limit(_hold_out(raw, config), config)
     if not config.validation_share and not config.limit:
         return chosen
@@ -199,7 +217,8 @@ def _hub_source(config: DataConfig, base: Path) -> Raw:
         found = datasets.load_dataset(config.path, config.subset, revision=config.revision)
     except Exception as error:  # every kind of network, cache and format error ends here
         reason = (str(error).splitlines() or [""])[0]
-        raise DataError(
+        kind = NotReached if isinstance(error, ConnectionError) else DataError
+        raise kind(
             f"the data set cannot be loaded: {type(error).__name__}: {reason}",
             where="data.path",
             found=config.path,

@@ -1,0 +1,106 @@
+"""What the rows of the `data` entries say, read when a run is planned: classes, kind of label, rows per split.
+
+The interface::
+
+    reader = DataReader(config.base)        # one per run and process; each source is read once
+    raw = reader.raw(data)                  # rows after hold-out and limit: the same object for plan and run
+    facts = reader.facts("NAME", data)      # DataFacts: kind, classes (in order), num_labels, why, rows, labelled
+    unread(data)                            # DataFacts from the configuration alone: while a chain is resolved
+
+`PlannedModels.facts(data)` gives the planner's: `facts.classes` are the class names in order, `facts.num_labels` the
+outputs of a classifier (1 for a regression, 0 for token tasks and where nothing is known: `facts.known` is False).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mtkd.config import DataConfig
+from mtkd.data.sources import NotReached, Raw, choose_rows, read_source
+from mtkd.registry import TASKS
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What is known of a `data` entry.
+
+    Attributes:
+        kind: "class", "number" (a regression), or "" for tasks without labels and while nothing is known.
+        classes: class names in order; () for numbers and token tasks.
+        why: how the kind was found, one line.
+        rows: split -> number of rows, after hold-out and limit; {} while the source was not read.
+        not_here: why the source cannot be read now (a hub that is not reached); "" otherwise.
+    """
+
+    kind: str = ""
+    classes: tuple[str, ...] = ()
+    why: str = ""
+    rows: Mapping[str, int] = field(default_factory=dict)
+    not_here: str = ""
+
+    @property
+    def known(self) -> bool:
+        """Whether the number of a classifier's outputs is known."""
+        return bool(self.kind)
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs of a classifier: classes, or 1 for numbers; 0 for token tasks and while nothing is known."""
+        return 1 if self.kind == "number" else len(self.classes)
+
+
+def unread(data: DataConfig) -> DataFacts:
+    """What the configuration alone says of an entry."""
+    return DataFacts("class" if data.classes else "", data.classes, "named in the configuration" * bool(data.classes))
+
+
+class DataReader:
+    """The `data` entries of a run as rows and as facts; each source is read once.
+
+    Args: base: folder of the YAML file.
+    """
+
+    def __init__(self, base: Path) -> None:
+        self._base = base
+        self._sources: dict[str, Raw] = {}
+        self._chosen: dict[str, Raw] = {}
+        self._facts: dict[str, DataFacts] = {}
+
+    def raw(self, data: DataConfig) -> Raw:
+        """The rows of an entry after hold-out and limit.
+
+        Raises:
+            UserError, DataError: naming the file and row where there is one.
+        """
+        key = data.model_dump_json()
+        if key not in self._chosen:
+            source = data.model_dump_json(exclude={"labels"})
+            if source not in self._sources:
+                self._sources[source] = read_source(data, self._base)
+            self._chosen[key] = choose_rows(self._sources[source], data)
+        return self._chosen[key]
+
+    def facts(self, name: str, data: DataConfig) -> DataFacts:
+        """What the rows of an entry say; of a hub that is not reached, what the configuration says.
+
+        Args: name: of the entry, for messages.
+
+        Raises:
+            UserError, DataError: as `raw`, and for labels that make no classes.
+        """
+        key = data.model_dump_json()
+        if key not in self._facts:
+            self._facts[key] = self._read(name, data)
+        return self._facts[key]
+
+    def _read(self, name: str, data: DataConfig) -> DataFacts:
+        try:
+            raw = self.raw(data)
+        except NotReached as error:
+            facts = unread(data)
+            return DataFacts(facts.kind, facts.classes, facts.why, not_here=f"data.{name}: {error.message}")
+        names, number = TASKS.find(data.task, f"data.{name}.task").labels(data, raw)
+        kind = "class" if names else "number" if number == 1 else ""
+        return DataFacts(kind, names, "", {split: len(rows) for split, rows in raw.splits.items()})
