@@ -164,7 +164,7 @@ def _cache(job: _Job, config: TeacherConfig, where: str, stopped: StopFlag, prog
 
     on_main(dist, lambda: open_writer() and None)  # one rank makes the folder; the others find it and compare
     writer = together(dist, open_writer, partial(_failed, folder))
-    missing = dist.broadcast_object(writer.missing())
+    missing = on_main(dist, writer.missing)
     job.shards += writer.num_shards - len(missing)
     job.examples += origin.num_examples - sum(len(examples) for _, examples in missing)
     progress.skip(job.examples)

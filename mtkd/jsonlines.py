@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mtkd.errors import DataError
+from mtkd.record import json_object, plain_bytes
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
@@ -49,14 +50,22 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: for any other line that is not a JSON object.
     """
-    *lines, _unfinished = path.read_bytes().split(b"\n") if path.exists() else [b""]
     records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict):
+    for number, record in enumerate(_lines(path), 1):
+        if record is None:
             raise DataError("not a JSON object", where=f"{path}:{number}")
         records.append(record)
     return records
+
+
+def readable_jsonl(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The records that can be read, and the number of lines that cannot: for what is only shown."""
+    lines = _lines(path)
+    found = [line for line in lines if line is not None]
+    return found, len(lines) - len(found)
+
+
+def _lines(path: Path) -> list[dict[str, Any] | None]:
+    """Per finished line its record, None for one that is not a JSON object."""
+    *lines, _unfinished = plain_bytes(path).split(b"\n") if path.exists() else [b""]
+    return [json_object(line) for line in lines]

@@ -1,32 +1,42 @@
-"""Files that survive a kill at any moment: atomic writes and sealed folders.
+"""Folders that survive a kill at any moment: written aside, sealed, renamed; checkpoints are such folders.
 
-A folder is sealed when its MANIFEST.json, written last, lists every file with size and sha256. Only sealed folders are
-ever loaded; `latest` files and anything else that points somewhere are ignored.
+Only sealed folders are ever loaded; `latest` files and anything else that points somewhere are ignored.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import logging
 import os
 import re
 import shutil
 import signal
-import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from mtkd.engine.dist import Dist, together
 from mtkd.errors import DataError, UserError
+from mtkd.manifest import MANIFEST, broken_files, check_seal, read_manifest, seal
+from mtkd.record import TEMPORARY as _TEMPORARY
+from mtkd.record import sync_folder, write_atomic
 
-MANIFEST = "MANIFEST.json"
-_MAX_MANIFEST_BYTES = 64_000_000
-_TEMPORARY, _TRASH = ".tmp-", ".trash-"
+__all__ = [
+    "MANIFEST",
+    "Found",
+    "broken_files",
+    "check_seal",
+    "fault_point",
+    "newest_sealed",
+    "save_sealed",
+    "seal",
+    "write_atomic",
+    "write_sealed",
+]
+
+_TRASH = ".trash-"
 _STEP = re.compile(r"step-(\d{6,})")
 _DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
@@ -40,89 +50,6 @@ class Found:
     path: Path | None
     manifest: dict[str, Any]
     skipped: list[str]
-
-
-def write_atomic(path: Path, data: str | bytes) -> None:
-    """Replace `path` by `data` so that after a kill it holds either the old or the new content, whole."""
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}-{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def seal(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Bring every file of `folder` to the disk, then write its manifest as the last one.
-
-    Args:
-        facts: JSON values, e.g. step, world size, ZeRO stage, config digest, data fingerprint, versions. No times:
-            equal content is to give an equal manifest. They stand beside the manifest's own `format` and `files`.
-    """
-    files = {}
-    for name, path in sorted(_files(folder)):
-        if name == MANIFEST:
-            continue
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
-            files[name] = {"size": os.fstat(file.fileno()).st_size, "sha256": digest}
-    for parent, _, _ in os.walk(folder):
-        _sync_folder(Path(parent))
-    assert not {"format", "files"} & facts.keys()
-    manifest = {**facts, "format": 1, "files": files}
-    write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n")
-
-
-def check_seal(folder: Path, *, digests: bool = True, shared: bool = False) -> dict[str, Any]:
-    """The manifest (``files`` and the facts) of a folder that is exactly what was sealed.
-
-    Args:
-        digests: False looks at names and sizes only, without reading the files.
-        shared: plain numbers, which may be another user's.
-    Raises:
-        DataError: with the file and the reason. Files of another user are refused else: an optimizer's shards are
-            pickles, so a checkpoint is code.
-    """
-    if folder.is_symlink() or not folder.is_dir():
-        raise DataError("not a folder", where=str(folder))
-    for path in () if shared else (folder, *(path for _, path in _files(folder))):
-        _check_owner(path)
-    manifest = _manifest(folder)
-    for name, path in _files(folder):
-        if name not in {MANIFEST, *manifest["files"]}:
-            raise DataError("the file is not in the manifest", where=str(path))
-    for name, entry in manifest["files"].items():
-        _check_file(folder / name, entry, digests)
-    return manifest
-
-
-def broken_files(folder: Path) -> list[str]:
-    """``file: reason`` of every listed file that is missing or not what was sealed; [] without a usable manifest."""
-    problems = []
-    with suppress(DataError):
-        for name, entry in _manifest(folder)["files"].items():
-            try:
-                _check_file(folder / name, entry, digests=True)
-            except DataError as error:
-                problems.append(f"{error.where}: {error.message}")
-    return problems
-
-
-def _check_file(path: Path, entry: Mapping[str, Any], digests: bool) -> None:
-    if not path.is_file() or path.is_symlink():
-        raise DataError("the file is missing", where=str(path))
-    if (size := path.stat().st_size) != entry["size"]:
-        raise DataError("wrong size", where=str(path), found=f"{size} bytes", allowed=f"{entry['size']} bytes")
-    if digests:
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                raise DataError("the content differs from what was sealed (sha256)", where=str(path))
 
 
 def newest_sealed(parent: Path) -> Found:
@@ -211,10 +138,10 @@ def _reason(error: Exception, temporary: Path) -> str:
     text = f"{type(error).__name__}: {error}"
     if not isinstance(error, RuntimeError) and getattr(error, "errno", None) not in _DISK_FULL:
         return text
-    written = sum(path.stat().st_size for _, path in _files(temporary)) if temporary.is_dir() else 0
+    written = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file()) if temporary.is_dir() else 0
     before = 0
     with suppress(DataError, StopIteration):
-        before = sum(entry["size"] for entry in _manifest(next(_checkpoints(temporary.parent)))["files"].values())
+        before = sum(entry["size"] for entry in read_manifest(next(_checkpoints(temporary.parent)))["files"].values())
     free = shutil.disk_usage(next(p for p in temporary.parents if p.exists())).free
     return f"{text} (free: {free:,} bytes; needed: at least {max(before, written + 1):,} bytes)"
 
@@ -242,7 +169,7 @@ def _replace(temporary: Path, final: Path) -> None:
     if final.exists():
         final.rename(trash)
     temporary.rename(final)
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
     _remove(trash)
 
 
@@ -293,57 +220,8 @@ def _step_of(path: Path) -> int:
     return int(match[1])
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, every field of the expected form and every name inside the folder."""
-    path = folder / MANIFEST
-    if not path.is_file() or path.is_symlink():
-        raise DataError("the folder has no manifest: it was never sealed", where=str(folder))
-    if path.stat().st_size > _MAX_MANIFEST_BYTES:
-        raise DataError("the manifest is too large", where=str(path))
-    try:
-        manifest = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        raise DataError("the manifest is not JSON", where=str(path)) from None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise DataError("the manifest is malformed", where=str(path))
-    for name, entry in manifest["files"].items():
-        if name == MANIFEST or ".." in name.split("/") or str(PurePosixPath(name)) != name or name.startswith("/"):
-            raise DataError("the manifest names a file outside the folder", where=str(path), found=name)
-        known = isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)
-        if not known:
-            raise DataError("the manifest is malformed", where=str(path), found=name)
-    return manifest
-
-
-def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """(relative name, path) of every file; links and special files are refused, they would lead outside."""
-    for parent, folders, names in os.walk(folder):
-        for name in folders + names:
-            path = Path(parent) / name
-            mode = path.lstat().st_mode
-            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-                raise DataError("a link or special file in a sealed folder", where=str(path))
-            if stat.S_ISREG(mode):
-                yield path.relative_to(folder).as_posix(), path
-
-
-def _check_owner(path: Path) -> None:
-    if (owner := path.lstat().st_uid) != os.geteuid():
-        raise DataError(
-            "the file belongs to another user", where=str(path), found=f"uid {owner}", allowed=f"uid {os.geteuid()}"
-        )
-
-
 def _remove(path: Path) -> None:
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.exists():
         shutil.rmtree(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

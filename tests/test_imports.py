@@ -14,7 +14,19 @@ PACKAGE = Path(__file__).parents[1] / "mtkd"
 
 # A unit is a module or a package directly below mtkd/. It may import units of its own row and of the rows above it.
 ORDER = (
-    ("errors", "registry", "products", "features", "yamlfile", "console", "secret", "orphans", "jsonlines"),
+    (
+        "errors",
+        "registry",
+        "products",
+        "features",
+        "yamlfile",
+        "console",
+        "secret",
+        "orphans",
+        "jsonlines",
+        "record",
+        "manifest",
+    ),
     ("match", "methods", "config", "configfile", "hostfile", "launcher"),
     ("losses", "weightings", "models", "data", "engine"),
     (

@@ -17,6 +17,7 @@ import pytest
 from mtkd.engine.dist import Dist
 from mtkd.errors import DataError, UserError
 from mtkd.jsonlines import append_jsonl, read_jsonl
+from mtkd.record import record_text
 from mtkd.seal import (
     MANIFEST,
     check_seal,
@@ -225,7 +226,7 @@ DAMAGES = {
     link_out: "a link or special file",
     link_folder_out: "a link or special file",
     unseal: "never sealed",
-    garble_manifest: "not JSON",
+    garble_manifest: "not a JSON object",
 }
 
 
@@ -272,7 +273,8 @@ def test_a_manifest_that_names_a_file_outside_is_refused_before_anything_is_open
     folder = save(tmp_path, 1)
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["files"][name] = manifest["files"]["state.json"]
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    del manifest["sha256"]
+    (folder / MANIFEST).write_text(record_text(manifest))
     with pytest.raises(DataError, match="names a file outside"):
         check_seal(folder)
 
@@ -292,7 +294,7 @@ def test_a_manifest_that_names_a_file_outside_is_refused_before_anything_is_open
 def test_a_malformed_manifest_is_refused(manifest: str, tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     (folder / MANIFEST).write_text(manifest)
-    with pytest.raises(DataError, match=r"malformed|not JSON"):
+    with pytest.raises(DataError, match=r"malformed|not a JSON"):
         check_seal(folder)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from mtkd.cache.shard import Shard, sampled_codec, shard_name, top_codec
 from mtkd.cache.writer import PLAN
 from mtkd.errors import DataError
 from mtkd.features import SparseRows, split_key
-from mtkd.seal import MANIFEST, broken_files, check_seal
+from mtkd.manifest import MANIFEST, broken_files, check_seal, verify_file
+from mtkd.record import read_object
 
 _MAPPED = 2048
 """Shards of one cache that are mapped at a time: about 30 kB each, and a process may have 65,530 maps."""
@@ -31,7 +32,8 @@ class CacheReader:
     The shards that were read last stay mapped. One that is let go is unmapped when nothing refers to its arrays.
 
     Args:
-        folder: with a manifest; names and sizes of its files are checked here, digests by `verify`.
+        folder: with a manifest; names and sizes of its files are checked here, a shard's digest when it is first
+            mapped.
     Raises:
         DataError: for a folder that is no finished cache, or whose files are not those that were sealed.
     """
@@ -55,7 +57,16 @@ class CacheReader:
         expected = {PLAN, *(shard_name(number) for number in range(self.num_shards))}
         if missing := sorted(expected - manifest["files"].keys()):
             raise DataError("a shard is not in the manifest", where=where, found=missing[0])
+        self._files: dict[str, dict[str, Any]] = manifest["files"]
+        self._check_plan(manifest)
         self._shards: OrderedDict[int, Shard] = OrderedDict()  # the last one was read last
+
+    def _check_plan(self, manifest: Mapping[str, Any]) -> None:
+        """Compare the manifest with the plan, which has a digest in it: older manifests have none of themselves."""
+        verify_file(self.folder, PLAN, manifest)
+        plan = read_object(self.folder / PLAN)
+        if any(plan.get(name) != manifest[name] for name in ("content", "origin", "shard_examples")):
+            raise DataError("the manifest is not that of this cache", where=str(self.folder / MANIFEST))
 
     @property
     def num_shards(self) -> int:
@@ -68,9 +79,9 @@ class CacheReader:
     def shard(self, number: int) -> Shard:
         """A mapped shard, of examples ``number * shard_examples`` and on."""
         if number not in self._shards:
-            first = number * self.shard_examples
+            first, name = number * self.shard_examples, shard_name(number)
             count = min(self.shard_examples, self.origin.num_examples - first)
-            self._shards[number] = Shard(self.folder / shard_name(number), self.content, first, count)
+            self._shards[number] = Shard(self.folder / name, self.content, first, count, self._files[name])
             if len(self._shards) > _MAPPED:
                 self._shards.popitem(last=False)
         self._shards.move_to_end(number)

@@ -5,8 +5,9 @@ The header is JSON and the rest are numbers, so nothing in a shard can be execut
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ from mtkd.cache.content import PER_EXAMPLE, CacheContent
 from mtkd.cache.records import Record
 from mtkd.errors import DataError
 from mtkd.features import split_key
+from mtkd.manifest import check_bytes
 
 _KINDS = {"U8": "u1", "U16": "<u2", "U32": "<u4", "F16": "<f2", "F32": "<f4", "BF16": "<u2"}
-_META = "mtkd"
+_META, _DIGEST = "mtkd", "sha256"
+_BLANK = "0" * 64
+"""Stands in the place of a shard's digest while that is computed."""
 _MAX_HEADER = 1_000_000  # bytes
 
 
@@ -60,7 +64,21 @@ def shard_bytes(content: CacheContent, first: int, records: Sequence[Record]) ->
         values = [r.hidden[key].to(getattr(torch, content.dtype)) for r in records]
         arrays[f"hidden.{key}"] = torch.stack(values) if _per_example(key) else torch.cat(values)
     # one key: safetensors writes several in an order that changes from process to process
-    return save(arrays, {_META: json.dumps({"first": first, "facts": facts}, sort_keys=True)})
+    unsigned = save(arrays, {_META: json.dumps({"first": first, "facts": facts, _DIGEST: _BLANK}, sort_keys=True)})
+    return unsigned.replace(_BLANK.encode(), hashlib.sha256(unsigned).hexdigest().encode(), 1)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a shard is what `shard_bytes` gave: the rest of its bytes have the digest that stands in its header.
+
+    Until a cache is sealed no manifest tells. A shard of an earlier version has no digest, so it is not known to be.
+    """
+    try:
+        digest = str(metadata(read_header(path)[0]).get(_DIGEST)).encode()
+        unsigned = path.read_bytes().replace(digest, _BLANK.encode(), 1)
+    except (DataError, OSError):
+        return False
+    return hashlib.sha256(unsigned).hexdigest().encode() == digest
 
 
 def _keys(content: CacheContent) -> tuple[str, ...]:
@@ -112,16 +130,19 @@ def _per_example(key: str) -> bool:
 class Shard:
     """A mapped shard: arrays that are read from the disk where they are sliced.
 
+    Args: sealed: its entry in the cache's manifest, with which all of it is compared when it is first mapped.
     Raises:
-        DataError: for a file that is no shard of this content, before anything but its header is read.
+        DataError: for a file that is not what was sealed, or no shard of this content.
     """
 
-    def __init__(self, path: Path, content: CacheContent, first: int, count: int) -> None:
+    def __init__(self, path: Path, content: CacheContent, first: int, count: int, sealed: Mapping[str, Any]) -> None:
         self.path, self.content, self.first = path, content, first
+        self._map = self._mapped()
+        try:
+            check_bytes(path, sealed, self._map.data)
+        except DataError as error:
+            raise self.fail(error.message) from None
         header, start = read_header(path)
-        # torch's maps keep no file descriptor, as Python's do: a process may have many more shards than open files
-        self._map = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
-        self._map.flags.writeable = False
         self.arrays = {
             name: self._array(name, entry, start) for name, entry in header.items() if name != "__metadata__"
         }
@@ -134,6 +155,17 @@ class Shard:
         if content.targets == "sampled":
             self.draw_ends = np.concatenate([zero, np.cumsum(self.arrays["target.distinct"], dtype=np.int64)])
         self._check_lengths(count)
+
+    def _mapped(self) -> np.ndarray:
+        """Every byte of the file, read from the disk where it is looked at."""
+        if not self.path.is_file():
+            raise self.fail("the shard is missing: its examples cannot be read")
+        if not (size := self.path.stat().st_size):
+            raise self.fail("not a shard of a cache (safetensors)")
+        # torch's maps keep no file descriptor, as Python's do: a process may have many more shards than open files
+        found = torch.from_file(str(self.path), shared=False, size=size, dtype=torch.uint8).numpy()
+        found.flags.writeable = False
+        return found
 
     def fail(self, why: str) -> DataError:
         return DataError(why, where=str(self.path), todo="`mtkd cache verify` lists what is broken; make it again")

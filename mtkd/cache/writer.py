@@ -13,8 +13,9 @@ from typing import Any
 
 from mtkd.cache.content import FORMAT, CacheContent, CacheOrigin
 from mtkd.cache.records import Record
-from mtkd.cache.shard import metadata, read_header, shard_bytes, shard_name
+from mtkd.cache.shard import is_whole, metadata, read_header, shard_bytes, shard_name
 from mtkd.errors import DataError, UserError
+from mtkd.record import read_object
 from mtkd.seal import fault_point, seal, write_atomic
 
 PLAN = "cache.json"
@@ -48,7 +49,7 @@ class CacheWriter:
         path = folder / PLAN
         if not path.exists():
             write_atomic(path, text)
-        elif path.read_text() != text:
+        elif path.is_dir() or path.read_bytes() != text.encode():
             raise DataError(
                 "the folder holds a cache of something else",
                 where=str(path),
@@ -66,11 +67,11 @@ class CacheWriter:
         return range(first, min(first + self.shard_examples, self.origin.num_examples))
 
     def missing(self) -> list[tuple[int, range]]:
-        """The shards not yet there: (number, its examples)."""
+        """The shards that are not there, or not whole: (number, its examples). Reads all that are there."""
         return [
             (number, self.examples(number))
             for number in range(self.num_shards)
-            if not (self.folder / shard_name(number)).exists()
+            if not is_whole(self.folder / shard_name(number))
         ]
 
     def write(self, number: int, records: Sequence[Record]) -> None:
@@ -78,9 +79,9 @@ class CacheWriter:
         ordered = sorted(records, key=lambda record: record.id)
         wanted = self.examples(number)
         assert [record.id for record in ordered] == list(wanted), f"shard {number} holds the examples {wanted}"
-        data = shard_bytes(self.content, wanted.start, ordered)
+        data, path = shard_bytes(self.content, wanted.start, ordered), self.folder / shard_name(number)
         fault_point("before-cache-shard", number)
-        write_atomic(self.folder / shard_name(number), data)
+        write_atomic(path, data)
         fault_point("after-cache-shard", number)
 
     def finish(self) -> dict[str, Any]:
@@ -96,7 +97,12 @@ class CacheWriter:
         missing = self.missing()
         if missing:
             names = ", ".join(shard_name(number) for number, _ in missing[:3])
-            raise UserError(f"{len(missing)} shards are not yet written", where=str(self.folder), found=names)
+            raise UserError(
+                f"{len(missing)} shards are not yet written, or not whole",
+                where=str(self.folder),
+                found=names,
+                todo="run it again: these shards are made again, and no others",
+            )
         for left in self.folder.glob(".tmp-*"):
             left.unlink()  # of a writer that was killed
         facts = self._facts()
@@ -129,7 +135,7 @@ class CacheWriter:
 def _difference(path: Path, plan: dict[str, Any]) -> str:
     """The fields of a begun cache that differ from the plan, with both values."""
     try:
-        begun = json.loads(path.read_text())
+        begun = read_object(path)
         pairs = [
             (f"{part}.{name}", begun[part].get(name), value)
             for part in ("content", "origin")
@@ -137,6 +143,6 @@ def _difference(path: Path, plan: dict[str, Any]) -> str:
         ]
         pairs.append(("shard_examples", begun["shard_examples"], plan["shard_examples"]))
         pairs.append(("format", begun["format"], plan["format"]))
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (DataError, ValueError, KeyError, TypeError, AttributeError):
         return "a file that is no plan of a cache"
     return "; ".join(f"{name} {found!r} instead of {asked!r}" for name, found, asked in pairs if found != asked)
