@@ -17,7 +17,7 @@ from mtkd.ensembles import as_logits
 from mtkd.features import Features
 from mtkd.gram import gram
 from mtkd.objective import Objective
-from mtkd.weightings.traits import Traits
+from mtkd.weightings.traits import Around, Traits
 
 
 def before_step(
@@ -69,6 +69,6 @@ def _losses(objective: Objective, batch: Batch, engine: Engine) -> Tensor:
         features = objective.student(batch, frozenset({"logits"}))
     with engine.whole_head():
         logits = as_logits(features["logits"]).in_dtype(objective.dtype)
-        return Traits([logits], objective.mapped(batch).targets, batch.target_mask, "example", objective.tile).ce[
-            0, :, 0
-        ]
+        around = Around(batch.ids, student=logits)
+        targets = objective.mapped(batch).targets
+        return Traits([logits], targets, batch.target_mask, "example", objective.tile, around).student_loss

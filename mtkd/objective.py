@@ -69,6 +69,9 @@ class Objective(Trainable):
             self.student_wants |= {self._pooled_key} if "pooled" in weighting.reads else set()
         self.step, self.gram = 0, torch.zeros(0, 0)  # set by `begin_step`
         self.logit_rows = [row for row in self.rows if row.is_logits]
+        self._beyond_targets = token_level and any(
+            row.match.weighted and not row.from_labels and row.counted(True) != "targets" for row in self.rows
+        )
 
     @property
     def models(self) -> dict[str, TappedModel]:
@@ -182,6 +185,7 @@ class Objective(Trainable):
             pooled=pooled,
             routes=batch.routes,
             gram=self.gram if "gram" in reads else None,
+            tokens=batch.token_mask if self._beyond_targets else None,
         )
 
     def _weight_metrics(self, weights: Tensor, batch: Batch, counts: Counts) -> dict[str, Tensor]:
@@ -208,10 +212,12 @@ class Objective(Trainable):
         batch: Batch,
     ) -> Tensor:
         """Sum over valid positions, layer pairs and weighted teachers of a row on hidden states or attention, []."""
-        mask = batch.real if row.counted(self.token_level) == "sequences" else batch.token_mask
+        whole = row.counted(self.token_level) == "sequences"
+        mask = batch.real if whole else batch.token_mask
+        weights = self._of_sequences(weights, batch) if whole else weights
         total = torch.zeros((), device=mask.device)
         for k, teacher in enumerate(teachers):
-            weight = self._row_weights(weights, batch)[k] if row.match.weighted else None
+            weight = weights[k] if row.match.weighted else None
             for pair, (student_layer, teacher_layer) in enumerate(row.pairs[k]):
                 ours, theirs = student[row.feature_key(student_layer)], teacher[row.feature_key(teacher_layer)]
                 assert isinstance(ours, Tensor)
@@ -236,13 +242,14 @@ class Objective(Trainable):
             assert batch.nsp_targets is not None, "the task says that there are next-sentence labels"
             return row.spec(ours, batch.nsp_targets[index], None, row.match.options).sum()
         theirs = [as_logits(teacher["nsp_logits"]).rows(index) for teacher in teachers]
-        return ensemble_losses(row, ours, theirs, self._row_weights(weights, batch)[:, index, 0], None).sum()
+        return ensemble_losses(row, ours, theirs, self._of_sequences(weights, batch)[:, index, 0], None).sum()
 
-    def _row_weights(self, weights: Tensor, batch: Batch) -> Tensor:
-        """Weights for rows over tokens or sequences; token weights exist at targets only, so others use their mean."""
+    def _of_sequences(self, weights: Tensor, batch: Batch) -> Tensor:
+        """Weights for rows over sequences, [T,B,1]: of token weights the mean over targets, or tokens without any."""
         if not self._per_token:
             return weights
         mask = batch.target_mask
+        mask = mask | (batch.token_mask & ~mask.any(-1, keepdim=True))
         return (weights * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp_min(1)
 
     def _logit_rows(

@@ -34,7 +34,12 @@ def stored(folder: Path, content: CacheContent, batch: Batch, features: Features
 
 
 def results(
-    weighting: str, tmp_path: Path, content: CacheContent, cached: tuple[int, ...], rows: Iterable[Match] = ROWS
+    weighting: str,
+    tmp_path: Path,
+    content: CacheContent,
+    cached: tuple[int, ...],
+    rows: Iterable[Match] = ROWS,
+    prompt: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, the student's gradient, Gram matrix) of two teachers, some of them from a cache."""
     teachers = [causal_model(16, 1, 1), causal_model(24, 2, 2)]
@@ -42,7 +47,7 @@ def results(
     generator = torch.Generator().manual_seed(5)
     for adapter in objective.projections.values():
         adapter.weight.data = torch.randn(adapter.weight.shape, generator=generator)
-    batch = causal_batch(LENGTHS, prompt=2)
+    batch = causal_batch(LENGTHS, prompt=prompt)
     features = pool.forward(batch)
     for k in cached:
         reader = stored(tmp_path / f"{weighting}{k}", content, batch, features[k])
@@ -63,6 +68,19 @@ def test_a_cache_of_every_column_is_the_live_teacher(weighting: str, cached: tup
     live, ours = (results(weighting, tmp_path, EVERY, which) for which in ((), cached))
     for found, wanted in zip(ours, live, strict=True):
         torch.testing.assert_close(found, wanted, rtol=5e-3, atol=5e-3 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "entropy", "ca_mkd"])
+@pytest.mark.parametrize("cached", [(0,), (0, 1)])
+def test_prompts_of_a_cache_have_the_examples_mean(weighting: str, cached: tuple[int, ...], tmp_path: Path) -> None:
+    """A cache knows no trait of a prompt: a row on hidden states weighs it with the mean over the example's targets.
+
+    With one teacher live or none: traits are compared with each other, so both are means there.
+    """
+    hidden = [Match(loss="kl", weight=1e-6), Match(feature="hidden", loss="mse", teacher_layer=1)]
+    both, one = (results(weighting, tmp_path / str(k), EVERY, k, hidden, prompt=2) for k in ((0, 1), cached))
+    torch.testing.assert_close(one[0], both[0], rtol=5e-3, atol=0)
+    assert float(both[0]) > 0
 
 
 def test_a_trait_that_was_not_stored_is_named(tmp_path: Path) -> None:

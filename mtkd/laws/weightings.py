@@ -1,5 +1,5 @@
-"""Laws of weightings: shape, sign, sum, one teacher, order of teachers, labels, detachment, state,
-the cut into micro-batches, penalty.
+"""Laws of weightings: shape, sign, sum, one teacher, order of teachers, labels, positions without a target, detachment,
+state, the cut into micro-batches, penalty.
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ class Teachers:
     targets: Tensor
     mask: Tensor
     per: str
+    tokens: Tensor | None = None  # where weights are read, if that is more than the targets
+    alike: bool = False  # all positions of an example are the same
 
     def traits(self, order: tuple[int, ...], of: Weighting, rows: slice = _EVERY) -> Traits:
         """Fresh traits of the teachers in this order, and of what `of` reads; `rows` are one micro-batch of a step."""
@@ -77,6 +79,7 @@ class Teachers:
         generator = torch.Generator().manual_seed(1)
         batch = self.batch
         student = torch.randn(self.logits.shape[1:], generator=generator)
+        student = student[:, :1].expand_as(student) if self.alike else student
         pooled = torch.randn(len(batch.ids), _WIDTH, generator=generator)
         routes = torch.tensor([order.index(i % len(order)) for i in range(len(batch.ids))])
         gradients = (self.logits.detach() - student).flatten(1).double()[list(order)]
@@ -88,11 +91,15 @@ class Teachers:
             pooled=pooled[rows] if "pooled" in of.reads else None,
             routes=routes[rows] if "route" in of.reads else None,
             gram=gradients @ gradients.t() if "gram" in of.reads else None,
+            tokens=None if self.tokens is None else self.tokens[rows],
         )
 
 
 def _teacher_bank() -> Iterator[Teachers]:
-    """Classes, one number per example, tokens (one example without targets), at every scale, and equal teachers."""
+    """Classes, one number per example, tokens (one example without targets), at every scale, and equal teachers.
+
+    Tokens also with every other one a target, while weights are read at all of them; once with equal positions.
+    """
     generator = torch.Generator().manual_seed(0)
     tokens, classes = torch.randint(11, (3, 6), generator=generator), torch.tensor([0, 2, 1, 2, NO_LABEL])
     tokens = tokens.masked_fill(~_MASK, NO_LABEL).index_fill(0, torch.tensor([1]), NO_LABEL)
@@ -108,6 +115,12 @@ def _teacher_bank() -> Iterator[Teachers]:
         for what, logits in scaled.items():
             for per in ("example", "token") if kind == "tokens" else ("example",):
                 yield Teachers(f"{what} per {per}", logits, held, mask, per)
+    sparse = tokens.masked_fill(torch.arange(6) % 2 == 1, NO_LABEL)
+    drawn = 2 * torch.randn(3, 3, 6, 11, generator=generator)
+    same = drawn[:, :, :1].expand_as(drawn), torch.where(sparse == NO_LABEL, NO_LABEL, sparse[:, :1])
+    for per in ("example", "token"):
+        yield Teachers(f"all tokens per {per}", drawn, sparse, sparse != NO_LABEL, per, _MASK)
+        yield Teachers(f"equal tokens per {per}", same[0], same[1], same[1] != NO_LABEL, per, _MASK, alike=True)
 
 
 def _made(
@@ -227,6 +240,27 @@ def _cut_law(spec: WeightingSpec, make: OptionsOf, case: Teachers) -> None:
         raise LawBroken("cut", spec.name, f"weights depend on the other examples of a micro-batch for {case.what}")
 
 
+def _everywhere_law(spec: WeightingSpec, make: OptionsOf, case: Teachers) -> None:
+    """A position has its weights whether it is a target or not: weights are read outside the targets too.
+
+    Of an example whose positions are all the same, all have the same weights. Without `needs_labels` they are also
+    those that the position would have as a target.
+    """
+    if case.tokens is None or case.per != "token":
+        return
+    weights = _weights(spec, make, case)
+    if case.alike:
+        first = weights[..., :1].expand_as(weights)
+        if difference(weights.where(case.tokens, 0), first.where(case.tokens, 0)) > TOLERANCE:
+            text = f"equal positions have other weights where there is no target ({case.what})"
+            raise LawBroken("everywhere", spec.name, text)
+    elif not spec.needs_labels:
+        asked = replace(case, targets=case.targets.masked_fill(case.tokens, 1), mask=case.tokens)
+        if difference(_weights(spec, make, asked).where(case.tokens, 0), weights.where(case.tokens, 0)) > TOLERANCE:
+            text = f"a position has other weights when it is no target, and needs_labels is not declared ({case.what})"
+            raise LawBroken("everywhere", spec.name, text)
+
+
 def _penalty_law(spec: WeightingSpec, make: OptionsOf, case: Teachers) -> None:
     """The penalty of a step is the sum over its micro-batches; finite; its gradient stays within the weighting."""
     module = _trained(spec, make, case)
@@ -257,5 +291,6 @@ WEIGHTING_LAWS = (
     _detached_law,
     _state_law,
     _cut_law,
+    _everywhere_law,
     _penalty_law,
 )

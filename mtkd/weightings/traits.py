@@ -1,7 +1,12 @@
 """Traits: facts about each teacher's prediction that a weighting may read. Nothing is computed that nobody reads.
 
 Every trait is a tensor [T,B,L] in float32, detached: L = tokens with one weight per token, L = 1 with one weight per
-example (then a token trait is its mean over the example's targets; 0 where an example has none).
+example (then a token trait is its mean over the example's targets).
+
+A trait exists wherever a weight is read, not at targets alone: a row over all positions, or on hidden states, reads
+weights at every token. A trait that needs no label is computed there too; one that does, such as `ce`, has the
+example's mean. So has every trait where a teacher is cached, since a cache knows targets only. In an example without
+any target the first kind is the mean over its tokens; `ce` is that of guessing, log V, for all teachers alike.
 """
 
 from __future__ import annotations
@@ -9,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -17,15 +23,30 @@ from torch import Tensor
 from mtkd.features import Logits, SparseLogits
 
 TraitFunction = Callable[[Tensor, Tensor | None], Tensor]
+"""``(logits [n,V], labels [n] or None) -> [n]``."""
+
 TRAITS: dict[str, TraitFunction] = {}
 
 
 def trait(function: TraitFunction) -> TraitFunction:
-    """Register ``(logits [n,V], labels [n] or None) -> [n]`` under its own name."""
+    """Register ``(logits [n,V], labels [n] or None) -> [n]`` under its own name.
+
+    One that needs labels raises where they are None. It is then computed at positions with a label only.
+    """
     if function.__name__ in TRAITS:
         raise ValueError(f"trait {function.__name__!r} is already registered")
     TRAITS[function.__name__] = function
     return function
+
+
+@cache
+def reads_labels(function: TraitFunction) -> bool:
+    """Whether a trait cannot be told without labels: it is asked once for one position that has none."""
+    try:
+        function(torch.zeros(1, 2, device="cpu"), None)
+    except Exception:  # a trait of a user's own may refuse in any way
+        return True
+    return False
 
 
 @trait
@@ -78,6 +99,7 @@ class Around:
         pooled: mean of the student's last hidden states over unpadded tokens, detached, [B,H].
         routes: number of the teacher that the data names for each example, [B]; -1 in filler rows.
         gram: inner products of the teachers' loss gradients over the whole step, [T,T] float64; see `mtkd.gram`.
+        tokens: where weights are read, [B,L] bool, where that is more than the targets; None: at targets alone.
     """
 
     ids: Tensor
@@ -87,6 +109,7 @@ class Around:
     pooled: Tensor | None = None
     routes: Tensor | None = None
     gram: Tensor | None = None
+    tokens: Tensor | None = None
 
 
 class Traits:
@@ -157,24 +180,27 @@ class Traits:
     def agreement(self) -> Tensor:
         """Share of the other teachers whose most probable column is the same, [T,B,L]; 1 for a single teacher."""
         if "agreement" not in self._known:
-            choices = self.positions("choice")
+            choices = self._computed("choice")
             same = (choices[:, None] == choices[None]).float().sum(1) - 1
             others = max(self.num_teachers - 1, 1)
             values = same / others if self.num_teachers > 1 else torch.ones_like(same)
             # Choices are 0 at positions that do not count: teachers would seem to agree there.
-            self._known["agreement"] = self._averaged(values.masked_fill(~self._counted("choice"), 0))
+            known = self._where("choice")
+            self._known["agreement"] = self._averaged(self._filled(values.masked_fill(~known, 0), known), known)
         return self._known["agreement"]
 
     def read(self, name: str) -> Tensor:
         """A registered trait by name, [T,B,L]."""
         if name not in self._known:
-            self._known[name] = self._averaged(self.positions(name))
+            self._known[name] = self._averaged(self.positions(name), self._where(name))
         return self._known[name]
 
     def positions(self, name: str) -> Tensor:
-        """A registered trait at every position that counts, 0 elsewhere, [T,*targets.shape], whatever `per` is."""
+        """A registered trait wherever a weight is read, 0 elsewhere, [T,*targets.shape], whatever `per` is."""
         if name not in self._known_positions:
-            self._known_positions[name] = torch.stack([self._of(logits, name) for logits in self._logits])
+            unknown = math.log(max(self._logits[0].num_columns, 1)) if name == "ce" else 0.0
+            values = self._filled(self._computed(name), self._where(name), unknown)
+            self._known_positions[name] = values
         return self._known_positions[name]
 
     @property
@@ -198,14 +224,15 @@ class Traits:
         if "student_uncertainty" not in self._known:
             student = _given(self.around.student, "student_uncertainty")
             largest = math.log(max(student.num_columns, 2))
-            values = self._averaged(self._of(student, "entropy")[None])[0] / largest
+            known = self._where("entropy", cached=isinstance(student, SparseLogits))
+            values = self._averaged(self._filled(self._of(student, "entropy", known)[None], known), known)[0] / largest
             self._known["student_uncertainty"] = values.clamp(0, 1)
         return self._known["student_uncertainty"]
 
     @property
     def student_loss(self) -> Tensor:
         """The student's mean loss on each example's labels before the step, [B]; 0 without labels; detached."""
-        values = self._of(_given(self.around.student, "student_loss"), "ce")
+        values = self._of(_given(self.around.student, "student_loss"), "ce", self._mask)
         return values.sum(-1) / self._mask.sum(-1).clamp_min(1) if values.dim() == 2 else values
 
     @property
@@ -235,15 +262,32 @@ class Traits:
         every = torch.arange(len(self._mask), device=self._mask.device)
         return torch.stack([torch.softmax(logits.rows(every), -1) for logits in self._logits])
 
-    def _counted(self, name: str) -> Tensor:
-        """Where a trait is computed: at targets; classes also without a label, which `ce` alone needs."""
-        return self.real if name != "ce" and self._mask.dim() == 1 else self._mask
+    def _where(self, name: str, cached: bool | None = None) -> Tensor:
+        """Where a trait is computed, shaped like the targets.
+
+        Args: cached: nothing is known but at targets; by default, whether any teacher is cached: the others' traits are
+            then compared with those of a cache.
+        """
+        if reads_labels(TRAITS[name]):
+            return self._mask
+        if self._mask.dim() == 1:
+            return self.real
+        cached = any(isinstance(x, SparseLogits) for x in self._logits) if cached is None else cached
+        if self.around.tokens is None or cached:
+            return self._mask
+        if self.per == "token":
+            return self._mask | self.around.tokens
+        return self._mask | (self.around.tokens & ~self._mask.any(-1, keepdim=True))
+
+    def _computed(self, name: str) -> Tensor:
+        """A trait of every teacher where it is computed, 0 elsewhere, [T,*targets.shape]."""
+        return torch.stack([self._of(logits, name, self._where(name)) for logits in self._logits])
 
     @torch.no_grad()
-    def _of(self, logits: Logits, name: str) -> Tensor:
-        """A trait of some logits at every position that counts, 0 elsewhere, shaped like the targets."""
+    def _of(self, logits: Logits, name: str, where: Tensor) -> Tensor:
+        """A trait of some logits at the positions `where`, 0 elsewhere, shaped like the targets."""
         function = TRAITS[name]
-        index = self._counted(name).reshape(-1).nonzero().squeeze(-1)
+        index = where.reshape(-1).nonzero().squeeze(-1)
         values = self._mask.new_zeros(self._mask.numel(), dtype=torch.float32)
         labels = self._targets.reshape(-1)
         if isinstance(logits, SparseLogits):
@@ -253,12 +297,31 @@ class Traits:
             values[tile] = function(logits.rows(tile), labels[tile]).float()
         return values.reshape(self._mask.shape)
 
-    def _averaged(self, values: Tensor) -> Tensor:
+    def _filled(self, values: Tensor, known: Tensor, unknown: float = 0.0) -> Tensor:
+        """[T,*targets.shape] with the example's mean where a weight is read and nothing is known.
+
+        Args: unknown: what stands where nothing is known in the whole example.
+        """
+        if values.dim() == 2:
+            return values.masked_fill(self.real & ~known, unknown)
+        if self.around.tokens is None:
+            return values
+        means = self._mean(values, known).masked_fill(~known.any(-1), unknown)
+        return torch.where(self.around.tokens & ~known, means[..., None], values)
+
+    def _averaged(self, values: Tensor, known: Tensor) -> Tensor:
+        """[T,B,L] of a filled trait: per example its mean over the targets, or over what is known without any."""
         if values.dim() == 2:
             return values[..., None]
         if self.per == "token":
             return values
-        return (values.sum(-1) / self._mask.sum(-1).clamp_min(1))[..., None]
+        counted = known if self.around.tokens is None else known | (self.around.tokens & ~known.any(-1, keepdim=True))
+        return self._mean(values, counted)[..., None]
+
+    @staticmethod
+    def _mean(values: Tensor, where: Tensor) -> Tensor:
+        """Per example over the positions `where`, [T,B]; 0 of none."""
+        return (values * where).sum(-1) / where.sum(-1).clamp_min(1)
 
 
 Given = TypeVar("Given")

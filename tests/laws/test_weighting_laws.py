@@ -138,6 +138,23 @@ class BatchMean(Weighting):
         return torch.softmax(traits.confidence.mean(1, keepdim=True), 0).expand(traits.shape)
 
 
+class OfTargetsAlone(Weighting):
+    """Takes what stands where nothing was asked for a teacher's confidence."""
+
+    def forward(self, traits: Traits) -> Tensor:
+        there = traits.mask if traits.per == "token" and traits.mask.dim() == 2 else torch.ones_like(traits.mask)
+        ranks = torch.tensor([0.0] * traits.num_teachers)[:, None, None] + traits.confidence
+        return torch.softmax(ranks * (there if there.dim() == 2 and ranks.shape[-1] > 1 else 1), 0)
+
+
+class WorstAtPrompts(Weighting):
+    """Labels are read, and a position without one has weights of its own."""
+
+    def forward(self, traits: Traits) -> Tensor:
+        known = traits.mask if traits.shape[-1] > 1 else torch.ones(traits.shape[1:], dtype=torch.bool)
+        return torch.softmax(torch.where(known, -traits.ce, traits.ce), 0)
+
+
 class AddedOnce(Learned):
     """A constant for every micro-batch: twice as much in two of them."""
 
@@ -168,6 +185,12 @@ def test_a_penalty_may_be_a_share_of_the_steps() -> None:
     check_weighting(WeightingSpec("mine", Shared))
 
 
+def test_labels_change_nothing_where_there_is_none() -> None:
+    with pytest.raises(LawBroken, match="equal positions") as caught:
+        check_weighting(WeightingSpec("mine", WorstAtPrompts, needs_labels=True))
+    assert caught.value.law == "everywhere"
+
+
 def test_learned_parameters_may_require_a_gradient() -> None:
     check_weighting(WeightingSpec("mine", Learned))
 
@@ -193,6 +216,7 @@ def test_labels_may_be_read_where_declared() -> None:
         ("state", Forgetful),
         ("state", Drawn),
         ("cut", BatchMean),
+        ("everywhere", OfTargetsAlone),
         ("penalty", AddedOnce),
         ("finite", InfinitePenalty),
         ("detached", AttachedPenalty),
