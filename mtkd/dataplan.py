@@ -101,6 +101,8 @@ class DataReader:
         except NotReached as error:
             facts = unread(data)
             return DataFacts(facts.kind, facts.classes, facts.why, not_here=f"data.{name}: {error.message}")
-        names, number = TASKS.find(data.task, f"data.{name}.task").labels(data, raw)
-        kind = "class" if names else "number" if number == 1 else ""
-        return DataFacts(kind, names, "", {split: len(rows) for split, rows in raw.splits.items()})
+        rows = {split: len(each) for split, each in raw.splits.items()}
+        if raw.labels is not None:
+            return DataFacts(raw.labels.kind, raw.labels.names, raw.labels.why, rows)
+        names, number = TASKS.find(data.task, f"data.{name}.task").labels(data, raw)  # of a plug-in
+        return DataFacts("class" if names else "number" if number == 1 else "", names, "", rows)

@@ -73,7 +73,7 @@ class InfillConfig(Config):
 BLANK = "[MASK]"
 """The place of the answer in a cloze."""
 
-_LATER = ("cloze", "verbalizers", "infill", "redraw")
+_LATER = ("cloze", "verbalizers", "infill", "redraw", "label_kind", "name", "domain")
 """Fields that finished stages and caches may not know."""
 
 
@@ -116,7 +116,19 @@ class DataConfig(Config):
     label: str = Field("label", description="column of the label, classify and glm-cloze")
     labels: tuple[str, ...] = Field(
         (),
-        description="class names in order; default: sorted values of the train split (glm-cloze: names of verbalizers)",
+        description="class names in order; default: sorted values of the whole train split, or the classes of the "
+        "teachers where it has no labels (glm-cloze: names of verbalizers)",
+    )
+    label_kind: Literal["auto", "class", "number"] = Field(
+        "auto",
+        description="classify: what labels are: names of classes, numbers of a regression, or as their values tell; "
+        "`mtkd plan` says what was found and why",
+    )
+    name: str | None = Field(
+        None, description="column that names each row in the scores, each name once; default: the row's number"
+    )
+    domain: str | None = Field(
+        None, description="column of each row's domain: scores are reported for each, too; default: none"
     )
     cloze: str | None = Field(
         None,
@@ -155,6 +167,12 @@ class DataConfig(Config):
         default_factory=dict, description="at most this many documents or rows per split, chosen by the seed"
     )
     seed: int = Field(0, description="of hold-out, limit, masking, sentence pairs and made-up tokens")
+
+    @model_validator(mode="after")
+    def _one_kind_of_labels(self) -> DataConfig:
+        if self.label_kind == "number" and self.labels:
+            raise ValueError("label_kind: number is a regression, which has no class names: drop labels or label_kind")
+        return self
 
     @model_validator(mode="after")
     def _shuffles_one_text(self) -> DataConfig:

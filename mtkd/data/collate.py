@@ -309,6 +309,8 @@ def load_data(
                 tokenizer=tokenizer,
                 label_names=label_names,
                 num_labels=num_labels,
+                names=config.name or raw.names,
+                domains=config.domain or raw.domains,
             )
             made[split] = task.prepare(request)
             made[split].redraws = config.redraw

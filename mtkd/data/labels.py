@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mtkd.config import RANDOM_TOKENS
 from mtkd.data.files import require_column
+from mtkd.data.labelkinds import Kind, Value, in_order, kind_of, name_of, number_of
 from mtkd.errors import DataError, UserError, nearest
 from mtkd.features import NO_LABEL
 
@@ -19,121 +22,175 @@ if TYPE_CHECKING:
     from mtkd.data.files import Origin
     from mtkd.data.sources import Raw
 
-_TEXT_KINDS = ("string", "large_string")
+UNLABELLED = -1
+"""How the hub marks a row without a label, where the source declares its classes."""
 
 
-def find_labels(config: DataConfig, raw: Raw) -> tuple[tuple[str, ...], int]:
-    """Class names in order, and the number of outputs of the classifier.
+@dataclass(frozen=True)
+class FoundLabels:
+    """What the labels of a source are.
 
-    The names are `labels` if given, else those that the source declares, else the sorted values of the train split
-    (by number when all are whole numbers). A column of numbers that are not all written as whole ones, without
-    `labels`, is a regression: no names, one output.
+    Attributes:
+        kind: "class", "number" (a regression), or "" where no row has a label and nothing names the classes.
+        names: of the classes, in order; () for numbers.
+        why: one line.
+        by_values: the values say otherwise than the type of the column: an earlier release may have.
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    why: str
+    by_values: bool = False
+
+    @property
+    def num_outputs(self) -> int:
+        """Of a classifier: 1 for numbers; 0 while the classes are not known."""
+        return 1 if self.kind == "number" else len(self.names)
+
+
+def find_labels(config: DataConfig, raw: Raw) -> FoundLabels:
+    """The kind and the classes of a source, from all of its train split: before anything is held out or limited.
+
+    The names are `labels` if given, else those that the source declares, else the values of the train split in order;
+    `mtkd.data.labelkinds` has the rules of `label_kind: auto`.
 
     Raises:
         UserError: no labels and no train split to find them in.
-        DataError: a missing column or label, or a single class; names the file and row.
+        DataError: no split has the column, a label that is no number, or a single class.
     """
-    if config.labels:
-        if len(set(config.labels)) < max(2, len(config.labels)):
-            raise UserError("needs two or more different names", where="data.labels", found=list(config.labels))
-        return config.labels, len(config.labels)
-    split = "train" if "train" in raw.splits else next(iter(raw.splits))
-    rows, origin = raw.splits[split], raw.origin(split)
-    require_column(rows, config.label, origin, "label")
-    declared = getattr(rows.features[config.label], "names", None)
-    if declared:
-        return tuple(declared), len(declared)
-    if split != "train":
+    if config.classes:
+        if len(set(config.classes)) < max(2, len(config.classes)):
+            raise UserError("needs two or more different names", where="data.labels", found=list(config.classes))
+        return FoundLabels("class", config.classes, "named in the configuration")
+    if config.source == RANDOM_TOKENS:
+        return FoundLabels("", (), "made-up texts have no labels")
+    _require_somewhere(config, raw)
+    if config.label_kind != "number":
+        for rows in raw.splits.values():
+            declared = _declared(rows, config.label)
+            if declared:
+                return FoundLabels("class", declared, "declared by the source")
+    if "train" not in raw.splits:
+        if config.label_kind == "number":
+            return FoundLabels("number", (), "label_kind: number")
         raise UserError("without a train split the classes must be named", where="data.labels", todo="set `labels`")
-    values = [_present(value, origin, i, config.label) for i, value in enumerate(rows[config.label][:])]
-    if _is_regression(values):
-        return (), 1
-    names = {class_name(value) for value in values}
-    ordered = sorted(names, key=int) if all(_is_whole(name) for name in names) else sorted(names)
+    rows, origin = raw.splits["train"], raw.origin("train")
+    values = label_values(rows, config.label, origin)
+    if all(value is None for value in values):
+        kind = "number" if config.label_kind == "number" else ""
+        return FoundLabels(kind, (), "no row of the train split has a label")
+    return _from_values(config, values, origin)
+
+
+def _from_values(config: DataConfig, values: list[Value | None], origin: Origin) -> FoundLabels:
+    counts = Counter(value for value in values if value is not None)
+    if config.label_kind == "auto":
+        found = kind_of(counts, lambda text: origin.where(values.index(text)))
+    else:
+        found = Kind(config.label_kind, "set by label_kind")
+    if found.name == "number":
+        return FoundLabels("number", (), found.why, found.by_values)
+    ordered = in_order({name_of(value) for value in counts})
     if len(ordered) < 2:
         raise DataError("all rows have the same label", where=origin.name, found=ordered[0], allowed="two classes")
-    return tuple(ordered), len(ordered)
+    return FoundLabels("class", tuple(ordered), found.why, found.by_values)
+
+
+def label_values(rows: Dataset, column: str, origin: Origin) -> list[Value | None]:
+    """The label of every row as the source has it, text without spaces around it; None where there is none.
+
+    A declared class has its name. There is none where the column is missing, empty, NaN, or -1 where the source
+    declares its classes.
+
+    Raises:
+        DataError: naming the file and row of what is neither text nor a number.
+    """
+    if column not in rows.column_names:
+        return [None] * len(rows)
+    declared = _declared(rows, column)
+    values: list[Value | None] = [None] * len(rows)
+    for index, value in enumerate(rows[column][:]):
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            continue
+        if not isinstance(value, str | int | float):
+            raise DataError("a label must be text or a number", where=origin.where(index), found=value)
+        if declared and isinstance(value, int):
+            if value == UNLABELLED:
+                continue
+            if not 0 <= value < len(declared):
+                raise DataError("unknown label", where=origin.where(index), found=value, allowed=declared)
+            value = declared[value]
+        if isinstance(value, str):
+            value = value.strip()
+        if value != "":
+            values[index] = value
+    return values
 
 
 def read_labels(config: DataConfig, rows: Dataset, origin: Origin, names: tuple[str, ...]) -> np.ndarray:
     """The label of every row: class numbers int64, or float32 when there are no names (regression).
 
-    Made-up texts have none: NO_LABEL.
+    A row without one, and every made-up text, has NO_LABEL; NaN in a regression.
 
     Raises:
-        DataError: naming the file and row of a missing, unknown or non-numeric label.
+        DataError: naming the file and row of an unknown or non-numeric label.
     """
+    labels = np.full(len(rows), NO_LABEL, np.int64) if names else np.full(len(rows), np.nan, np.float32)
     if config.source == RANDOM_TOKENS:
-        return np.full(len(rows), NO_LABEL, np.int64)
-    require_column(rows, config.label, origin, "label")
-    declared = getattr(rows.features[config.label], "names", None)
+        return labels
     numbers = {name: number for number, name in enumerate(names)}
-    labels = np.empty(len(rows), np.int64 if names else np.float32)
-    for index, value in enumerate(rows[config.label][:]):
-        value = _present(value, origin, index, config.label)
-        if declared and isinstance(value, int):
-            if not 0 <= value < len(declared):  # the hub marks an unlabeled row with -1
-                raise DataError("no label", where=origin.where(index), found=value, allowed=declared)
-            value = declared[value]
+    for index, value in enumerate(label_values(rows, config.label, origin)):
+        if value is None:
+            continue
         if not names:
             labels[index] = _number(value, origin, index)
             continue
-        name = class_name(value)
+        name = name_of(value)
         if name not in numbers:
-            todo = nearest(name, names)
-            raise DataError("unknown label", where=origin.where(index), found=name, allowed=names, todo=todo)
+            raise _unknown(config, name, names, origin.where(index))
         labels[index] = numbers[name]
     return labels
 
 
-def class_name(value: Any) -> str:
-    """A class as text: 1 and 1.0 are the class "1", True is "true"."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return value.strip() if isinstance(value, str) else str(value)
+def class_codes(config: DataConfig, rows: Dataset, origin: Origin, names: tuple[str, ...]) -> np.ndarray:
+    """Class number of every row, -1 for none or an unknown one, [rows] int64."""
+    numbers = {name: number for number, name in enumerate(names)}
+    values = label_values(rows, config.label, origin)
+    return np.array([-1 if v is None else numbers.get(name_of(v), -1) for v in values], np.int64)
 
 
-def _present(value: Any, origin: Origin, index: int, column: str) -> Any:
-    missing = value is None or (isinstance(value, str) and not value.strip())
-    if missing or (isinstance(value, float) and math.isnan(value)):
+def _unknown(config: DataConfig, name: str, names: tuple[str, ...], where: str) -> DataError:
+    if config.classes:
+        return DataError("unknown label", where=where, found=name, allowed=names, todo=nearest(name, names))
+    return DataError(
+        "no row of the train split has this label, so the model has no class for it",
+        where=where,
+        found=name,
+        allowed=names,
+        todo=nearest(name, names) or "name all classes in `labels`, or drop the row",
+    )
+
+
+def _declared(rows: Dataset, column: str) -> tuple[str, ...]:
+    """Names of the classes that the source's own column type declares."""
+    feature: Any = rows.features[column] if column in rows.column_names else None
+    return tuple(getattr(feature, "names", None) or ())
+
+
+def _require_somewhere(config: DataConfig, raw: Raw) -> None:
+    """Raise a DataError when no split has the column of labels, but the configuration names it."""
+    if "label" in config.model_fields_set and not any(config.label in r.column_names for r in raw.splits.values()):
+        split = "train" if "train" in raw.splits else next(iter(raw.splits))
+        require_column(raw.splits[split], config.label, raw.origin(split), "label")
+
+
+def _number(value: Value, origin: Origin, index: int) -> float:
+    number = number_of(value)
+    if math.isnan(number):
         raise DataError(
-            f"no label in column '{column}'",
+            "a regression needs a number",
             where=origin.where(index),
-            found="nothing" if value is None else repr(value),
-            todo="drop the row or give it a label",
+            found=value,
+            todo="write it as a number, leave it empty, or set label_kind: class",
         )
-    if not isinstance(value, str | int | float):
-        raise DataError("a label must be text or a number", where=origin.where(index), found=value)
-    return value
-
-
-def _is_regression(values: list[Any]) -> bool:
-    if all(isinstance(value, float) for value in values):
-        return True
-    if not all(isinstance(value, str) for value in values):
-        return False
-    return all(_is_number(v) for v in values) and not all(_is_whole(v) for v in values)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _is_whole(text: str) -> bool:
-    return text.strip().lstrip("+-").isdecimal()
-
-
-def _number(value: Any, origin: Origin, index: int) -> float:
-    try:
-        number = float(value)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise DataError("a regression needs a number", where=origin.where(index), found=value)
     return number

@@ -64,9 +64,35 @@ def around_text(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int
 
 
 def described(request: PrepareRequest, rows: np.ndarray, of_example: np.ndarray, scored: np.ndarray) -> Documents:
-    names = _optional(request, "name", rows) or [f"{request.split}:{request.origin.rows[row] + 1}" for row in rows]
-    domains = _optional(request, "domain", rows) or [""] * len(rows)
+    """What examples were cut from: rows are told apart by their number, unless the configuration or source names them.
+
+    Raises:
+        DataError: two rows with one name, or a row without name or domain.
+    """
+    names = [f"{request.split}:{request.origin.rows[row] + 1}" for row in rows]
+    domains = [""] * len(rows)
+    if request.domains:
+        every = column_of(request, request.domains, "domain")
+        domains = [every[row] for row in rows]
+    if request.names:
+        every = column_of(request, request.names, "name")
+        names = [every[row] for row in rows]
+        _check_names(request, rows, names, domains)
     return Documents(of_example, names, domains, scored, _teachers(request, rows))
+
+
+def _check_names(request: PrepareRequest, rows: np.ndarray, names: list[str], domains: list[str]) -> None:
+    """Names are unique within a domain: scores of two models are compared row by row."""
+    first: dict[tuple[str, str], int] = {}
+    for row, name, domain in zip(rows, names, domains, strict=True):
+        other = first.setdefault((domain, name), row)
+        if other != row:
+            raise DataError(
+                "two rows have the same name",
+                where=request.origin.where(int(row)),
+                found=f"{name}, as in {request.origin.where(int(other))}",
+                todo="drop `name` from the data entry: rows are then told apart by their number",
+            )
 
 
 def _teachers(request: PrepareRequest, rows: np.ndarray) -> tuple[str, ...]:
@@ -76,14 +102,6 @@ def _teachers(request: PrepareRequest, rows: np.ndarray) -> tuple[str, ...]:
         return ()
     values: list[Any] = request.rows[column][:]
     return tuple(values[row].strip() if isinstance(values[row], str) else "" for row in rows)
-
-
-def _optional(request: PrepareRequest, column: str, rows: np.ndarray) -> list[str]:
-    """A column of text that a source may have, for the given rows; [] when it has none."""
-    if column not in request.rows.column_names:
-        return []
-    values: list[Any] = request.rows[column][:]
-    return [values[row] for row in rows] if all(isinstance(value, str) for value in values) else []
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mtkd.config import RANDOM_TOKENS, DataConfig
+from mtkd.data.choice import SPLITS, hold_out, limit, two_validations
 from mtkd.data.files import Origin, columns_of, file_digest, find_files, read_file, read_texts
-from mtkd.data.stdlib import DOMAINS, SPLITS, stdlib_documents
+from mtkd.data.labels import FoundLabels, class_codes, find_labels
+from mtkd.data.stdlib import DOMAINS, stdlib_documents
 from mtkd.data.tasks import check_task
 from mtkd.errors import DataError, UserError, nearest
-from mtkd.registry import SOURCES
+from mtkd.registry import SOURCES, TASKS
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -49,12 +51,17 @@ class Raw:
         fingerprint: sha256 (hexadecimal) over the source's content in order, and over hold-out and limit if there are.
         description: one line for logs and the report.
         origins: per split, where its rows come from, for error messages.
+        labels: what the labels of the whole source are, of a task that reads labels; set by `choose_rows`.
+        names, domains: columns of the source's own that name its rows and their domains; "" for none.
     """
 
     splits: Mapping[str, Dataset]
     fingerprint: str
     description: str
     origins: Mapping[str, Origin] = field(default_factory=dict)
+    labels: FoundLabels | None = None
+    names: str = ""
+    domains: str = ""
 
     def origin(self, split: str) -> Origin:
         """Where the rows of a split come from."""
@@ -94,11 +101,26 @@ def choose_rows(raw: Raw, config: DataConfig) -> Raw:
     Raises:
         UserError, DataError: a split that does not exist, or too few rows.
     """
-    chosen = _limit(_hold_out(raw, config), config)
-    if not config.validation_share and not config.limit:
-        return chosen
-    choice = f"{raw.fingerprint} {config.seed} {config.validation_share} {sorted(config.limit.items())}"
-    return replace(chosen, fingerprint=hashlib.sha256(choice.encode()).hexdigest())
+    found = find_labels(config, raw) if has_labels(config) else None
+
+    def codes(rows: Raw, split: str) -> np.ndarray | None:
+        if found is None or found.kind != "class":
+            return None
+        return class_codes(config, rows.splits[split], rows.origin(split), found.names)
+
+    chosen = replace(limit(hold_out(raw, config, codes), config, codes), labels=found)
+    choice = ""
+    if config.validation_share or config.limit:
+        by = " by class" if found is not None and found.kind == "class" else ""
+        choice = f"{raw.fingerprint} {config.seed} {config.validation_share} {sorted(config.limit.items())}{by}"
+    if found is not None and found.by_values:
+        choice = f"{choice or raw.fingerprint} {found.kind} {found.names}"
+    return replace(chosen, fingerprint=hashlib.sha256(choice.encode()).hexdigest()) if choice else chosen
+
+
+def has_labels(config: DataConfig) -> bool:
+    """Whether the task of a `data` block reads a column of labels."""
+    return "label" in TASKS.find(config.task).fields
 
 
 def check_source(config: DataConfig, base: Path, where: str = "data") -> None:
@@ -128,10 +150,10 @@ def check_source(config: DataConfig, base: Path, where: str = "data") -> None:
     if config.source == RANDOM_TOKENS:
         _check_random_tokens(config, where)
     if config.source == "python-stdlib" and config.validation_share:
-        raise _two_validations(where)
+        raise two_validations(where)
     if config.source == "files":
         if "validation" in config.files and config.validation_share:
-            raise _two_validations(where)
+            raise two_validations(where)
         for split, file in find_files(config, base, where).items():
             _check_columns(config, split, columns_of(file))
 
@@ -154,8 +176,7 @@ def _check_random_tokens(config: DataConfig, where: str) -> None:
 def _read_columns(config: DataConfig) -> tuple[str, ...]:
     """The columns of a source that a task reads."""
     pair = (config.text_pair,) if config.text_pair else ()
-    label = (config.label,) if config.task in ("classify", "glm-cloze") else ()
-    return (*config.columns, *pair, *label)
+    return (*config.columns, *pair, *filter(None, (config.name, config.domain)))
 
 
 def _check_columns(config: DataConfig, split: str, columns: list[str] | None) -> None:
@@ -165,14 +186,8 @@ def _check_columns(config: DataConfig, split: str, columns: list[str] | None) ->
                 f"no column '{name}'",
                 where=config.files[split],  # type: ignore[index]
                 allowed=columns,
-                todo=nearest(name, columns) or "set text, text_pair, label, prompt and cloze to columns of the file",
+                todo=nearest(name, columns) or "set text, text_pair, prompt and cloze to columns of the file",
             )
-
-
-def _two_validations(where: str) -> UserError:
-    return UserError(
-        "the source has a validation split of its own", where=f"{where}.validation_share", todo="drop validation_share"
-    )
 
 
 def _stdlib_source(config: DataConfig, base: Path) -> Raw:
@@ -193,7 +208,7 @@ def _stdlib_source(config: DataConfig, base: Path) -> Raw:
     size = sum(len(d.text) for d in documents) / 1e6
     description = f"the Python library's own text: {len(documents)} documents, {size:.1f} million characters"
     origins = {s: Origin(f"python-stdlib {s}", np.arange(len(rows))) for s, rows in splits.items()}
-    return Raw(splits, digest.hexdigest(), description, origins)
+    return Raw(splits, digest.hexdigest(), description, origins, names="name", domains="domain")
 
 
 def _files_source(config: DataConfig, base: Path) -> Raw:
@@ -252,43 +267,6 @@ def _random_tokens_source(config: DataConfig, base: Path) -> Raw:
     digest = hashlib.sha256(f"random-tokens {config.documents} {config.max_length} {config.seed}".encode())
     origins = {"train": Origin("random tokens", np.arange(config.documents))}
     return Raw({"train": rows}, digest.hexdigest(), f"{config.documents} texts of random tokens", origins)
-
-
-def _hold_out(raw: Raw, config: DataConfig) -> Raw:
-    if not config.validation_share:
-        return raw
-    if "validation" in raw.splits:
-        raise _two_validations("data")
-    if "train" not in raw.splits:
-        raise UserError("there is no train split to hold out from", where="data.validation_share")
-    total = len(raw.splits["train"])
-    held = min(max(1, round(total * config.validation_share)), total - 1)
-    if held < 1:
-        raise DataError("too few rows to hold any out", where=raw.origin("train").name, found=f"{total} rows")
-    order = _random(config.seed, "validation").permutation(total)
-    chosen = {"train": np.sort(order[held:]), "validation": np.sort(order[:held])}
-    splits = {**raw.splits, **{s: raw.splits["train"].select(rows) for s, rows in chosen.items()}}
-    origins = {**raw.origins, **{s: raw.origin("train").select(rows) for s, rows in chosen.items()}}
-    return replace(raw, splits={s: splits[s] for s in SPLITS if s in splits}, origins=origins)
-
-
-def _limit(raw: Raw, config: DataConfig) -> Raw:
-    splits, origins = dict(raw.splits), dict(raw.origins)
-    for split, most in config.limit.items():
-        if split not in splits:
-            raise UserError("no such split", where=f"data.limit.{split}", found=split, allowed=list(splits))
-        total = len(splits[split])
-        if most < total:
-            rows = np.sort(_random(config.seed, f"limit {split}").permutation(total)[:most])
-            origins[split] = raw.origin(split).select(rows)
-            splits[split] = splits[split].select(rows)
-    return replace(raw, splits=splits, origins=origins)
-
-
-def _random(seed: int, purpose: str) -> np.random.Generator:
-    """Independent random numbers for every purpose of one seed."""
-    digest = hashlib.sha256(f"{seed} {purpose}".encode()).digest()
-    return np.random.default_rng(int.from_bytes(digest[:16], "big"))
 
 
 SOURCES.add("python-stdlib", _stdlib_source)

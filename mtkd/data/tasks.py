@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mtkd.config import DataConfig
-from mtkd.errors import UserError
+from mtkd.errors import DataError, UserError
 from mtkd.registry import TASKS
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PrepareRequest:
-    """All that a task needs to make a split: rows, where they come from, how, and the classes."""
+    """All that a task needs to make a split: rows, where they come from, how, the classes, and columns of names."""
 
     split: str
     rows: Dataset
@@ -30,6 +30,8 @@ class PrepareRequest:
     tokenizer: PreTrainedTokenizerBase
     label_names: tuple[str, ...] = ()
     num_labels: int = 0
+    names: str = ""
+    domains: str = ""
 
 
 Prepare = Callable[[PrepareRequest], "Split"]
@@ -174,7 +176,15 @@ def _no_labels(config: DataConfig, raw: Raw) -> tuple[tuple[str, ...], int]:
 def _class_labels(config: DataConfig, raw: Raw) -> tuple[tuple[str, ...], int]:
     from mtkd.data.labels import find_labels
 
-    return find_labels(config, raw)
+    found = raw.labels or find_labels(config, raw)
+    if not found.kind:
+        raise DataError(
+            f"nothing names the classes: {found.why}",
+            where="data.labels",
+            found="no labels",
+            todo="set `labels` to the class names in order",
+        )
+    return found.names, found.num_outputs
 
 
 def _cloze_labels(config: DataConfig, raw: Raw) -> tuple[tuple[str, ...], int]:
@@ -277,6 +287,6 @@ TASKS.add(
         _classify,
         _class_labels,
         regression_metrics=("pearson", "spearman"),
-        fields=("label", "labels", "text_pair"),
+        fields=("label", "labels", "label_kind", "text_pair"),
     ),
 )

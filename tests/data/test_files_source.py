@@ -96,9 +96,6 @@ def test_a_broken_file_is_named_with_its_row(
 @pytest.mark.parametrize(
     ("name", "content", "fields", "expected"),
     [
-        ("a.csv", "text,label\nx,1\ny,\n", {}, ("a.csv, row 2 (line 3)", "no label")),
-        ("a.jsonl", '{"text": "x", "label": 1}\n\n{"text": "y"}\n', {}, ("a.jsonl, row 2 (line 3)", "no label")),
-        ("a.jsonl", '{"text": "x", "label": 1.5}\n{"text": "y", "label": null}\n', {}, ("row 2 (line 2)", "no label")),
         ("a.csv", "text,label\nx,1\ny,nan\nz,0.5\n", {}, ("a.csv, row 2 (line 3)", "nan")),
         ("a.csv", "text,label\nx,yes\ny,maybe\n", {"labels": ("yes", "no")}, ("row 2 (line 3)", "maybe", "yes, no")),
         ("a.csv", "text,label\nx,1\ny,1\n", {}, ("a.csv", "same label")),
@@ -120,7 +117,7 @@ def test_a_row_keeps_its_number_after_limit_and_hold_out(
     write: Write, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     lines = [f"text {i},{i % 2}" for i in range(40)]
-    lines[25] = "unlabelled,"
+    lines[25] = "unknown,2"
     for fields in ({"validation_share": 0.5, "seed": 1}, {"limit": {"train": 39}, "seed": 3}):
         config = write("a.csv", "\n".join(["text,label", *lines]), task="classify", labels=("0", "1"), **fields)
         assert "a.csv, row 26 (line 27)" in failure(config, tmp_path, tokenizer)

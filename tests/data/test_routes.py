@@ -40,7 +40,6 @@ def test_blank_rows_do_not_shift_the_names(load: Loader) -> None:
         ({}, ("no column names a teacher", "data.NAME.teacher")),
         ({"teacher": ["a", "b", "lwa"]}, ("does not have", "row 'train:3'", "lwa", "law", "did you mean 'law'?")),
         ({"teacher": ["a", None, "law"]}, ("names no teacher", "row 'train:2'")),
-        ({"teacher": ["a", "b", "lwa"], "name": ["x.txt", "y.txt", "z.txt"]}, ("row 'z.txt'",)),
     ],
 )
 def test_a_row_without_a_known_teacher_is_refused(load: Loader, columns: dict, texts: tuple[str, ...]) -> None:

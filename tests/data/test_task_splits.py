@@ -62,9 +62,16 @@ def test_causal_without_a_beginning_token_does_not_count_the_first_token(
     assert "row 2" in str(caught.value)
 
 
-def test_names_and_domains_come_from_the_source(load: Loader) -> None:
+def test_names_and_domains_are_columns_that_a_key_names(load: Loader) -> None:
     columns = {"text": ["one", " ", "two"], "name": ["m#1", "m#2", "n#1"], "domain": ["prose", "prose", "code"]}
-    split = load(columns).split("train")
+    columns["label"] = columns["id"] = ["x", "x", "x"]
+    unnamed = load(columns).split("train")
+    assert (unnamed.document_names, unnamed.document_domains) == (["train:1", "train:3"], ["", ""])
+    split = load(columns, name="name", domain="domain").split("train")
+    with pytest.raises(DataError, match="two rows have the same name"):
+        load(columns, name="id")
+    with pytest.raises(DataError, match="no column 'names'"):
+        load(columns, name="names")
     assert split.document_names == ["m#1", "n#1"]
     assert split.document_domains == ["prose", "code"]
     plain = load({"text": ["one", " ", "two"]}).split("train")
@@ -172,7 +179,7 @@ def test_classes_keep_their_names_and_numbers(load: Loader) -> None:
     assert load({"text": texts, "label": [True, False, True, True]}, task="classify").label_names == ("false", "true")
 
 
-@pytest.mark.parametrize("scores", [[1.0, 2.0, 3.0], ["1", "2.5", "3e0"], ["1.000", "2.000", "0.000"]])
+@pytest.mark.parametrize("scores", [[1.0, 2.5, 3.0], ["1", "2.5", "3"], ["1.000", "2.500", "0.000"]])
 def test_numbers_that_are_not_whole_are_a_regression(scores: list, load: Loader) -> None:
     data = load({"text": sentences(3), "label": scores}, task="classify")
     targets = data.split("train").collate([2, 0, 1], size=4).targets

@@ -1,0 +1,123 @@
+"""Which rows of a source a run sees: the hold-out of a validation split, and the limits; both by the seed.
+
+Of data with classes every class keeps its share of the rows, and at least one row where there is room for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mtkd.errors import DataError, UserError
+
+if TYPE_CHECKING:
+    from mtkd.config import DataConfig
+    from mtkd.data.sources import Raw
+
+SPLITS = ("train", "validation", "test")
+
+Codes = Callable[["Raw", str], np.ndarray | None]
+"""(rows, split) -> class number of every row, -1 without one; None for data without classes."""
+
+
+def two_validations(where: str) -> UserError:
+    """A validation split of the source's own, and one to hold out."""
+    return UserError(
+        "the source has a validation split of its own", where=f"{where}.validation_share", todo="drop validation_share"
+    )
+
+
+def hold_out(raw: Raw, config: DataConfig, codes: Codes) -> Raw:
+    """The rows with a validation split taken from the train split, if the configuration asks for one.
+
+    Raises:
+        UserError, DataError: there is a validation split, no train split, or a single row.
+    """
+    if not config.validation_share:
+        return raw
+    if "validation" in raw.splits:
+        raise two_validations("data")
+    if "train" not in raw.splits:
+        raise UserError("there is no train split to hold out from", where="data.validation_share")
+    total = len(raw.splits["train"])
+    held = min(max(1, round(total * config.validation_share)), total - 1)
+    if held < 1:
+        raise DataError("too few rows to hold any out", where=raw.origin("train").name, found=f"{total} rows")
+    order = _random(config.seed, "validation").permutation(total)
+    classes = codes(raw, "train")
+    taken = order[:held] if classes is None else by_class(classes, order, held, leave=True)
+    chosen = {"train": np.setdiff1d(order, taken), "validation": np.sort(taken)}
+    splits = {**raw.splits, **{s: raw.splits["train"].select(rows) for s, rows in chosen.items()}}
+    origins = {**raw.origins, **{s: raw.origin("train").select(rows) for s, rows in chosen.items()}}
+    return replace(raw, splits={s: splits[s] for s in SPLITS if s in splits}, origins=origins)
+
+
+def limit(raw: Raw, config: DataConfig, codes: Codes) -> Raw:
+    """At most as many rows per split as the configuration says.
+
+    Raises:
+        UserError: a limit of a split that does not exist.
+    """
+    splits, origins = dict(raw.splits), dict(raw.origins)
+    for split, most in config.limit.items():
+        if split not in splits:
+            raise UserError("no such split", where=f"data.limit.{split}", found=split, allowed=list(splits))
+        total = len(splits[split])
+        if most < total:
+            order = _random(config.seed, f"limit {split}").permutation(total)
+            classes = codes(raw, split)
+            rows = np.sort(order[:most] if classes is None else by_class(classes, order, most))
+            origins[split] = raw.origin(split).select(rows)
+            splits[split] = splits[split].select(rows)
+    return replace(raw, splits=splits, origins=origins)
+
+
+def by_class(classes: np.ndarray, order: np.ndarray, wanted: int, *, leave: bool = False) -> np.ndarray:
+    """`wanted` rows in which every class has its share: one row at least where there is room, then in proportion.
+
+    Rows without a class (-1) are a group of their own that needs no row.
+
+    Args:
+        classes: of every row, [rows]. order: a permutation of the rows; the first of each class are taken.
+        leave: leave a row of every class behind, where there is room.
+
+    Returns:
+        Row numbers, [wanted].
+    """
+    names, sizes = np.unique(classes, return_counts=True)
+    real = (names >= 0).astype(np.int64)
+    most = np.maximum(sizes - real, 0) if leave else sizes
+    if most.sum() < wanted:  # no room to leave one of each behind
+        most = sizes
+    counts = _shares(sizes, np.minimum(real, most), most, wanted)
+    taken = [order[classes[order] == name][:count] for name, count in zip(names, counts, strict=True)]
+    return np.concatenate(taken)
+
+
+def _shares(sizes: np.ndarray, least: np.ndarray, most: np.ndarray, wanted: int) -> np.ndarray:
+    """How many of each group: in proportion to the sizes, within bounds, `wanted` in all; [groups].
+
+    Where there is no room for one of each, the largest groups have it.
+    """
+    if least.sum() > wanted:
+        chosen = np.zeros_like(sizes)
+        chosen[np.argsort(-sizes * least, kind="stable")[:wanted]] = 1
+        return chosen
+    exact = wanted * sizes / sizes.sum()
+    counts = np.clip(np.floor(exact).astype(np.int64), least, most)
+    while counts.sum() != wanted:
+        step = 1 if counts.sum() < wanted else -1
+        open_groups = counts < most if step > 0 else counts > least
+        lacking = np.where(open_groups, step * (exact - counts), -np.inf)
+        counts[np.argmax(lacking)] += step
+    return counts
+
+
+def _random(seed: int, purpose: str) -> np.random.Generator:
+    """Independent random numbers for every purpose of one seed."""
+    digest = hashlib.sha256(f"{seed} {purpose}".encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:16], "big"))
