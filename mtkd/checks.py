@@ -55,7 +55,8 @@ def _check_registered(config: RunConfig) -> None:
             check_options(row.options, spec.options(), f"{where}.match[{position}]")
         facts = StageFacts.stand_in(tuple(t.name for t in stage.teachers))
         weighting = make_weighting(stage.weighting, facts, f"{where}.weighting")
-        check_weighting(weighting, stage, rows, where)
+        token_level = TASKS.find(config.data[data_name].task).token_level
+        check_weighting(weighting, stage, rows, where, token_level=token_level)
         _check_heads(config, stage, rows, where)
         if "route" in weighting.reads:
             _check_route(config, data_name)

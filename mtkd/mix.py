@@ -30,6 +30,13 @@ def stage_rows(stage: StageConfig, data: DataConfig, where: str, regression: boo
     rows = mixed(named, stage.match, f"{where}.match")
     if not rows:
         raise UserError("no row is left", where=f"{where}.match", todo="drop a row of weight 0 that replaces another")
+    if not any(row.weight > 0 for row in rows):
+        raise UserError(
+            "every row weighs 0: the student would learn nothing",
+            where=f"{where}.match",
+            found=", ".join(f"{row.feature}:{row.loss}" for row in rows),
+            todo="give at least one row a weight above 0",
+        )
     return rows
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mtkd.data.batch import Batch
 from mtkd.engine.base import Trainable
 from mtkd.ensembles import TeacherMixture, TeacherTiles, as_logits, ensemble_losses
+from mtkd.errors import UserError
 from mtkd.features import Features, HeadLogits, Logits, SparseLogits
 from mtkd.models.taps import TappedModel
 from mtkd.projection import projection_key
@@ -24,6 +25,7 @@ from mtkd.rows import Row
 from mtkd.sparse import ReadOnce
 from mtkd.tiles import tiled
 from mtkd.weightings.base import Weighting
+from mtkd.weightings.faults import weight_faults
 from mtkd.weightings.traits import Around, Traits
 
 Counts = Mapping[str, int]
@@ -68,6 +70,7 @@ class Objective(Trainable):
             self.student_wants |= {"logits"} if self._reads_student else set()
             self.student_wants |= {self._pooled_key} if "pooled" in weighting.reads else set()
         self.step, self.gram = 0, torch.zeros(0, 0)  # set by `begin_step`
+        self._faults: dict[str, Tensor] = {}  # of the last micro-batch's weights
         self.logit_rows = [row for row in self.rows if row.is_logits]
         self._beyond_targets = token_level and any(
             row.match.weighted and not row.from_labels and row.counted(True) != "targets" for row in self.rows
@@ -119,7 +122,7 @@ class Objective(Trainable):
             features = self.student(batch, self.student_wants)
         batch, logits = self.mapped(batch), self.teacher_logits(teachers)
         weights, penalty = self._weights(batch, logits, features, counts)
-        metrics = self._weight_metrics(weights, batch, counts)
+        metrics = {**self._weight_metrics(weights, batch, counts), **self._faults}
         total = torch.zeros((), device=batch.input_ids.device)
         for position, row in enumerate(self.rows):
             if not row.is_logits:
@@ -162,12 +165,28 @@ class Objective(Trainable):
     def _weights(
         self, batch: Batch, logits: Sequence[Logits], student: Features, counts: Counts
     ) -> tuple[Tensor, Tensor | None]:
-        """([T,B,L], L = 1 for one weight per example; what the weighting adds to the loss)."""
+        """([T,B,L], L = 1 for one weight per example; what the weighting adds to the loss).
+
+        Raises:
+            UserError: weights of another shape.
+        """
         if not logits:
             return torch.zeros(0, len(batch.ids), 1, device=batch.input_ids.device), None
         around = self._around(batch, student, counts)
         traits = Traits(logits, batch.targets, batch.target_mask, self.per, self.tile, around)
-        return self.weighting(traits), self.weighting.penalty(traits)
+        weights = self.weighting(traits)
+        if weights.shape != traits.shape:
+            raise UserError(
+                f"weighting '{type(self.weighting).__name__}' gives weights of another shape",
+                where="weighting",
+                found=list(weights.shape),
+                allowed=f"{list(traits.shape)}: teachers, examples, and tokens or 1",
+            )
+        read = batch.real[:, None]
+        if self._per_token:
+            read = batch.token_mask if self._beyond_targets else batch.target_mask
+        self._faults = weight_faults(weights.detach(), read, sound=traits.sound)
+        return weights, self.weighting.penalty(traits)
 
     @torch.no_grad()
     def _around(self, batch: Batch, student: Features, counts: Counts) -> Around:
@@ -196,7 +215,7 @@ class Objective(Trainable):
         mask = batch.target_mask if per_token else batch.real[:, None]
         count = max(counts["targets" if per_token else "sequences"], 1)
         held = weights.detach() * mask
-        shares = held / held.sum(0).clamp_min(1e-30)
+        shares = held.abs() / held.abs().sum(0).clamp_min(1e-30)
         entropy = -torch.special.xlogy(shares, shares).sum()
         means = held.sum((1, 2)) / count
         metrics = {f"weight/{n}": m for n, m in zip(self.teacher_names, means.unbind(), strict=True)}

@@ -173,12 +173,19 @@ class LossSpec:
 
 @dataclass(frozen=True)
 class WeightingSpec:
-    """A weighting class and the laws it declares."""
+    """A weighting class and the laws it declares.
+
+    Attributes:
+        sums_to_one: over the teachers, at every position.
+        needs_labels: the weights depend on labels.
+        negative: a weight may be negative: then a teacher is one to move away from.
+    """
 
     name: str
     cls: type
     sums_to_one: bool = True
     needs_labels: bool = False
+    negative: bool = False
 
     def options(self) -> dict[str, inspect.Parameter]:
         """The parameters of its constructor that a stage may set; those of `GIVEN` come from mtkd."""
@@ -263,11 +270,13 @@ def loss(
     return decorate
 
 
-def weighting(name: str, *, sums_to_one: bool = True, needs_labels: bool = False) -> Callable[[Decorated], Decorated]:
+def weighting(
+    name: str, *, sums_to_one: bool = True, needs_labels: bool = False, negative: bool = False
+) -> Callable[[Decorated], Decorated]:
     """Register a `Weighting` class under `name`; see `WeightingSpec` for the flags."""
 
     def decorate(cls: Decorated) -> Decorated:
-        WEIGHTINGS.add(name, WeightingSpec(name, cls, sums_to_one, needs_labels))  # type: ignore[arg-type]
+        WEIGHTINGS.add(name, WeightingSpec(name, cls, sums_to_one, needs_labels, negative))  # type: ignore[arg-type]
         return cls
 
     return decorate

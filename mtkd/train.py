@@ -22,12 +22,14 @@ from mtkd.console import StageProgress, say
 from mtkd.data.batch import Batch, position_counts
 from mtkd.engine.base import all_finite, learning_rate
 from mtkd.engine.dist import Dist
-from mtkd.errors import DataError, NonFiniteError, Preempted, on_every_rank
+from mtkd.errors import DataError, NonFiniteError, Preempted, UserError, on_every_rank
 from mtkd.jsonlines import append_jsonl, to_json
 from mtkd.lookaround import after_step, before_step
+from mtkd.objective import Objective
 from mtkd.rundir import RunDir, StageDir
 from mtkd.seal import Found, newest_sealed, save_sealed
 from mtkd.selection import TrainState, check_selection, note_score, regrouped, take_best, validate
+from mtkd.weightings.faults import FAULTS, check_faults
 
 _STATE = "state.json"
 
@@ -116,6 +118,7 @@ class _Meter:
 
     def __init__(self, built: BuiltStage, run: RunDir, dist: Dist, state: TrainState) -> None:
         self._name, self._run, self._dist = built.name, run, dist
+        self._objective, self._weighting = built.objective, built.stage.weighting.name
         self._micro_batches = built.stage.batch.accumulate
         before: dict[str, Any] = state.meters[dist.rank] if state.meters else {"sums": {}, "seen": 0}
         self._sums = {
@@ -141,13 +144,23 @@ class _Meter:
         return self._dist.gather_objects(mine) or []
 
     def flush(self) -> dict[str, float]:
-        """Means per step since the last flush, over all ranks."""
+        """Means per step since the last flush, over all ranks.
+
+        Raises:
+            UserError: weights of the teachers that no stage can train with, on every rank.
+        """
         steps = max(self._seen // self._micro_batches, 1)
         values = torch.stack(list(self._sums.values())).tolist() if self._sums else []
         sums = self._dist.sum(values)
         means = {name: value / steps for name, value in zip(self._sums, sums, strict=True)}
         self._sums, self._seen = {}, 0
-        return means
+        if isinstance(self._objective, Objective):
+            try:
+                where, negative = f"stages.{self._name}.weighting", self._objective.weighting.negative
+                check_faults(means, self._weighting, where, negative=negative)
+            except UserError as error:
+                raise on_every_rank(error) from None
+        return {name: value for name, value in means.items() if name not in FAULTS}
 
     def log(self, state: TrainState, extra: dict[str, float]) -> float:
         """Write one line of metrics.jsonl; returns the mean loss."""

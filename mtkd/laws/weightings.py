@@ -158,7 +158,10 @@ def _weights(spec: WeightingSpec, make: OptionsOf, case: Teachers, order: tuple[
 
 
 def _values_law(spec: WeightingSpec, make: OptionsOf, case: Teachers) -> None:
-    """[T,B,1] per example, [T,B,L] per token, float32; finite, non-negative, and of sum 1 where declared."""
+    """[T,B,1] per example, [T,B,L] per token, float32; finite, non-negative, and of sum 1 where declared.
+
+    Negative ones must be declared.
+    """
     module = _made(spec, make, case)
     traits = case.traits(_ORDER, module)
     weights = module(traits)
@@ -167,7 +170,7 @@ def _values_law(spec: WeightingSpec, make: OptionsOf, case: Teachers) -> None:
         raise LawBroken("shape", spec.name, f"{found} for {case.what}")
     if not bool(weights.isfinite().all()):
         raise LawBroken("finite", spec.name, f"a weight is not finite for {case.what}")
-    if not bool((weights >= 0).all()):
+    if not spec.negative and not bool((weights >= 0).all()):
         raise LawBroken("non-negative", spec.name, f"a weight of {float(weights.min())} for {case.what}")
     sums = weights.sum(0)
     if spec.sums_to_one and difference(sums, torch.ones_like(sums)) > TOLERANCE:

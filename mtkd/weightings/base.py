@@ -51,15 +51,17 @@ class Weighting(nn.Module):
         per_token: False: `per: token` is refused, because a weight per token is not defined.
         lr: peak learning rate of its own parameters, on the stage's schedule; None: the optimizer's.
         rewarded: after every optimizer step `judged` and `reward` are called.
+        negative: its weights may be negative; set from the decorator's flag of this name.
     """
 
     reads: frozenset[str] = frozenset()
     per_token: bool = True
     lr: float | None = None
     rewarded: bool = False
+    negative: bool = False
 
     def forward(self, traits: Traits) -> Tensor:
-        """Weights, [T,B,L], non-negative, float32."""
+        """Weights, [T,B,L], float32, finite, not all 0; non-negative unless declared."""
         raise NotImplementedError
 
     def penalty(self, traits: Traits) -> Tensor | None:

@@ -11,6 +11,7 @@ from mtkd.match import Match
 from mtkd.models.taps import TappedModel
 from mtkd.registry import GIVEN, WEIGHTINGS, check_options
 from mtkd.weightings.base import READABLE, StageFacts, Weighting
+from mtkd.weightings.faults import try_weighting
 from mtkd.weightings.gradients import has_gradient
 
 
@@ -32,8 +33,14 @@ def make_weighting(named: Named, facts: StageFacts, where: str) -> Weighting:
     options = {**named.options, **{name: given[name] for name in GIVEN if name in parameters}}
     try:
         weighting: Weighting = spec.cls(**options)
+    except UserError as error:  # its place is within the block of the weighting
+        place = f"{where}{error.where.removeprefix('weighting')}"
+        raise UserError(
+            error.message, where=place, found=error.found, allowed=error.allowed, todo=error.todo
+        ) from error
     except ValueError as error:
         raise UserError(str(error), where=f"{where}.options") from error
+    weighting.negative = spec.negative
     if not weighting.reads <= READABLE:
         raise UserError(
             f"weighting '{named.name}' reads what nothing provides",
@@ -44,8 +51,10 @@ def make_weighting(named: Named, facts: StageFacts, where: str) -> Weighting:
     return weighting
 
 
-def check_weighting(weighting: Weighting, stage: StageConfig, rows: Sequence[Match], where: str) -> None:
-    """Refuse a weighting that its stage gives nothing to work with."""
+def check_weighting(
+    weighting: Weighting, stage: StageConfig, rows: Sequence[Match], where: str, *, token_level: bool
+) -> None:
+    """Refuse a weighting that its stage gives nothing to work with, or that gives its stage impossible weights."""
     name = stage.weighting.name
     if stage.per == "token" and not weighting.per_token:
         raise UserError(
@@ -60,4 +69,20 @@ def check_weighting(weighting: Weighting, stage: StageConfig, rows: Sequence[Mat
             where=f"{where}.match",
             found="no weighted row that compares logits with the teachers",
             todo="add one, e.g. {feature: logits, loss: kl}",
+        )
+    if weighting.negative and any(row.weighted and row.ensemble != "losses" for row in rows):
+        raise UserError(
+            f"weights of '{name}' may be negative, and a mixture of teachers is made with shares",
+            where=f"{where}.match",
+            found="ensemble: probabilities or logits",
+            allowed="ensemble: losses",
+        )
+    if stage.kind == "distill" and stage.teachers:
+        try_weighting(
+            weighting,
+            name,
+            len(stage.teachers),
+            per=stage.per,
+            token_level=token_level,
+            where=f"{where}.weighting",
         )

@@ -214,6 +214,13 @@ class Traits:
         return self.around.ids >= 0
 
     @property
+    def sound(self) -> Tensor:
+        """Whether all that was read so far is finite, [] bool."""
+        read = [*self._known.values(), *self._known_positions.values(), self.around.gram, self.around.pooled]
+        known = [values.isfinite().all().to(self._mask.device) for values in read if values is not None]
+        return torch.stack(known).all() if known else self._mask.new_ones(())
+
+    @property
     def share(self) -> float:
         """This micro-batch's share of the step's examples: over micro-batches and ranks it adds up to 1."""
         return int(self.real.sum()) / max(self.around.counts.get("sequences", 0), 1)
