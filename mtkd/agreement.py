@@ -14,8 +14,10 @@ from typing import Any
 
 from mtkd.config import RunConfig
 from mtkd.configfile import differences, fingerprint
+from mtkd.console import say
 from mtkd.engine.dist import Dist, on_main
 from mtkd.errors import UserError, on_every_rank
+from mtkd.precision import choose, decided, warning
 from mtkd.rundir import versions
 
 _SHOWN = 12  # differing keys in one message
@@ -58,6 +60,21 @@ def agree_on_run(dist: Dist, config: RunConfig, redo: Sequence[str]) -> None:
         "versions": {**versions(), "files of mtkd": _code_digest()},
     }
     agree(dist, mine, "configuration", "start every node with the same file, the same options and the same packages")
+
+
+def agree_on_precision(dist: Dist, config: RunConfig) -> RunConfig:
+    """The run with the precision that the main rank decides on, said once; a collective.
+
+    Ranks on other processors follow: of what is slow on a node the main rank speaks as well.
+    """
+    choice = on_main(dist, lambda: choose(config))
+    asked, config = config.engine.precision, decided(config, choice.precision)
+    if asked == "auto":
+        say(f"precision: {choice}", main=dist.is_main)
+    everybody = _everybody(dist, (socket.gethostname(), warning(config.engine)))
+    for host, line in {host: line for host, line in reversed(everybody) if line}.items():
+        say(line if dist.world_size == 1 else f"on {host}: {line}", main=dist.is_main)
+    return config
 
 
 def new_run_id() -> str:

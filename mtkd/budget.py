@@ -18,6 +18,7 @@ from mtkd.errors import UserError
 from mtkd.footprint import CachedShape, Footprint, Shape, Step, measure
 from mtkd.launcher import largest_node, num_processes
 from mtkd.memory import FLOAT, Place, Share, TeacherSize, checkpoint_bytes, free_disk, teacher_share, trained_share
+from mtkd.precision import here
 from mtkd.rows import Row
 
 GB = 1e9
@@ -245,7 +246,7 @@ def _step(sketch: Sketch, engine: EngineConfig, on_gpu: bool) -> Step:
         micro_batches=batch.accumulate,
         tile=engine.tile_for(sketch.columns, "cuda" if on_gpu else "cpu"),
         on_gpu=on_gpu,
-        dtype=torch.bfloat16 if engine.precision == "bf16" else torch.float32,
+        dtype=torch.bfloat16 if engine.in_bf16 else torch.float32,
         checkpointing=engine.activation_checkpointing,
     )
 
@@ -325,7 +326,7 @@ def _changes(sketch: Sketch, engine: EngineConfig, on_gpu: bool) -> Iterator[tup
             sketch,
             engine.model_copy(update={"activation_checkpointing": True}),
         )
-    if engine.precision == "fp32":
+    if not engine.in_bf16 and (on_gpu or here("cpu").precision == "bf16"):
         yield "engine.precision: bf16", sketch, engine.model_copy(update={"precision": "bf16"})
     step = _step(sketch, engine, on_gpu)
     tile = min(step.tile, step.sequences * step.length)

@@ -62,7 +62,7 @@ class Workshop:
         self, config: RunConfig, run: RunDir, dist: Dist, device: torch.device, reader: DataReader | None = None
     ) -> None:
         self.config, self.base, self.run, self.dist, self.device = config, config.base, run, dist, device
-        self.dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+        self.dtype = torch.bfloat16 if config.engine.in_bf16 else torch.float32
         self._reader = reader or DataReader(config.base)
         self._data: dict[str, LoadedData] = {}
         self.records: dict[str, dict[str, Any]] = {}
@@ -321,7 +321,9 @@ class Workshop:
         folder = self.folder(stage).export / member_of(path) if stage else cache_folder(path, self.base, where)
         made_of = [t.model for t in self.config.stages[stage].teachers if t.name == member_of(path)] if stage else []
         digest = self.digest(made_of[0]) if made_of else None
-        return cached_teacher(teacher.name, folder, data, self.tokenizer, digest, self.config.engine.precision, where)
+        return cached_teacher(
+            teacher.name, folder, data, self.tokenizer, digest, self.config.engine.decided_precision, where
+        )
 
     def _train_split(self, stage: StageConfig, data: LoadedData, where: str) -> Split:
         """What the stage trains on, with the teacher that each example names where the weighting reads it."""

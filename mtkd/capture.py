@@ -156,7 +156,7 @@ def _cache(job: _Job, config: TeacherConfig, where: str, stopped: StopFlag, prog
     columns = num_real_ids(shop.tokenizer) if token_level else job.data.num_labels
     content = content_of(job.stage.cache, token_level=token_level, columns=columns, seed=shop.config.seed)
     check_layers(content, model.info, f"stages.{job.name}.cache", config.name)
-    made, precision = model_values(tapped.model.config), shop.config.engine.precision
+    made, precision = model_values(tapped.model.config), shop.config.engine.decided_precision
     origin = origin_of(shop.digest(config.model), job.data, shop.tokenizer, made, precision)
 
     def open_writer() -> CacheWriter:

@@ -172,7 +172,7 @@ def identity(
         "plugins": _plugin_digests(config, stage),
         "seed": stage_seed(config, stage),
         "steps": steps,
-        "precision": config.engine.precision,
+        "precision": config.engine.decided_precision,
         "compile": config.engine.compile,
         "attention": config.engine.attention,
         "data": {

@@ -14,6 +14,9 @@ def examine() -> dict[str, Any]:
     """Versions, devices, compiler, DeepSpeed and disk."""
     import torch
 
+    from mtkd.precision import here, slowdown
+
+    here_is = "cuda" if torch.cuda.is_available() else "cpu"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     compiler = shutil.which("c++") or shutil.which("g++")
@@ -27,7 +30,8 @@ def examine() -> dict[str, Any]:
         "torch threads": torch.get_num_threads(),
         "memory (GiB)": round(memory, 1),
         "GPUs": devices or "none",
-        "GPU bf16": torch.cuda.is_bf16_supported() if devices else "no GPU",
+        "engine.precision: auto": str(here(here_is)),
+        "time of a product in bf16 / in fp32": f"{slowdown(here_is):.2f}, measured now",
         "C++ compiler": compiler or "none: DeepSpeed cannot build its communication op on CPU",
         "ninja": shutil.which("ninja") or "none on PATH: DeepSpeed cannot build ops",
         "DeepSpeed accelerator": os.environ.get("DS_ACCELERATOR", "chosen by DeepSpeed"),

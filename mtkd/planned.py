@@ -54,7 +54,12 @@ class PlannedStage:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `mtkd run` would do; `missing`: models that are planned from their cards, and what brings them here."""
+    """What `mtkd run` would do.
+
+    Attributes:
+        missing: models that are planned from their cards, and what brings them here.
+        precision: the precision and why, and a warning where it is slow here.
+    """
 
     name: str
     folder: str
@@ -62,6 +67,7 @@ class Plan:
     command: str
     stages: list[PlannedStage] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    precision: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -84,7 +90,10 @@ class Plan:
         for stage in self.stages:
             for row in stage.rows:
                 rows.add_row(stage.name, row)
-        table.caption = "\n".join([f"started by: {self.command}", *(f"not here yet: {each}" for each in self.missing)])
+        chosen = [f"precision: {self.precision[0]}", *self.precision[1:]] if self.precision else []
+        table.caption = "\n".join(
+            [f"started by: {self.command}", *chosen, *(f"not here yet: {each}" for each in self.missing)]
+        )
         planned = [(stage.name, stage.memory) for stage in self.stages if stage.memory is not None]
         more = [_notes_table(self.stages)] if any(stage.notes for stage in self.stages) else []
         return [table, rows, *more, *([_memory_table(planned), _verdicts(planned)] if planned else [])]

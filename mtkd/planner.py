@@ -38,17 +38,21 @@ from mtkd.modelplan import PlannedModels, with_open_labels
 from mtkd.models.info import ModelInfo, check_packing
 from mtkd.planned import SKIPPED, Plan, PlannedModel, PlannedStage, of_cache, row_text, with_consequences
 from mtkd.pool.partition import check_nvme
+from mtkd.precision import choose, decided, warning, with_precision
 from mtkd.registry import TASKS, load_plugins
 from mtkd.rows import compile_rows
 from mtkd.rundir import RunDir
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """The run with every stage of its chain: shapes that depend on other models are derived; else as it is.
+    """The run with every stage of its chain, and a decided precision; else as it is.
+
+    Shapes that depend on other models are derived.
 
     Raises:
         UserError: a shape cannot be derived, or the stages that result are not valid.
     """
+    config = with_precision(config)
     load_plugins(config.plugins, config.base)
     return complete(config, lambda stand_in: _Planner(stand_in).look())
 
@@ -63,7 +67,8 @@ def plan(config: RunConfig, *, memory: bool = False, reader: DataReader | None =
     Raises:
         UserError: whatever would fail later for a reason that can be known now.
     """
-    config = resolve(config)
+    precision = choose(config, planned=memory)
+    config = resolve(decided(config, precision.precision))
     check(config)
     planner = _Planner(config, reader or DataReader(config.base))
     facts = {name: planner.models.facts(data) for name, data in config.data.items()}
@@ -74,11 +79,12 @@ def plan(config: RunConfig, *, memory: bool = False, reader: DataReader | None =
         stages = planner.with_memory(stages)
     planner.models.check_scored()
     engine = config.engine
-    kind = f"{engine.kind}, {num_processes(engine)} process(es), {engine.precision}"
+    kind = f"{engine.kind}, {num_processes(engine)} process(es), {engine.decided_precision}"
     if engine.kind == "deepspeed":
         kind += f", ZeRO {engine.zero_stage}"
     missing = [*missing_models(config), *(each.not_here for each in facts.values() if each.not_here)]
-    return Plan(config.name, str(config.folder), kind, " ".join(shown_command(engine)), stages, missing)
+    command, notes = " ".join(shown_command(engine)), [str(precision), *filter(None, [warning(engine)])]
+    return Plan(config.name, str(config.folder), kind, command, stages, missing, notes)
 
 
 class _Planner:
@@ -214,7 +220,7 @@ class _Planner:
             place, made = f"{where}.teachers[{i}].model", model_of(teacher.model.path)
             if made is None:
                 found[teacher.name] = read_facts(teacher.model.path or "", self.config.base, auto_class, place)
-                check_precision_of(found[teacher.name], self.config.engine.precision, place)
+                check_precision_of(found[teacher.name], self.config.engine.decided_precision, place)
                 if not self.models.stands_in:
                     check_tokenizer_of(found[teacher.name], self.models.tokenizer, place)
             else:

@@ -42,7 +42,7 @@ def run_of(folder: Path, stages: dict[str, Any], **changes: Any) -> RunConfig:
                 "labels": ["a", "b"],
             },
         },
-        "engine": {"device": "cpu", "threads": 1},
+        "engine": {"device": "cpu", "precision": "fp32", "threads": 1},
         "stages": {name: {"steps": 1, **stage} for name, stage in stages.items()},
         "evaluate": {"data": next(iter(stages.values()))["data"], "resamples": 20},
         **changes,

@@ -140,7 +140,7 @@ def write_run(folder: Path, **co: object) -> Path:
         "output": str(folder / "runs"),
         "tokenizer": {"train_on": "data", "vocab_size": 300},
         "data": {"data": {"source": "files", "path": str(folder), "files": files, "task": "classify"}},
-        "engine": {"kind": "torch", "device": "cpu", "threads": 1},
+        "engine": {"kind": "torch", "device": "cpu", "precision": "fp32", "threads": 1},
         "stages": {
             "teachers": {
                 "kind": "cofinetune",

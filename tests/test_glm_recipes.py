@@ -103,7 +103,7 @@ def test_the_small_recipes_are_the_large_ones(tmp_path: Path, large: str, small:
 def shortened(name: str, folder: Path) -> RunConfig:
     """A small recipe with few documents and steps."""
     values = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
-    values |= {"output": str(folder), "engine": {"kind": "torch", "device": "cpu", "threads": 1}}
+    values |= {"output": str(folder), "engine": {"kind": "torch", "device": "cpu", "precision": "fp32", "threads": 1}}
     for data in values["data"].values():
         data["limit"] = {"train": 40, "validation": 6, "test": 12}
     for each in (*values["stages"].values(), *([values["chain"]] if "chain" in values else [])):

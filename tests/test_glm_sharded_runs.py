@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from mtkd.models.glm import GLMForConditionalGeneration
 
 RECIPES = Path(__file__).parents[1] / "configs" / "glm"
-ENGINE = {"kind": "deepspeed", "processes": 2, "zero_stage": 3, "device": "cpu", "threads": 1}
+ENGINE = {"kind": "deepspeed", "processes": 2, "zero_stage": 3, "device": "cpu", "precision": "fp32", "threads": 1}
 TIMEOUT = 240  # seconds for a run of some steps
 
 

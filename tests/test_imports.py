@@ -44,7 +44,7 @@ ORDER = (
         "cofinetune",
     ),
     (
-        *("chain", "ladder", "rundir", "locate", "memory", "footprint", "budget", "modelplan", "dataplan"),
+        *("chain", "ladder", "rundir", "locate", "memory", "footprint", "budget", "modelplan", "dataplan", "precision"),
         *("cachefolder", "cacheplan", "planned", "agreement"),
     ),
     ("build", "built", "checks", "planner"),

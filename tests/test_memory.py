@@ -70,7 +70,11 @@ class Case:
         **engine: Any,
     ) -> None:
         self.names = [f"t{k}" for k in range(len(backends))]
-        self.backends, self.matches, self.engine = backends, matches, EngineConfig(device="cpu", **engine)
+        self.backends, self.matches, self.engine = (
+            backends,
+            matches,
+            EngineConfig(**{"device": "cpu", "precision": "fp32", **engine}),
+        )
         self.teacher = teacher or TEACHER
         teachers = [TeacherConfig(name=n, model=ModelConfig(path="x")) for n in self.names]
         self.stage = StageConfig(

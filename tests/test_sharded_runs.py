@@ -16,8 +16,8 @@ import mtkd.runner
 from mtkd.configfile import load_config
 from mtkd.testing import run_distributed
 
-ENGINE = {"kind": "deepspeed", "processes": 2, "zero_stage": 2, "device": "cpu", "threads": 1}
-TORCH = {"kind": "torch", "device": "cpu", "threads": 1}
+ENGINE = {"kind": "deepspeed", "processes": 2, "zero_stage": 2, "device": "cpu", "precision": "fp32", "threads": 1}
+TORCH = {"kind": "torch", "device": "cpu", "precision": "fp32", "threads": 1}
 
 
 def write(folder: Path, backend: str, engine: dict[str, Any]) -> str:

@@ -48,7 +48,7 @@ def values(folder: Path) -> dict[str, Any]:
         "name": "two-tasks",
         "output": str(folder / "runs"),
         "tokenizer": {"train_on": "text", "vocab_size": 300},
-        "engine": {"device": "cpu", "threads": 1},
+        "engine": {"device": "cpu", "precision": "fp32", "threads": 1},
         "data": {
             "text": {**files, "task": "masked-lm", "next_sentence": True, "max_length": 32},
             "task": {**files, "task": "classify", "max_length": 32},

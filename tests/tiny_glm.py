@@ -110,7 +110,7 @@ def values(folder: Path, **data: Any) -> dict[str, Any]:
         "name": "glm",
         "output": str(folder / "runs"),
         "tokenizer": {"train_on": "text", "vocab_size": 330, "commands": "glm"},
-        "engine": {"device": "cpu", "threads": 1},
+        "engine": {"device": "cpu", "precision": "fp32", "threads": 1},
         "data": {"text": {**files, "task": "glm-infill", **data}, "task": {**files, **CLOZE}},
         "evaluate": {"data": "task", "resamples": 100},
     }

@@ -53,7 +53,7 @@ def tiny_values(folder: Path) -> dict[str, Any]:
                 "max_length": 64,
             }
         },
-        "engine": {"kind": "torch", "device": "cpu", "threads": 1},
+        "engine": {"kind": "torch", "device": "cpu", "precision": "fp32", "threads": 1},
         "stages": {
             "teacher": {
                 "kind": "finetune",

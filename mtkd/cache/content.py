@@ -154,7 +154,9 @@ class CacheOrigin:
                     where=where,
                     found=f"{found} in the cache",
                     allowed=f"{asked} in this run",
-                    todo="make the cache again, or name the one that belongs to this run",
+                    todo=f"write engine.precision: {found} for this run, or make the cache again in {asked}"
+                    if name == "precision"
+                    else "make the cache again, or name the one that belongs to this run",
                 )
 
     def as_json(self) -> dict[str, Any]:

@@ -21,8 +21,10 @@ class EngineConfig(Config):
     """What runs the optimizer."""
 
     kind: Literal["torch", "deepspeed"] = Field("torch", description="torch: one process; deepspeed: everything else")
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="bf16: autocast; parameters, losses and optimizer stay float32"
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="bf16: autocast; parameters, losses and optimizer stay float32; auto: bf16 where the processor or "
+        "the GPU multiplies it fast, else fp32; a run keeps what it was begun in",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU when there is one")
     processes: Positive = Field(
@@ -109,6 +111,17 @@ class EngineConfig(Config):
         if self.attention == "flash" and self.device == "cuda" and self.precision == "fp32":
             raise ValueError("attention: flash has no kernel for fp32 on a GPU; use precision: bf16, or another kernel")
         return self
+
+    @property
+    def decided_precision(self) -> Literal["fp32", "bf16"]:
+        """The precision, where "auto" has been replaced: `mtkd.precision` does so before anything asks."""
+        assert self.precision != "auto", "mtkd.precision.with_precision comes first"
+        return self.precision
+
+    @property
+    def in_bf16(self) -> bool:
+        """Whether models run under autocast."""
+        return self.decided_precision == "bf16"
 
     def tile_for(self, columns: int, device: str) -> int:
         """Positions per tile for logits of that many columns on a "cpu" or "cuda" device.

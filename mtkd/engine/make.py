@@ -33,7 +33,10 @@ def make_engine(
 
 
 def start_processes(config: EngineConfig) -> tuple[Dist, torch.device]:
-    """Join the process group if the engine has one, choose the device, set the CPU threads."""
+    """Join the process group if the engine has one, choose the device, set the CPU threads.
+
+    `precision` may still be "auto" here: `mtkd.precision.decided` refuses a kernel that does not go with it.
+    """
     kind = config.device
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"

@@ -42,7 +42,7 @@ def judge(shop: Workshop) -> dict[str, Any]:
         "config": shop.config.data[name].values(),
         "split": settings.split,
         "tokenizer": tokenizer_fingerprint(shop.tokenizer, chat=shop.config.data[name].chat),
-        "precision": shop.config.engine.precision,
+        "precision": shop.config.engine.decided_precision,
     }
     keys = {model: fingerprint([context, _fingerprints(shop, model)]) for model in wanted}
     inputs = fingerprint([keys, settings.model_dump(mode="json")])

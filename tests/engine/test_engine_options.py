@@ -137,7 +137,7 @@ def test_a_resident_teacher_is_compiled_where_the_run_asks_for_it(
 
 def test_flash_needs_bf16_on_a_gpu() -> None:
     with pytest.raises(ValidationError, match="no kernel for fp32"):
-        EngineConfig(attention="flash", device="cuda")
+        EngineConfig(attention="flash", device="cuda", precision="fp32")
     EngineConfig(attention="flash", device="cuda", precision="bf16")
     with pytest.raises(UserError, match="no kernel for fp32"):  # device: auto, found later
         use_attention("flash", "cuda", "fp32")

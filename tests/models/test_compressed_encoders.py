@@ -33,7 +33,7 @@ def run_of(folder: Path, **stages: dict) -> RunConfig:
         "output": str(folder / "runs"),
         "tokenizer": {"path": "teacher"},
         "data": {"text": {**common, "task": "masked-lm"}, "classes": {**common, "task": "classify"}},
-        "engine": {"device": "cpu", "threads": 1},
+        "engine": {"device": "cpu", "precision": "fp32", "threads": 1},
         "stages": {name: {**BATCH, **stage} for name, stage in stages.items()},
         "evaluate": {"data": stages["last"]["data"], "stages": ["last"], "resamples": 20},
     }
