@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "mtkd"
 ORDER = (
     (
         "errors",
+        "specs",
         "registry",
         "products",
         "features",

@@ -9,9 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+import mtkd
 from mtkd import registry
 from mtkd.errors import UserError
+from mtkd.losses.distributions import kl
 from mtkd.registry import (
     BUILT_IN,
     LOSSES,
@@ -228,3 +231,63 @@ def test_every_built_in_declares_options_that_pass_their_own_check() -> None:
             defaults = {n: p.default for n, p in parameters.items() if p.default is not inspect.Parameter.empty}
             optional = {n: p for n, p in parameters.items() if n in defaults}
             check_options(defaults, optional, name)
+
+
+# calls from Python
+
+
+def test_a_loss_is_called_with_its_options_as_keywords() -> None:
+    """The same numbers as the function itself, of class and token logits, with any mask or none."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 4, 6, 7, generator=generator)
+    mask = torch.rand(4, 6, generator=generator) > 0.4
+    plain = kl(student.flatten(0, 1), teacher.flatten(0, 1), mask.flatten(), temperature=2.0).reshape(4, 6)
+    for given in (mask, mask.long(), mask.float()):
+        found = mtkd.LOSSES["kl"](student, teacher, given, temperature=2.0)
+        torch.testing.assert_close(found, plain.masked_fill(~mask, 0))
+    torch.testing.assert_close(mtkd.LOSSES["kl"](student, teacher, temperature=2.0), plain)
+    rows = student[0], teacher[0], mask[0]
+    assert torch.equal(mtkd.LOSSES["kl"](*rows, temperature=2.0), mtkd.LOSSES["kl"](*rows, {"temperature": 2.0}))
+    assert not torch.equal(mtkd.LOSSES["kl"](*rows, {"temperature": 3.0}, temperature=2.0), mtkd.LOSSES["kl"](*rows))
+    labels = torch.randint(0, 7, (4, 6), generator=generator)
+    wanted = torch.nn.functional.cross_entropy(student.transpose(1, 2), labels, reduction="none", label_smoothing=0.1)
+    torch.testing.assert_close(mtkd.LOSSES["ce"](student, labels, smoothing=0.1), wanted)
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (3, 5, 4), (3, 2, 5, 5)])
+def test_every_feature_needs_no_mask(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    sides = torch.rand(2, *shape, generator=generator)
+    name = "attention_mse" if len(shape) == 4 else "mse"
+    positions = (shape[0], shape[2]) if len(shape) == 4 else shape[:-1]
+    every = torch.ones(positions, dtype=torch.bool)
+    found = mtkd.LOSSES[name](*sides)
+    assert found.shape == positions
+    torch.testing.assert_close(found, mtkd.LOSSES[name](*sides, every))
+
+
+def test_a_call_names_what_is_wrong_with_it() -> None:
+    sides = torch.zeros(2, 5, 7)
+    with pytest.raises(UserError, match=r"loss 'kl'\.options: unknown option") as caught:
+        mtkd.LOSSES["kl"](*sides, temprature=2.0)
+    assert "temperature" in str(caught.value)
+    with pytest.raises(UserError, match="wrong type"):
+        mtkd.LOSSES["kl"](*sides, temperature="warm")
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        mtkd.LOSSES["kl"](*sides, temperature=0.0)
+    with pytest.raises(ValueError, match=r"mask of loss 'kl' has shape \[5, 7\]; one entry per position is \[5\]"):
+        mtkd.LOSSES["kl"](*sides, torch.ones(5, 7, dtype=torch.bool))
+
+
+def test_methods_and_weightings_are_called_with_their_options() -> None:
+    assert mtkd.METHODS["kd"](temperature=4.0) == mtkd.METHODS["kd"].rows({"temperature": 4.0})
+    assert mtkd.METHODS["glmd"](step="prediction") == mtkd.METHODS["glmd"].rows({}, "prediction")
+    with pytest.raises(UserError, match=r"method 'kd'\.options: unknown option"):
+        mtkd.METHODS["kd"](temp=4.0)
+    assert mtkd.WEIGHTINGS["confidence"](tau=0.3).tau == 0.3
+    fixed = mtkd.WEIGHTINGS["fixed"](teachers=("a", "b"), weights={"a": 3.0, "b": 1.0})
+    assert fixed.values.tolist() == [0.75, 0.25]
+    with pytest.raises(UserError, match="for the teachers of a stage"):
+        mtkd.WEIGHTINGS["fixed"](weights={"a": 1.0})
+    with pytest.raises(UserError, match=r"weighting 'confidence'\.options: unknown option"):
+        mtkd.WEIGHTINGS["confidence"](teachers=("a",))
