@@ -16,10 +16,12 @@ from mtkd.config import ModelConfig
 from mtkd.errors import DataError, UserError
 from mtkd.models import attention, glm  # noqa: F401  registers the tap that models are built with, and our own type
 from mtkd.models.cards import missing_glm
+from mtkd.models.classes import ClassMap, Given, match_classes, named_after, output_names, teacher_classes
 from mtkd.models.cut import cut_config, cut_weights
 from mtkd.models.folder import find_folder
 from mtkd.models.fresh import fresh_config, set_dropout
 from mtkd.models.glm.published import config_of_card
+from mtkd.models.heads import check_heads, find_heads, reorder_outputs, stand_in_pad, unfitting
 from mtkd.models.info import CLASSIFIER, GLM, attention_implementation, check_head, model_info
 from mtkd.models.vocabulary import VocabularyMap, compressed_config, compressed_weights, planned_config
 
@@ -49,6 +51,24 @@ class _Request:
     label_names: tuple[str, ...]
     tokenizer: PreTrainedTokenizerBase
     answers: list[list[int]] | None
+    reads: frozenset[str] | None
+    where: str
+
+
+@dataclass(frozen=True)
+class _Full:
+    """A model before anything is cut from it.
+
+    Attributes:
+        folder: of the weights; None for a fresh model.
+        trained: it comes with a classification head, whole.
+        classes: of a model that is trained further: which of its outputs are the data's classes.
+    """
+
+    config: PretrainedConfig
+    folder: Path | None = None
+    trained: bool = False
+    classes: ClassMap | None = None
 
 
 def build_model(
@@ -63,6 +83,8 @@ def build_model(
     seed: int,
     resolve: Resolve,
     answers: list[list[int]] | None = None,
+    reads: frozenset[str] | None = None,
+    where: str = "",
     on_loaded: Callable[[PreTrainedModel], None] | None = None,
     empty: bool = False,
 ) -> PreTrainedModel:
@@ -80,6 +102,10 @@ def build_model(
         seed: of everything that is newly initialised; the global random state is neither read nor changed.
         resolve: maps ``stage:NAME`` and relative folders to folders; returns anything else as it is.
         answers: token ids of every class's words: makes a GLM classifier a cloze, whatever its own configuration says.
+        reads: of a frozen teacher: which of its predictions are read, "logits" and "nsp_logits"; it keeps its own
+            outputs (`mtkd.models.classes` says which of them are the data's classes). None: a model that is trained;
+            it gets the data's classes in their order, and a new classification head where it comes without one.
+        where: place in the configuration, for messages; default: the folder.
         on_loaded: sees a loaded model before anything is cut from it.
         empty: of a model that is loaded whole: as `empty_model` makes it, its weights are not read.
 
@@ -87,20 +113,30 @@ def build_model(
         UserError: the description does not fit the task, the tokenizer or the data.
         DataError: the folder is unsafe, or its weights are not those of the architecture.
     """
-    request = _Request(auto_class, num_ids, max_positions, num_labels, label_names, tokenizer, answers)
-    full, folder = _full_config(config, request, resolve, weights=True)
-    if folder is None:
-        return _from_config(full, auto_class, seed)
-    if empty:
-        return empty_model(full, auto_class)
-    model = _load(folder, full, request, seed)
-    if on_loaded is not None:
+    request = _Request(auto_class, num_ids, max_positions, num_labels, label_names, tokenizer, answers, reads, where)
+    full = _full_config(config, request, resolve, weights=True)
+    model = _whole_model(full, request, seed, empty)
+    if full.folder is not None and not empty and on_loaded is not None:
         on_loaded(model)
     if config.is_cut:
         weights = cut_weights(model, config)
         # Built anew rather than by deleting modules: layer numbers inside the modules are then right by construction.
         model = _from_config(cut_config(model.config, config), auto_class, seed)
         model.load_state_dict(weights, strict=True)
+    if auto_class == CLASSIFIER:  # not before: the row of a padding id in an embedding gets no gradient
+        stand_in_pad(model.config, tokenizer)
+    return model
+
+
+def _whole_model(full: _Full, request: _Request, seed: int, empty: bool) -> PreTrainedModel:
+    """A model before layers are cut; a student's outputs are in the data's order."""
+    if full.folder is None:
+        return _from_config(full.config, request.auto_class, seed)
+    if empty:
+        return empty_model(full.config, request.auto_class)
+    model = _load(full.folder, full.config, request, seed)
+    if full.classes is not None and not full.classes.in_order:
+        reorder_outputs(model, full.classes.columns)
     return model
 
 
@@ -121,16 +157,30 @@ def load_config(
     tokenizer: PreTrainedTokenizerBase,
     resolve: Resolve,
     answers: list[list[int]] | None = None,
-) -> PretrainedConfig:
+    reads: frozenset[str] | None = None,
+    classes: Given | None = None,
+    where: str = "",
+) -> tuple[PretrainedConfig, ClassMap | None]:
     """The configuration that `build_model` would build, without weights; same arguments, same errors.
+
+    Args: classes: of a teacher: what its outputs stand for, where the user says it.
+    Returns:
+        (configuration, which output is which class of the data): None for a model without a classifier of its own. A
+        teacher's configuration counts the data's classes alone.
 
     Raises:
         UserError: the description does not fit the task, the tokenizer or the data.
         DataError: the folder is unsafe or not a model.
     """
-    request = _Request(auto_class, num_ids, max_positions, num_labels, label_names, tokenizer, answers)
-    full, _ = _full_config(config, request, resolve, weights=False)
-    return smaller_config(full, config, tokenizer, num_ids)
+    request = _Request(auto_class, num_ids, max_positions, num_labels, label_names, tokenizer, answers, reads, where)
+    full = _full_config(config, request, resolve, weights=False)
+    found = full.classes
+    if full.trained and num_labels and "logits" in (reads or ()):
+        found = teacher_classes(full.config, label_names, num_labels, where or str(full.folder), classes)
+    if auto_class == CLASSIFIER:
+        full.config.num_labels = num_labels or full.config.num_labels
+        stand_in_pad(full.config, tokenizer)
+    return smaller_config(full.config, config, tokenizer, num_ids), found
 
 
 def smaller_config(
@@ -156,10 +206,8 @@ def compress_model(model: PreTrainedModel, auto_class: str, vocabulary: Vocabula
     return small
 
 
-def _full_config(
-    config: ModelConfig, request: _Request, resolve: Resolve, *, weights: bool
-) -> tuple[PretrainedConfig, Path | None]:
-    """Configuration before layers are cut, and the folder of the weights (None for a fresh model)."""
+def _full_config(config: ModelConfig, request: _Request, resolve: Resolve, *, weights: bool) -> _Full:
+    """Configuration before layers are cut, and the folder of the weights."""
     folder = None
     if config.path is None:
         full = fresh_config(
@@ -181,11 +229,19 @@ def _full_config(
     check_head(full, request.auto_class)
     if full.model_type == GLM:
         answer_with(full, request.auto_class, request.answers)
-    if request.auto_class == CLASSIFIER and request.num_labels:
-        _set_labels(full, request)
+    heads = None if folder is None else find_heads(full, request.auto_class, folder)
+    if folder is not None and heads is not None:
+        new = request.auto_class == CLASSIFIER
+        check_heads(heads, folder, request.where or str(folder), reads=request.reads, new=new)
+    # the data's cloze has no weights of its own: whatever the model answered before, it is a language model
+    trained = request.auto_class == CLASSIFIER and request.answers is None and heads is not None
+    trained = trained and heads is not None and heads["logits"].whole
+    classes = None
+    if request.auto_class == CLASSIFIER and request.num_labels and not (trained and request.reads is not None):
+        classes = _set_labels(full, request, trained, str(folder))
     _check_fits(full, request)
     cut_config(full, config)  # found here, before weights are read
-    return full, folder
+    return _Full(full, folder, trained, classes)
 
 
 def _read_config(folder: Path) -> PretrainedConfig:
@@ -205,39 +261,20 @@ def answer_with(config: PretrainedConfig, auto_class: str, answers: list[list[in
         config.verbalizers = None
 
 
-def _set_labels(config: PretrainedConfig, request: _Request) -> None:
-    names = request.label_names or tuple(f"LABEL_{i}" for i in range(request.num_labels))
-    # the data's cloze has no weights of its own: whatever the model answered before, it is a language model
-    if _is_classifier(config) and request.answers is None:
-        theirs = tuple(str(name) for _, name in sorted((int(i), n) for i, n in (config.id2label or {}).items()))
-        if len(theirs) != request.num_labels:
-            raise DataError(
-                "the model's classifier has another number of classes than the data",
-                where="model.path",
-                found=f"{len(theirs)}: {', '.join(theirs)}",
-                allowed=f"{request.num_labels}: {', '.join(names)}",
-            )
-        if theirs != names and set(theirs) == set(names):
-            raise DataError(
-                "the model's classes are in another order than the data's",
-                where="model.path",
-                found=", ".join(theirs),
-                allowed=", ".join(names),
-                todo="set data.labels to the model's order",
-            )
-    config.num_labels = request.num_labels
-    config.id2label = dict(enumerate(names))
-    config.label2id = {name: i for i, name in enumerate(names)}
-    config.problem_type = "regression" if request.num_labels == 1 else "single_label_classification"
-    if config.pad_token_id is None:  # decoders find the last token of a row by it
-        config.pad_token_id = request.tokenizer.pad_token_id
+def _set_labels(config: PretrainedConfig, request: _Request, trained: bool, folder: str) -> ClassMap | None:
+    """Give a configuration the data's classes; a classifier's own outputs are matched with them first.
 
-
-def _is_classifier(config: PretrainedConfig) -> bool:
-    # a cloze is a language model's folder to which somebody added its answers, and their order with them
-    return bool(getattr(config, "verbalizers", None)) or any(
-        "ForSequenceClassification" in name for name in config.architectures or ()
-    )
+    Returns:
+        None for a new head.
+    """
+    found = None
+    if trained:
+        names = request.label_names or tuple(f"LABEL_{i}" for i in range(request.num_labels))
+        found = match_classes(output_names(config), names, request.where or folder, key="")
+        if getattr(config, "verbalizers", None):  # of a cloze the order is that of its answers
+            config.verbalizers, found = [config.verbalizers[i] for i in found.columns], None
+    named_after(config, request.label_names, request.num_labels)
+    return found
 
 
 def _check_fits(config: PretrainedConfig, request: _Request) -> None:
@@ -293,7 +330,6 @@ def _parameters_on_meta() -> Iterator[None]:
 def _load(folder: Path, config: PretrainedConfig, request: _Request, seed: int) -> PreTrainedModel:
     import transformers
 
-    new_head = request.auto_class == CLASSIFIER and not _is_classifier(config)
     try:
         with seeded(seed), quiet():
             model, report = getattr(transformers, request.auto_class).from_pretrained(
@@ -309,25 +345,23 @@ def _load(folder: Path, config: PretrainedConfig, request: _Request, seed: int) 
             )
     except Exception as error:  # safetensors, OS and transformers errors share no base class
         raise DataError(f"the weights cannot be loaded: {_first_line(error)}", where=str(folder)) from error
-    _check_report(report, model.base_model_prefix, new_head, folder)
+    _check_report(report, model.base_model_prefix, folder)
     return model.eval()
 
 
-def _check_report(report: dict[str, Any], prefix: str, new_head: bool, folder: Path) -> None:
+def _check_report(report: dict[str, Any], prefix: str, folder: Path) -> None:
     """Refuse weights that are not those of the architecture; transformers would initialise them at random.
 
     Args:
         report: transformers' loading info.
-        prefix: of the encoder's or decoder's names in a model with a head.
-        new_head: whether a classification head may be made anew.
+        prefix: of the encoder's or decoder's names in a model with a head; heads were looked at before.
     """
     mismatched = [
         f"{name} {list(found)} instead of {list(wanted)}" for name, found, wanted in report["mismatched_keys"]
     ]
     missing = sorted(report["missing_keys"])
     made = [name for name in missing if not name.startswith(f"{prefix}.") or f"{prefix}.pooler." in name]
-    if new_head:
-        missing = [name for name in missing if name not in made]
+    missing = [name for name in missing if name not in made]
     unexpected = [n for n in sorted(report["unexpected_keys"]) if not of_another_head(n, prefix)]
     errors = [str(e) for e in report.get("error_msgs") or ()]
     for what, names in (
@@ -337,15 +371,9 @@ def _check_report(report: dict[str, Any], prefix: str, new_head: bool, folder: P
         ("unreadable", errors),
     ):
         if names:
-            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-            raise DataError(
-                f"the checkpoint does not fit its configuration: {len(names)} weights are {what}",
-                where=str(folder),
-                found=shown,
-                todo="use the complete checkpoint of a model made for this task",
-            )
-    if new_head and made:
-        _log.info("%s: new classification head: %s", folder.name, ", ".join(made))
+            raise unfitting(what, names, folder)
+    if made:
+        _log.info("%s: new head: %s", folder.name, ", ".join(made))
 
 
 def of_another_head(name: str, prefix: str) -> bool:

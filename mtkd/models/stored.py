@@ -81,9 +81,15 @@ def read_weights(folder: Path) -> dict[str, StoredWeight]:
         if twice := sorted(found.keys() & more.keys()):
             raise DataError("weights stand in two shards", where=str(shard), found=some(twice))
         found |= more
-    promised = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    if lost := sorted(promised.keys() - found.keys()):
+    if lost := sorted(read_index(index).keys() - found.keys()):
         raise DataError("the index names weights that no shard has", where=str(index), found=some(lost))
+    return found
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Name of a weight -> name of its shard. Raises: DataError as `shard_names`."""
+    shard_names(index)
+    found: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     return found
 
 

@@ -1,0 +1,228 @@
+"""Which output of a classifier stands for which class of the data: by name, by position, or as the user says."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transformers import PretrainedConfig
+
+from mtkd.errors import DataError, UserError, nearest
+
+Given = Sequence[str | None] | Mapping[str, str | None]
+"""A class of the data per output, None for an output without one; or output -> class, the others have none."""
+
+_SHOWN = 12
+"""Classes that a message lists; banking77 has 77."""
+
+_MEANINGLESS = re.compile(r"\s*((label|class)[\s_-]*)?[+-]?\d*\s*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class ClassMap:
+    """The outputs of a classifier, and the classes of the data.
+
+    Attributes:
+        outputs: names of the outputs, in order.
+        classes: names of the data's classes, in order.
+        columns: per class the output that stands for it.
+        how: "name": the names say so; "position": they mean nothing; "given": the user says so.
+    """
+
+    outputs: tuple[str, ...]
+    classes: tuple[str, ...]
+    columns: tuple[int, ...]
+    how: Literal["name", "position", "given"]
+
+    @property
+    def in_order(self) -> bool:
+        """Nothing is dropped, and nothing changes places."""
+        return self.columns == tuple(range(len(self.outputs)))
+
+    @property
+    def note(self) -> str:
+        """What the plan shows: "0: LABEL_0 = negative, by position; ..."; "" where the names are equal, in order."""
+        if self.in_order and self.outputs == self.classes:
+            return ""
+        how = {"name": "by name", "position": "by position", "given": "as `classes` says"}[self.how]
+        named = dict(zip(self.columns, self.classes, strict=True))
+        lines = [
+            f"{i}: {output} = {named[i]}, {how}" if i in named else f"{i}: {output} is dropped before the softmax"
+            for i, output in enumerate(self.outputs)
+        ]
+        return "; ".join(lines[:_SHOWN]) + (f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else "")
+
+
+def output_names(config: PretrainedConfig) -> tuple[str, ...]:
+    """Names of a classifier's outputs in order, as its configuration has them; LABEL_n where it names none."""
+    named = {int(number): str(name) for number, name in (config.id2label or {}).items()}
+    return tuple(named.get(i, f"LABEL_{i}") for i in range(max(len(named), config.num_labels or 0)))
+
+
+def check_softmax(config: PretrainedConfig, num_labels: int, where: str) -> None:
+    """Refuse outputs that are not the logits of one distribution over classes.
+
+    Args: num_labels: of the data; 1 where labels are numbers.
+    Raises:
+        DataError: a sigmoid per class, or numbers where the data has classes.
+    """
+    names = output_names(config)
+    if config.problem_type == "multi_label_classification":
+        raise DataError(
+            "the model was trained with a sigmoid per class: its outputs are not a distribution over the classes",
+            where=where,
+            found="problem_type: multi_label_classification in its config.json",
+            allowed="problem_type: single_label_classification, or none",
+            todo="use a teacher of one class per text, or fine-tune this one first: a `kind: finetune` stage",
+        )
+    numbers = config.problem_type == "regression" or len(names) == 1
+    if num_labels > 1 and numbers:
+        raise DataError(
+            "the model predicts a number, and the data has classes",
+            where=where,
+            found=f"{len(names)} output, problem_type: {config.problem_type}",
+            allowed=f"a classifier of {num_labels} classes",
+            todo="use a teacher that was trained on classes, or fine-tune this one first: a `kind: finetune` stage",
+        )
+
+
+def teacher_classes(
+    config: PretrainedConfig, classes: Sequence[str], num_labels: int, where: str, given: Given | None
+) -> ClassMap:
+    """Which outputs of a teacher's classifier are the data's classes.
+
+    Args: as `check_softmax` and `match_classes`; classes: () where the data does not name them.
+    """
+    check_softmax(config, num_labels, where)
+    names = tuple(classes) or tuple(f"LABEL_{i}" for i in range(num_labels))
+    return match_classes(output_names(config), names, where, given)
+
+
+def match_classes(
+    outputs: Sequence[str], classes: Sequence[str], where: str, given: Given | None = None, *, key: str = "classes"
+) -> ClassMap:
+    """Which output stands for which class.
+
+    Names are equal that differ in case, spaces, `_` and `-` only. Where all names of one side mean nothing (LABEL_n,
+    numbers, none), outputs and classes are matched by position.
+
+    Args:
+        given: a teacher's `classes`. where: place of the model in the configuration.
+        key: what the user can write to say it; "" for a model that has no such key.
+    Raises:
+        DataError: other names, or another number of them; with both lists and what to write.
+        UserError: `given` does not fit.
+    """
+    outputs, classes = tuple(outputs), tuple(classes)
+    if given is not None:
+        return ClassMap(outputs, classes, _given(outputs, classes, given, f"{where}.{key}"), "given")
+    columns = _by_name(outputs, classes)
+    if columns is not None:
+        return ClassMap(outputs, classes, columns, "name")
+    if len(outputs) != len(classes):
+        raise _refused("the model's classifier has another number of classes than the data", outputs, classes, where,
+                       key)  # fmt: skip
+    if any(all(map(_MEANINGLESS.fullmatch, names)) for names in (outputs, classes)):
+        return ClassMap(outputs, classes, tuple(range(len(classes))), "position")
+    raise _refused("the model's classes are not those of the data", outputs, classes, where, key)
+
+
+def _by_name(outputs: tuple[str, ...], classes: tuple[str, ...]) -> tuple[int, ...] | None:
+    """The output of every class, where each side has the other's names; equal ones before like ones."""
+    for form in (str, _normal):
+        ours, theirs = [form(name) for name in classes], [form(name) for name in outputs]
+        if len(set(theirs)) == len(theirs) and sorted(ours) == sorted(theirs):
+            return tuple(theirs.index(name) for name in ours)
+    return None
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[\s_-]+", "", unicodedata.normalize("NFKC", name).casefold())
+
+
+def _given(outputs: tuple[str, ...], classes: tuple[str, ...], given: Given, where: str) -> tuple[int, ...]:
+    named: dict[str, int] = {}
+    for output, name in _numbered(outputs, given, where).items():
+        if name is None:
+            continue
+        wanted = _find(name, classes)
+        if wanted is None:
+            raise UserError("the data has no such class", where=where, found=name, allowed=classes,
+                            todo=nearest(name, classes))  # fmt: skip
+        if classes[wanted] in named:
+            raise UserError("two outputs of the model stand for one class", where=where, found=classes[wanted])
+        named[classes[wanted]] = output
+    if missing := [name for name in classes if name not in named]:
+        raise UserError(
+            "no output of the model stands for this class of the data",
+            where=where,
+            found=_listed(missing),
+            allowed="an output for every class: " + _listed(classes),
+            todo="name its output, or use data without this class",
+        )
+    return tuple(named[name] for name in classes)
+
+
+def _numbered(outputs: tuple[str, ...], given: Given, where: str) -> dict[int, str | None]:
+    """Number of an output -> its class."""
+    if not isinstance(given, Mapping):
+        if len(given) != len(outputs):
+            raise UserError(
+                "needs an entry per output of the model, null for one without a class of the data",
+                where=where,
+                found=f"{len(given)} entries",
+                allowed=f"{len(outputs)}, in the order of {_listed(outputs)}",
+            )
+        return dict(enumerate(given))
+    found: dict[int, str | None] = {}
+    for name, wanted in given.items():
+        number = _find(name, outputs)
+        if number is None and name.isdecimal() and int(name) < len(outputs):
+            number = int(name)
+        if number is None:
+            raise UserError("the model has no such output", where=where, found=name, allowed=outputs,
+                            todo=nearest(name, outputs))  # fmt: skip
+        if number in found:
+            raise UserError("this output of the model is named twice", where=where, found=outputs[number])
+        found[number] = wanted
+    return found
+
+
+def _find(name: str, names: tuple[str, ...]) -> int | None:
+    """Position of a name, else of the only one that is like it."""
+    if name in names:
+        return names.index(name)
+    like = [i for i, other in enumerate(names) if _normal(other) == _normal(name)]
+    return like[0] if len(like) == 1 else None
+
+
+def _refused(message: str, outputs: tuple[str, ...], classes: tuple[str, ...], where: str, key: str) -> DataError:
+    like = [_find(output, classes) for output in outputs]
+    if len(outputs) == len(classes) and not any(i is not None for i in like):
+        like = list(range(len(classes)))
+    line = ", ".join("null" if i is None else classes[i] for i in like[:_SHOWN])
+    start = "use a model of these classes, or one without a classification head"
+    todo = f"say which output is which class, null for none: `{key}: [{line}]` with your own entries" if key else start
+    return DataError(
+        message,
+        where=where,
+        found=f"{len(outputs)}: {_listed(outputs)}",
+        allowed=f"{len(classes)}: {_listed(classes)}",
+        todo=todo,
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def named_after(config: Any, classes: Sequence[str], num_labels: int) -> None:
+    """Give a configuration the data's classes, in their order."""
+    names = tuple(classes) or tuple(f"LABEL_{i}" for i in range(num_labels))
+    config.num_labels = num_labels
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: i for i, name in enumerate(names)}
+    config.problem_type = "regression" if num_labels == 1 else "single_label_classification"
