@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from mtkd.chain import can_teach, does_task, head_for, model_name, model_of, scored_models, stage_of
 from mtkd.config import RANDOM_TOKENS, RunConfig, StageConfig
 from mtkd.data.files import columns_of, find_files
 from mtkd.data.sources import check_source
 from mtkd.data.tasks import TaskSpec
 from mtkd.errors import UserError
-from mtkd.match import Match
 from mtkd.mix import stage_rows
 from mtkd.models.info import PRE_TRAINING
 from mtkd.models.vocabulary import compressed_teacher, compressed_twice
 from mtkd.registry import LOSSES, TASKS, WEIGHTINGS, check_options, load_plugins
+from mtkd.teaching import heads_read, never_trained
 from mtkd.weightings.base import StageFacts
 from mtkd.weightings.make import check_weighting, make_weighting
-
-BLIND = ("uniform", "fixed", "drop", "route")
-"""Weightings that look at no prediction."""
 
 
 def check(config: RunConfig) -> None:
@@ -57,7 +52,7 @@ def _check_registered(config: RunConfig) -> None:
         weighting = make_weighting(stage.weighting, facts, f"{where}.weighting")
         token_level = TASKS.find(config.data[data_name].task).token_level
         check_weighting(weighting, stage, rows, where, token_level=token_level)
-        _check_heads(config, stage, rows, where)
+        _check_heads(config, name)
         if "route" in weighting.reads:
             _check_route(config, data_name)
         task = config.data[data_name].task
@@ -70,22 +65,29 @@ def _check_registered(config: RunConfig) -> None:
             )
 
 
-def _check_heads(config: RunConfig, stage: StageConfig, rows: Sequence[Match], where: str) -> None:
-    """Refuse a teacher of an earlier stage whose predictions are read, but whose stage gave it another head."""
-    predicted = any(row.target == "teacher" and row.feature in ("logits", "nsp_logits") for row in rows)
-    read = predicted or stage.weighting.name not in BLIND or stage.kind == "cache"
+def _check_heads(config: RunConfig, name: str) -> None:
+    """Refuse a teacher of an earlier stage whose predictions are read, and whose stage gave it another head or none."""
+    stage, read = config.stages[name], heads_read(config, name)
     for i, teacher in enumerate(stage.teachers):
         earlier = stage_of(teacher.model.path)
         if earlier is None:
             continue
+        where = f"stages.{name}.teachers[{i}]"
         theirs, ours = (head_for(config, s.data) for s in (config.stages[earlier], stage))
         if not can_teach(theirs, ours) and (read or ours == PRE_TRAINING):
             raise UserError(
                 f"stage '{earlier}' made its model for another task: here its predictions would come from a new head",
-                where=f"{where}.teachers[{i}]",
+                where=where,
                 found=f"{theirs} on data '{config.data_name(config.stages[earlier].data)}'",
                 allowed=ours,
                 todo="fine-tune the teacher on this stage's data first, or compare hidden states and attention alone",
+            )
+        if read and never_trained(config, model_of(teacher.model.path) or earlier):
+            raise UserError(
+                f"no row of stage '{earlier}' compares logits: its model never learns to predict",
+                where=where,
+                found="its predictions are read here",
+                todo="fine-tune it first: a `kind: finetune` stage, or compare hidden states and attention alone",
             )
 
 
@@ -160,6 +162,13 @@ def _check_evaluation(config: RunConfig) -> None:
         )
     named = [("stages", s) for s in settings.stages] + [("ensembles", s) for s in settings.ensembles]
     for place, stage in named:
+        if place == "stages" and never_trained(config, stage):
+            raise UserError(
+                f"no row of stage '{stage}' compares logits: its model never learns to predict, and has no score",
+                where=f"evaluate.{place}",
+                found=stage,
+                todo="drop the stage here, or fine-tune its model in a further stage",
+            )
         if not does_task(config, stage):
             raise UserError(
                 f"the models of stage '{stage}' cannot be scored on data '{name}' (task {config.data[name].task})",
@@ -175,7 +184,7 @@ def _check_evaluation(config: RunConfig) -> None:
         for side in (pair.candidate, pair.baseline):
             if side.partition("/")[0] in config.stages and side not in scored:
                 raise UserError(
-                    f"'{side}' is not scored: its task is not that of evaluate.data",
+                    f"'{side}' is not scored: its task is not that of evaluate.data, or it never learns to predict",
                     where=f"evaluate.comparisons[{i}]",
                     allowed=scored,
                 )

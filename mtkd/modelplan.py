@@ -16,7 +16,7 @@ from mtkd.data.rows import around_text
 from mtkd.data.tasks import check_model
 from mtkd.data.tokenizers import check_chat_template, check_same_tokenizer, num_real_ids, train_tokenizer
 from mtkd.dataplan import DataFacts, DataReader, unread
-from mtkd.errors import UserError
+from mtkd.errors import DataError, UserError
 from mtkd.footprint import Shape
 from mtkd.locate import (
     given_tokenizer,
@@ -26,6 +26,7 @@ from mtkd.locate import (
     revision_of,
     tokenizer_origin,
 )
+from mtkd.models.classes import ClassMap, Given, match_classes
 from mtkd.models.folder import check_folder
 from mtkd.models.info import CLASSIFIER, GLM, ModelInfo, count_parameters, model_info
 from mtkd.models.load import answer_with, smaller_config
@@ -47,6 +48,7 @@ class PlannedModels:
         num_ids: of the run's tokenizer, at most.
         made: configurations of the models that earlier stages make, by name.
         compressed: of these models, the ids of those whose vocabulary is compressed.
+        notes: place of a model in the configuration -> what its classes are matched with.
     """
 
     def __init__(self, config: RunConfig, reader: DataReader | None = None) -> None:
@@ -54,6 +56,7 @@ class PlannedModels:
         self._reader = reader
         self.made: dict[str, PretrainedConfig] = {}
         self.compressed: dict[str, int] = {}  # stages whose model has a compressed vocabulary: its ids
+        self.notes: dict[str, str] = {}
         settings = config.tokenizer
         self.stands_in = settings is not None and settings.train_on is not None
         card = None if self.stands_in else missing(tokenizer_origin(config)[0], config.base)
@@ -83,24 +86,49 @@ class PlannedModels:
         info = with_open_labels(model_info(made, auto_class), self.facts(data), auto_class)
         return planned_model(role, model, info, count_parameters(made, auto_class)), info
 
-    def of(self, stage: StageConfig, model: ModelConfig, where: str) -> PretrainedConfig:
-        """The configuration of a model as a stage will have it, which is one that can do the stage's task."""
-        made = self._any(stage, model, where)
+    def of(
+        self,
+        stage: StageConfig,
+        model: ModelConfig,
+        where: str,
+        reads: frozenset[str] | None = None,
+        classes: Given | None = None,
+    ) -> PretrainedConfig:
+        """The configuration of a model as a stage will have it, which is one that can do the stage's task.
+
+        Args:
+            reads: of a teacher: which of its predictions are read; None for a model that is trained.
+            classes: of a teacher: what its outputs stand for, where the user says it.
+        """
         data = self.config.data[self.config.data_name(stage.data)]
+        if classes is not None:
+            self._check_given(data, f"{where}.classes")
+        made, found = self._any(stage, model, where, reads, classes)
+        if found is not None and found.note:
+            self.notes[where] = found.note
         cloze = model_info(made, TASKS.find(data.task).class_for(data)).cloze
         compressed = model.vocabulary is not None or self.vocabulary(model) is not None
         check_model(data, made.model_type, where, cloze=cloze, compressed=compressed)
         return made
 
-    def _any(self, stage: StageConfig, model: ModelConfig, where: str) -> PretrainedConfig:
+    def unread(self, stage: StageConfig, model: ModelConfig, where: str) -> PretrainedConfig:
+        """As `of`, while a chain's shapes are looked for: nothing is said of predictions."""
+        return self.of(stage, model, where, frozenset())
+
+    def _any(
+        self, stage: StageConfig, model: ModelConfig, where: str, reads: frozenset[str] | None, classes: Given | None
+    ) -> tuple[PretrainedConfig, ClassMap | None]:
         vocabulary = self.vocabulary(model)
         if model.vocabulary is not None and vocabulary is not None:
             raise compressed_twice(f"{where}.vocabulary")
+        data = self.config.data[self.config.data_name(stage.data)]
         earlier = stage_of(model.path)
         if earlier is not None:
-            made = self.made[model_of(model.path) or ""]
-            return self._for_task(smaller_config(made, model, self.tokenizer, self.num_ids), earlier, stage, where)
-        data = self.config.data[self.config.data_name(stage.data)]
+            made = smaller_config(self.made[model_of(model.path) or ""], model, self.tokenizer, self.num_ids)
+            found = None
+            if reads is None or "logits" in reads:
+                found = self._classes_of(earlier, data, where, classes, "classes" if reads else "")
+            return self._for_task(made, data, where), found
         facts = self.facts(data)
         return load_model_config(
             model,
@@ -112,16 +140,38 @@ class PlannedModels:
             tokenizer=self.tokenizer,
             resolve=lambda path: resolve_path(path, self.config.base),
             answers=self._answers(data),
+            reads=reads,
+            classes=classes,
+            where=where,
         )
 
-    def of_teacher(self, stage: StageConfig, teacher: TeacherConfig, auto_class: str, where: str) -> PretrainedConfig:
+    def of_teacher(
+        self, stage: StageConfig, teacher: TeacherConfig, auto_class: str, where: str, reads: frozenset[str]
+    ) -> PretrainedConfig:
         """Of a teacher that runs; names and shapes in the files of a streamed or sharded one are compared with it."""
-        made = self.of(stage, teacher.model, where)
+        made = self.of(stage, teacher.model, where, reads, teacher.classes)
         folder = resolve_path(teacher.model.path or "", self.config.base)
         if teacher.backend in ("streamed", "sharded") and isinstance(folder, Path) and auto_class != CLASSIFIER:
             check_folder(folder)
             check_weights(made, auto_class, folder)
         return made
+
+    def _check_given(self, data: DataConfig, where: str) -> None:
+        """Refuse `classes` where a teacher's outputs are not classes of their own.
+
+        Raises:
+            UserError: naming the task.
+        """
+        task = TASKS.find(data.task)
+        numbers = self.facts(data).kind == "number"
+        if task.token_level or task.cloze or numbers:
+            why = "its labels are numbers" if numbers else f"task {data.task}"
+            raise UserError(
+                "classes is for classifiers: here the teacher's outputs are not classes of its own",
+                where=where,
+                found=f"data '{self._name_of(data)}': {why}",
+                todo="drop it",
+            )
 
     def _answers(self, data: DataConfig) -> list[list[int]] | None:
         """Token ids of the words of a cloze's classes; a stand-in's while the tokenizer is not there."""
@@ -132,16 +182,14 @@ class PlannedModels:
     def _name_of(self, data: DataConfig) -> str:
         return next(name for name, other in self.config.data.items() if other is data)
 
-    def _for_task(self, made: PretrainedConfig, earlier: str, stage: StageConfig, where: str) -> PretrainedConfig:
+    def _for_task(self, made: PretrainedConfig, data: DataConfig, where: str) -> PretrainedConfig:
         """An earlier stage's model as this stage will load it: the head of its task, the length of its data."""
-        data = self.config.data[self.config.data_name(stage.data)]
         auto_class = TASKS.find(data.task).class_for(data)
         made = type(made).from_dict(made.to_dict())
         if made.model_type == GLM:
             answer_with(made, auto_class, self._answers(data))
         facts = self.facts(data)
         if auto_class == CLASSIFIER and facts.known:
-            self._check_labels(earlier, facts, where)
             made.num_labels = facts.num_labels
         longest = model_info(made, auto_class).max_positions
         if longest < data.max_length:
@@ -154,18 +202,28 @@ class PlannedModels:
             )
         return made
 
-    def _check_labels(self, earlier: str, facts: DataFacts, where: str) -> None:
-        """Refuse a classifier of an earlier stage whose classes are others, where both sides are known."""
-        data = self.config.data[self.config.data_name(self.config.stages[earlier].data)]
-        theirs = self.facts(data)
-        if data.task == "classify" and theirs.known and (theirs.kind, theirs.classes) != (facts.kind, facts.classes):
-            raise UserError(
-                f"stage '{earlier}' makes a classifier of other classes",
-                where=where,
-                found=", ".join(theirs.classes) or "numbers (a regression)",
-                allowed=", ".join(facts.classes) or "numbers (a regression)",
-                todo="use data of the same classes in the same order, or go on from a model that is no classifier",
-            )
+    def _classes_of(self, earlier: str, data: DataConfig, where: str, given: Given | None, key: str) -> ClassMap | None:
+        """Which output of an earlier stage's classifier is which class of the data, where both sides are known.
+
+        Args: key: what the user can write to say it; see `match_classes`.
+        """
+        made_on = self.config.data[self.config.data_name(self.config.stages[earlier].data)]
+        theirs, ours = self.facts(made_on), self.facts(data)
+        if not (made_on.task == data.task == "classify" and theirs.known and ours.known):
+            return None
+        try:
+            if theirs.kind != ours.kind:
+                raise DataError(
+                    "",
+                    where=where,
+                    found=", ".join(theirs.classes) or "numbers (a regression)",
+                    allowed=", ".join(ours.classes) or "numbers (a regression)",
+                )
+            return match_classes(theirs.classes, ours.classes, where, given, key=key)
+        except DataError as error:
+            message = f"stage '{earlier}' makes a classifier of other classes"
+            todo = error.todo or "use data of the same classes, or go on from a model that is no classifier"
+            raise DataError(message, where=where, found=error.found, allowed=error.allowed, todo=todo) from None
 
     def vocabulary(self, model: ModelConfig) -> int | None:
         """Ids of a model that comes with a vocabulary map; None for a whole vocabulary."""

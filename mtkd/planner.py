@@ -42,6 +42,7 @@ from mtkd.precision import choose, decided, warning, with_precision
 from mtkd.registry import TASKS, load_plugins
 from mtkd.rows import compile_rows
 from mtkd.rundir import RunDir
+from mtkd.teaching import heads_read, never_trained
 
 
 def resolve(config: RunConfig) -> RunConfig:
@@ -116,7 +117,7 @@ class _Planner:
             if teacher.name in caches:
                 sized.append(of_cache(teacher, caches[teacher.name]))
                 continue
-            made = self.models.of_teacher(stage, teacher, auto_class, place)
+            made = self.models.of_teacher(stage, teacher, auto_class, place, heads_read(self.config, name))
             sized.append(self.models.sized(teacher.name, teacher.model, made, data, auto_class))
             live[teacher.name] = self.models.shape(made, auto_class, teacher.model)
             self.models.check_tokenizer(teacher.model, place, task.token_level)
@@ -166,7 +167,16 @@ class _Planner:
             texts,
             stage.steps,
             self._tokens(stage, data.max_length),
+            notes=self._notes(name),
         )
+
+    def _notes(self, name: str) -> tuple[str, ...]:
+        """What was decided of a stage's models."""
+        prefix = f"stages.{name}."
+        found = [f"{place}: {note}" for place, note in self.models.notes.items() if place.startswith(prefix)]
+        if self.config.stages[name].kind == "distill" and never_trained(self.config, name):
+            found.append("no row compares logits: the model never learns to predict here, and is not scored")
+        return tuple(found)
 
     def _cache_stage(self, name: str, stage: StageConfig, auto_class: str, where: str) -> PlannedStage:
         """The teachers of a cache stage, what is kept of each, and how large that may become."""
@@ -179,7 +189,7 @@ class _Planner:
         size, tokens = 0.0, train_tokens(data, self.config.base)
         for i, teacher in enumerate(stage.teachers):
             place = f"{where}.teachers[{i}]"
-            made = self.models.of_teacher(stage, teacher, auto_class, place)
+            made = self.models.of_teacher(stage, teacher, auto_class, place, heads_read(self.config, name))
             self.models.check_tokenizer(teacher.model, place, token_level)
             model, info = self.models.sized(teacher.name, teacher.model, made, data, auto_class)
             columns = self.models.num_ids if token_level else info.num_labels
@@ -209,7 +219,17 @@ class _Planner:
             data.max_length,
             None if tokens is None else size * tokens,
         )
-        return PlannedStage(name, stage.kind, self._state(name), needed_stages(stage), planned, texts, None, None)
+        return PlannedStage(
+            name,
+            stage.kind,
+            self._state(name),
+            needed_stages(stage),
+            planned,
+            texts,
+            None,
+            None,
+            notes=self._notes(name),
+        )
 
     def _caches(self, stage: StageConfig, data: DataConfig, auto_class: str, where: str) -> dict[str, CacheFacts]:
         """What is known of the caches that a stage reads, by teacher; those of earlier stages need not exist yet."""
@@ -233,7 +253,7 @@ class _Planner:
 
     def look(self) -> Look:
         """What the ladder of a chain asks about models."""
-        return Look(self.stage, self.models.of, self.models.made)
+        return Look(self.stage, self.models.unread, self.models.made)
 
     def _state(self, name: str) -> str:
         folder = self.config.folder

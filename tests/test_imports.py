@@ -46,7 +46,7 @@ ORDER = (
     ),
     (
         *("chain", "ladder", "rundir", "locate", "memory", "footprint", "budget", "modelplan", "dataplan", "precision"),
-        *("cachefolder", "cacheplan", "planned", "agreement"),
+        *("cachefolder", "cacheplan", "planned", "agreement", "teaching"),
     ),
     ("build", "built", "checks", "planner"),
     ("evaluate", "lookaround"),

@@ -232,7 +232,8 @@ def _full_config(config: ModelConfig, request: _Request, resolve: Resolve, *, we
     heads = None if folder is None else find_heads(full, request.auto_class, folder)
     if folder is not None and heads is not None:
         new = request.auto_class == CLASSIFIER
-        check_heads(heads, folder, request.where or str(folder), reads=request.reads, new=new)
+        where = f"{request.where}.model" if request.where and request.reads is not None else str(folder)
+        check_heads(heads, folder, where, reads=request.reads, new=new)
     # the data's cloze has no weights of its own: whatever the model answered before, it is a language model
     trained = request.auto_class == CLASSIFIER and request.answers is None and heads is not None
     trained = trained and heads is not None and heads["logits"].whole
