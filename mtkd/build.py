@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,9 @@ from mtkd.engine.dist import Dist
 from mtkd.engine.make import make_engine
 from mtkd.locate import given_tokenizer, read_tokenizer, resolve_path, revision_of, trained_tokenizer
 from mtkd.mix import stage_rows
+from mtkd.models.classes import Given, teacher_classes
 from mtkd.models.folder import check_folder, find_folder
+from mtkd.models.info import CLASSIFIER
 from mtkd.models.load import build_model, compress_model
 from mtkd.models.taps import TappedModel, input_table
 from mtkd.models.vocabulary import VocabularyMap, compressed_teacher, compressed_twice, make_vocabulary, read_vocabulary
@@ -43,8 +46,17 @@ from mtkd.pool.resident import check_finite
 from mtkd.projection import make_projections
 from mtkd.rows import compile_rows
 from mtkd.rundir import RunDir, StageDir
+from mtkd.teaching import heads_read
 from mtkd.weightings.base import StageFacts
 from mtkd.weightings.make import make_weighting, stage_facts
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What a stage does with a teacher: which of its predictions it reads, and what its outputs stand for."""
+
+    reads: frozenset[str]
+    classes: Given | None = None
 
 
 class Workshop:
@@ -153,6 +165,14 @@ class Workshop:
         whole, cut = self._whole_digest(model), model.model_dump(mode="json", include={"keep_layers", "slice"})
         return fingerprint([whole, cut]) if model.is_cut else whole
 
+    def teacher_digest(self, teacher: TeacherConfig) -> str:
+        """What identifies a teacher's predictions: its weights, and what its outputs stand for where the user says it.
+
+        A cache has it: it keeps the logits of the data's classes, in the order that `classes` gives them.
+        """
+        weights = self.digest(teacher.model)
+        return weights if teacher.classes is None else fingerprint([weights, teacher.classes])
+
     def _whole_digest(self, model: ModelConfig) -> str:
         if model.path is None:
             return "fresh"
@@ -177,12 +197,14 @@ class Workshop:
         teacher: LiveModel | None = None,
         where: str = "model",
         empty: bool = False,
+        taught: Taught | None = None,
     ) -> TappedModel:
         """A model for the data's task, with taps; one that is loaded has the run's tokenizer.
 
         Args:
             teacher: whose embedding tells which ids are alike, for a fresh student with a compressed vocabulary.
             empty: without its weights, as `build_model` has it.
+            taught: of a frozen teacher: what is read of it; None for a model that is trained, or was here.
         """
         num_ids, task = num_real_ids(self.tokenizer), data.task.class_for(data.config)
         vocabulary = self.vocabulary(model, where)
@@ -202,6 +224,8 @@ class Workshop:
             seed=seed,
             resolve=self.resolve,
             answers=answers,
+            reads=None if taught is None else taught.reads,
+            where=where,
             on_loaded=lambda whole: tables.insert(0, input_table(whole)),
             empty=empty,
         )
@@ -214,15 +238,25 @@ class Workshop:
             )
             vocabulary = self.dist.broadcast_object(made)  # near ties could be rounded differently elsewhere
             built = compress_model(built, task, vocabulary, seed)
-        return TappedModel(built, task, num_ids, vocabulary)
+        columns = None
+        if taught is not None and "logits" in taught.reads and task == CLASSIFIER and answers is None:
+            found = teacher_classes(built.config, data.label_names, data.num_labels, where, taught.classes)
+            columns = None if found.in_order else found.columns
+        return TappedModel(built, task, num_ids, vocabulary, columns)
 
-    def teacher(self, teacher: TeacherConfig, data: LoadedData, where: str) -> LiveModel:
-        """A teacher whose tokenizer is the run's, with its weights where its backend keeps them; a collective."""
+    def teacher(self, teacher: TeacherConfig, data: LoadedData, where: str, reads: frozenset[str]) -> LiveModel:
+        """A teacher whose tokenizer is the run's, with its weights where its backend keeps them; a collective.
+
+        Its logits are those of the data's classes, in their order.
+
+        Args: reads: which of its predictions are read (`mtkd.teaching`): their heads must be in its files.
+        """
         assert teacher.model.path is not None
         if data.task.token_level and self.vocabulary(teacher.model, where) is not None:
             raise compressed_teacher(teacher.model.path, where)
         in_files = teacher.backend in ("streamed", "sharded")
-        model = self.model(teacher.model, data, seed=0, where=where, empty=in_files)
+        taught = Taught(reads, teacher.classes)
+        model = self.model(teacher.model, data, seed=0, where=where, empty=in_files, taught=taught)
         if in_files:
             found = find_folder(teacher.model.path, teacher.model.revision, self.resolve, weights=True)
             if teacher.backend == "streamed":
@@ -247,7 +281,7 @@ class Workshop:
         if stage.kind == "cofinetune":
             objective, pool = self._cofinetuning(stage, data, f"{where}.members"), TeacherPool([], [])
         else:
-            objective, pool = self._distillation(stage, data, where)
+            objective, pool = self._distillation(stage, data, where, heads_read(self.config, name))
         for model in objective.models.values():
             if self.config.engine.activation_checkpointing:
                 model.enable_activation_checkpointing()
@@ -267,10 +301,12 @@ class Workshop:
             models, regression=data.num_labels == 1, tile=self.tile(list(models.values())), dtype=self.dtype
         )
 
-    def _distillation(self, stage: StageConfig, data: LoadedData, where: str) -> tuple[Trainable, TeacherPool]:
+    def _distillation(
+        self, stage: StageConfig, data: LoadedData, where: str, reads: frozenset[str]
+    ) -> tuple[Trainable, TeacherPool]:
         """Objective and pool of a stage with one student; without teachers it learns from the labels alone."""
         names, seed = tuple(t.name for t in stage.teachers), stage_seed(self.config, stage)
-        live = {t.name: self.teacher(t, data, f"{where}.teachers[{i}]")
+        live = {t.name: self.teacher(t, data, f"{where}.teachers[{i}]", reads)
                 for i, t in enumerate(stage.teachers) if t.backend != "cached"}  # fmt: skip
         first = live.get(names[0]) if names else None
         student = self.model(stage.trained["student"], data, seed, first, f"{where}.student")
@@ -319,8 +355,8 @@ class Workshop:
         assert path is not None
         stage = stage_of(path)
         folder = self.folder(stage).export / member_of(path) if stage else cache_folder(path, self.base, where)
-        made_of = [t.model for t in self.config.stages[stage].teachers if t.name == member_of(path)] if stage else []
-        digest = self.digest(made_of[0]) if made_of else None
+        made_of = [t for t in self.config.stages[stage].teachers if t.name == member_of(path)] if stage else []
+        digest = self.teacher_digest(made_of[0]) if made_of else None
         return cached_teacher(
             teacher.name, folder, data, self.tokenizer, digest, self.config.engine.decided_precision, where
         )

@@ -55,9 +55,10 @@ def open_cache(folder: Path, auto_class: str, where: str) -> tuple[CacheReader, 
     """
     reader = CacheReader(folder)
     made = _model_config(reader.origin, where)
-    facts = CacheFacts(
-        reader.content, model_info(made, auto_class), count_parameters(made, auto_class), str(folder), reader.origin
-    )
+    info = model_info(made, auto_class)
+    if reader.content.targets == "classes":  # of the data: its teacher may have had others besides
+        info = replace(info, num_labels=reader.content.columns)
+    facts = CacheFacts(reader.content, info, count_parameters(made, auto_class), str(folder), reader.origin)
     return reader, facts
 
 

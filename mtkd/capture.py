@@ -39,6 +39,7 @@ from mtkd.models.taps import TappedModel
 from mtkd.pool import Teacher, pooled
 from mtkd.rundir import RunDir, StageDir
 from mtkd.seal import MANIFEST, fault_point, write_atomic
+from mtkd.teaching import heads_read
 from mtkd.train import StopFlag, stop_flag
 
 _IDENTITY, _SECONDS = "identity.json", "seconds.json"
@@ -150,14 +151,14 @@ def _cache(job: _Job, config: TeacherConfig, where: str, stopped: StopFlag, prog
         job.shards, job.examples = job.shards + finished.num_shards, job.examples + finished.origin.num_examples
         progress.skip(job.examples)
         return
-    model = shop.teacher(config, job.data, where)
+    model = shop.teacher(config, job.data, where, heads_read(shop.config, job.name))
     tapped = model if isinstance(model, TappedModel) else model.model
     token_level = job.data.task.token_level
     columns = num_real_ids(shop.tokenizer) if token_level else job.data.num_labels
     content = content_of(job.stage.cache, token_level=token_level, columns=columns, seed=shop.config.seed)
     check_layers(content, model.info, f"stages.{job.name}.cache", config.name)
     made, precision = model_values(tapped.model.config), shop.config.engine.decided_precision
-    origin = origin_of(shop.digest(config.model), job.data, shop.tokenizer, made, precision)
+    origin = origin_of(shop.teacher_digest(config), job.data, shop.tokenizer, made, precision)
 
     def open_writer() -> CacheWriter:
         return CacheWriter(folder, content, origin, job.stage.cache.shard_examples)

@@ -95,10 +95,34 @@ def changed_stages(config: RunConfig, folders: Mapping[str, StageDir]) -> list[s
 
 
 def scored_models(config: RunConfig) -> list[str]:
-    """The models that are scored at the end: those that `evaluate` names, else all that can do its task."""
+    """The models that are scored at the end: those that `evaluate` names, else all that learn to do its task."""
     if config.evaluate.stages:
         return config.scored
-    return [model for model in config.models if does_task(config, model)]
+    return [model for model in config.models if does_task(config, model) and not never_trained(config, model)]
+
+
+def learns_to_predict(config: RunConfig, name: str) -> bool:
+    """Whether a stage trains its models' heads: some row compares logits."""
+    stage = config.stages[name]
+    rows = stage_rows(stage, config.data[config.data_name(stage.data)], f"stages.{name}")
+    return any(row.feature == "logits" and row.weight for row in rows)
+
+
+def never_trained(config: RunConfig, model: str) -> bool:
+    """Whether a stage's model has the head that it was drawn with: from its first stage on, no row compares logits.
+
+    A model that is loaded from a folder may bring its head along; the plan looks.
+
+    Args: model: STAGE or STAGE/MEMBER.
+    """
+    name = model.partition("/")[0]
+    stage: StageConfig = config.stages[name]
+    if stage.kind == "cache" or learns_to_predict(config, name):
+        return False
+    origins = {model_name(name, stage, role): made for role, made in stage.trained.items()}
+    path = origins[model].path
+    earlier = model_of(path)
+    return path is None if earlier is None or stage_of(path) is None else never_trained(config, earlier)
 
 
 def does_task(config: RunConfig, stage: str) -> bool:
@@ -148,6 +172,8 @@ def _without_places(values: dict[str, Any]) -> dict[str, Any]:
     for teacher in values["teachers"]:
         teacher["backend"] = "cached" if teacher["backend"] == "cached" else "resident"
         del teacher["sharded"]
+        if teacher["classes"] is None:  # finished stages may not know the field
+            del teacher["classes"]
     return values
 
 

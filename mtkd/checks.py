@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mtkd.chain import can_teach, does_task, head_for, model_name, model_of, scored_models, stage_of
+from mtkd.chain import can_teach, does_task, head_for, model_name, model_of, never_trained, scored_models, stage_of
 from mtkd.config import RANDOM_TOKENS, RunConfig, StageConfig
 from mtkd.data.files import columns_of, find_files
 from mtkd.data.sources import check_source
@@ -12,7 +12,7 @@ from mtkd.mix import stage_rows
 from mtkd.models.info import PRE_TRAINING
 from mtkd.models.vocabulary import compressed_teacher, compressed_twice
 from mtkd.registry import LOSSES, TASKS, WEIGHTINGS, check_options, load_plugins
-from mtkd.teaching import heads_read, never_trained
+from mtkd.teaching import heads_read
 from mtkd.weightings.base import StageFacts
 from mtkd.weightings.make import check_weighting, make_weighting
 
@@ -178,7 +178,7 @@ def _check_evaluation(config: RunConfig) -> None:
                 todo="drop the stage, or set evaluate.data to data of its task",
             )
     scored = scored_models(config)
-    if not scored and config.models:
+    if not scored and not any(does_task(config, model) for model in config.models):
         raise UserError(f"no stage of this run does the task of data '{name}'", where="evaluate.data", found=name)
     for i, pair in enumerate(settings.comparisons):
         for side in (pair.candidate, pair.baseline):

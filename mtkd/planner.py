@@ -19,7 +19,7 @@ from mtkd.cacheplan import (
     describe,
     train_tokens,
 )
-from mtkd.chain import model_name, model_of, needed_stages, stage_of, stage_values
+from mtkd.chain import model_name, model_of, needed_stages, never_trained, stage_of, stage_values
 from mtkd.checks import check
 from mtkd.cofinetune import check_members
 from mtkd.config import DataConfig, RunConfig, StageConfig
@@ -42,7 +42,7 @@ from mtkd.precision import choose, decided, warning, with_precision
 from mtkd.registry import TASKS, load_plugins
 from mtkd.rows import compile_rows
 from mtkd.rundir import RunDir
-from mtkd.teaching import heads_read, never_trained
+from mtkd.teaching import heads_read
 
 
 def resolve(config: RunConfig) -> RunConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mtkd.config.base import STAGE_PREFIX, Config, Name, Positive, Share
 
@@ -171,6 +171,28 @@ class TeacherConfig(Config):
         "is not run",
     )
     sharded: ShardedConfig | None = Field(None, description="backend sharded: its ZeRO-3 engine")
+    classes: tuple[str | None, ...] | dict[str, str | None] | None = Field(
+        None,
+        description="classify: what its outputs stand for: the data's class per output in its order, null for one "
+        "without ([negative, null, positive]); or {OUTPUT: class}, the others have none; outputs without a class are "
+        "dropped before the softmax. Default: by name, else by position",
+    )
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _texts(cls, value: Any) -> Any:
+        """YAML reads a class 0 as a number and `no` as false."""
+        if isinstance(value, dict):
+            return {_class_text(output): _class_text(name) for output, name in value.items()}
+        return tuple(map(_class_text, value)) if isinstance(value, list | tuple) else value
+
+    @field_validator("classes")
+    @classmethod
+    def _some_class(cls, value: Any) -> Any:
+        named = list(value.values() if isinstance(value, dict) else value or ())
+        if value is not None and not any(name is not None for name in named):
+            raise ValueError("classes names no class of the data")
+        return value
 
     @model_validator(mode="before")
     @classmethod
@@ -200,6 +222,17 @@ class TeacherConfig(Config):
 
     @model_validator(mode="after")
     def _plain_cache(self) -> TeacherConfig:
+        if self.backend == "cached" and self.classes is not None:
+            raise ValueError("a cache holds the logits of the data's classes; give classes where the cache is made")
         if self.backend == "cached" and (more := sorted(self.model.model_fields_set - {"path"})):
             raise ValueError(f"a cached teacher is read as it was written; drop model.{more[0]}")
         return self
+
+
+def _class_text(value: Any) -> Any:
+    """A class as text, as labels are read from files: true is "true", 1.0 is "1"."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value) if isinstance(value, int | float) else value

@@ -66,7 +66,7 @@ def _fingerprints(shop: Workshop, model: str) -> list[str]:
     if not model.startswith(ENSEMBLE):
         return [shop.digest(ModelConfig(path=STAGE_PREFIX + model))]
     stage = shop.config.stages[model.removeprefix(ENSEMBLE)]
-    return [shop.digest(teacher.model) for teacher in stage.teachers]
+    return [shop.teacher_digest(teacher) for teacher in stage.teachers]
 
 
 def _scores(shop: Workshop, model: str, key: str, data_name: str) -> Scores | None:
@@ -100,8 +100,9 @@ def _models(shop: Workshop, model: str, data: LoadedData) -> list[LiveModel]:
     if not model.startswith(ENSEMBLE):
         return [shop.model(ModelConfig(path=STAGE_PREFIX + model), data, seed=0)]
     stage = model.removeprefix(ENSEMBLE)
-    where = f"stages.{stage}.teachers"
-    return [shop.teacher(t, data, where) for t in shop.config.stages[stage].teachers]
+    where, reads = f"stages.{stage}.teachers", frozenset({"logits"})
+    teachers = shop.config.stages[stage].teachers
+    return [shop.teacher(t, data, f"{where}[{i}]", reads) for i, t in enumerate(teachers)]
 
 
 def _results(shop: Workshop, settings: EvaluateConfig, data: str, scores: dict[str, Scores]) -> dict[str, Any]:

@@ -77,6 +77,7 @@ class Recorder:
         head_input: what the output head was given, [B,L,H].
         whole_logits: whether the head also computes them.
         head: weight and bias of a sharded teacher's output head, whole; None where the parameters can be read later.
+        last: position of the token that a decoder's classifier reads, [B]; None for other models.
     """
 
     layers: frozenset[int]
@@ -85,6 +86,7 @@ class Recorder:
     head_input: Tensor | None = None
     whole_logits: bool = False
     head: tuple[Tensor, Tensor | None] | None = None
+    last: Tensor | None = None
 
     def spread(self, hidden: Callable[[Tensor], Tensor], call: Callable[[AttentionCall], AttentionCall]) -> Recorder:
         """What was recorded on packed rows, put back where the examples are in the batch."""

@@ -18,7 +18,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from mtkd.errors import DataError, UserError
 from mtkd.models.folder import INDEX, WEIGHTS
-from mtkd.models.info import PRE_TRAINING, meta_model
+from mtkd.models.info import PRE_TRAINING
+from mtkd.models.meta import meta_model
 from mtkd.models.stored import read_index, read_weights, some
 
 if TYPE_CHECKING:
@@ -166,14 +167,16 @@ def reorder_outputs(model: PreTrainedModel, columns: Sequence[int]) -> None:
         )
 
 
-def stand_in_pad(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def stand_in_pad(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
     """Give a classifier's configuration an id for padding, where it has none: decoders ask for one in a batch.
 
     Plain transformers takes a row's last token that is not this one. Where the tokenizer has no padding token it is a
     special token that stands in no text, so that both find the same one.
+
+    Args: tokenizer: None for a model that is not exported: then -1, which no text has.
     """
     if config.pad_token_id is None:
-        config.pad_token_id = padding_id(tokenizer)
+        config.pad_token_id = -1 if tokenizer is None else padding_id(tokenizer)
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -273,18 +273,9 @@ def count_parameters(config: PretrainedConfig, auto_class: str) -> int:
     Args:
         auto_class: "AutoModel" counts the bare encoder or decoder.
     """
+    from mtkd.models.meta import meta_model
+
     return sum(parameter.numel() for parameter in meta_model(config, auto_class).parameters())
-
-
-def meta_model(config: PretrainedConfig, auto_class: str) -> PreTrainedModel:
-    """A model whose parameters and buffers are on the meta device, tied as they will be; it cannot run."""
-    import torch
-    import transformers
-
-    with torch.device("meta"):
-        model: PreTrainedModel = getattr(transformers, auto_class).from_config(config)
-    model.tie_weights()
-    return model
 
 
 def _max_positions(config: PretrainedConfig) -> int:

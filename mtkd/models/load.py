@@ -23,6 +23,7 @@ from mtkd.models.fresh import fresh_config, set_dropout
 from mtkd.models.glm.published import config_of_card
 from mtkd.models.heads import check_heads, find_heads, reorder_outputs, stand_in_pad, unfitting
 from mtkd.models.info import CLASSIFIER, GLM, attention_implementation, check_head, model_info
+from mtkd.models.meta import parameters_on_meta
 from mtkd.models.vocabulary import VocabularyMap, compressed_config, compressed_weights, planned_config
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def _whole_model(full: _Full, request: _Request, seed: int, empty: bool) -> PreT
 
 def empty_model(config: PretrainedConfig, auto_class: str) -> PreTrainedModel:
     """The model of a configuration with its parameters on the meta device; buffers are as its modules compute them."""
-    with _parameters_on_meta():
+    with parameters_on_meta():
         return _from_config(config, auto_class, seed=0)
 
 
@@ -305,27 +306,6 @@ def _from_config(config: PretrainedConfig, auto_class: str, seed: int) -> PreTra
             config, attn_implementation=implementation, dtype=torch.float32
         )
     return model.eval()
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Within it modules are made without memory for their parameters; their buffers are computed as always.
-
-    `torch.device("meta")` would leave the buffers without values. A parameter is moved the moment its module gets it:
-    what initialises it afterwards has nothing to write to.
-    """
-    register = torch.nn.Module.register_parameter
-
-    def on_meta(self: torch.nn.Module, name: str, param: torch.nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:
-            param = torch.nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
-        register(self, name, param)
-
-    torch.nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _load(folder: Path, config: PretrainedConfig, request: _Request, seed: int) -> PreTrainedModel:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -20,8 +20,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from mtkd.data.batch import Batch
 from mtkd.errors import UserError, nearest
 from mtkd.features import ATTENTION, NO_LABEL, DenseLogits, Features, HeadLogits, split_key
-from mtkd.models.attention import AttentionCall, Recorder, active_recorder, recording
-from mtkd.models.info import PRE_TRAINING, TAP, TOKEN_LEVEL, check_packing, model_info
+from mtkd.models.attention import AttentionCall, Recorder, recording
+from mtkd.models.headcalls import head_forward, last_position, pooled_forward
+from mtkd.models.heads import output_layer, stand_in_pad
+from mtkd.models.info import GLM, PRE_TRAINING, TAP, TOKEN_LEVEL, check_packing, model_info
 from mtkd.models.packing import Layout, make_layout
 from mtkd.models.vocabulary import VocabularyMap
 
@@ -44,6 +46,7 @@ class TappedModel(nn.Module):
         auto_class: the auto class of that head, e.g. "AutoModelForMaskedLM".
         num_ids: real token ids; columns of the vocabulary at and after it are padding and never reach a softmax.
         vocabulary: of a model with a compressed one; batches keep the run's ids, its logits have the kept columns.
+        columns: of a classifier: the outputs that are its logits, in this order; None for all.
 
     Attributes:
         info: shape and capabilities.
@@ -54,7 +57,12 @@ class TappedModel(nn.Module):
     """
 
     def __init__(
-        self, model: PreTrainedModel, auto_class: str, num_ids: int, vocabulary: VocabularyMap | None = None
+        self,
+        model: PreTrainedModel,
+        auto_class: str,
+        num_ids: int,
+        vocabulary: VocabularyMap | None = None,
+        columns: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -63,6 +71,10 @@ class TappedModel(nn.Module):
         self.info = model_info(model.config, auto_class)
         if model.config._attn_implementation != TAP:  # built by somebody else: no recorder would ever be called
             self.info = dataclasses.replace(self.info, taps=self.info.taps - set(ATTENTION))
+        self._chosen = None if columns is None else torch.tensor(columns)
+        self._outputs = self.info.num_labels
+        if columns is not None:
+            self.info = dataclasses.replace(self.info, num_labels=len(columns))
         self.num_ids = num_ids if vocabulary is None else vocabulary.num_kept
         self.token_level = auto_class in TOKEN_LEVEL
         self._two_heads = auto_class == PRE_TRAINING
@@ -82,7 +94,13 @@ class TappedModel(nn.Module):
                     found=self.info.vocabulary,
                     allowed=f"at least {self.num_ids}",
                 )
-            self._head().forward = MethodType(_head_forward, self._head())  # type: ignore[method-assign]
+            self._head().forward = MethodType(head_forward, self._head())  # type: ignore[method-assign]
+        # GLM's classifier finds its first token by the mask
+        self._pools_last = not self.token_level and self.info.causal and model.config.model_type != GLM
+        if self._pools_last:
+            stand_in_pad(model.config)
+            layer = output_layer(model)
+            layer.forward = MethodType(pooled_forward, layer)  # type: ignore[method-assign]
 
     def forward(self, batch: Batch, wants: frozenset[str]) -> Features:
         """The wanted features of a batch of B sequences of L tokens.
@@ -105,6 +123,7 @@ class TappedModel(nn.Module):
         inputs = self._inputs(batch, layout)
         if depths:
             inputs["output_hidden_states"] = depths  # the others are not kept
+        recorder.last = last_position(inputs, self.model.config) if self._pools_last else None
         with recording(recorder):
             output = self.model(**inputs)
         self._check_calls(recorder)
@@ -231,12 +250,14 @@ class TappedModel(nn.Module):
             last = self.info.num_layers
             recorder = Recorder(frozenset({last} if "query" in self.info.taps else ()), whole_logits=True)
             low = torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+            inputs = self._inputs(batch, None)
+            recorder.last = last_position(inputs, self.model.config) if self._pools_last else None
             with recording(recorder), low:  # one pass for both: it may read 20 GB from a disk
-                output = self.model(**self._inputs(batch, None), output_hidden_states=[last])
+                output = self.model(**inputs, output_hidden_states=[last])
             self._check_calls(recorder)
             ours = self._logits(recorder, output).in_dtype(torch.float32)
             whole = output.prediction_logits if self._two_heads else output.logits
-            theirs = whole.float().reshape(-1, self._columns())[:, : self.num_columns]
+            theirs = self._select(whole.float().reshape(-1, self._columns()))[:, : self.num_columns]
             index = torch.arange(theirs.shape[0], device=theirs.device)
             difference = float((ours.rows(index) - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))
         finally:
@@ -257,7 +278,11 @@ class TappedModel(nn.Module):
         return self.num_ids if self.token_level else self.info.num_labels
 
     def _columns(self) -> int:
-        return self.info.vocabulary if self.token_level else self.info.num_labels
+        return self.info.vocabulary if self.token_level else self._outputs
+
+    def _select(self, logits: Tensor) -> Tensor:
+        """The outputs that count, [..., C]; the others never reach a softmax."""
+        return logits if self._chosen is None else logits.index_select(-1, self._chosen.to(logits.device))
 
     def _few_tokens(self, lengths: tuple[int, ...]) -> Batch:
         """Examples of the first real ids in turn, padded on the right."""
@@ -300,7 +325,7 @@ class TappedModel(nn.Module):
 
     def _logits(self, recorder: Recorder, output: Any) -> DenseLogits | HeadLogits:
         if not self.token_level:
-            return DenseLogits(output.logits)
+            return DenseLogits(self._select(output.logits))
         if recorder.head_input is None:
             raise UserError(f"architecture '{self.info.architecture}' never called its output head", where="model")
         head = self._head()
@@ -346,29 +371,6 @@ def input_table(model: PreTrainedModel) -> Tensor:
     table = model.get_input_embeddings().weight
     assert isinstance(table, Tensor)
     return table
-
-
-def _head_forward(head: nn.Linear, hidden: Tensor) -> Tensor:
-    """Forward of an output head: while a recorder is active, keep the input and return logits of width 0, or all.
-
-    Bound to the head as a method, so that a copied model is not tied to the original's head; the module's own call
-    still runs its hooks, which is where ZeRO-3 gathers the weight.
-    """
-    recorder = active_recorder()
-    if recorder is not None:
-        recorder.head_input = hidden
-        if hasattr(head.weight, "ds_id") and not head.weight.requires_grad:
-            # ZeRO-3 gathered it for this call and frees it after. What shares its memory keeps it for the tiles, so
-            # that it is gathered once per forward, on every rank, whatever their numbers of tiles. A student's (it
-            # requires gradients) is the objective's own parameter.
-            recorder.head = (head.weight.detach(), None if head.bias is None else head.bias.detach())
-        if not recorder.whole_logits:
-            return hidden[..., :0]
-        with torch.autocast(hidden.device.type, enabled=False):
-            # float32 as mtkd's own product has it: a head stored in bfloat16 would round what it is given, too
-            bias = None if head.bias is None else head.bias.float()
-            return nn.functional.linear(hidden.float(), head.weight.float(), bias)
-    return nn.functional.linear(hidden, head.weight, head.bias)
 
 
 def _soft_cap(logits: Tensor, *, cap: float) -> Tensor:

@@ -170,7 +170,7 @@ def test_layers_and_width_together_and_the_plan(tmp_path: Path) -> None:
         {"path": str(tmp_path / "model"), "keep_layers": [1, 3], "slice": {"width": 24, "heads": 4}}
     )
     student = build(config, CAUSAL_LM)
-    planned = load_config(
+    planned, _ = load_config(
         config, CAUSAL_LM, num_ids=NUM_IDS, max_positions=16, num_labels=0, label_names=(), tokenizer=tokenizer(),
         resolve=Path,
     )  # fmt: skip

@@ -162,7 +162,7 @@ def test_a_stage_is_resolved(saved: Callable[..., Path]) -> None:
         asked.append(path)
         return folder
 
-    config = load_config(
+    config, _ = load_config(
         ModelConfig(path="stage:teacher", dropout=0.25), MASKED_LM, num_ids=NUM_IDS, max_positions=16, num_labels=0,
         label_names=(), tokenizer=tokenizer(), resolve=resolve,
     )  # fmt: skip
@@ -174,7 +174,7 @@ def test_a_stage_is_resolved(saved: Callable[..., Path]) -> None:
 def test_a_configuration_needs_no_weights(saved: Callable[..., Path]) -> None:
     folder = saved("llama", CAUSAL_LM)
     (folder / "model.safetensors").unlink()
-    config = load_config(
+    config, _ = load_config(
         ModelConfig(path=str(folder), keep_layers=(1, 3)), CAUSAL_LM, num_ids=NUM_IDS, max_positions=16, num_labels=0,
         label_names=(), tokenizer=tokenizer(), resolve=Path,
     )  # fmt: skip
@@ -254,8 +254,6 @@ def test_labels(tmp_path: Path) -> None:
     assert loaded.config.id2label == {0: "no", 1: "yes", 2: "maybe"}
     assert loaded.config.problem_type == "single_label_classification"
     assert build(description("bert"), CLASSIFIER, num_labels=1).config.problem_type == "regression"
-    with pytest.raises(DataError, match="another order"):
-        build(str(folder), CLASSIFIER, label_names=("yes", "no", "maybe"))
     with pytest.raises(DataError, match="another number of classes"):
         build(str(folder), CLASSIFIER, num_labels=2, label_names=("no", "yes"))
 
@@ -458,7 +456,7 @@ def test_an_adapter_is_refused(saved: Callable[..., Path]) -> None:
 def test_a_truncated_file_is_refused(saved: Callable[..., Path]) -> None:
     file = saved("bert", MASKED_LM) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-200])
-    with pytest.raises(DataError, match="cannot be loaded"):
+    with pytest.raises(DataError, match="truncated"):
         build(str(file.parent), MASKED_LM)
 
 
@@ -509,5 +507,5 @@ def test_the_answers_of_a_cloze_have_an_order(saved: Callable[..., Path]) -> Non
     answers = {"verbalizers": [[5], [6]], "id2label": {"0": "no", "1": "yes"}, "label2id": {"no": 0, "yes": 1}}
     file.write_text(json.dumps({**config, "mask_token_id": 3, "sop_token_id": 4, **answers}))
     assert build(str(folder), CLASSIFIER, num_labels=2, label_names=("no", "yes")).config.verbalizers == [[5], [6]]
-    with pytest.raises(DataError, match="another order"):
-        build(str(folder), CLASSIFIER, num_labels=2, label_names=("yes", "no"))
+    swapped = build(str(folder), CLASSIFIER, num_labels=2, label_names=("yes", "no"))
+    assert (swapped.config.verbalizers, swapped.config.id2label) == ([[6], [5]], {0: "yes", 1: "no"})
