@@ -75,7 +75,11 @@ def cache_digest(folder: Path) -> str:
 def model_values(config: PretrainedConfig) -> dict[str, Any]:
     """A model's configuration as a cache keeps it: without the folder it lay in, and the version that wrote it."""
     values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    return {key: value for key, value in values.items() if key not in ("_name_or_path", "transformers_version")}
+    # a GLM's field that came later stands there only where it says something: caches made before stay valid
+    unsaid = ("eop_token_id",) if values.get("eop_token_id") is None else ()
+    return {
+        key: value for key, value in values.items() if key not in ("_name_or_path", "transformers_version", *unsaid)
+    }
 
 
 def cache_folder(path: str, base: Path, where: str) -> Path:

@@ -140,12 +140,14 @@ def test_a_cloze_is_scored_by_the_language_model() -> None:
     batch = split_of(**CLOZE).collate([2, 5, 1])
     found = model(batch, frozenset({"logits"}))["logits"]
     assert isinstance(found, DenseLogits)
-    start, mask = (tokenizer().convert_tokens_to_ids(name) for name in ("<|startofpiece|>", "[MASK]"))
+    named = ("<|startofpiece|>", "<|endofpiece|>", "[MASK]")
+    start, end, mask = (tokenizer().convert_tokens_to_ids(name) for name in named)
     for row in range(3):
         text = batch.input_ids[row][batch.attention_mask[row]].tolist()
         at, sep = text.index(mask), len(text)
         for label, (_, words) in enumerate(ANSWERS):
-            answer = tokenizer()(words, add_special_tokens=False)["input_ids"]
+            # one class has several tokens: the end of the piece belongs to every answer
+            answer = [*tokenizer()(words, add_special_tokens=False)["input_ids"], end]
             ids = [*text, start, *answer[:-1]]
             positions = [[*range(sep), *[at] * len(answer)], [*[0] * sep, *range(1, len(answer) + 1)]]
             logits = plain.model(torch.tensor([ids]), position_ids=torch.tensor([positions]), sep=sep).logits[0, sep:]

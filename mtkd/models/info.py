@@ -141,12 +141,20 @@ def cloze_fault(config: Any) -> tuple[str, Any, Any] | None:
         return "a cloze needs sop_token_id, mask_token_id and tied embeddings", found, "two ids, and true"
     if config.num_labels and len(verbalizers) != config.num_labels:
         return "a cloze has one answer per class", len(verbalizers), config.num_labels
-    size, most = config.vocab_size, config.max_position_embeddings
+    size, ended = config.vocab_size, any(len(words) > 1 for words in verbalizers)
+    most = config.max_position_embeddings - ended
     for words in verbalizers:
         if not words or not all(0 <= word < size for word in words):
             return "an answer is a list of token ids", words, f"one or more, each 0 to {size - 1}"
         if len(words) > most:
             return "an answer is longer than the model's positions", f"{len(words)} tokens", f"at most {most}"
+    if ended and (config.eop_token_id is None or not 0 <= config.eop_token_id < size):
+        return (
+            "answers of several tokens end with <|endofpiece|>, which is scored too; without it a class whose words "
+            "begin with another's never wins",
+            f"eop_token_id {config.eop_token_id}",
+            "its id; a cloze that was trained without it (before mtkd scored it) is trained again",
+        )
     return None
 
 

@@ -258,7 +258,10 @@ def _read_config(folder: Path) -> PretrainedConfig:
 def answer_with(config: PretrainedConfig, auto_class: str, answers: list[list[int]] | None) -> None:
     """Make a GLM's configuration that of a cloze with these answers; of a language model, one without any."""
     if answers is not None:
+        unended = config.has_long_answers and config.eop_token_id is None  # stays so, and is refused
         config.verbalizers, config.num_labels = answers, len(answers)
+        if not unended:
+            config.end_answers()
     elif auto_class != CLASSIFIER:
         config.verbalizers = None
 

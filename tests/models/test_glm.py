@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -41,6 +42,7 @@ from mtkd.errors import UserError
 from mtkd.features import NO_LABEL, HeadLogits
 from mtkd.models.glm import GLMConfig, GLMForConditionalGeneration, GLMForSequenceClassification, GLMModel
 from mtkd.models.info import CAUSAL_LM, CLASSIFIER, model_info
+from mtkd.models.load import answer_with
 from mtkd.models.taps import TappedModel
 
 ACTIVATIONS = ("gelu", "gelu_pytorch_tanh")
@@ -268,13 +270,64 @@ def test_a_cloze_scores_every_answer_as_if_it_stood_alone(side: str) -> None:
     assert output.hidden_states[1].shape[:2] == ids.shape
     for row, (tokens, sep, at) in enumerate(examples):
         for label, answer in enumerate(answers):
-            whole = [*tokens, SOP, *answer[:-1]]
+            ended = [*answer, EOP]  # one of the answers has several tokens: all end, and the end is scored
+            whole = [*tokens, SOP, *ended[:-1]]
             logits = logits_of(lm, whole, block_positions(len(whole), sep, at), prefix(len(whole), sep))
             logs = torch.log_softmax(logits[sep:], -1)
-            close(output.logits[row, label], sum(logs[i, word] for i, word in enumerate(answer)))
+            close(output.logits[row, label], sum(logs[i, word] for i, word in enumerate(ended)))
     labels = torch.tensor([1, 0, 3])
     expected = -torch.log_softmax(output.logits.float(), -1)[torch.arange(3), labels].mean()
     close(model(ids, attention_mask=mask, labels=labels).loss, expected, 1e-5)
+
+
+def test_a_class_whose_words_begin_with_anothers_can_win() -> None:
+    """P(words) alone falls with every word; with the end of the piece the answers are disjoint events."""
+    ids = torch.randint(7, 60, (20, 9), generator=torch.Generator().manual_seed(0))
+    ids[:, 4], wins = MASK, 0
+    for seed in range(12):
+        model = GLMForSequenceClassification(small_config(num_labels=2, verbalizers=[[5], [5, 6]]))
+        with torch.no_grad():
+            logits = noisy(model.double(), seed)(ids).logits
+        wins += int((logits[:, 1] > logits[:, 0]).sum())
+        assert bool((logits.logsumexp(1) < 0).all())  # shares of one whole, that of all pieces
+    assert 0 < wins < 12 * 20
+
+
+def test_answers_of_one_token_have_no_end() -> None:
+    """They are disjoint without it, and the original compares the tokens alone."""
+    model = noisy(GLMForSequenceClassification(small_config(num_labels=3, verbalizers=[[5], [6], [7]])))
+    assert model.config.eop_token_id is None
+    ids = torch.tensor([[9, MASK, 8], [MASK, 3, 2]])
+    lm = GLMForConditionalGeneration(small_config())
+    lm.glm.load_state_dict(model.glm.state_dict())
+    for row, at in enumerate((1, 0)):
+        whole = [*ids[row].tolist(), SOP]
+        logits = logits_of(lm.eval(), whole, block_positions(4, 3, at), prefix(4, 3))
+        close(model(ids).logits[row].double(), torch.log_softmax(logits[3], -1)[[5, 6, 7]].double(), 1e-5)
+
+
+def test_a_cloze_that_was_made_without_ends_is_refused(tmp_path: Path) -> None:
+    """It was trained to give numbers that its class would no longer give: said, not silently rescored."""
+    GLMForSequenceClassification(small_config(num_labels=2, verbalizers=[[5], [5, 6]])).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    values = json.loads(file.read_text())
+    assert values.pop("eop_token_id") == EOP
+    file.write_text(json.dumps(values))
+    config = GLMConfig.from_pretrained(tmp_path)
+    for again in (config, GLMConfig.from_dict(config.to_dict())):
+        with pytest.raises(UserError, match="answers of several tokens end"):
+            model_info(again, CLASSIFIER)
+    answer_with(config, CLASSIFIER, [[7], [8, 9]])
+    with pytest.raises(UserError, match="trained again"):
+        model_info(config, CLASSIFIER)
+    file.write_text(json.dumps({**values, "verbalizers": [[5], [6]]}))  # single tokens: nothing has changed
+    assert model_info(GLMConfig.from_pretrained(tmp_path), CLASSIFIER).cloze
+
+
+def test_answers_of_the_data_end_in_a_plain_model() -> None:
+    config = small_config()
+    answer_with(config, CLASSIFIER, [[7], [8, 9]])
+    assert config.eop_token_id == EOP
 
 
 def test_a_cloze_behind_the_taps() -> None:
@@ -369,7 +422,9 @@ def test_caches_of_fixed_size_are_refused() -> None:
         ({"verbalizers": [[1], []]}, "list of token ids"),
         ({"verbalizers": [[1], [70]]}, "0 to 69"),
         ({"verbalizers": [[1], [-1]]}, "0 to 69"),
-        ({"verbalizers": [[1], [2] * 21]}, "at most 20"),
+        ({"verbalizers": [[1], [2] * 20]}, "at most 19"),
+        ({"verbalizers": [[1], [1, 2]], "eos_token_id": None}, "end with"),
+        ({"verbalizers": [[1], [1, 2]], "eop_token_id": 70}, "end with"),
     ],
 )
 def test_clozes_that_are_refused(fields: dict[str, object], message: str) -> None:
@@ -382,7 +437,7 @@ def test_clozes_that_are_refused(fields: dict[str, object], message: str) -> Non
 
 
 def test_the_longest_answer_is_scored() -> None:
-    model = GLMForSequenceClassification(small_config(num_labels=2, verbalizers=[[1], [2] * POSITIONS]))
+    model = GLMForSequenceClassification(small_config(num_labels=2, verbalizers=[[1], [2] * (POSITIONS - 1)]))
     assert model(torch.tensor([[5, MASK, 7]])).logits.isfinite().all()
 
 

@@ -1,6 +1,6 @@
 """GLM as a classifier: a pooled head, or a cloze whose blank is filled with each class's words.
 
-Source: Du et al. 2022, GLM, arXiv 2103.10360, section 2.3.
+Source: Du et al. 2022, GLM, arXiv 2103.10360, section 2.3; the end of the piece: the authors' tasks/superglue/pvp.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ class Cloze:
     """Part B of a cloze with several answers, read in one go: <|startofpiece|>, then the words of every class.
 
     A word sees part A, the start and the words before it in its own class, so that every class is scored as if it
-    stood there alone. The last word of a class is predicted and not read.
+    stood there alone. Where any class has several tokens, every class's words are followed by <|endofpiece|>, which is
+    scored with them: the answers are then disjoint events, and one that begins with another's words can win. Where all
+    have one token they are disjoint already, and nothing follows. What is predicted last is not read. So it is in the
+    original: its tasks with answers of several tokens append the end to each, those with single tokens compare these.
 
     Attributes:
         ids: of the E tokens read, [E]. positions: their pos2, [E] (1 at the start).
@@ -31,10 +34,11 @@ class Cloze:
 
     """
 
-    def __init__(self, sop: int, verbalizers: list[list[int]]) -> None:
+    def __init__(self, sop: int, verbalizers: list[list[int]], end: int | None) -> None:
         ids, positions, owner = [sop], [1], [-1]
         slots, words, classes = [], [], []
-        for number, answer in enumerate(verbalizers):
+        for number, words_alone in enumerate(verbalizers):
+            answer = words_alone if end is None else [*words_alone, end]
             slot = 0
             for place, word in enumerate(answer):
                 slots.append(slot)
@@ -56,13 +60,13 @@ class GLMForSequenceClassification(GLMPreTrainedModel):
     """Class logits [B,C] of a text, which is part A: read in both directions.
 
     With `config.verbalizers` a cloze: a class's logit is the log-probability of its words in place of the text's
-    first [MASK], their sum where it has several; no new weights. Without, a tanh layer and a linear one on the
-    first token's hidden state (`pooler`, `classifier`).
+    first [MASK]; where a class has several tokens, the sum over them and the end of the piece. No new weights. Without,
+    a tanh layer and a linear one on the first token's hidden state (`pooler`, `classifier`).
 
     Raises:
-        ValueError: verbalizers without `sop_token_id` and `mask_token_id`, with another number of classes, with ids
-            that the model has not got or more of them than it has positions, or with an output head that is not the
-            table of the tokens.
+        ValueError: verbalizers without `sop_token_id` and `mask_token_id`, without `eop_token_id` where one has several
+            tokens, with another number of classes, with ids that the model has not got or more of them than it has
+            positions, or with an output head that is not the table of the tokens.
     """
 
     def __init__(self, config: GLMConfig) -> None:
@@ -80,7 +84,8 @@ class GLMForSequenceClassification(GLMPreTrainedModel):
                 raise ValueError(f"{message}: {found}; allowed: {allowed}")
             assert config.sop_token_id is not None, "checked"
             self.num_labels = len(config.verbalizers)
-            self.cloze = Cloze(config.sop_token_id, config.verbalizers)
+            end = config.eop_token_id if config.has_long_answers else None
+            self.cloze = Cloze(config.sop_token_id, config.verbalizers, end)
         self.post_init()
 
     @can_return_tuple  # type: ignore[untyped-decorator]

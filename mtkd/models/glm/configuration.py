@@ -26,6 +26,9 @@ class GLMConfig(PretrainedConfig):
         initializer_range: standard deviation of fresh weights; output projections have it over sqrt(2 x layers).
         sop_token_id, mask_token_id: ids of <|startofpiece|> and [MASK]; a cloze classifier needs them.
         verbalizers: token ids of each class's words, in the order of the classes; makes a sequence classifier a cloze.
+        eop_token_id: id of <|endofpiece|>, which ends the words where a class has several; by default `eos_token_id`,
+            which is that of a GLM. A folder that has such words and not this key was trained without it: the default
+            does not hold there, and the cloze is refused.
 
     Source: Du et al. 2022, GLM, arXiv 2103.10360, section 2.
     """
@@ -52,6 +55,7 @@ class GLMConfig(PretrainedConfig):
     sop_token_id: int | None = None
     mask_token_id: int | None = None
     verbalizers: list[list[int]] | None = None
+    eop_token_id: int | None = None
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:  # transformers' interface
@@ -59,4 +63,23 @@ class GLMConfig(PretrainedConfig):
             self.intermediate_size = 4 * self.hidden_size
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"{self.num_attention_heads} heads do not divide a width of {self.hidden_size}")
+        self.end_answers()
         super().__post_init__(**kwargs)
+
+    def end_answers(self) -> None:
+        """Answers of several tokens end with the end of a piece."""
+        if self.eop_token_id is None and self.has_long_answers and isinstance(self.eos_token_id, int):
+            self.eop_token_id = self.eos_token_id
+
+    @property
+    def has_long_answers(self) -> bool:
+        """Whether any class is answered by several tokens: then the answers need an end."""
+        return any(len(words) > 1 for words in self.verbalizers or ())
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:  # transformers' interface
+        found = super().from_dict(config_dict, **kwargs)
+        config = found[0] if isinstance(found, tuple) else found
+        if config_dict.get("eop_token_id") is None and config_dict.get("verbalizers") and config.has_long_answers:
+            config.eop_token_id = None  # made when answers had no end
+        return found
