@@ -17,8 +17,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from mtkd.config import DataConfig
+from mtkd.data.files import read_texts
+from mtkd.data.labels import label_values, read_labels
 from mtkd.data.sources import NotReached, Raw, choose_rows, read_source
+from mtkd.features import NO_LABEL
 from mtkd.registry import TASKS
 
 
@@ -31,6 +36,7 @@ class DataFacts:
         classes: class names in order; () for numbers and token tasks.
         why: how the kind was found, one line.
         rows: split -> number of rows, after hold-out and limit; {} while the source was not read.
+        labelled: split -> rows with a label; {} for tasks without labels.
         not_here: why the source cannot be read now (a hub that is not reached); "" otherwise.
     """
 
@@ -38,6 +44,7 @@ class DataFacts:
     classes: tuple[str, ...] = ()
     why: str = ""
     rows: Mapping[str, int] = field(default_factory=dict)
+    labelled: Mapping[str, int] = field(default_factory=dict)
     not_here: str = ""
 
     @property
@@ -102,7 +109,29 @@ class DataReader:
             facts = unread(data)
             return DataFacts(facts.kind, facts.classes, facts.why, not_here=f"data.{name}: {error.message}")
         rows = {split: len(each) for split, each in raw.splits.items()}
+        _check_texts(data, raw)
         if raw.labels is not None:
-            return DataFacts(raw.labels.kind, raw.labels.names, raw.labels.why, rows)
+            return DataFacts(raw.labels.kind, raw.labels.names, raw.labels.why, rows, _labelled(data, raw))
         names, number = TASKS.find(data.task, f"data.{name}.task").labels(data, raw)  # of a plug-in
         return DataFacts("class" if names else "number" if number == 1 else "", names, "", rows)
+
+
+def _check_texts(data: DataConfig, raw: Raw) -> None:
+    """Raise a DataError for the first row of any split that holds no text where the task reads one."""
+    for split, rows in raw.splits.items():
+        for column in filter(None, (*data.columns, data.text_pair)):
+            read_texts(rows, column, raw.origin(split), "text")
+
+
+def _labelled(data: DataConfig, raw: Raw) -> dict[str, int]:
+    """Split -> rows with a label, every one of which is a class or a number; a DataError names one that is not."""
+    assert raw.labels is not None
+    if not raw.labels.kind:
+        return {s: sum(v is not None for v in label_values(rows, data.label, raw.origin(s)))
+                for s, rows in raw.splits.items()}  # fmt: skip
+    found = {}
+    for split, rows in raw.splits.items():
+        labels = read_labels(data, rows, raw.origin(split), raw.labels.names)
+        missing = labels == NO_LABEL if raw.labels.names else np.isnan(labels)
+        found[split] = len(rows) - int(missing.sum())
+    return found

@@ -10,6 +10,7 @@ from rich.table import Table
 from mtkd.budget import StageMemory
 from mtkd.cachefolder import CacheFacts
 from mtkd.config import ModelConfig, TeacherConfig
+from mtkd.dataview import PlannedData, data_tables
 from mtkd.models.info import ModelInfo
 
 SKIPPED = "done, skipped"
@@ -57,7 +58,7 @@ class Plan:
     """What `mtkd run` would do.
 
     Attributes:
-        missing: models that are planned from their cards, and what brings them here.
+        missing: models and data that are not here, and what brings them.
         precision: the precision and why, and a warning where it is slow here.
     """
 
@@ -68,6 +69,7 @@ class Plan:
     stages: list[PlannedStage] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     precision: list[str] = field(default_factory=list)
+    data: list[PlannedData] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -96,7 +98,13 @@ class Plan:
         )
         planned = [(stage.name, stage.memory) for stage in self.stages if stage.memory is not None]
         more = [_notes_table(self.stages)] if any(stage.notes for stage in self.stages) else []
-        return [table, rows, *more, *([_memory_table(planned), _verdicts(planned)] if planned else [])]
+        return [
+            table,
+            rows,
+            *data_tables(self.data),
+            *more,
+            *([_memory_table(planned), _verdicts(planned)] if planned else []),
+        ]
 
 
 def _notes_table(stages: list[PlannedStage]) -> Table:

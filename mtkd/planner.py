@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -25,8 +26,10 @@ from mtkd.cofinetune import check_members
 from mtkd.config import DataConfig, RunConfig, StageConfig
 from mtkd.data.tasks import TaskSpec
 from mtkd.dataplan import DataFacts, DataReader
+from mtkd.dataview import PlannedData, view
 from mtkd.errors import UserError
 from mtkd.footprint import CachedShape, Shape
+from mtkd.labelplan import check_labelled, with_teachers_classes
 from mtkd.ladder import Look, complete
 from mtkd.launcher import num_processes, shown_command
 from mtkd.locate import (
@@ -71,7 +74,9 @@ def plan(config: RunConfig, *, memory: bool = False, reader: DataReader | None =
     precision = choose(config, planned=memory)
     config = resolve(decided(config, precision.precision))
     check(config)
-    planner = _Planner(config, reader or DataReader(config.base))
+    reader = reader or DataReader(config.base)
+    config = with_teachers_classes(config, reader)
+    planner = _Planner(config, reader)
     facts = {name: planner.models.facts(data) for name, data in config.data.items()}
     planner.models.check_chats()
     planner.models.check_commands()
@@ -79,13 +84,15 @@ def plan(config: RunConfig, *, memory: bool = False, reader: DataReader | None =
     if memory:
         stages = planner.with_memory(stages)
     planner.models.check_scored()
+    check_labelled(config, facts)
+    data = planner.data(facts, reader)
     engine = config.engine
     kind = f"{engine.kind}, {num_processes(engine)} process(es), {engine.decided_precision}"
     if engine.kind == "deepspeed":
         kind += f", ZeRO {engine.zero_stage}"
     missing = [*missing_models(config), *(each.not_here for each in facts.values() if each.not_here)]
     command, notes = " ".join(shown_command(engine)), [str(precision), *filter(None, [warning(engine)])]
-    return Plan(config.name, str(config.folder), kind, command, stages, missing, notes)
+    return Plan(config.name, str(config.folder), kind, command, stages, missing, notes, data)
 
 
 class _Planner:
@@ -94,6 +101,14 @@ class _Planner:
         self.models = PlannedModels(config, reader)
         self._cached: dict[str, CacheFacts] = {}  # what cache stages will have made
         self._sketches: dict[str, Sketch] = {}
+
+    def data(self, facts: Mapping[str, DataFacts], reader: DataReader) -> list[PlannedData]:
+        """The data entries as the stages will see them."""
+        tokenizer = None if self.models.stands_in else self.models.tokenizer
+        return [
+            view(name, data, facts[name], None if facts[name].not_here else reader.raw(data), tokenizer)
+            for name, data in self.config.data.items()
+        ]
 
     def stage(self, name: str) -> PlannedStage:
         stage, where = self.config.stages[name], f"stages.{name}"

@@ -30,6 +30,7 @@ from mtkd.engine.make import start_processes
 from mtkd.engine.watch import note, watched
 from mtkd.errors import DataError, UserError
 from mtkd.evaluate.judge import judge
+from mtkd.labelplan import with_teachers_classes
 from mtkd.models.load import quiet
 from mtkd.planner import plan, resolve
 from mtkd.report import write_report
@@ -86,8 +87,9 @@ def run(config: RunConfig, redo: Sequence[str] = ()) -> RunResult:
 def _run(config: RunConfig, redo: Sequence[str], dist: Dist, device: torch.device) -> RunResult:
     config = resolve(config)
     check(config)
-    again = to_redo(config, redo)
     reader = DataReader(config.base)
+    config = with_teachers_classes(config, reader)
+    again = to_redo(config, redo)
     on_main(dist, lambda: _plan_unfinished(config, reader))
     folder = on_main(dist, lambda: RunDir.create(config, base=Path(config.output)))
     check_shared(dist, folder.path)

@@ -85,7 +85,7 @@ def validate(built: BuiltStage, run: RunDir, step: int) -> float:
         That metric, the same on every rank; the loss when the stage selects by nothing, NaN without a split.
     """
     split = built.data.splits.get("validation")
-    if split is None:
+    if split is None or not split.has_targets:
         return float("nan")
     engine, objective, dist = built.engine, built.objective, built.engine.dist
     models, metric = list(objective.models.values()), built.stage.selects or "loss"

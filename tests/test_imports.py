@@ -46,7 +46,7 @@ ORDER = (
     ),
     (
         *("chain", "ladder", "rundir", "locate", "memory", "footprint", "budget", "modelplan", "dataplan", "precision"),
-        *("cachefolder", "cacheplan", "planned", "agreement", "teaching"),
+        *("cachefolder", "cacheplan", "planned", "agreement", "teaching", "dataview", "labelplan"),
     ),
     ("build", "built", "checks", "planner"),
     ("evaluate", "lookaround"),

@@ -117,6 +117,15 @@ class Split:
         return len(self.lengths)
 
     @property
+    def has_targets(self) -> bool:
+        """Whether anything is asked of any example: not of classification texts without a label."""
+        if self.labels is None:
+            return True
+        if np.issubdtype(self.labels.dtype, np.floating):
+            return not bool(np.isnan(self.labels).all())
+        return bool((self.labels != NO_LABEL).any())
+
+    @property
     def documents(self) -> np.ndarray:
         """Document number of each example, [examples] int64."""
         return self._documents.of_example
