@@ -55,6 +55,9 @@ def _common(found: Mapping[str, tuple[str, ...]], where: str, why: str) -> tuple
 
 def _classes_of(teacher: TeacherConfig, name: str, config: RunConfig, reader: DataReader) -> tuple[str, ...]:
     """Class names of a teacher in order: of the data that its stage learned from, or of its folder; () for none."""
+    if teacher.classes is not None:  # what the user maps its outputs to are the data's classes
+        names = teacher.classes.values() if isinstance(teacher.classes, dict) else teacher.classes
+        return tuple(dict.fromkeys(name for name in names if name is not None))
     path = teacher.model.path
     stage = stage_of(path)
     if stage is not None:

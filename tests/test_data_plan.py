@@ -79,7 +79,7 @@ def run_of(folder: Path, train: str, stages: dict[str, Any], **changes: Any) -> 
     return file
 
 
-def distil(*teachers: str, **changes: Any) -> dict[str, Any]:
+def distil(*teachers: str | dict[str, Any], **changes: Any) -> dict[str, Any]:
     return {"kind": "distill", "student": BERT, "teachers": list(teachers) or ["teacher"], "match": [SOFT], "steps": 2,
             "batch": {"sequences": 4}, **changes}  # fmt: skip
 
@@ -138,6 +138,11 @@ def test_teachers_of_different_classes_name_none(folder: Path) -> None:
     with pytest.raises(UserError, match="teachers have different classes") as caught:
         plan(run_of(folder, "texts.jsonl", {"student": distil("teacher", "other")}))
     assert caught.value.where == "data.rows.labels"
+    mapped = {"name": "other", "model": "other", "classes": ["yes", "no", None]}
+    assert set(plan(run_of(folder, "texts.jsonl", {"student": distil("teacher", mapped)})).data[0].classes) == {
+        "no",
+        "yes",
+    }
 
 
 @pytest.mark.parametrize(
