@@ -25,6 +25,7 @@ from mtkd.cache import CacheContent, CacheReader, CacheWriter, Record, make_reco
 from mtkd.cachefolder import model_values, open_cache, origin_of
 from mtkd.cacheplan import check_layers, content_of
 from mtkd.chain import redo_command
+from mtkd.chance import warn_below_chance
 from mtkd.config import BatchConfig, StageConfig, TeacherConfig
 from mtkd.configfile import differences
 from mtkd.console import StageProgress, say
@@ -170,6 +171,8 @@ def _cache(job: _Job, config: TeacherConfig, where: str, stopped: StopFlag, prog
     job.examples += origin.num_examples - sum(len(examples) for _, examples in missing)
     progress.skip(job.examples)
     teacher = pooled(config.name, model, shop.device, shop.dtype)
+    if missing:
+        warn_below_chance({where: teacher}, job.data, job.stage.batch, shop.device, dist)
     for start in range(0, len(missing), dist.world_size):
         _round(job, teacher, writer, missing[start : start + dist.world_size], stopped, progress)
     teacher.close()

@@ -19,6 +19,7 @@ from mtkd.build import Workshop
 from mtkd.built import BuiltStage
 from mtkd.capture import capture
 from mtkd.chain import changed_stages, finished, to_redo
+from mtkd.chance import warn_below_chance
 from mtkd.checks import check
 from mtkd.config import RunConfig
 from mtkd.configfile import config_digest, fingerprint, load_config
@@ -36,6 +37,7 @@ from mtkd.planner import plan, resolve
 from mtkd.report import write_report
 from mtkd.rundir import RunDir, StageDir
 from mtkd.seal import fault_point, newest_sealed, write_atomic
+from mtkd.teaching import heads_read
 from mtkd.train import train
 
 
@@ -199,6 +201,9 @@ def _stage(shop: Workshop, name: str, run: RunDir) -> dict[str, Any]:
         on_main(shop.dist, lambda: folder.mark_done(cached))
         return cached
     built = shop.build(name)
+    if "logits" in heads_read(shop.config, name):
+        read = {f"stages.{name}.teachers[{i}]": teacher for i, teacher in enumerate(built.pool.teachers)}
+        warn_below_chance(read, built.data, built.stage.batch, shop.device, shop.dist)
     facts = train(built, shop.config, run, folder)
     record = {
         "stage": name,

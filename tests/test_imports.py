@@ -50,7 +50,7 @@ ORDER = (
     ),
     ("build", "built", "checks", "planner"),
     ("evaluate", "lookaround"),
-    ("selection", "train", "capture"),
+    ("selection", "train", "capture", "chance"),
     ("report", "runner", "status", "table", "listing", "doctor", "laws", "testing"),
     ("cli",),
     ("__main__",),
