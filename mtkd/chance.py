@@ -55,9 +55,9 @@ def warn_below_chance(
         shares[teacher.name] = right / max(count, 1)
         if shares[teacher.name] < 1 / data.num_labels:
             say(
-                f"warning: {place}: teacher '{teacher.name}' is right on {right:.0f} of {count:.0f} labelled train texts, "
-                f"less often than a guess (1 of {data.num_labels}). Are its classes in another "
-                "order? `mtkd plan` shows which output is which class; `classes` of the teacher says it",
+                f"warning: {place}: teacher '{teacher.name}' is right on {right:.0f} of {count:.0f} labelled train "
+                f"texts, less often than a guess (1 of {data.num_labels}). Are its classes in another order? "
+                "`mtkd plan` shows which output is which class; `classes` of the teacher says it",
                 main=dist.is_main,
             )
     return shares
