@@ -23,3 +23,9 @@ multiprocessing.set_forkserver_preload(list(PRELOADED))
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="where tests/test_on_device.py computes: cpu or cuda")
+    parser.addoption(
+        "--golden",
+        default="compare",
+        choices=("compare", "renew", "record", "exact"),
+        help="tests/test_golden.py: compare with tests/golden/, renew it, or record and compare this machine's bits",
+    )
