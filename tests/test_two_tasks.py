@@ -178,7 +178,7 @@ def test_a_stage_of_another_task_cannot_be_scored(made: RunResult) -> None:
         mtkd.plan(config(folder, stages=["student", "base"], comparisons=[]))
     assert caught.value.where == "evaluate.stages"
     assert {"teacher", "student"} <= set(caught.value.allowed)
-    with pytest.raises(UserError, match="'pretrain'.*never learns to predict"):
+    with pytest.raises(UserError, match=r"'pretrain'.*never learns to predict"):
         mtkd.plan(config(folder, stages=["student", "pretrain"], comparisons=[]))
     with pytest.raises(UserError, match="'pretrain' cannot be scored"):
         mtkd.plan(config(folder, ensembles=["pretrain"]))
