@@ -123,6 +123,7 @@ def _teachers() -> list[dict[str, Any]]:
             "layers x width": f"{card.layers}x{card.width}",
             "parameters": f"{card.parameters:,}",
             "memory (GB)": card.memory_gb,
+            "teaches": card.teaches,
             "tokenizer": card.tokenizer,
             "licence": card.licence,
         }

@@ -35,6 +35,9 @@ class Card(Config):
         description="number of parameters: encoders without a task head (with pooler), decoders with their output "
         "head; tied ones once"
     )
+    predicts: Literal["next tokens", "masked tokens", "nothing"] = Field(
+        description="what the heads in its published files were trained for; none of these models predicts classes"
+    )
     dtype: Literal["float32", "float16", "bfloat16"] = Field(description="of the published weights")
     licence: str = Field(description="of the weights, as the publisher states it")
     homepage: str = Field(description="URL of the model page or repository")
@@ -43,6 +46,13 @@ class Card(Config):
     @computed_field(description="memory of the weights alone in 10^9 bytes: parameters x bytes of the published dtype")
     def memory_gb(self) -> float:
         return round(self.parameters * _BYTES[self.dtype] / 1e9, 2)
+
+    @property
+    def teaches(self) -> str:
+        """What a stage may read of it as it is published."""
+        inside = "hidden states, attention"
+        first = {"next tokens": "causal-lm, ", "masked tokens": "masked-lm, ", "nothing": ""}[self.predicts]
+        return f"{first}{inside}; classes after kind: finetune"
 
 
 def missing_glm(path: str | None, resolve: Callable[[str], Path | str]) -> Card | None:
