@@ -179,7 +179,7 @@ def load_config(
     if full.trained and num_labels and "logits" in (reads or ()):
         found = teacher_classes(full.config, label_names, num_labels, where or str(full.folder), classes)
     if auto_class == CLASSIFIER:
-        full.config.num_labels = num_labels or full.config.num_labels
+        full.config.num_labels = num_labels or full.config.num_labels or 0
         stand_in_pad(full.config, tokenizer)
     return smaller_config(full.config, config, tokenizer, num_ids), found
 
