@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from itertools import pairwise
 from pathlib import Path
@@ -85,7 +86,10 @@ def test_the_run_folders_copy_has_the_same_stages(tmp_path: Path) -> None:
 def test_classifiers_have_a_ladder_too(tmp_path: Path) -> None:
     file = chain_file(tmp_path, shape(6, 128, 4), shape(1, 32, 2), architecture="bert", num_rungs=1)
     values = yaml.safe_load(file.read_text())
-    values["data"]["text"] |= {"task": "classify", "label": "text", "labels": ["a", "b", "c"]}
+    values["data"]["text"] |= {"task": "classify", "labels": ["a", "b", "c"]}
+    for data in (tmp_path / "data").glob("*.jsonl"):
+        rows = [json.loads(line) for line in data.read_text().splitlines()]
+        data.write_text("".join(json.dumps({**row, "label": "abc"[i % 3]}) + "\n" for i, row in enumerate(rows)))
     file.write_text(yaml.safe_dump(values, sort_keys=False))
     made = plan(load_config(file))
     sizes = [stage.models[0].parameters for stage in made.stages]
