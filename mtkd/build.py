@@ -23,16 +23,12 @@ from mtkd.data.blanks import answer_ids
 from mtkd.data.collate import LoadedData, Split, load_data
 from mtkd.data.sampler import Order, TrainStream
 from mtkd.data.sources import Raw
-from mtkd.data.tokenizers import (
-    check_same_tokenizer,
-    num_real_ids,
-    tokenizer_fingerprint,
-)
+from mtkd.data.tokenizers import num_real_ids, tokenizer_fingerprint
 from mtkd.dataplan import DataReader
 from mtkd.engine.base import Trainable, seed_everything
 from mtkd.engine.dist import Dist
 from mtkd.engine.make import make_engine
-from mtkd.locate import given_tokenizer, read_tokenizer, resolve_path, revision_of, trained_tokenizer
+from mtkd.locate import compare_tokenizer, given_tokenizer, resolve_path, revision_of, trained_tokenizer
 from mtkd.mix import stage_rows
 from mtkd.models.classes import Given, teacher_classes
 from mtkd.models.folder import check_folder, find_folder
@@ -209,8 +205,8 @@ class Workshop:
         num_ids, task = num_real_ids(self.tokenizer), data.task.class_for(data.config)
         vocabulary = self.vocabulary(model, where)
         if model.path is not None and vocabulary is None:
-            own = read_tokenizer(self.resolve(model.path), revision_of(model))
-            check_same_tokenizer(self.tokenizer, own, where)
+            folder, revision = self.resolve(model.path), revision_of(model)
+            compare_tokenizer(self.tokenizer, folder, revision, where, masked=data.task.masked)
         answers = answer_ids(data.config, self.tokenizer, f"data.{data.name}") if data.task.cloze else None
         tables = [] if teacher is None else [teacher.embedding_table]
         built = build_model(

@@ -11,12 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from mtkd.chain import stage_of
 from mtkd.config import ModelConfig, RunConfig
+from mtkd.data.segmentation import check_certain
 from mtkd.data.sources import Raw
-from mtkd.data.tokenizers import load_tokenizer, train_tokenizer
+from mtkd.data.tokenizers import check_same_tokenizer, load_tokenizer, train_tokenizer
 from mtkd.engine.dist import Dist
-from mtkd.errors import UserError
+from mtkd.errors import DataError, UserError
 from mtkd.models.cards import Card, how_to_get, load_cards, missing_glm
-from mtkd.models.folder import check_folder
+from mtkd.models.folder import check_tokenizer_folder, has_tokenizer
 
 
 def resolve_path(path: str, base: Path) -> Path | str:
@@ -47,7 +48,9 @@ def tokenizer_origin(config: RunConfig) -> tuple[str, str | None]:
         live = [t.model for t in stage.teachers if t.backend != "cached"]
         for model in (*live, *stage.trained.values()):
             if model.path is not None and stage_of(model.path) is None:
-                return model.path, revision_of(model)
+                folder = resolve_path(model.path, config.base)
+                if not isinstance(folder, Path) or has_tokenizer(folder):
+                    return model.path, revision_of(model)
     raise UserError("no model brings a tokenizer", where="tokenizer", todo="set tokenizer.path or tokenizer.train_on")
 
 
@@ -56,7 +59,17 @@ def given_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     path, revision = tokenizer_origin(config)
     if (card := missing(path, config.base)) is not None:
         raise UserError("this model is not here", where="tokenizer", found=path, todo=how_to_get(card))
-    return read_tokenizer(resolve_path(path, config.base), revision)
+    found = read_tokenizer(resolve_path(path, config.base), revision)
+    if found is None:
+        raise DataError(
+            "the folder holds no tokenizer",
+            where="tokenizer.path",
+            found=path,
+            allowed="a folder with tokenizer.json or another tokenizer's files, or a hub id",
+            todo="name a folder with a tokenizer, or train one: tokenizer.train_on",
+        )
+    check_certain(found, "tokenizer")
+    return found
 
 
 def missing(path: str | None, base: Path) -> Card | None:
@@ -72,11 +85,34 @@ def missing_models(config: RunConfig) -> list[str]:
     return [f"{path}: {how_to_get(card)}" for path, card in found.items() if card is not None]
 
 
-def read_tokenizer(folder: Path | str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub id; a folder is checked before any file of it is opened."""
+def read_tokenizer(folder: Path | str, revision: str | None = None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a folder or hub id; a folder is checked before any file of it is opened.
+
+    Returns:
+        None for a folder without files of one: a model's need not have it.
+    """
     if isinstance(folder, Path):
-        check_folder(folder, weights=False)
+        check_tokenizer_folder(folder)
+        if not has_tokenizer(folder):
+            return None
     return load_tokenizer(str(folder), revision)
+
+
+def compare_tokenizer(
+    run: PreTrainedTokenizerBase, folder: Path | str, revision: str | None, where: str, *, masked: bool
+) -> list[str]:
+    """Refuse a loaded model whose tokenizer gives other ids than the run's, as far as it brings one.
+
+    Args: masked: whether the model is asked about masked tokens.
+    Returns:
+        What differs and does not matter, or is not known, in words.
+    Raises:
+        DataError: as `check_same_tokenizer`.
+    """
+    own = read_tokenizer(folder, revision)
+    if own is None:
+        return [f"no tokenizer in {folder}: that its ids mean the same as the run's is taken on trust"]
+    return check_same_tokenizer(run, own, where, masked=masked)
 
 
 def trained_tokenizer(config: RunConfig, raw: Raw, run: Path, dist: Dist) -> PreTrainedTokenizerBase:

@@ -13,15 +13,15 @@ from mtkd.data.blanks import answer_ids
 from mtkd.data.glm_tokens import command_ids
 from mtkd.data.infilling import Infilling
 from mtkd.data.rows import around_text
-from mtkd.data.tasks import check_model
-from mtkd.data.tokenizers import check_chat_template, check_same_tokenizer, num_real_ids, train_tokenizer
+from mtkd.data.tasks import TaskSpec, check_model
+from mtkd.data.tokenizers import check_chat_template, num_real_ids, train_tokenizer
 from mtkd.dataplan import DataFacts, DataReader, unread
 from mtkd.errors import DataError, UserError
 from mtkd.footprint import Shape
 from mtkd.locate import (
+    compare_tokenizer,
     given_tokenizer,
     missing,
-    read_tokenizer,
     resolve_path,
     revision_of,
     tokenizer_origin,
@@ -48,7 +48,8 @@ class PlannedModels:
         num_ids: of the run's tokenizer, at most.
         made: configurations of the models that earlier stages make, by name.
         compressed: of these models, the ids of those whose vocabulary is compressed.
-        notes: place of a model in the configuration -> what its classes are matched with.
+        notes: place of a model in the configuration -> what its classes are matched with, and what differs in its
+            tokenizer and does not matter.
     """
 
     def __init__(self, config: RunConfig, reader: DataReader | None = None) -> None:
@@ -56,7 +57,7 @@ class PlannedModels:
         self._reader = reader
         self.made: dict[str, PretrainedConfig] = {}
         self.compressed: dict[str, int] = {}  # stages whose model has a compressed vocabulary: its ids
-        self.notes: dict[str, str] = {}
+        self.notes: dict[str, list[str]] = {}
         settings = config.tokenizer
         self.stands_in = settings is not None and settings.train_on is not None
         card = None if self.stands_in else missing(tokenizer_origin(config)[0], config.base)
@@ -105,7 +106,7 @@ class PlannedModels:
             self._check_given(data, f"{where}.classes")
         made, found = self._any(stage, model, where, reads, classes)
         if found is not None and found.note:
-            self.notes[where] = found.note
+            self._note(where, found.note)
         cloze = model_info(made, TASKS.find(data.task).class_for(data)).cloze
         compressed = model.vocabulary is not None or self.vocabulary(model) is not None
         check_model(data, made.model_type, where, cloze=cloze, compressed=compressed)
@@ -264,19 +265,26 @@ class PlannedModels:
             if task.laid:
                 Infilling(self.tokenizer, data, around_text(self.tokenizer)).room(data.max_length)
 
-    def check_tokenizer(self, model: ModelConfig, where: str, token_level: bool) -> None:
-        """Token -> id of the teacher and of the run, where both exist before anything is trained."""
+    def check_tokenizer(self, model: ModelConfig, where: str, task: TaskSpec, *, teaches: bool) -> None:
+        """Token -> id and the cut of texts of a model and of the run, where both exist before anything is trained."""
         if self.vocabulary(model) is not None:
-            if token_level:
+            if teaches and task.token_level:
                 raise compressed_teacher(model.path or "", where)
             return
         known = (
             model.path is not None and stage_of(model.path) is None and missing(model.path, self.config.base) is None
         )
-        if known and not self.stands_in:
+        if known:
             assert model.path is not None
-            own = read_tokenizer(resolve_path(model.path, self.config.base), revision_of(model))
-            check_same_tokenizer(self.tokenizer, own, where)
+            folder, revision = resolve_path(model.path, self.config.base), revision_of(model)
+            if not self.stands_in:
+                found = compare_tokenizer(self.tokenizer, folder, revision, where, masked=task.masked)
+                for note in found:
+                    self._note(where, note)
+
+    def _note(self, where: str, note: str) -> None:
+        if note not in (known := self.notes.setdefault(where, [])):
+            known.append(note)
 
     def shape(self, made: PretrainedConfig, auto_class: str, model: ModelConfig, stage: str | None = None) -> Shape:
         """A model without weights. Args: stage: that trains it, for a vocabulary that it compresses."""

@@ -123,7 +123,7 @@ class _Planner:
         for role, model, made in models:
             if model.vocabulary is not None or self.models.vocabulary(model) is not None:
                 self.models.compressed[model_name(name, stage, role)] = made.vocab_size
-            self.models.check_tokenizer(model, f"{where}.{role}", token_level=False)
+            self.models.check_tokenizer(model, f"{where}.{role}", task, teaches=False)
         sized = [self.models.sized(role, model, made, data, auto_class) for role, model, made in models]
         caches = self._caches(stage, data, auto_class, where)
         live: dict[str, Shape] = {}
@@ -135,7 +135,7 @@ class _Planner:
             made = self.models.of_teacher(stage, teacher, auto_class, place, heads_read(self.config, name))
             sized.append(self.models.sized(teacher.name, teacher.model, made, data, auto_class))
             live[teacher.name] = self.models.shape(made, auto_class, teacher.model)
-            self.models.check_tokenizer(teacher.model, place, task.token_level)
+            self.models.check_tokenizer(teacher.model, place, task, teaches=True)
             if teacher.sharded is not None:
                 check_nvme(teacher.sharded, f"{place}.sharded")
         backends = [""] * own + [teacher.backend for teacher in stage.teachers]
@@ -188,7 +188,8 @@ class _Planner:
     def _notes(self, name: str) -> tuple[str, ...]:
         """What was decided of a stage's models."""
         prefix = f"stages.{name}."
-        found = [f"{place}: {note}" for place, note in self.models.notes.items() if place.startswith(prefix)]
+        places = {place: notes for place, notes in self.models.notes.items() if place.startswith(prefix)}
+        found = [f"{place}: {note}" for place, notes in places.items() for note in notes]
         if self.config.stages[name].kind == "distill" and never_trained(self.config, name):
             found.append("no row compares logits: the model never learns to predict here, and is not scored")
         return tuple(found)
@@ -197,7 +198,8 @@ class _Planner:
         """The teachers of a cache stage, what is kept of each, and how large that may become."""
         data = self.config.data[self.config.data_name(stage.data)]
         check_cacheable(stage, data, where)
-        token_level = TASKS.find(data.task).token_level
+        task = TASKS.find(data.task)
+        token_level = task.token_level
         planned, texts = list[PlannedModel](), list[str]()
         sizes: list[TeacherSize] = []
         shapes: dict[str, Shape | CachedShape] = {}
@@ -205,7 +207,7 @@ class _Planner:
         for i, teacher in enumerate(stage.teachers):
             place = f"{where}.teachers[{i}]"
             made = self.models.of_teacher(stage, teacher, auto_class, place, heads_read(self.config, name))
-            self.models.check_tokenizer(teacher.model, place, token_level)
+            self.models.check_tokenizer(teacher.model, place, task, teaches=True)
             model, info = self.models.sized(teacher.name, teacher.model, made, data, auto_class)
             columns = self.models.num_ids if token_level else info.num_labels
             content = content_of(stage.cache, token_level=token_level, columns=columns, seed=self.config.seed)

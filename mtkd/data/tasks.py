@@ -70,6 +70,11 @@ class TaskSpec:
     laid: bool = False
     cloze: bool = False
 
+    @property
+    def masked(self) -> bool:
+        """Whether models are asked about the tokenizer's mask."""
+        return self.auto_class == "AutoModelForMaskedLM" or self.laid or self.cloze
+
     def class_for(self, config: DataConfig) -> str:
         """The auto class of a `data` block's models: with next-sentence labels the one that has both heads."""
         return "AutoModelForPreTraining" if config.next_sentence else self.auto_class

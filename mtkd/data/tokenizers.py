@@ -1,7 +1,7 @@
 """The run's tokenizer: trained on the run's own text or loaded, and compared id by id with a teacher's.
 
-Two models share a vocabulary when every token has the same id in both, the special tokens play the same parts and text
-is normalised alike. Equal sizes say nothing: a permuted vocabulary of equal size distils noise.
+Two models share a tokenizer when every token has the same id in both and text is cut into the same ids. Equal sizes say
+nothing: a permuted vocabulary of equal size distils noise. Which token ends or pads is the run's choice alone.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mtkd.data.segmentation import added_tokens, cut, other_rule, probes, rules
 from mtkd.errors import DataError, UserError
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "<mask>")
+_PARTS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)  # every byte and every special token has an id
 
 
@@ -102,7 +104,7 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except Exception as error:  # missing files, malformed files, network and remote code end here
         reason = (str(error).strip().splitlines() or [""])[0]
         raise DataError(
@@ -111,6 +113,14 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
             found=path,
             allowed="a folder with tokenizer.json, or a hub id; no remote code",
         ) from error
+    if set(token_ids(found)) <= set(found.all_special_tokens):
+        raise DataError(
+            "the tokenizer has no vocabulary: every word would be unknown",
+            where="tokenizer",
+            found=f"{path}: {len(found)} special tokens",
+            todo="bring its tokenizer.json, vocab.txt or the like into the folder",
+        )
+    return found
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
@@ -125,13 +135,14 @@ def num_real_ids(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Part (pad_token, bos_token, ...) -> id, for the parts that are filled."""
-    parts = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-    found = {part: getattr(tokenizer, f"{part}_id") for part in parts}
+    found = {part: getattr(tokenizer, f"{part}_id") for part in _PARTS}
     return {part: int(number) for part, number in found.items() if number is not None}
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, *, chat: bool = False) -> str:
     """sha256 (hexadecimal) over token -> id, the special ids and how text is normalised and split.
+
+    Merges and scores are not in it: `segmentation_digest` has them. Finished stages know both apart.
 
     Args: chat: whether the texts are turns of a chat: then over the template that writes them, too.
     """
@@ -156,16 +167,43 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
         )
 
 
-def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, where: str) -> None:
-    """Refuse a teacher whose ids mean something else than the student's.
+def check_same_tokenizer(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, where: str, *, masked: bool = False
+) -> list[str]:
+    """Refuse a model whose tokenizer gives other ids than the run's: for a token, or for a text.
 
+    Args:
+        student: the run's, which writes all texts. teacher: the one that the model at `where` brings.
+        masked: whether the model is asked about masked tokens.
+    Returns:
+        What differs and does not matter, in words: the run's tokenizer decides about ends, padding, and what stands
+        around a text.
     Raises:
-        DataError: naming the first tokens that differ, the special token, or the rule of normalisation.
+        DataError: naming the first tokens or the rule that differ, or the text that is cut into other ids.
     """
-    ours, theirs = token_ids(student), token_ids(teacher)
-    differing = [t for t in sorted(ours.keys() | theirs.keys(), key=lambda t: (ours.get(t, 1 << 60), t))
+    notes = _check_ids(token_ids(student), teacher, where)
+    todo = "use a model with the run's tokenizer, or give the run (tokenizer.path) and all its models this one"
+    rule = other_rule(rules(student), rules(teacher))
+    if rule is None:
+        rule, tokens, recognised = _other_added(student, teacher)
+        notes += recognised
+    if rule is None:
+        texts = probes(student, tokens)
+        both = zip(texts, cut(student, texts), cut(teacher, texts), strict=True)
+        differing = next(((text, ours, theirs) for text, ours, theirs in both if ours != theirs), None)
+        rule = None if differing is None else _other_cut(*differing)
+    if rule is not None:
+        raise DataError("student and teacher cut text into other ids", where=where, found=rule, todo=todo)
+    return notes + _check_parts(student, teacher, where, todo, masked=masked)
+
+
+def _check_ids(ours: dict[str, int], teacher: PreTrainedTokenizerBase, where: str) -> list[str]:
+    """Every token of the run has the same id there; special tokens behind all of the run's ids are not asked about."""
+    theirs, behind = token_ids(teacher), max(ours.values())
+    special = {str(token) for token in teacher.added_tokens_decoder.values() if token.special}
+    more = sorted(t for t in theirs.keys() - ours.keys() if theirs[t] > behind and t in special)
+    differing = [t for t in sorted(ours.keys() | theirs.keys() - set(more), key=lambda t: (ours.get(t, 1 << 60), t))
                  if ours.get(t) != theirs.get(t)]  # fmt: skip
-    todo = "use a teacher with the student's tokenizer, or give the run the teacher's tokenizer"
     if differing:
         shown = [f"{token!r} is {_id(ours, token)} here and {_id(theirs, token)} there" for token in differing[:3]]
         raise DataError(
@@ -173,18 +211,62 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
             where=where,
             found="; ".join(shown) + (", ..." if len(differing) > 3 else ""),
             allowed=f"the same id for every token ({len(ours)} here, {len(theirs)} there)",
-            todo=todo,
+            todo="use a teacher with the student's tokenizer, or give the run the teacher's tokenizer",
         )
-    if special_ids(student) != special_ids(teacher):
-        ours, theirs = special_ids(student), special_ids(teacher)
-        part = next(p for p in sorted(ours.keys() | theirs.keys()) if ours.get(p) != theirs.get(p))
-        found = f"{part} is {_id(ours, part)} here and {_id(theirs, part)} there"
-        raise DataError("student and teacher have different special tokens", where=where, found=found, todo=todo)
-    mine, other = _text_rules(student), _text_rules(teacher)
-    if mine != other:
-        rule = next(name for name in mine if mine[name] != other[name])
-        found = f"{rule}: {_short(mine[rule])} here, {_short(other[rule])} there"
-        raise DataError("student and teacher split text differently", where=where, found=found, todo=todo)
+    shown = [f"{token!r} ({theirs[token]})" for token in more[:3]]
+    return [f"special tokens that the run's tokenizer lacks, never asked about: {', '.join(shown)}"] if more else []
+
+
+def _other_added(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
+) -> tuple[str | None, list[str], list[str]]:
+    """The first token that is looked for in texts in another way; else the tokens to probe, and notes.
+
+    A token with a part (the end, the padding) may be looked for by one side alone: the run's tokenizer decides.
+    """
+    ours, theirs = added_tokens(student), added_tokens(teacher)
+    known = token_ids(student)
+    parts = {t for each in (student, teacher) for t in each.all_special_tokens}
+    flags = ["single_word", "lstrip", "rstrip"]
+    flags += ["normalized"] if (rules(student) or {}).get("normalizer") else []
+    notes = []
+    for token in sorted((ours.keys() | theirs.keys()) & known.keys()):
+        one, other = ours.get(token), theirs.get(token)
+        if one is None or other is None:
+            if token not in parts:
+                sides = ("here", "there") if other is None else ("there", "here")
+                return f"the token {token!r} is looked for before text is cut {sides[0]}, not {sides[1]}", [], []
+            side = "the run's" if other is None else "its"
+            notes.append(f"only {side} tokenizer takes {token!r} in a text for the special token")
+        elif any(one[flag] != other[flag] for flag in flags):
+            flag = next(flag for flag in flags if one[flag] != other[flag])
+            return f"added token {token!r}: {flag} is {one[flag]} here, {other[flag]} there", [], []
+    return None, sorted(ours.keys() & theirs.keys() & known.keys()), notes
+
+
+def _other_cut(text: str, ours: list[int], theirs: list[int]) -> str:
+    place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    shown = text if len(text) <= 60 else text[:57] + "..."
+    first = [str(ids[place]) if place < len(ids) else "the end" for ids in (ours, theirs)]
+    return (
+        f"{shown!r} is {len(ours)} ids here and {len(theirs)} there; number {place + 1} is {first[0]} here, "
+        f"{first[1]} there"
+    )
+
+
+def _check_parts(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, where: str, todo: str, *, masked: bool
+) -> list[str]:
+    """Notes of parts that other tokens play; refuses another mask where masked tokens are asked about."""
+    ours, theirs = special_ids(student), special_ids(teacher)
+    notes = []
+    for part in (part for part in _PARTS if ours.get(part) != theirs.get(part)):
+        if part == "mask_token" and masked and part in ours and part in theirs:
+            found = f"{part} is {_id(ours, part)} here and {_id(theirs, part)} there"
+            raise DataError("student and teacher have different masks", where=where, found=found, todo=todo)
+        own, run = getattr(teacher, part) or "none", getattr(student, part) or "none"
+        notes.append(f"its {part} is {own}, the run's {run}: the run's counts")
+    return notes
 
 
 def _id(ids: dict[str, int], token: str) -> str:
@@ -192,15 +274,13 @@ def _id(ids: dict[str, int], token: str) -> str:
 
 
 def _text_rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The backend's normaliser and pre-tokenizer; {} each for a tokenizer without a backend."""
+    """The backend's normaliser and pre-tokenizer as they are written; {} each for a tokenizer without a backend.
+
+    For `tokenizer_fingerprint` alone, which finished stages and caches know in this form.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = json.loads(backend.to_str()) if backend is not None else {}
-    return {name: rules.get(name) or {} for name in ("normalizer", "pre_tokenizer")}
-
-
-def _short(rule: dict[str, Any]) -> str:
-    text = json.dumps(rule)
-    return text if len(text) <= 160 else text[:157] + "..."
+    told = json.loads(backend.to_str()) if backend is not None else {}
+    return {name: told.get(name) or {} for name in ("normalizer", "pre_tokenizer")}
 
 
 def _non_empty(texts: Iterable[str]) -> Iterable[str]:

@@ -7,7 +7,9 @@ attention kernels from the hub) or be code (pickle). All of that is refused befo
 from __future__ import annotations
 
 import json
+import os
 import re
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,9 @@ _CONFIGS = ["config.json", "generation_config.json"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _CODE_HINT = "use a model whose architecture transformers has itself"
 _GLM_HINT = "mtkd has this architecture itself, if it is the GLM of 2022: mtkd convert-glm FOLDER OUT, and use OUT"
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "tekken.json")
+_TOKENIZER_MODELS = ("*.model", "*.tiktoken")
+_MOST_FILES = 100_000
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -70,15 +75,55 @@ def check_folder(folder: Path, *, weights: bool = True) -> None:
 
 
 def check_links(folder: Path) -> None:
-    """Refuse a folder with a link that leads out of it.
+    """Refuse a folder with a link that leads out of it, at any depth, or with what is neither file nor folder.
 
     Raises:
-        DataError: naming the link.
+        DataError: naming the link; also for a folder of more than `_MOST_FILES`, which is no model's.
     """
-    root = _root(folder)
-    for file in sorted(folder.iterdir()):
-        if file.is_symlink() and not file.resolve().is_relative_to(root):
-            raise DataError("a link leaves the model folder", where=str(file), found=str(file.readlink()))
+    root, seen = _root(folder), 0
+    for parent, folders, names in os.walk(folder):
+        for name in sorted(folders + names):
+            path, seen = Path(parent) / name, seen + 1
+            if seen > _MOST_FILES:
+                raise DataError(
+                    "too many files for a model's or tokenizer's folder",
+                    where=str(folder),
+                    found=f"more than {_MOST_FILES:,}",
+                    todo="name the folder of the model alone",
+                )
+            _check_entry(path, root)
+
+
+def _check_entry(path: Path, root: Path) -> None:
+    mode = path.lstat().st_mode
+    if stat.S_ISLNK(mode):
+        try:
+            inside = path.resolve().is_relative_to(root)
+        except (OSError, RuntimeError):  # links that lead to each other
+            inside = False
+        if not inside:
+            raise DataError("a link leaves the model folder", where=str(path), found=str(path.readlink()))
+        mode = path.stat().st_mode if path.exists() else stat.S_IFREG
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise DataError("neither a file nor a folder: reading it could wait for ever", where=str(path))
+
+
+def check_tokenizer_folder(folder: Path) -> None:
+    """Refuse a folder of a tokenizer that would open files outside itself or needs code; a model need not be in it.
+
+    Raises:
+        DataError: naming the file and the entry.
+    """
+    check_links(folder)
+    if (folder / "config.json").is_file():
+        _check_code(folder / "config.json")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds files of a tokenizer."""
+    return any((folder / name).is_file() for name in _TOKENIZERS) or any(
+        True for pattern in _TOKENIZER_MODELS for _ in folder.glob(pattern)
+    )
 
 
 def _root(folder: Path) -> Path:
@@ -88,7 +133,7 @@ def _root(folder: Path) -> Path:
     return folder.parent.parent if cached else folder
 
 
-def _check_config(file: Path) -> None:
+def _check_code(file: Path) -> None:
     for place, key, value in _entries(_read_json(file), ""):
         if key == "auto_map" and value:
             raise DataError(
@@ -97,6 +142,11 @@ def _check_config(file: Path) -> None:
                 found=value,
                 todo=_GLM_HINT if "modeling_glm.GLM" in str(value) else _CODE_HINT,
             )
+
+
+def _check_config(file: Path) -> None:
+    _check_code(file)
+    for place, key, value in _entries(_read_json(file), ""):
         if ("attn_implementation" in key or "experts_implementation" in key) and "/" in str(value):
             raise DataError("the model asks for a kernel from the hub", where=f"{file}: {place}", found=value)
         if key == "transformers_weights" and value:
