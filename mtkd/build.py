@@ -94,6 +94,8 @@ class Workshop:
         if name not in self._data:
             loaded = load_data(name, self.config.data[name], self.raw(name), self.tokenizer)
             self._data[name] = loaded
+            for note in self.raw(name).notes:
+                say(f"data.{name}: {note}", main=self.dist.is_main)
             for split in loaded.splits.values():
                 if split.note:
                     say(f"data.{name}: {split.note}", main=self.dist.is_main)

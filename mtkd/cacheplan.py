@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import filecmp
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from mtkd.cachefolder import CacheFacts
 from mtkd.config import RANDOM_TOKENS, CacheConfig, DataConfig, RunConfig, StageConfig
 from mtkd.data.batch import Batch, position_counts
 from mtkd.data.collate import PLACES
-from mtkd.data.files import find_files
+from mtkd.data.paths import DataFile, bytes_of, file_digest, find_files
 from mtkd.data.tasks import varies
 from mtkd.errors import UserError
 from mtkd.features import DenseLogits, split_key
@@ -28,7 +27,6 @@ from mtkd.weightings.make import make_weighting
 from mtkd.weightings.traits import Around, Traits
 
 _FOR_TOKENS = {"targets", "k", "temperature", "bits", "proposal", "traits"}
-_PLAIN_TEXT = (".jsonl", ".json", ".csv", ".tsv", ".txt")
 
 
 def content_of(cache: CacheConfig, *, token_level: bool, columns: int, seed: int) -> CacheContent:
@@ -123,11 +121,14 @@ def _other_places(earlier: DataConfig, data: DataConfig, base: Path, names: Sequ
     theirs, ours = (find_files(d, base, f"data.{name}") for d, name in zip((earlier, data), names, strict=True))
     if theirs.keys() != ours.keys():
         return ["files"]
-    return [
-        f"files.{split}"
-        for split, file in ours.items()
-        if file != theirs[split] and not filecmp.cmp(file, theirs[split], shallow=False)
-    ]
+    return [f"files.{split}" for split, files in ours.items() if not _same(files, theirs[split])]
+
+
+def _same(files: Sequence[DataFile], others: Sequence[DataFile]) -> bool:
+    """Whether two lists of files hold the same in the same order."""
+    if [file.path for file in files] == [other.path for other in others]:
+        return True
+    return file_digest({"train": files}) == file_digest({"train": others})
 
 
 def check_cached(
@@ -258,8 +259,7 @@ def train_tokens(data: DataConfig, base: Path) -> int | None:
         return data.documents and data.documents * data.max_length
     if data.source != "files":
         return None
-    file = Path(find_files(data, base, "data")["train"])
-    return file.stat().st_size if file.suffix in _PLAIN_TEXT else None
+    return bytes_of(find_files(data, base)["train"])
 
 
 def describe(content: CacheContent, info: ModelInfo, tokens: int | None) -> str:

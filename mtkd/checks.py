@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from mtkd.chain import can_teach, does_task, head_for, model_name, model_of, never_trained, scored_models, stage_of
 from mtkd.config import RANDOM_TOKENS, RunConfig, StageConfig
-from mtkd.data.files import columns_of, find_files
+from mtkd.data.files import columns_of
+from mtkd.data.paths import find_files
 from mtkd.data.sources import check_source
 from mtkd.data.tasks import TaskSpec
 from mtkd.errors import UserError
@@ -95,7 +96,7 @@ def _check_route(config: RunConfig, name: str) -> None:
     """The column that names each example's teacher must be there."""
     data = config.data[name]
     files = find_files(data, config.base, f"data.{name}") if data.source == "files" else {}
-    columns = columns_of(files["train"]) if "train" in files else None
+    columns = columns_of(files["train"][0]) if "train" in files else None
     if data.source == RANDOM_TOKENS or (columns is not None and data.teacher not in columns):
         raise UserError(
             "weighting 'route' reads the teacher of each example from a column, and these data have none of that name",
@@ -152,12 +153,13 @@ def _check_evaluation(config: RunConfig) -> None:
     held_out = split == "validation" and data.validation_share > 0
     if not config.models and not settings.ensembles:
         return  # caches alone: there is nothing to score
-    if data.source == RANDOM_TOKENS or (data.source == "files" and split not in data.files and not held_out):
+    splits = list(find_files(data, config.base, f"data.{name}")) if data.source == "files" else []
+    if data.source == RANDOM_TOKENS or (data.source == "files" and split not in splits and not held_out):
         raise UserError(
             f"data '{name}' has no {split} split to score on",
             where="evaluate.split",
             found=split,
-            allowed=list(data.files) or "real data",
+            allowed=splits or "real data",
             todo="set evaluate.data and evaluate.split",
         )
     named = [("stages", s) for s in settings.stages] + [("ensembles", s) for s in settings.ensembles]
@@ -216,10 +218,11 @@ def _check_selection(config: RunConfig) -> None:
                 found=f"data '{data_name}'",
                 todo="drop early_stop and export: best",
             )
-        if data.source == "files" and "validation" not in data.files and not data.validation_share:
+        files = find_files(data, config.base, f"data.{data_name}") if data.source == "files" else {}
+        if data.source == "files" and "validation" not in files and not data.validation_share:
             raise UserError(
                 "there is no validation split to choose by",
                 where=f"data.{data_name}.files",
-                found=", ".join(data.files),
+                found=", ".join(files),
                 todo="add files.validation or validation_share, or drop early_stop and export: best",
             )

@@ -119,7 +119,7 @@ class DataReader:
 def _check_texts(data: DataConfig, raw: Raw) -> None:
     """Raise a DataError for the first row of any split that holds no text where the task reads one."""
     for split, rows in raw.splits.items():
-        for column in filter(None, (*data.columns, data.text_pair)):
+        for column in filter(None, (*data.text_columns, data.text_pair)):
             read_texts(rows, column, raw.origin(split), "text")
 
 

@@ -38,6 +38,7 @@ class PlannedData:
         rows: split -> rows after hold-out and limit. labelled: of these, with a label.
         pad_token: of the tokenizer; "" for none. examples: the first ones of the train split.
         note: why there are no examples yet, or what cannot be read now.
+        unread: what of the files is ignored, such as an index column.
     """
 
     name: str
@@ -50,6 +51,7 @@ class PlannedData:
     pad_token: str
     examples: tuple[PlannedExample, ...] = ()
     note: str = ""
+    unread: tuple[str, ...] = ()
 
 
 def view(
@@ -69,6 +71,7 @@ def view(
     )  # fmt: skip
     if raw is None:
         return replace(shown, note=facts.not_here)
+    shown = replace(shown, unread=raw.notes)
     if tokenizer is None:
         return replace(shown, note="examples are shown once the run's tokenizer is there")
     try:
@@ -131,8 +134,8 @@ def data_tables(data: list[PlannedData]) -> list[Table]:
             examples.add_row(
                 each.name if i == 0 else "", str(example.tokens), escape(example.text), escape(example.asked)
             )
-        if each.note:
-            examples.add_row(each.name, "", escape(each.note), "")
+        for note in filter(None, (each.note, *each.unread)):
+            examples.add_row(each.name, "", escape(note), "")
     return [table, examples]
 
 

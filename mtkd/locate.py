@@ -121,7 +121,7 @@ def trained_tokenizer(config: RunConfig, raw: Raw, run: Path, dist: Dist) -> Pre
     assert settings is not None
     assert settings.train_on is not None
     folder, data = run / "tokenizer", config.data[settings.train_on]
-    columns, closed = [*data.columns], data.task != "causal-lm"
+    columns, closed = [*data.text_columns], data.task != "causal-lm"
     origin = {"data": raw.fingerprint, "text": columns, "vocab_size": settings.vocab_size, "closed": closed}
     origin |= {"commands": settings.commands} if settings.commands != "plain" else {}
     note = folder / "trained_on.json"

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from string import Formatter
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mtkd.config.base import Config, Positive, Share
 
@@ -73,7 +73,7 @@ class InfillConfig(Config):
 BLANK = "[MASK]"
 """The place of the answer in a cloze."""
 
-_LATER = ("cloze", "verbalizers", "infill", "redraw", "label_kind", "name", "domain")
+_LATER = ("cloze", "verbalizers", "infill", "redraw", "label_kind", "name", "domain", "separator", "columns")
 """Fields that finished stages and caches may not know."""
 
 
@@ -81,11 +81,23 @@ class DataConfig(Config):
     """Where examples come from, what is asked of them, and how they become batches of ids."""
 
     source: str = Field(description="registered source (`mtkd ls sources`): python-stdlib, files, hub, random-tokens")
-    path: str | None = Field(None, description="hub: dataset id; files: folder that the file names are relative to")
+    path: str | None = Field(
+        None,
+        description="hub: dataset id; files: folder that the file names are relative to, or a saved data set",
+    )
     subset: str | None = Field(None, description="hub: configuration name, e.g. sst2")
     revision: str | None = Field(None, description="hub: branch, tag or commit")
-    files: dict[Literal["train", "validation", "test"], str] = Field(
-        default_factory=dict, description="files: path per split; .jsonl .json .csv .tsv .parquet .txt"
+    files: dict[Literal["train", "validation", "test"], str | tuple[str, ...]] = Field(
+        default_factory=dict,
+        description="files: per split a path, a pattern such as part-*.jsonl, or a list of them; .jsonl .json .csv "
+        ".tsv .txt, also with .gz .bz2 .xz .zst behind it, .parquet, or a folder of save_to_disk",
+    )
+    separator: str | None = Field(
+        None,
+        description='files: what separates the values of .csv and .tsv files, such as ";" or "\t"; values are quoted',
+    )
+    columns: tuple[str, ...] = Field(
+        (), description="files: the columns' names in order, for .csv and .tsv files without a header line"
     )
     splits: dict[Literal["train", "validation", "test"], str] = Field(
         default_factory=dict, description="hub: the source's own split name per split of ours"
@@ -168,6 +180,27 @@ class DataConfig(Config):
     )
     seed: int = Field(0, description="of hold-out, limit, masking, sentence pairs and made-up tokens")
 
+    @field_validator("separator")
+    @classmethod
+    def _one_character(cls, value: str | None) -> str | None:
+        value = {"\\t": "\t", "tab": "\t"}.get(value or "", value)
+        if value is not None and (len(value) != 1 or value in '"\r\n' or value.isalnum()):
+            raise ValueError(
+                'a separator is one character that is no letter, digit or quote: ";", "|", "\\t" for a tab'
+            )
+        return value
+
+    @field_validator("columns")
+    @classmethod
+    def _named_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if not name.strip() or value.count(name) > 1:
+                raise ValueError(
+                    f"every column has a name of its own, and {name!r} is "
+                    + ("there twice" if name.strip() else "none")
+                )
+        return value
+
     @model_validator(mode="after")
     def _one_kind_of_labels(self) -> DataConfig:
         if self.label_kind == "number" and self.labels:
@@ -225,7 +258,7 @@ class DataConfig(Config):
         return self.labels or tuple(sorted(self.verbalizers))
 
     @property
-    def columns(self) -> tuple[str, ...]:
+    def text_columns(self) -> tuple[str, ...]:
         """The columns that are read as text, a second text aside; each once."""
         if self.cloze is not None:
             return tuple(dict.fromkeys(name for _, name in prompt_parts(self.cloze, "cloze") if name is not None))

@@ -17,9 +17,11 @@ import numpy as np
 
 from mtkd.config import RANDOM_TOKENS, DataConfig
 from mtkd.data.choice import SPLITS, hold_out, limit, two_validations
-from mtkd.data.files import Origin, columns_of, file_digest, find_files, read_file, read_texts
+from mtkd.data.files import Origin, columns_of, nearest_column, read_files, read_texts
 from mtkd.data.labels import FoundLabels, class_codes, find_labels
+from mtkd.data.paths import DataFile, file_digest, find_files
 from mtkd.data.stdlib import DOMAINS, stdlib_documents
+from mtkd.data.tables import missing_column_hint
 from mtkd.data.tasks import check_task
 from mtkd.errors import DataError, UserError, nearest
 from mtkd.registry import SOURCES, TASKS
@@ -28,10 +30,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 # The fields of a `data` block that only some sources read.
-_SOURCE_FIELDS = ("path", "subset", "revision", "files", "splits", "domains", "documents")
+_SOURCE_FIELDS = ("path", "subset", "revision", "files", "separator", "columns", "splits", "domains", "documents")
 _READ_BY: dict[str, tuple[str, ...]] = {
     "python-stdlib": ("domains",),
-    "files": ("path", "files"),
+    "files": ("path", "files", "separator", "columns"),
     "hub": ("path", "subset", "revision", "splits"),
     RANDOM_TOKENS: ("documents",),
 }
@@ -53,6 +55,7 @@ class Raw:
         origins: per split, where its rows come from, for error messages.
         labels: what the labels of the whole source are, of a task that reads labels; set by `choose_rows`.
         names, domains: columns of the source's own that name its rows and their domains; "" for none.
+        notes: what of the source is not read, in words.
     """
 
     splits: Mapping[str, Dataset]
@@ -62,6 +65,7 @@ class Raw:
     labels: FoundLabels | None = None
     names: str = ""
     domains: str = ""
+    notes: tuple[str, ...] = ()
 
     def origin(self, split: str) -> Origin:
         """Where the rows of a split come from."""
@@ -152,10 +156,11 @@ def check_source(config: DataConfig, base: Path, where: str = "data") -> None:
     if config.source == "python-stdlib" and config.validation_share:
         raise two_validations(where)
     if config.source == "files":
-        if "validation" in config.files and config.validation_share:
+        files = find_files(config, base, where)
+        if "validation" in files and config.validation_share:
             raise two_validations(where)
-        for split, file in find_files(config, base, where).items():
-            _check_columns(config, split, columns_of(file))
+        for file in (file for parts in files.values() for file in parts):
+            _check_columns(config, file, columns_of(file))
 
 
 def _check_random_tokens(config: DataConfig, where: str) -> None:
@@ -176,18 +181,15 @@ def _check_random_tokens(config: DataConfig, where: str) -> None:
 def _read_columns(config: DataConfig) -> tuple[str, ...]:
     """The columns of a source that a task reads."""
     pair = (config.text_pair,) if config.text_pair else ()
-    return (*config.columns, *pair, *filter(None, (config.name, config.domain)))
+    return (*config.text_columns, *pair, *filter(None, (config.name, config.domain)))
 
 
-def _check_columns(config: DataConfig, split: str, columns: list[str] | None) -> None:
+def _check_columns(config: DataConfig, file: DataFile, columns: list[str] | None) -> None:
     for name in _read_columns(config):
         if columns is not None and name not in columns:
-            raise DataError(
-                f"no column '{name}'",
-                where=config.files[split],  # type: ignore[index]
-                allowed=columns,
-                todo=nearest(name, columns) or "set text, text_pair, prompt and cloze to columns of the file",
-            )
+            hint = missing_column_hint(config, file, columns)
+            todo = hint if "separat" in hint else nearest_column(name, columns) or hint
+            raise DataError(f"no column '{name}'", where=file.name, allowed=columns, todo=todo)
 
 
 def _stdlib_source(config: DataConfig, base: Path) -> Raw:
@@ -212,14 +214,19 @@ def _stdlib_source(config: DataConfig, base: Path) -> Raw:
 
 
 def _files_source(config: DataConfig, base: Path) -> Raw:
-    """Local .jsonl, .json, .csv, .tsv, .parquet and .txt files."""
+    """Local files and saved data sets; see `mtkd.data.files`."""
     check_source(config, base)
     files = find_files(config, base)
-    names = {split: str(Path(config.path or "") / config.files[split]) for split in files}  # type: ignore[index]
-    splits = {split: read_file(file, names[split]) for split, file in files.items()}
-    origins = {s: Origin(names[s], np.arange(len(rows)), files[s]) for s, rows in splits.items()}
-    description = ", ".join(f"{names[s]}: {len(rows)} rows" for s, rows in splits.items())
-    return Raw(splits, file_digest(files), description, origins)
+    named = (*_read_columns(config), config.teacher, *((config.label,) if has_labels(config) else ()))
+    made = {split: read_files(parts, named) for split, parts in files.items()}
+    description = ", ".join(f"{part.origin.name}: {len(part.rows)} rows" for part in made.values())
+    return Raw(
+        {split: part.rows for split, part in made.items()},
+        file_digest(files),
+        description,
+        {split: part.origin for split, part in made.items()},
+        notes=tuple(note for part in made.values() for note in part.notes),
+    )
 
 
 def _hub_source(config: DataConfig, base: Path) -> Raw:

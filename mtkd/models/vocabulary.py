@@ -222,7 +222,7 @@ def make_vocabulary(
 def _counted(data: DataConfig, raw: Raw, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[str]]:
     """The texts of the train split as the task tokenises them: prompts with what their template writes around them."""
     if data.prompt is None:
-        for column in filter(None, (*data.columns, data.text_pair)):
+        for column in filter(None, (*data.text_columns, data.text_pair)):
             yield raw.texts("train", column)
     elif "train" in raw.splits:
         yield written_texts(PrepareRequest("train", raw.splits["train"], raw.origin("train"), data, tokenizer))
