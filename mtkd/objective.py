@@ -175,6 +175,8 @@ class Objective(Trainable):
         around = self._around(batch, student, counts)
         traits = Traits(logits, batch.targets, batch.target_mask, self.per, self.tile, around)
         weights = self.weighting(traits)
+        if weights.shape == (*traits.shape[:2], 1):
+            weights = weights.expand(traits.shape)  # one weight per example is the same at all its tokens
         if weights.shape != traits.shape:
             raise UserError(
                 f"weighting '{type(self.weighting).__name__}' gives weights of another shape",

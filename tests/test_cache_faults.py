@@ -141,7 +141,7 @@ def test_two_ranks_write_the_same_cache_and_learn_from_it(tmp_path: Path) -> Non
     runs = {}
     for name, engine in (
         ("one", {"kind": "torch", "device": "cpu", "precision": "fp32", "threads": 1}),
-        ("two", {"kind": "deepspeed", "device": "cpu", "threads": 1, "processes": 2}),
+        ("two", {"kind": "deepspeed", "device": "cpu", "precision": "fp32", "threads": 1, "processes": 2}),
     ):
         folder = tmp_path / name
         folder.mkdir()

@@ -299,7 +299,7 @@ def test_exit_codes_of_the_real_command(tmp_path: Path) -> None:
     """Not through the fork server: what a shell sees."""
     file = write_yaml(tmp_path)
     (tmp_path / "data/train.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
-    for arguments, code, text in [(["-o", "stepz=3"], 2, "stepz"), ([], 3, "row 2")]:
+    for arguments, code, text in [(["-o", "stepz=3"], 2, "stepz"), ([], 3, "line 2")]:
         command = [sys.executable, "-m", "mtkd", "run", str(file), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == code, done.stderr
