@@ -43,7 +43,8 @@ def main() -> int:
     for name, budget in BUDGETS.items():
         if name in arguments.only:
             left = arguments.seconds - (time.monotonic() - begun)
-            parts[name] = run_part(name, arguments, min(budget, left))
+            # toy sizes are for tests on any machine, busy ones too
+            parts[name] = run_part(name, arguments, left if arguments.toy else min(budget, left))
             results |= {"parts": parts, "seconds": round(time.monotonic() - begun, 1)}
             arguments.out.write_text(json.dumps(results, indent=1) + "\n")  # after each: the lease may end
             print(line(name, parts[name]), flush=True)

@@ -33,7 +33,7 @@ class RankError(RuntimeError):
 
 
 def run_distributed(
-    function: Callable[..., Result], world_size: int, *args: object, timeout: float = 120
+    function: Callable[..., Result], world_size: int, *args: object, timeout: float = 600
 ) -> list[Result]:
     """Call ``function(*args)`` on `world_size` fresh CPU processes joined in a gloo group.
 

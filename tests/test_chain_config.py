@@ -190,4 +190,4 @@ from mtkd.config import RunConfig
 RunConfig.model_validate({values()!r})
 assert not {{"torch", "transformers"}} & set(sys.modules)
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=600)

@@ -90,7 +90,7 @@ def test_a_single_member_ensemble_scores_as_its_member(made):
     _, result = made
     models = result.results["models"]
     alone, ensemble = models["teacher"]["overall"], models["ensemble:student"]["overall"]
-    assert ensemble["bits_per_byte"] == pytest.approx(alone["bits_per_byte"], rel=1e-6)
+    assert ensemble["bits_per_byte"] == pytest.approx(alone["bits_per_byte"], rel=1e-5)
 
 
 def test_perplexity_equals_the_exported_models_own(made):
@@ -255,11 +255,11 @@ def test_mtkd_run_starts_the_launcher_itself(tmp_path):
     """Two processes under ZeRO 2 through the command line; the export is one model, and the exit code the ranks'."""
     file = write_yaml(tmp_path, engine={"kind": "deepspeed", "processes": 2, "zero_stage": 2})
     command = [sys.executable, "-m", "mtkd", "run", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "runs/tiny/results.json").read_text())
     assert set(results["models"]) == {"teacher", "student", "ensemble:student"}
     diverging = [*command, "-o", "name=other", "-o", "stages.student.optimizer.lr=1e30"]
-    broken = subprocess.run(diverging, capture_output=True, text=True, timeout=240, check=False)
+    broken = subprocess.run(diverging, capture_output=True, text=True, timeout=1200, check=False)
     assert broken.returncode == 64, broken.stdout + broken.stderr
     assert (broken.stdout + broken.stderr).count("is not finite at step") == 1  # of all ranks of the node one speaks

@@ -88,8 +88,8 @@ def test_the_mixture_is_the_plain_sum_in_value_and_gradient(loss: str, temperatu
     assert isinstance(plain, Tensor)
     ours, theirs = (torch.autograd.grad(x.sum(), student)[0] for x in (found, plain))
     scale = float(plain.detach().abs().max())
-    torch.testing.assert_close(found, plain, rtol=1e-6, atol=1e-6 * scale)
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6 * float(theirs.abs().max()))
+    torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5 * scale)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
 
 
 def test_the_mixture_looks_at_the_student_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,9 +114,9 @@ def test_the_mixture_of_teachers_who_are_sure_of_different_things(extreme: float
     student = torch.zeros(1, 3, requires_grad=True)
     teachers = [torch.tensor([[extreme, 0.0, 0.0]]), torch.tensor([[0.0, extreme, 0.0]])]
     found = ensemble_losses(row(), student, teachers, torch.full((2, 1), 0.5), torch.ones(1, dtype=torch.bool))
-    assert float(found) == pytest.approx(np.log(3), rel=1e-6)  # each alone: log 3 - 0
+    assert float(found) == pytest.approx(np.log(3), rel=1e-5)  # each alone: log 3 - 0
     (gradient,) = torch.autograd.grad(found.sum(), student)
-    assert gradient[0].tolist() == pytest.approx([1 / 3 - 0.5, 1 / 3 - 0.5, 1 / 3], abs=1e-6)
+    assert gradient[0].tolist() == pytest.approx([1 / 3 - 0.5, 1 / 3 - 0.5, 1 / 3], abs=1e-5)
 
 
 @pytest.mark.parametrize("ensemble", ["losses", "probabilities", "logits"])
@@ -133,7 +133,7 @@ def test_a_teacher_twice_is_the_teacher_once(loss: str, ensemble: str) -> None:
     student, teachers, _ = problem(1)
     halves = torch.full((2, POSITIONS), 0.5)
     found = ensemble_losses(row(loss, ensemble=ensemble), student, teachers * 2, halves, MASK)
-    torch.testing.assert_close(found, LOSSES[loss](student, teachers[0], MASK), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found, LOSSES[loss](student, teachers[0], MASK), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("ensemble", ["losses", "probabilities", "logits"])
@@ -144,7 +144,7 @@ def test_the_order_of_teachers_is_irrelevant(loss: str, ensemble: str) -> None:
     for order in itertools.permutations(range(3)):
         held = [teachers[k] for k in order]
         found = ensemble_losses(row(loss, ensemble=ensemble), student, held, weights[list(order)], MASK)
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("loss", ["kl", "jsd"])
@@ -157,7 +157,7 @@ def test_the_gradient_of_a_weight_is_its_teachers_loss(loss: str, num_teachers: 
     for k in range(num_teachers):
         torch.testing.assert_close(found[k], LOSSES[loss](student, teachers[k], MASK))
     plain = ensemble_losses(row(loss), student, teachers, weights.detach(), MASK)
-    torch.testing.assert_close(values.detach(), plain, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(values.detach(), plain, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("ensemble", ["losses", "probabilities", "logits"])

@@ -23,7 +23,7 @@ from mtkd.launcher import _to_ranks
 from mtkd.seal import newest_sealed
 
 SCRIPT = Path(__file__).parent / "watched_rank.py"
-SOON = 15  # seconds in which the other ranks must be gone
+SOON = 200  # seconds in which the others must be gone: 5 to 15 on an idle machine, an hour without the watch
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Ended:
         return (self.folder / f"pid-{rank}").read_text()
 
 
-def group(folder: Path, fault: str, bad: int, *, timeout: float = 60, ranks: int = 2) -> Ended:
+def group(folder: Path, fault: str, bad: int, *, timeout: float = 3600, ranks: int = 2) -> Ended:
     """Start some watched ranks, the rank `bad` with a fault, and wait for all of them."""
     output = folder / "output"
     ours = {"WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -54,7 +54,7 @@ def group(folder: Path, fault: str, bad: int, *, timeout: float = 60, ranks: int
             for rank in range(ranks)
         ]
     try:
-        codes = [process.wait(90) for process in started]
+        codes = [process.wait(900) for process in started]
     finally:
         for process in started:
             with suppress(ProcessLookupError):
@@ -101,9 +101,10 @@ def test_the_reason_of_one_rank_reaches_all(tmp_path: Path, fault: str, codes: l
 @pytest.mark.slow
 @pytest.mark.parametrize(("fault", "bad"), [("stop", 1), ("stop", 0), ("asleep", 1)])
 def test_a_frozen_rank_ends_the_run_with_the_stacks_of_all(tmp_path: Path, fault: str, bad: int) -> None:
-    ended = group(tmp_path, fault, bad, timeout=1)
+    limit = 4.0  # a rank of a busy machine still takes a step within it
+    ended = group(tmp_path, fault, bad, timeout=limit)
     assert ended.codes == [EXIT_LOST, EXIT_LOST], ended.output
-    assert 1 < ended.seconds < SOON
+    assert limit < ended.seconds < SOON
     stacks = [(tmp_path / f"logs/rank-{rank}.stacks").read_text() for rank in (0, 1)]
     assert all("watched_rank.py" in text for text in stacks)
     assert "in sum" in stacks[1 - bad]
@@ -133,7 +134,7 @@ def _no_process_stays() -> Iterator[None]:
 
 def test_what_a_killed_launcher_leaves_is_ended(tmp_path: Path) -> None:
     """`mtkd.orphans` alone: what was started by a killed child is ended, though it would live for minutes."""
-    child = "import subprocess; p = subprocess.Popen(['sleep', '300']); print(p.pid, flush=True); p.wait()"
+    child = "import subprocess; p = subprocess.Popen(['sleep', '6000']); print(p.pid, flush=True); p.wait()"
     program = f"""
 import os, signal, subprocess, sys
 from mtkd.orphans import adopting, end_session
@@ -145,7 +146,7 @@ with adopting():
     child.wait()
     end_session(child.pid)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600, check=True)
     assert not psutil.pid_exists(int(done.stdout))
 
 

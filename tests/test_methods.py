@@ -300,10 +300,10 @@ def test_value_and_gradients_are_those_of_the_formula(
     leaves = list(c.s.leaves.values())
     sides = [c.loss(rows(name, options, classes=classes)), formula(c)]
     found, wanted = (torch.autograd.grad(x, leaves, allow_unused=True, materialize_grads=True) for x in sides)
-    torch.testing.assert_close(sides[0].double(), sides[1], rtol=2e-5, atol=0)
+    torch.testing.assert_close(sides[0].double(), sides[1], rtol=1e-4, atol=0)
     assert any(bool(gradient.any()) for gradient in wanted)
     for key, ours, theirs in zip(c.s.leaves, found, wanted, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
 
 
 def test_every_method_and_every_step_has_a_formula_here() -> None:
@@ -499,7 +499,7 @@ def test_tinybert_on_real_models_of_other_width_with_padding() -> None:
         b = teacher(batch, frozenset({f"scores.{2 * k}"}))[f"scores.{2 * k}"]
         for row, n in enumerate((7, 3, 5)):
             wanted = wanted + (a[row, :, :n, :n] - b[row, :, :n, :n]).square().mean((0, 2)).sum() / 15
-    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=0)
     sides = [gradients(objective, x) for x in (loss, wanted)]
     for name, found in sides[0].items():
         torch.testing.assert_close(found, sides[1][name], rtol=1e-3, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")

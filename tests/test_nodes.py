@@ -44,7 +44,10 @@ def _no_process_stays() -> Iterator[None]:
 
 # Two nodes
 
-ENGINE = {"kind": "deepspeed", "zero_stage": 3, "device": "cpu", "timeout_seconds": 60}
+ENGINE = {"kind": "deepspeed", "zero_stage": 3, "device": "cpu", "timeout_seconds": 3600}
+# Seconds in which a node must end that another one has left: a few, ten times as many on a busy machine, and far fewer
+# than without the watch.
+SOON = 200
 # Without dropout, whose noise depends on which process sees a sequence: one process must come to the same.
 STAGES = {
     "teacher": {"student": {"dropout": 0.0}},
@@ -98,7 +101,7 @@ def test_two_nodes_lose_one_and_go_on_to_the_end_of_an_undisturbed_run(tmp_path:
         nodes.switch_off(1)
         begun = time.monotonic()
         assert commands[0].wait() == EXIT_LOST, commands[0].output
-        assert time.monotonic() - begun < 15
+        assert time.monotonic() - begun < SOON
         assert "mtkd: rank 1 (pid " in commands[0].output
         assert "ended without a word" in commands[0].output
         assert nodes.pids(0) == []
@@ -120,7 +123,7 @@ def test_two_nodes_lose_one_and_go_on_to_the_end_of_an_undisturbed_run(tmp_path:
                 )
                 again.append((started, log))
             for started, log in again:
-                assert started.wait(120) == 0, Path(log.name).read_text()
+                assert started.wait(1200) == 0, Path(log.name).read_text()
         assert f"resumed at step {step} from" in (tmp_path / "again-0").read_text()
     (weights, perplexities), (expected, of_one) = outcome(folder), outcome(tmp_path / "whole")
     assert perplexities == pytest.approx(of_one, rel=1e-4)
@@ -171,7 +174,7 @@ def test_ranks_that_were_started_differently_name_what_differs(tmp_path: Path) -
         stages = {"teacher": {"steps": 1}, "student": None}
         evaluate = {"ensembles": [], "comparisons": []}
         write_yaml(tmp_path / name, engine={"kind": "deepspeed"}, stages=stages, evaluate=evaluate)
-    first, second = run_distributed(differing, 2, str(tmp_path), timeout=240)
+    first, second = run_distributed(differing, 2, str(tmp_path), timeout=1200)
     assert first == second  # every rank tells the same, and there is one run id
     assert "rank 0 on " in first[0]
     assert "-> rank 1 on " in first[0]

@@ -57,7 +57,7 @@ def test_two_processes_go_on_as_one_and_one_as_two(tmp_path: Path) -> None:
     for name, stop, code in (("whole", 0, 0), ("one-to-two", STOP, 75)):
         watch = partial(processes.watch, ids_file(tmp_path / name), stop, signal.SIGTERM)
         assert processes.run(tmp_path, "run", file[name], prepare=watch)[0] == code
-    ends = run_distributed(first_one_then_the_other, 2, str(tmp_path), timeout=240)
+    ends = run_distributed(first_one_then_the_other, 2, str(tmp_path), timeout=1200)
     assert ends == [["stopped", "done"]] * 2
     watch = partial(processes.watch, ids_file(tmp_path / "two-to-one"))
     code, output = processes.run(tmp_path, "run", file["two-to-one"], prepare=watch)
@@ -97,7 +97,7 @@ def twice_without_seeing_it(parent: str) -> list[dict[str, Any]]:
 @pytest.mark.slow
 def test_a_rank_that_does_not_see_the_files_of_others_yet_goes_with_them(tmp_path: Path) -> None:
     file = write(tmp_path / "late")
-    main, other = run_distributed(twice_without_seeing_it, 2, str(file.parent), timeout=240)
+    main, other = run_distributed(twice_without_seeing_it, 2, str(file.parent), timeout=1200)
     assert main[0] == main[1] == other[1]
     assert list(main[0]) == ["teacher", "student"]
     assert {name: facts["fingerprint"] for name, facts in other[0].items()} == {

@@ -70,7 +70,7 @@ def test_teachers_padded_to_different_sizes_teach_what_unpadded_ones_do(tmp_path
     (tmp_path / "padded").mkdir()
     plain, padded = losses(tmp_path / "plain", (0, 0)), losses(tmp_path / "padded", (5, 21))
     assert len(plain) >= 2
-    assert padded == pytest.approx(plain, rel=1e-6)
+    assert padded == pytest.approx(plain, rel=1e-5)
 
 
 def test_a_permuted_vocabulary_of_equal_size_is_refused(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ from pathlib import Path
 from mtkd.rundir import RunDir
 with RunDir(Path(sys.argv[1])).lock():
     print("held", flush=True)
-    time.sleep(600)
+    time.sleep(6000)
 """
 
 
@@ -209,7 +209,7 @@ run = RunDir(Path(sys.argv[1]))
 with run.lock():
     child = os.fork()
     if child == 0:
-        time.sleep(60)
+        time.sleep(6000)
         os._exit(0)
 try:
     with run.lock():
@@ -220,7 +220,7 @@ finally:
 
 
 def test_a_forked_data_worker_does_not_keep_a_released_lock(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-c", FORK, str(tmp_path)], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", FORK, str(tmp_path)], check=True, timeout=600)
 
 
 # ---- stages

@@ -129,7 +129,7 @@ for step in (1, 2, 3):
 )
 def test_a_kill_during_a_save_loses_nothing_that_was_sealed(point: str, newest: int, tmp_path: Path) -> None:
     command = [sys.executable, "-c", SAVE_THREE, str(tmp_path), point]
-    killed = subprocess.run(command, env={**os.environ, "MTKD_TEST_KILL_AT": point}, timeout=60)
+    killed = subprocess.run(command, env={**os.environ, "MTKD_TEST_KILL_AT": point}, timeout=600)
     assert killed.returncode == KILLED
     found = newest_sealed(tmp_path)
     assert found.path == tmp_path / f"step-{newest:06d}"
@@ -142,7 +142,7 @@ def test_a_kill_during_a_save_loses_nothing_that_was_sealed(point: str, newest: 
 
 def test_the_kill_points_are_reached_only_when_asked_for(tmp_path: Path) -> None:
     command = [sys.executable, "-c", SAVE_THREE, str(tmp_path), ""]
-    subprocess.run(command, env={**os.environ, "MTKD_TEST_KILL_AT": "after-shard@4"}, timeout=60, check=True)
+    subprocess.run(command, env={**os.environ, "MTKD_TEST_KILL_AT": "after-shard@4"}, timeout=600, check=True)
     assert newest_sealed(tmp_path).path == tmp_path / "step-000003"
 
 

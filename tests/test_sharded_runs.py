@@ -67,8 +67,8 @@ def test_routed_and_mixed_runs_are_those_of_one_process(tmp_path: Path) -> None:
     alone, ranks = tmp_path / "alone", tmp_path / "ranks"
     for folder in (alone, ranks):
         folder.mkdir()
-    (wanted,) = run_distributed(_run, 1, write(alone, "resident", TORCH), timeout=200)
-    found = run_distributed(_run, 2, write(ranks, "sharded", ENGINE), timeout=280)
+    (wanted,) = run_distributed(_run, 1, write(alone, "resident", TORCH), timeout=1200)
+    found = run_distributed(_run, 2, write(ranks, "sharded", ENGINE), timeout=1200)
     assert found[0] == found[1]
     assert wanted.keys() == found[0].keys() >= {"routed", "mixed", "ensemble:routed"}
     for model, facts in wanted.items():

@@ -81,4 +81,4 @@ def enter(name: str) -> None:
 
 
 def _ip(*arguments: str) -> str:
-    return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True, timeout=30).stdout
+    return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True, timeout=300).stdout

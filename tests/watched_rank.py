@@ -33,7 +33,7 @@ def fail(fault: str) -> None:
     if fault == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
     if fault == "asleep":
-        time.sleep(600)
+        time.sleep(3600)
     if fault == "slow":
         for _ in range(24):  # batches without a collective
             time.sleep(0.4)
@@ -44,7 +44,7 @@ def main(folder: Path, fault: str, bad: int, timeout: float) -> int:
     """Exit code of this rank."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=120)
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=3600)
     )
     dist = Dist.current()
     (folder / "logs").mkdir(exist_ok=True)

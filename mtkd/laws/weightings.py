@@ -279,7 +279,7 @@ def _penalty_law(spec: WeightingSpec, make: OptionsOf, case: Teachers) -> None:
     if not all(map(math.isfinite, values)):
         raise LawBroken("finite", spec.name, f"a penalty of {values[0]} for {case.what}")
     gap = abs(sum(values[1:]) - values[0])
-    if len(values) != len(found) or gap > 10 * TOLERANCE * max(abs(values[0]), 1):
+    if len(values) != len(found) or gap > TOLERANCE * max(abs(values[0]), 1):
         text = f"{values[1:]} of the micro-batches do not add up to {values[0]} of the step for {case.what}"
         raise LawBroken("penalty", spec.name, text)
     if found[0].requires_grad and torch.autograd.grad(found[0], logits, allow_unused=True)[0] is not None:

@@ -77,7 +77,7 @@ def signed(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
 
 
 def offset(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    return good(student, teacher, mask) + 1e-5
+    return good(student, teacher, mask) + 1e-4
 
 
 def over_all_positions(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
@@ -218,7 +218,7 @@ def slope(values: Tensor, size: float) -> Tensor:
 
 BF16 = torch.bfloat16
 FAULTS = [
-    ("tiled", lambda loss, head, weights, dtype: loss * (1 + 1e-5)),
+    ("tiled", lambda loss, head, weights, dtype: loss * (1 + 1e-4)),
     ("tiled", lambda loss, head, weights, dtype: loss + slope(head.hidden, 1e-4)),
     ("tiled", lambda loss, head, weights, dtype: loss + slope(head.weight[: head.columns], 1e-4)),
     ("tiled", lambda loss, head, weights, dtype: loss + slope(head.bias[: head.columns], 1e-4)),

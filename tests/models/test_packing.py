@@ -52,7 +52,7 @@ def test_losses_and_gradients_are_those_of_each_example_alone(architecture: str,
         ours = ours + torch.nn.functional.cross_entropy(logits[i, :length], targets[i, :length], reduction="sum")
         alone = plain(input_ids=row(data, i).input_ids).logits[0, :, :NUM_IDS]
         theirs = theirs + torch.nn.functional.cross_entropy(alone, targets[i, :length], reduction="sum")
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=0)
     ours.backward()
     theirs.backward()
     expected = dict(plain.named_parameters())
@@ -129,7 +129,7 @@ def test_recomputed_activations_have_the_same_gradient() -> None:
         assert isinstance(hidden, Tensor)
         (tokens(features["logits"]).square().mean() + query.square().mean() + hidden.square().mean()).backward()
         gradients.append(torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None]))
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("columns", [20, 25, 60, 1000])

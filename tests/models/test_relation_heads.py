@@ -53,7 +53,7 @@ def test_12_heads_learn_from_16() -> None:
         theirs = relations(teacher, 1, batch.input_ids, batch.attention_mask, name, 64)
         terms = torch.where(batch.attention_mask[:, None, None], theirs.exp() * (theirs - ours), 0.0).sum(-1).mean(1)
         wanted = wanted + terms[batch.attention_mask].sum() / int(batch.attention_mask.sum())
-    torch.testing.assert_close(loss, wanted, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(loss, wanted, atol=1e-5, rtol=1e-4)
     loss.backward()
     assert student.model.bert.encoder.layer[0].attention.self.value.weight.grad is not None
 

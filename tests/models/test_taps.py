@@ -176,7 +176,7 @@ def test_gradients_under_checkpointing(architecture: str, monkeypatch: pytest.Mo
         if gradient is None:
             assert recomputed[name] is None, name
         else:
-            torch.testing.assert_close(recomputed[name], gradient, atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(recomputed[name], gradient, atol=1e-5, rtol=1e-4)
     touched = [n for n, g in plain.items() if g is not None and float(g.abs().max()) > 0]
     assert len(touched) > 0.8 * len(plain)
 

@@ -214,13 +214,13 @@ class _TwoRanks:
     def broadcast_object(self, value: Any) -> Any:
         if self.is_main:
             self.box[0] = value
-        self.barrier.wait(30)
+        self.barrier.wait(600)
         found = self.box[0]
-        self.barrier.wait(30)
+        self.barrier.wait(600)
         return found
 
     def all_ok(self, ok: bool) -> bool:
-        self.barrier.wait(30)
+        self.barrier.wait(600)
         return ok
 
 
@@ -313,14 +313,18 @@ print(json.dumps({"size": size, "growth": growth, "peak": resident_set("VmHWM") 
 """
 
 
+# glibc keeps freed blocks for itself, how many and how large depends on what came before; musl knows none of these.
+TRIMMED = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072"}
+
+
 @pytest.mark.slow
 def test_memory_is_one_teachers_not_four(tmp_path: Path) -> None:
     """The resident set (anonymous and file pages) that four teachers add: after their turns, and at its largest."""
     measured: dict[str, dict[str, Any]] = {}
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "MALLOC_ARENA_MAX": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **TRIMMED}
     for backend in ("offload", "resident"):
         command = [sys.executable, "-c", _MEASURE, backend, str(tmp_path)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
         assert done.returncode == 0, done.stderr
         measured[backend] = json.loads(done.stdout.splitlines()[-1])
     size = measured["offload"]["size"]

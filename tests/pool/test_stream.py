@@ -366,7 +366,7 @@ def test_values_at_odd_places_are_read(tmp_path: Path) -> None:
     batch = causal_batch([5, 4, 6])
     one, other = (values(m(batch, ALL), torch.float32) for m in (resident(folder).eval(), model))
     for key, value in one.items():
-        torch.testing.assert_close(other[key], value, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(other[key], value, rtol=1e-4, atol=1e-5)
     model.close()
 
 

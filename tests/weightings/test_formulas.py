@@ -35,7 +35,7 @@ def test_margin_against_its_formula() -> None:
     found = WEIGHTINGS["margin"].cls(tau=0.3)(traits(LOGITS, TARGETS, "token"))
     for b, i in (TARGETS != NO_LABEL).nonzero().tolist():
         powers = [math.exp(by_hand(LOGITS[k, b, i].tolist(), 0)["margin"] / 0.3) for k in range(3)]
-        assert found[:, b, i].tolist() == pytest.approx([p / sum(powers) for p in powers], abs=1e-6)
+        assert found[:, b, i].tolist() == pytest.approx([p / sum(powers) for p in powers], abs=1e-5)
 
 
 # uncertainty
@@ -56,7 +56,7 @@ def test_two_teachers_share_by_the_students_uncertainty(per: str) -> None:
         shares = {i: by_hand(student[b, i].tolist(), 0)["entropy"] / math.log(5) for i in at}
         for i in at if per == "token" else [0]:
             u = shares[i] if per == "token" else sum(shares.values()) / len(shares)
-            assert found[:, b, i].tolist() == pytest.approx([1 - u, u], abs=1e-6)
+            assert found[:, b, i].tolist() == pytest.approx([1 - u, u], abs=1e-5)
 
 
 def test_the_more_uncertain_the_student_the_smaller_the_teacher() -> None:
@@ -65,7 +65,7 @@ def test_the_more_uncertain_the_student_the_smaller_the_teacher() -> None:
     around, targets = with_student(student), torch.zeros(5, dtype=torch.int64)
     soft = Uncertainty(FACTS)(traits(LOGITS[:, 0, :1, :3].expand(3, 5, 3), targets, around=around))[..., 0]
     assert soft[:, 0].tolist() == pytest.approx([1, 0, 0])  # certain: the largest
-    assert soft[:, -1].tolist() == pytest.approx([0, 1, 0], abs=1e-6)  # knows nothing: the smallest
+    assert soft[:, -1].tolist() == pytest.approx([0, 1, 0], abs=1e-5)  # knows nothing: the smallest
     mean_size = (soft * torch.tensor(FACTS.sizes)[:, None]).sum(0)
     assert bool((mean_size.diff() < 0).all())
     hard = Uncertainty(FACTS, mode="hard")(traits(LOGITS[:, 0, :1, :3].expand(3, 5, 3), targets, around=around))[..., 0]
@@ -79,7 +79,7 @@ def test_teachers_of_equal_size_share() -> None:
     around = with_student(torch.zeros(1, 3))
     facts = replace(FACTS, sizes=(7, 7, 9))
     found = Uncertainty(facts)(traits(LOGITS[:, 0, :1, :3], torch.tensor([0]), around=around))
-    assert found[:, 0, 0].tolist() == pytest.approx([0.5, 0.5, 0.0], abs=1e-6)
+    assert found[:, 0, 0].tolist() == pytest.approx([0.5, 0.5, 0.0], abs=1e-5)
 
 
 # gradient space
@@ -197,7 +197,7 @@ def test_the_anchors_likelihood_and_the_entropy(logits: Tensor, targets: Tensor,
         state = (h - h.mean()) / (h.var(unbiased=False) + 1e-5).sqrt() / 4
         scores = module.theta.double() + (module.gate.double() @ state if module.gate is not None else 0)
         share = (scores.exp() / scores.exp().sum()).tolist()
-        assert weights[:, b, 0].tolist() == pytest.approx(share, abs=1e-6)
+        assert weights[:, b, 0].tolist() == pytest.approx(share, abs=1e-5)
         entropies.append(-sum(w * math.log(w) for w in share))
         is_anchor = float(uniform("anchor", np.array([example]))[0]) < 0.6
         anchors += is_anchor
@@ -310,7 +310,7 @@ def test_the_estimator_is_unbiased(credit: str) -> None:
             module.rewards.fill_(1)
             module.reward(module.judged([torch.tensor([-reward])]))
             expected += float(chances[action]) * -module.gradient.double()
-        torch.testing.assert_close(expected, wanted, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(expected, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_the_score_is_the_gradient_of_log_pi() -> None:
@@ -350,8 +350,8 @@ def test_rewards_against_their_formula(credit: str) -> None:
         for gain, of_example in zip(gains, score, strict=True):
             if step:
                 wanted -= ((gain if credit == "example" else mean) - usual) * of_example / 4
-        torch.testing.assert_close(module.gradient.double(), wanted, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(module.gradient.double(), wanted, rtol=1e-4, atol=1e-6)
         usual = mean if usual is None else 0.8 * usual + 0.2 * mean
-        assert float(module.baseline) == pytest.approx(usual, abs=1e-6)
+        assert float(module.baseline) == pytest.approx(usual, abs=1e-5)
     loss = module.penalty(held)
     torch.testing.assert_close(torch.autograd.grad(loss, module.policy)[0], module.gradient)

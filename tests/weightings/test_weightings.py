@@ -69,9 +69,9 @@ def test_traits_against_closed_forms(name: str, tile: int) -> None:
             for i in range(4):
                 label = int(TARGETS[b, i])
                 wanted = by_hand(LOGITS[k, b, i].tolist(), label)[name] if label != NO_LABEL else 0.0
-                assert float(per_token[k, b, i]) == pytest.approx(wanted, abs=1e-6)
+                assert float(per_token[k, b, i]) == pytest.approx(wanted, abs=1e-5)
                 held += [wanted] if label != NO_LABEL else []
-            assert float(per_example[k, b, 0]) == pytest.approx(sum(held) / len(held), abs=1e-6)
+            assert float(per_example[k, b, 0]) == pytest.approx(sum(held) / len(held), abs=1e-5)
 
 
 def test_traits_of_classes_have_one_value_per_example() -> None:
@@ -79,7 +79,7 @@ def test_traits_of_classes_have_one_value_per_example() -> None:
     for per in ("example", "token"):
         traits = traits_of(logits, targets, per)
         assert traits.shape == (3, 2, 1)
-        assert float(traits.ce[1, 0, 0]) == pytest.approx(by_hand(logits[1, 0].tolist(), 3)["ce"], abs=1e-6)
+        assert float(traits.ce[1, 0, 0]) == pytest.approx(by_hand(logits[1, 0].tolist(), 3)["ce"], abs=1e-5)
         # an example without a label is predicted all the same: a weighting that needs no labels works on it
         wanted = [[by_hand(logits[k, 1].tolist(), 0)["entropy"]] for k in range(3)]
         torch.testing.assert_close(traits.entropy[:, 1], torch.tensor(wanted))
@@ -202,7 +202,7 @@ def test_mt_bert_against_its_formula(per: str, normalise: bool) -> None:
                 ces = [by_hand(LOGITS[k, b, j].tolist(), int(TARGETS[b, j]))["ce"] for j in at if TARGETS[b, j] >= 0]
                 wanted.append(1 / (1 + (sum(ces) / len(ces) if ces else 0)))
             scale = sum(wanted) if normalise else 1
-            assert found[:, b, i].tolist() == pytest.approx([w / scale for w in wanted], abs=1e-6)
+            assert found[:, b, i].tolist() == pytest.approx([w / scale for w in wanted], abs=1e-5)
 
 
 def test_entropy_against_its_formula() -> None:
@@ -210,7 +210,7 @@ def test_entropy_against_its_formula() -> None:
     for b, i in (TARGETS != NO_LABEL).nonzero().tolist():
         entropies = [by_hand(LOGITS[k, b, i].tolist(), 0)["entropy"] for k in range(3)]
         wanted = [(1 - h / sum(entropies)) / 2 for h in entropies]
-        assert found[:, b, i].tolist() == pytest.approx(wanted, abs=1e-6)
+        assert found[:, b, i].tolist() == pytest.approx(wanted, abs=1e-5)
     assert found[:, 0, 1].tolist() == pytest.approx([1 / 3] * 3)  # no target there
 
 
@@ -218,7 +218,7 @@ def test_entropy_of_very_sure_teachers_sums_to_one() -> None:
     # A gap of 75 nats has an entropy of 2e-31, of 80 nats 1e-33: small, but not equal.
     logits = torch.tensor([[[75.0, 0.0]], [[80.0, 0.0]]])
     found = weights("entropy", logits, torch.tensor([0]))[:, 0, 0]
-    assert float(found.sum()) == pytest.approx(1, abs=1e-6)
+    assert float(found.sum()) == pytest.approx(1, abs=1e-5)
     assert float(found[1]) > 0.98
 
 
@@ -226,7 +226,7 @@ def test_confidence_against_its_formula() -> None:
     found = weights("confidence", LOGITS, TARGETS, "token", tau=0.5)
     for b, i in (TARGETS != NO_LABEL).nonzero().tolist():
         powers = [math.exp(by_hand(LOGITS[k, b, i].tolist(), 0)["confidence"] / 0.5) for k in range(3)]
-        assert found[:, b, i].tolist() == pytest.approx([p / sum(powers) for p in powers], abs=1e-6)
+        assert found[:, b, i].tolist() == pytest.approx([p / sum(powers) for p in powers], abs=1e-5)
     with pytest.raises(ValueError, match="tau"):
         weights("confidence", LOGITS, TARGETS, tau=0.0)
 
