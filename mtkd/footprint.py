@@ -30,9 +30,9 @@ from mtkd.models.linear import speed_up_linears
 from mtkd.models.taps import TappedModel
 from mtkd.models.vocabulary import VocabularyMap
 from mtkd.objective import Objective
+from mtkd.pieces import planned_tiles
 from mtkd.projection import make_projections
 from mtkd.rows import Row
-from mtkd.tiles import planned_tiles
 from mtkd.weightings.base import StageFacts, Weighting
 from mtkd.weightings.make import make_weighting
 from mtkd.weightings.simple import Uniform

@@ -13,6 +13,7 @@ from mtkd.ensembles import as_logits
 from mtkd.errors import UserError
 from mtkd.features import Features, SparseRows
 from mtkd.objective import Counts, Objective
+from mtkd.pieces import pieces
 from mtkd.rows import Row
 from mtkd.sparse import completed, read
 from mtkd.weightings.gradients import has_gradient
@@ -46,7 +47,8 @@ def gram(
     total = torch.zeros(len(teachers), len(teachers), dtype=torch.float64, device=index.device)
     with whole_head():
         student, theirs = as_logits(features["logits"]).in_dtype(objective.dtype), objective.teacher_logits(teachers)
-        for tile in index.split(objective.tile):
+        for piece in pieces(len(index), objective.tile):
+            tile = index[piece]
             has_label, ours = batch.target_mask.reshape(-1)[tile], student.rows(tile)
             stacked = torch.stack(
                 [_gradient(objective, rows, ours, read(logits, tile), has_label, counts) for logits in theirs]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mtkd.errors import UserError
 
-_LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*(#.*)?")
+_LINE = re.compile(r"(\S+)\s+slots=(\d{1,4})\s*(#.*)?")
 # What a host may be called: a user name, letters, digits. Nothing that a shell or pdsh would read as more than a name.
 _HOST = re.compile(r"([\w.-]+@)?[A-Za-z0-9][\w.:-]*")
 

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mtkd.errors import UserError
 
-Layer = int | Literal["last", "uniform", "skip", "each"] | tuple[int, ...]
+_Number = Annotated[int, Field(ge=0, le=1000)]
+Layer = _Number | Literal["last", "uniform", "skip", "each"] | tuple[_Number, ...]
 FeatureName = Literal["logits", "nsp_logits", "embedding", "hidden", "cls", "query", "key", "value", "scores", "probs"]
 UNLAYERED_FEATURES = ("logits", "nsp_logits", "embedding")
 ATTENTION_FEATURES = ("query", "key", "value", "scores", "probs")
@@ -25,7 +26,7 @@ class Match(BaseModel):
 
     feature: FeatureName = Field("logits", description="which feature is compared")
     loss: str = Field("kl", description="registered loss; see `mtkd ls losses`")
-    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+    weight: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)] = Field(
         1.0, description="factor of the row in the sum (no unit)"
     )
     target: Literal["teacher", "labels"] = Field("teacher", description="compared with the teachers or with labels")

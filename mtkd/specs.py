@@ -235,6 +235,7 @@ def check_options(given: Mapping[str, Any], parameters: Mapping[str, inspect.Par
                 allowed=sorted(parameters) or "none",
                 todo=nearest(name, parameters),
             )
+        _check_numbers(value, f"{where}.options.{name}")
         default = parameters[name].default
         if default is inspect.Parameter.empty or default is None:
             continue
@@ -252,3 +253,17 @@ def check_options(given: Mapping[str, Any], parameters: Mapping[str, inspect.Par
     for name, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and name not in given:
             raise UserError("a required option is missing", where=f"{where}.options", found="nothing", allowed=name)
+
+
+def _check_numbers(value: Any, where: str) -> None:
+    """Refuse numbers, in lists and mappings too, that overflow where they are used, whatever they mean."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_numbers(item, f"{where}.{key}")
+    elif isinstance(value, list | tuple):
+        for position, item in enumerate(value):
+            _check_numbers(item, f"{where}[{position}]")
+    elif isinstance(value, int | float):
+        largest = 1e38 if isinstance(value, float) else 1_000_000_000
+        if not abs(value) <= largest:  # true for NaN too
+            raise UserError("a number out of range", where=where, found=value, allowed=f"-{largest:g} to {largest:g}")

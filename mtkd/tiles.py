@@ -9,8 +9,6 @@ Memory: tile * V per live temporary, plus the head's own gradient, whatever the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mtkd.features import HeadLogits
+from mtkd.pieces import pieces, planned_for_gpu
 from mtkd.products import product
 
 TileLoss = Callable[[Tensor, Tensor, slice], tuple[Tensor, Tensor]]
@@ -27,34 +26,12 @@ TileLoss = Callable[[Tensor, Tensor, slice], tuple[Tensor, Tensor]]
 # On a CPU the elementwise work of a tile goes in chunks of about this many logits (2 MB in float32): its dozen
 # temporaries then stay in the cache, while the matrix products keep the size of the tile.
 _CHUNK_LOGITS = 2**19
-_planned: ContextVar[str] = ContextVar("mtkd_planned_tiles", default="")
-
-
-@contextmanager
-def planned_tiles(on_gpu: bool) -> Iterator[None]:
-    """Within it losses run for the memory they take, not for their values.
-
-    Of equal pieces of work the first two and the last are enough: the second meets what the first has left behind, and
-    those after it meet no more. For a GPU (there may be none here) tiles are not cut into chunks.
-    """
-    token = _planned.set("gpu" if on_gpu else "cpu")
-    try:
-        yield
-    finally:
-        _planned.reset(token)
-
-
-def _pieces(count: int, size: int) -> Iterator[slice]:
-    """`count` positions in slices of `size`."""
-    starts = range(0, count, size)
-    for start in (*starts[:2], starts[-1]) if _planned.get() and len(starts) > 3 else starts:
-        yield slice(start, min(start + size, count))
 
 
 def chunks(rows: int, logits: Tensor) -> Iterator[slice]:
     """Slices of a tile's rows for elementwise work on its logits [m,V]: on a CPU small ones, else all of them."""
-    cut = logits.device.type == "cpu" and _planned.get() != "gpu"
-    yield from _pieces(rows, max(1, _CHUNK_LOGITS // max(logits.shape[-1], 1) if cut else rows))
+    cut = logits.device.type == "cpu" and not planned_for_gpu()
+    yield from pieces(rows, max(1, _CHUNK_LOGITS // max(logits.shape[-1], 1) if cut else rows))
 
 
 @dataclass
@@ -106,7 +83,7 @@ class _Tiled(torch.autograd.Function):
         needs = tuple(plan.differentiate and need for need in ctx.needs_input_grad)
         folded = _Folded(hidden, weight, bias, weights, plan, needs)
         # An empty set of positions still goes through once, so that every gradient exists on every rank.
-        tiles = _pieces(max(hidden.shape[0], 1), plan.tile)
+        tiles = pieces(max(hidden.shape[0], 1), plan.tile)
         total, metrics = _sum_pairs([folded.step(positions, any(needs[:4])) for positions in tiles])
         ctx.folded = folded
         ctx.mark_non_differentiable(metrics)

@@ -25,6 +25,7 @@ ORDER = (
         "secret",
         "orphans",
         "jsonlines",
+        "pieces",
         "record",
         "manifest",
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 STAGE_PREFIX = "stage:"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
@@ -21,14 +21,39 @@ def check_name(name: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(check_name)]
-Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def _no_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("a number, not true or false")  # a bool is an int in Python, not here
+    return value
+
+
+# Every number has bounds: far beyond what anybody trains with, and below what overflows, never ends or fills memory.
+_Number = BeforeValidator(_no_bool)
+LARGEST = 1e38
+"""The largest real number: float32, in which all training is done, ends little above it."""
+
+Positive = Annotated[int, Field(gt=0, le=1_000_000_000), _Number]
+Natural = Annotated[int, Field(ge=0, le=1_000_000_000), _Number]
+Share = Annotated[float, Field(ge=0, le=1), _Number]
+NotNegative = Annotated[float, Field(ge=0, le=LARGEST), _Number]
+Rate = Annotated[float, Field(ge=1e-30, le=LARGEST), _Number]
+Decay = Annotated[float, Field(ge=0, lt=1), _Number]
+Temperature = Annotated[float, Field(ge=1e-3, le=1e6), _Number]
+Epochs = Annotated[float, Field(gt=0, le=1e6), _Number]
+Gigabytes = Annotated[float, Field(gt=0, le=1e9), _Number]
+Seed = Annotated[int, Field(ge=0, lt=2**32), _Number]
+Layers = Annotated[int, Field(gt=0, le=256), _Number]
+Width = Annotated[int, Field(gt=0, le=1_000_000), _Number]
+Length = Annotated[int, Field(gt=0, le=10_000_000), _Number]
+Processes = Annotated[int, Field(gt=0, le=4096), _Number]
 
 
 class Config(BaseModel):
     """Base of every block: immutable, no unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class Named(Config):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mtkd.config.base import Config, Positive
+from mtkd.config.base import Config, Positive, Temperature, Width
 
 Trait = Literal["ce", "entropy", "confidence", "margin", "choice"]
 
@@ -23,12 +23,12 @@ class CacheConfig(Config):
         description="token tasks: top = the k most probable ids of every target position with the mass of the others; "
         "sampled = k ids drawn from the teacher's distribution, an unbiased estimate of its cross entropy",
     )
-    k: Positive = Field(50, description="token tasks: ids kept, or draws, per position; top: at most the vocabulary")
-    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+    k: Width = Field(50, description="token tasks: ids kept, or draws, per position; top: at most the vocabulary")
+    temperature: Temperature = Field(
         1.0, description="token tasks: of the softmax that is kept; rows that read the cache must have the same"
     )
     bits: Annotated[int, Field(ge=4, le=12)] = Field(6, description="top: bits per kept log-probability")
-    proposal: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+    proposal: Temperature = Field(
         1.0, description="sampled: draws come from the softmax at temperature x proposal, with importance weights"
     )
     traits: tuple[Trait, ...] = Field(

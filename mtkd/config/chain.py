@@ -12,7 +12,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from mtkd.config.base import STAGE_PREFIX, Config, Name, Named, Positive, Share
+from mtkd.config.base import (
+    STAGE_PREFIX,
+    Config,
+    Epochs,
+    Layers,
+    Name,
+    Named,
+    Natural,
+    Positive,
+    Seed,
+    Share,
+    Temperature,
+    Width,
+)
 from mtkd.config.model import ModelConfig, TeacherConfig
 from mtkd.config.stage import BatchConfig, EarlyStop, OptimizerConfig, StageConfig
 from mtkd.match import Match
@@ -41,18 +54,16 @@ class Training(Config):
     weighting: Named | None = Field(None, description="how much each teacher counts; default: uniform, dgkd: drop")
     per: Literal["example", "token"] | None = Field(None, description="one weight per example or per token")
     steps: Positive | None = Field(None, description="optimizer steps")
-    epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="passes over the train split")
+    epochs: Epochs | None = Field(None, description="passes over the train split")
     batch: BatchConfig | None = Field(None, description="batch size")
     optimizer: OptimizerConfig | None = Field(
         None, description="optimizer and schedule; an override changes the keys it names"
     )
-    seed: int | None = Field(None, description="of initialisation, order and dropout; default: the run's seed")
-    evaluate_every: Annotated[int, Field(ge=0)] | None = Field(
+    seed: Seed | None = Field(None, description="of initialisation, order and dropout; default: the run's seed")
+    evaluate_every: Natural | None = Field(
         None, description="optimizer steps between validation losses; 0 = only at the end"
     )
-    save_every: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="optimizer steps between checkpoints; 0 = only at the end"
-    )
+    save_every: Natural | None = Field(None, description="optimizer steps between checkpoints; 0 = only at the end")
     keep: Positive | None = Field(None, description="newest sealed checkpoints kept")
     early_stop: EarlyStop | None = Field(None, description="end a stage when its validation score stays")
     export: Literal["last", "best"] | None = Field(None, description="which step becomes the stage's model")
@@ -69,11 +80,11 @@ class Rung(Config):
     """The shape of one assistant; what is left out (architecture, dropout, ...) is the student's."""
 
     name: Name | None = Field(None, description="of its stage; default: assistant-1, -2, ... with the prefix")
-    layers: Positive = Field(description="number of layers")
-    width: Positive = Field(description="hidden width")
-    heads: Positive = Field(description="attention heads; must divide the width")
-    kv_heads: Positive | None = Field(None, description="llama, qwen2: key/value heads; default: heads")
-    intermediate: Positive | None = Field(None, description="feed-forward width; default as for a fresh model")
+    layers: Layers = Field(description="number of layers")
+    width: Width = Field(description="hidden width")
+    heads: Width = Field(description="attention heads; must divide the width")
+    kv_heads: Width | None = Field(None, description="llama, qwen2: key/value heads; default: heads")
+    intermediate: Width | None = Field(None, description="feed-forward width; default as for a fresh model")
 
 
 class ChainConfig(Training):
@@ -93,7 +104,7 @@ class ChainConfig(Training):
         "resident", description="where assistants' weights live when they teach; those at the top have their own"
     )
     rungs: tuple[Rung, ...] = Field((), description="the assistants' shapes, from the largest to the smallest")
-    num_rungs: Positive | None = Field(
+    num_rungs: Layers | None = Field(
         None,
         description="instead of rungs: so many assistants, their sizes a geometric ladder in parameters between the "
         "largest teacher and the student",
@@ -110,8 +121,8 @@ class ChainConfig(Training):
         "", description="before the stages' names assistant-1, ..., student, direct"
     )
     lam: Share = Field(0.5, description="without method: share of the teachers' rows; that of the labels is 1 - lam")
-    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="without method: of the softmax")
-    drop: Annotated[int, Field(ge=0)] = Field(
+    temperature: Temperature = Field(1.0, description="without method: of the softmax")
+    drop: Natural = Field(
         1, description="dgkd without weighting: teachers dropped at random per batch, always fewer than there are"
     )
     overrides: dict[Name, Training] = Field(

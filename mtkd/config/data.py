@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mtkd.config.base import Config, Positive, Share
+from mtkd.config.base import Config, Length, Positive, Seed, Share, Width
 
 RANDOM_TOKENS = "random-tokens"
 """The data source that reads nothing: every token of its texts is sampled."""
@@ -21,7 +21,7 @@ class TokenizerConfig(Config):
     train_on: str | None = Field(
         None, description="name of a `data` entry; a byte-level BPE is trained on its train split"
     )
-    vocab_size: Positive = Field(4096, description="ids of a trained tokenizer, special tokens included")
+    vocab_size: Width = Field(4096, description="ids of a trained tokenizer, special tokens included")
     commands: Literal["plain", "glm"] = Field(
         "plain", description="special tokens of a trained tokenizer: plain (<s>, <mask> and so on), or GLM's commands"
     )
@@ -51,7 +51,7 @@ class InfillConfig(Config):
     mask: Share = Field(0.5, description="[MASK]: spans of a few tokens; base and large know these alone: {mask: 1}")
     smask: Share = Field(0.3, description="[sMASK]: whole sentences")
     gmask: Share = Field(0.2, description="[gMASK]: a suffix of half the example or more")
-    span: Annotated[float, Field(gt=0)] = Field(
+    span: Annotated[float, Field(ge=1e-9, le=1000)] = Field(
         3.0, description="[MASK]: mean of the Poisson law of span lengths in tokens, before its zeros are left out"
     )
 
@@ -103,7 +103,7 @@ class DataConfig(Config):
         default_factory=dict, description="hub: the source's own split name per split of ours"
     )
     domains: tuple[str, ...] = Field((), description="python-stdlib: prose, code (default: both)")
-    documents: Positive | None = Field(
+    documents: Length | None = Field(
         None, description="random-tokens: number of texts of about max_length tokens; all ids equally likely"
     )
     transfer: TransferConfig | None = Field(
@@ -159,7 +159,7 @@ class DataConfig(Config):
         "that teachers can be cached",
     )
     teacher: str = Field("teacher", description="column that names each row's teacher; read by weighting: route")
-    max_length: Positive = Field(
+    max_length: Length = Field(
         128,
         description="tokens per example, special ones included; language-model tasks cut longer documents into blocks",
     )
@@ -178,7 +178,7 @@ class DataConfig(Config):
     limit: dict[Literal["train", "validation", "test"], Positive] = Field(
         default_factory=dict, description="at most this many documents or rows per split, chosen by the seed"
     )
-    seed: int = Field(0, description="of hold-out, limit, masking, sentence pairs and made-up tokens")
+    seed: Seed = Field(0, description="of hold-out, limit, masking, sentence pairs and made-up tokens")
 
     @field_validator("separator")
     @classmethod

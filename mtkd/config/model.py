@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mtkd.config.base import STAGE_PREFIX, Config, Name, Positive, Share
+from mtkd.config.base import STAGE_PREFIX, Config, Layers, Length, Name, Share, Width
 
 
 class VocabularyConfig(Config):
@@ -27,15 +27,15 @@ class VocabularyConfig(Config):
 class SliceConfig(Config):
     """The shape of a narrower model cut from a loaded one; see mtkd/models/cut.py for what is kept."""
 
-    width: Positive | None = Field(None, description="hidden width, the first columns; default: the loaded model's")
-    heads: Positive | None = Field(
+    width: Width | None = Field(None, description="hidden width, the first columns; default: the loaded model's")
+    heads: Width | None = Field(
         None,
         description="attention heads, evenly spaced; must divide the width; default: as many as keep the head width",
     )
-    kv_heads: Positive | None = Field(
+    kv_heads: Width | None = Field(
         None, description="llama, qwen2: key/value heads; default: groups as large as the loaded model's"
     )
-    intermediate: Positive | None = Field(
+    intermediate: Width | None = Field(
         None, description="feed-forward units, the first ones; default: in proportion to the width"
     )
 
@@ -53,7 +53,7 @@ class ModelConfig(Config):
         None, description="folder, hub id, card name in teachers/, stage:NAME or stage:NAME/MEMBER"
     )
     revision: str | None = Field(None, description="hub: branch, tag or commit")
-    keep_layers: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+    keep_layers: tuple[Layers, ...] | None = Field(
         None, description="with path: copy only these layers (counted from 1) of the loaded model"
     )
     slice: SliceConfig | None = Field(
@@ -67,14 +67,14 @@ class ModelConfig(Config):
     architecture: str | None = Field(
         None, description="fresh: bert, roberta, distilbert, gpt2, llama, qwen2, glm_blocklm"
     )
-    layers: Positive | None = Field(None, description="fresh: number of layers")
-    width: Positive | None = Field(None, description="fresh: hidden width")
-    heads: Positive | None = Field(None, description="fresh: attention heads; must divide the width")
-    kv_heads: Positive | None = Field(None, description="fresh llama, qwen2: key/value heads; default: heads")
-    intermediate: Positive | None = Field(
+    layers: Layers | None = Field(None, description="fresh: number of layers")
+    width: Width | None = Field(None, description="fresh: hidden width")
+    heads: Width | None = Field(None, description="fresh: attention heads; must divide the width")
+    kv_heads: Width | None = Field(None, description="fresh llama, qwen2: key/value heads; default: heads")
+    intermediate: Width | None = Field(
         None, description="fresh: feed-forward width; default 4 x width (llama, qwen2: 8/3 x width)"
     )
-    max_positions: Positive | None = Field(
+    max_positions: Length | None = Field(
         None, description="fresh: longest sequence in tokens; default: the data's max_length"
     )
     tie_embeddings: bool = Field(True, description="fresh: output head shares the embedding matrix")
@@ -124,12 +124,12 @@ class ModelConfig(Config):
 class ShardedConfig(Config):
     """The ZeRO-3 engine of a sharded teacher; each teacher has its own, whatever the student's is."""
 
-    prefetch_parameters: Annotated[int, Field(ge=0)] = Field(
+    prefetch_parameters: Annotated[int, Field(ge=0, le=1_000_000_000_000)] = Field(
         10_000_000,
         description="numbers (not bytes) that may be gathered at a time so that the next layers are there early; "
         "memory for twice as many on every rank; what a layer needs is gathered in any case; 0: nothing early",
     )
-    whole_parameters: Annotated[int, Field(ge=0)] = Field(
+    whole_parameters: Annotated[int, Field(ge=0, le=1_000_000_000_000)] = Field(
         10_000,
         description="a parameter of at most so many numbers (norms, biases) is gathered once and stays whole on every "
         "rank; 0: none",

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from mtkd.config.base import STAGE_PREFIX, Config, Name, Positive
+from mtkd.config.base import STAGE_PREFIX, Config, Gigabytes, Length, Name, Positive, Processes, Seed
 from mtkd.config.chain import ChainConfig, expand, stage_name
 from mtkd.config.data import RANDOM_TOKENS, DataConfig, TokenizerConfig
 from mtkd.config.model import ModelConfig
@@ -27,7 +27,7 @@ class EngineConfig(Config):
         "the GPU multiplies it fast, else fp32; a run keeps what it was begun in",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU when there is one")
-    processes: Positive = Field(
+    processes: Processes = Field(
         1, description="deepspeed: processes that `mtkd run` starts on this node; launcher slurm: on every node"
     )
     hostfile: str | None = Field(
@@ -42,7 +42,7 @@ class EngineConfig(Config):
         "allocation, with srun; auto: pdsh with a hostfile, else this node alone. `mtkd run --no_ssh` is called on "
         "every node",
     )
-    timeout_seconds: Annotated[float, Field(ge=1)] = Field(
+    timeout_seconds: Annotated[float, Field(ge=1, le=10_000_000)] = Field(
         1800.0,
         description="deepspeed: a run of several processes ends when none of them has finished a step, a batch or a "
         "collective for so long; it must be more than one process ever works alone, e.g. reading the data",
@@ -73,16 +73,16 @@ class EngineConfig(Config):
         "flash takes bf16 and no mask: batches without padding and packing only, torch refuses others at the first "
         "step",
     )
-    threads: Annotated[int, Field(ge=0)] = Field(
+    threads: Annotated[int, Field(ge=0, le=4096)] = Field(
         0, description="CPU threads per process; 0 = $OMP_NUM_THREADS if set, else cores / processes"
     )
-    gpu_memory_gb: Annotated[float, Field(gt=0)] | None = Field(
+    gpu_memory_gb: Gigabytes | None = Field(
         None, description="memory of one GPU that `mtkd plan` compares with, 1e9 bytes; default: that of the GPU here"
     )
-    host_memory_gb: Annotated[float, Field(gt=0)] | None = Field(
+    host_memory_gb: Gigabytes | None = Field(
         None, description="memory of one host that `mtkd plan` compares with, 1e9 bytes; default: that of this machine"
     )
-    processes_per_host: Positive | None = Field(
+    processes_per_host: Processes | None = Field(
         None, description="processes that share a host's memory in `mtkd plan`; default: all"
     )
 
@@ -160,7 +160,7 @@ class EvaluateConfig(Config):
         (), description="paired tests; their p-values are Holm-corrected together"
     )
     batch: ScoringBatchConfig = Field(ScoringBatchConfig(sequences=32), description="batch size of scoring")
-    resamples: Positive = Field(10_000, description="bootstrap and permutation resamples")
+    resamples: Length = Field(10_000, description="bootstrap and permutation resamples")
     confidence: Annotated[float, Field(gt=0, lt=1)] = Field(0.95, description="level of the confidence intervals")
 
 
@@ -168,7 +168,7 @@ class RunConfig(Config):
     """A run: an ordered graph of stages over named data."""
 
     name: Name = Field(description="folder of the run below `output`")
-    seed: int = Field(0, description="default seed of every stage")
+    seed: Seed = Field(0, description="default seed of every stage")
     output: str = Field("runs", description="folder of all runs, relative to the working directory")
     plugins: tuple[str, ...] = Field((), description="Python files with losses, weightings, ..., relative to this file")
     tokenizer: TokenizerConfig | None = Field(

@@ -6,7 +6,20 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mtkd.config.base import Config, Name, Named, Positive, Share
+from mtkd.config.base import (
+    Config,
+    Decay,
+    Epochs,
+    Length,
+    Name,
+    Named,
+    Natural,
+    NotNegative,
+    Positive,
+    Rate,
+    Seed,
+    Share,
+)
 from mtkd.config.cache import CacheConfig
 from mtkd.config.model import ModelConfig, TeacherConfig
 from mtkd.match import Match
@@ -18,13 +31,13 @@ _OF_CACHES = {"kind", "data", "teachers", "batch", "cache"}
 class ScoringBatchConfig(Config):
     """How many examples are run together, over all ranks and micro-batches."""
 
-    sequences: Positive | None = Field(None, description="sequences per optimizer step")
+    sequences: Length | None = Field(None, description="sequences per optimizer step")
     tokens: Positive | None = Field(
         None,
         description="token budget per optimizer step: padding included, batches grouped by length; with packing: "
         "without padding, in random order",
     )
-    accumulate: Positive = Field(1, description="micro-batches per rank and optimizer step")
+    accumulate: Length = Field(1, description="micro-batches per rank and optimizer step")
 
     @model_validator(mode="after")
     def _one_size(self) -> ScoringBatchConfig:
@@ -59,18 +72,16 @@ class BatchConfig(ScoringBatchConfig):
 class OptimizerConfig(Config):
     """AdamW and its schedule; what DeepSpeed would default differently is written out from here."""
 
-    lr: Annotated[float, Field(gt=0)] = Field(5e-4, description="peak learning rate")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(
-        0.01, description="decoupled; matrices only, not biases and norms"
-    )
-    betas: tuple[Share, Share] = Field((0.9, 0.999), description="Adam's decay rates")
-    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="Adam's epsilon")
+    lr: Rate = Field(5e-4, description="peak learning rate")
+    weight_decay: NotNegative = Field(0.01, description="decoupled; matrices only, not biases and norms")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="Adam's decay rates")
+    eps: Annotated[float, Field(ge=1e-30, le=1)] = Field(1e-8, description="Adam's epsilon")
     warmup: Share = Field(0.1, description="share of the steps with linearly rising learning rate")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "linear", description="after warm-up; linear and cosine end at final_lr"
     )
     final_lr: Share = Field(0.0, description="learning rate at the end, as a share of the peak")
-    clip: Annotated[float, Field(ge=0)] = Field(1.0, description="largest norm of the whole gradient; 0 = no clipping")
+    clip: NotNegative = Field(1.0, description="largest norm of the whole gradient; 0 = no clipping")
 
 
 class EqualTime(Config):
@@ -110,17 +121,13 @@ class StageConfig(Config):
     weighting: Named = Field(Named(name="uniform"), description="how much each teacher counts")
     per: Literal["example", "token"] = Field("example", description="one weight per example or per token (token tasks)")
     steps: Positive | None = Field(None, description="optimizer steps")
-    epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="passes over the train split")
+    epochs: Epochs | None = Field(None, description="passes over the train split")
     equal_time: EqualTime | None = Field(None, description="instead of steps: train as long as another stage")
     batch: BatchConfig = Field(BatchConfig(sequences=16), description="batch size")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="optimizer and schedule")
-    seed: int | None = Field(None, description="of initialisation, order and dropout; default: the run's seed")
-    evaluate_every: Annotated[int, Field(ge=0)] = Field(
-        0, description="optimizer steps between validation losses; 0 = only at the end"
-    )
-    save_every: Annotated[int, Field(ge=0)] = Field(
-        0, description="optimizer steps between checkpoints; 0 = only at the end"
-    )
+    seed: Seed | None = Field(None, description="of initialisation, order and dropout; default: the run's seed")
+    evaluate_every: Natural = Field(0, description="optimizer steps between validation losses; 0 = only at the end")
+    save_every: Natural = Field(0, description="optimizer steps between checkpoints; 0 = only at the end")
     keep: Positive = Field(2, description="newest sealed checkpoints kept")
     early_stop: EarlyStop | None = Field(
         None, description="end before the last step when the validation score stays; counts `evaluate_every` steps"

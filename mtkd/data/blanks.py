@@ -12,6 +12,7 @@ from mtkd.data.collate import Split
 from mtkd.data.files import read_texts
 from mtkd.data.infilling import Infilling, LaidOut
 from mtkd.data.labels import read_labels
+from mtkd.data.marks import marks_of
 from mtkd.data.prepare import ClassifyExamples
 from mtkd.data.rows import TOKENIZED_AT_ONCE, around_text, described, pad_id, texts_of, tokenize, tokenized
 from mtkd.errors import DataError, UserError
@@ -129,7 +130,7 @@ def _filled(request: PrepareRequest) -> tuple[list[str], list[list[tuple[int, in
     assert request.config.cloze is not None, "checked before"
     parts = prompt_parts(request.config.cloze, "cloze")
     columns = {name: read_texts(request.rows, name, request.origin, "cloze") for _, name in parts if name is not None}
-    texts, spans = list[str](), list[list[tuple[int, int]]]()
+    texts, spans, marks = list[str](), list[list[tuple[int, int]]](), marks_of(request)
     for row in range(len(request.rows)):
         text, places = "", list[tuple[int, int]]()
         for literal, name in parts:
@@ -137,8 +138,10 @@ def _filled(request: PrepareRequest) -> tuple[list[str], list[list[tuple[int, in
             if name is not None:
                 places.append((len(text), len(text) + len(columns[name][row])))
                 text += columns[name][row]
-        texts.append(text)
-        spans.append(places)
+        start, stop = marks.bounds(text)
+        request.seen["marked"] += stop - start < len(text)
+        texts.append(text[start:stop])
+        spans.append([(max(first - start, 0), max(min(last, stop) - start, 0)) for first, last in places])
     return texts, spans
 
 

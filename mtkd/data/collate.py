@@ -308,6 +308,7 @@ def load_data(
     task: TaskSpec = TASKS.find(config.task, f"data.{name}.task")
     label_names, num_labels = task.labels(config, raw)
     made: dict[str, Split] = {}
+    marked: list[str] = []  # in their fingerprint: caches of 28 November and before have these tokens twice
     for split in splits:
         if split in raw.splits:
             request = PrepareRequest(
@@ -323,8 +324,13 @@ def load_data(
             )
             made[split] = task.prepare(request)
             made[split].redraws = config.redraw
+            if found := request.seen["marked"]:
+                marked.append(split)
+                said = f"{raw.origin(split).name} ({split}): {found:,} texts bring their own beginning or end token, "
+                made[split].note = "\n".join(filter(None, [made[split].note, said + "which stands there once"]))
     options = config.values(PLACES)
     of_tokenizer = tokenizer_fingerprint(tokenizer, chat=config.chat)
     parts = [raw.fingerprint, of_tokenizer, json.dumps(options, sort_keys=True), *label_names]
+    parts += [f"marks once: {', '.join(marked)}"] if marked else []
     fingerprint = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     return LoadedData(name, config, task, made, label_names, num_labels, fingerprint)

@@ -8,6 +8,7 @@ import numpy as np
 
 from mtkd.data.collate import Split
 from mtkd.data.labels import read_labels
+from mtkd.data.marks import without_marks
 from mtkd.data.masking import Masking
 from mtkd.data.pairs import PairExamples, around_pair
 from mtkd.data.prompts import prepare_prompted
@@ -140,6 +141,7 @@ def prepare_classify(request: PrepareRequest) -> Split:
     columns = [column_of(request, config.text, "text")]
     if config.text_pair:
         columns.append(column_of(request, config.text_pair, "text_pair"))
+    columns = [without_marks(request, column) for column in columns]
     with_types = "token_type_ids" in tokenizer.model_input_names
     encoded_rows: list[list[int]] = []
     types: list[int] = []

@@ -16,6 +16,7 @@ import numpy as np
 from mtkd.config import prompt_parts
 from mtkd.data.collate import Split
 from mtkd.data.files import read_texts
+from mtkd.data.marks import without_marks
 from mtkd.data.rows import described, pad_id, texts_of, tokenize
 from mtkd.errors import DataError
 from mtkd.features import NO_LABEL
@@ -120,7 +121,7 @@ def _written(
     """The text of each row before the first token that is predicted, and that after it."""
     config = request.config
     assert config.prompt is not None
-    every = prompt_texts(request.rows, config.prompt, request.origin)
+    every = without_marks(request, prompt_texts(request.rows, config.prompt, request.origin), end=False)
     prompts = [every[row] for row in rows]
     return _turns(request, prompts, responses, rows) if config.chat else (prompts, responses)
 

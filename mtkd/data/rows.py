@@ -9,6 +9,7 @@ import numpy as np
 
 from mtkd.data.collate import Documents
 from mtkd.data.files import read_texts
+from mtkd.data.marks import without_marks
 from mtkd.data.transfer import transfer_tokens
 from mtkd.errors import DataError
 
@@ -22,8 +23,9 @@ TOKENIZED_AT_ONCE = 1_000
 
 
 def texts_of(request: PrepareRequest) -> tuple[list[str], np.ndarray]:
-    """The texts that are not blank, and their row numbers; blank rows have nothing to predict."""
-    every = column_of(request, request.config.text, "text")
+    """The texts that are not blank, without their own marks, and their row numbers; blank rows predict nothing."""
+    # A chat template ends a turn, so that the response may not do so too.
+    every = without_marks(request, column_of(request, request.config.text, "text"))
     rows = np.array([row for row, text in enumerate(every) if text.strip()], np.int64)
     if not len(rows):
         raise DataError("all texts are blank", where=request.origin.name, found=f"{len(every)} blank rows")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mtkd.config import DataConfig
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PrepareRequest:
-    """All that a task needs to make a split: rows, where they come from, how, the classes, and columns of names."""
+    """All that a task needs to make a split: rows, where they come from, how, the classes, and columns of names.
+
+    `seen` counts what is found on the way: "marked", texts that brought their own beginning or end token.
+    """
 
     split: str
     rows: Dataset
@@ -32,6 +36,7 @@ class PrepareRequest:
     num_labels: int = 0
     names: str = ""
     domains: str = ""
+    seen: Counter[str] = field(default_factory=Counter)
 
 
 Prepare = Callable[[PrepareRequest], "Split"]

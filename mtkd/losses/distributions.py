@@ -249,9 +249,9 @@ def _log(mixture: Tensor) -> Tensor:
 
 
 def log_distribution(logits: Tensor, temperature: float) -> Tensor:
-    """``log softmax(logits / temperature)``; ValueError for a temperature that is not positive."""
-    if temperature <= 0:
-        raise ValueError(f"temperature must be positive; found {temperature}")
+    """``log softmax(logits / temperature)``; ValueError for a temperature outside 0.001 to 1,000,000."""
+    if not 1e-3 <= temperature <= 1e6:
+        raise ValueError(f"temperature must be positive, 0.001 to 1,000,000; found {temperature:g}")
     return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, -1)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import Field, ValidationError, computed_field
@@ -31,7 +31,7 @@ class Card(Config):
     layers: Positive = Field(description="number of layers")
     width: Positive = Field(description="width of the hidden states")
     heads: Positive = Field(description="attention heads (of the queries)")
-    parameters: Positive = Field(
+    parameters: Annotated[int, Field(gt=0, le=10**15)] = Field(
         description="number of parameters: encoders without a task head (with pooler), decoders with their output "
         "head; tied ones once"
     )

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mtkd.features import Logits, SparseLogits
+from mtkd.pieces import pieces
 
 TraitFunction = Callable[[Tensor, Tensor | None], Tensor]
 """``(logits [n,V], labels [n] or None) -> [n]``."""
@@ -300,7 +301,8 @@ class Traits:
         if isinstance(logits, SparseLogits):
             values[index] = logits.trait(name, index).float()
             return values.reshape(self._mask.shape)
-        for tile in index.split(self.tile):
+        for piece in pieces(len(index), self.tile):
+            tile = index[piece]
             values[tile] = function(logits.rows(tile), labels[tile]).float()
         return values.reshape(self._mask.shape)
 
