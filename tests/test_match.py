@@ -37,6 +37,11 @@ def test_other_maps() -> None:
     assert pairs(3, 10, student_layer=[1], teacher_layer="last") == [(1, 10)]
 
 
+def test_a_layer_is_no_negative_number() -> None:
+    with pytest.raises(ValidationError, match="greater than or equal to 0"):
+        Match(student_layer=-1)
+
+
 @pytest.mark.parametrize(
     ("students", "teachers", "row", "message"),
     [
@@ -49,7 +54,6 @@ def test_other_maps() -> None:
         (3, 4, {"student_layer": (1, 2), "teacher_layer": (1, 2, 3)}, "different numbers of layers"),
         (3, 4, {"student_layer": 4}, "no such layer"),
         (3, 4, {"teacher_layer": 5}, "no such layer"),
-        (3, 4, {"student_layer": -1}, "no such layer"),
         (3, 4, {"student_layer": (1, 2), "teacher_layer": (1, 9)}, "no such layer"),
         (6, 4, {"student_layer": "each", "teacher_layer": "last"}, "no such layer"),
         (3, 4, {"feature": "scores", "loss": "attention_mse", "teacher_layer": 0}, "no such layer"),
