@@ -28,6 +28,7 @@ from mtkd.dataplan import DataReader
 from mtkd.engine.base import Trainable, seed_everything
 from mtkd.engine.dist import Dist
 from mtkd.engine.make import make_engine
+from mtkd.exports import check_foreign, open_export
 from mtkd.locate import compare_tokenizer, given_tokenizer, resolve_path, revision_of, trained_tokenizer
 from mtkd.mix import stage_rows
 from mtkd.models.classes import Given, teacher_classes
@@ -110,11 +111,17 @@ class Workshop:
         return given_tokenizer(self.config)
 
     def resolve(self, path: str) -> Path | str:
-        """stage:NAME[/MEMBER] -> its export, a folder -> its path, a card -> its source; else the hub id as it is."""
+        """stage:NAME[/MEMBER] -> its export, a folder -> its path, a card -> its source; else the hub id as it is.
+
+        What a run made is compared with what it sealed, once per process.
+        """
         stage = stage_of(path)
         if stage is not None:
-            return self.folder(stage).export / member_of(path)
-        return resolve_path(path, self.base)
+            return open_export(stage, self.folder(stage), self.record(stage), member_of(path))
+        found = resolve_path(path, self.base)
+        if isinstance(found, Path):
+            check_foreign(found)
+        return found
 
     def steps(self, stage: StageConfig, data: LoadedData) -> int:
         """Optimizer steps of a stage."""
@@ -355,9 +362,12 @@ class Workshop:
         folder = self.folder(stage).export / member_of(path) if stage else cache_folder(path, self.base, where)
         made_of = [t for t in self.config.stages[stage].teachers if t.name == member_of(path)] if stage else []
         digest = self.teacher_digest(made_of[0]) if made_of else None
-        return cached_teacher(
+        found = cached_teacher(
             teacher.name, folder, data, self.tokenizer, digest, self.config.engine.decided_precision, where
         )
+        if stage:  # after it said what else it may be: another teacher's
+            open_export(stage, self.folder(stage), self.record(stage), member_of(path))
+        return found
 
     def _train_split(self, stage: StageConfig, data: LoadedData, where: str) -> Split:
         """What the stage trains on, with the teacher that each example names where the weighting reads it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,10 +13,10 @@ from mtkd.cache import CacheContent, CacheOrigin, CacheReader
 from mtkd.data.collate import LoadedData
 from mtkd.data.tokenizers import tokenizer_fingerprint
 from mtkd.errors import DataError, UserError
+from mtkd.manifest import manifest_digest
 from mtkd.models import glm  # noqa: F401  registers our own type
 from mtkd.models.info import ModelInfo, count_parameters, model_info
 from mtkd.pool import CachedTeacher
-from mtkd.seal import MANIFEST
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def cache_digest(folder: Path) -> str:
         DataError: the folder is no finished cache.
     """
     CacheReader(folder)
-    return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+    return manifest_digest(folder)
 
 
 def model_values(config: PretrainedConfig) -> dict[str, Any]:

@@ -35,11 +35,14 @@ from mtkd.data.tokenizers import num_real_ids
 from mtkd.engine.dist import alive, on_main, together
 from mtkd.ensembles import as_logits
 from mtkd.errors import DataError, NonFiniteError, Preempted, UserError, on_every_rank
+from mtkd.exports import manifests
 from mtkd.jsonlines import append_jsonl
 from mtkd.models.taps import TappedModel
+from mtkd.notes import Identity, read_seconds, write_seconds
 from mtkd.pool import Teacher, pooled
+from mtkd.record import read_record, write_record
 from mtkd.rundir import RunDir, StageDir
-from mtkd.seal import MANIFEST, fault_point, write_atomic
+from mtkd.seal import MANIFEST, fault_point
 from mtkd.teaching import heads_read
 from mtkd.train import StopFlag, stop_flag
 
@@ -97,7 +100,7 @@ def capture(shop: Workshop, name: str, identity: dict[str, Any]) -> dict[str, An
     def read() -> tuple[dict[str, dict[str, Any]], float]:
         """What each finished cache tells of itself, and the seconds of all sessions."""
         facts = {t.name: _facts(exported / t.name, job.data) for t in stage.teachers}
-        return facts, json.loads((exported / _SECONDS).read_text())
+        return facts, read_seconds(exported / _SECONDS, _damaged(job))
 
     made, seconds = together(shop.dist, read, partial(_failed, exported))
     for teacher_name, facts in made.items():
@@ -112,6 +115,7 @@ def capture(shop: Workshop, name: str, identity: dict[str, Any]) -> dict[str, An
         "tokens": sum(facts["positions"] for facts in made.values()),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "caches": made,
+        "manifests": manifests(exported, list(made)),
     }
 
 
@@ -125,7 +129,8 @@ def _begun(job: _Job, identity: dict[str, Any]) -> bool:
         note = folder / _IDENTITY
         if not note.is_file():
             continue
-        changed = differences(json.loads(note.read_text()), json.loads(json.dumps(identity)))
+        begun = read_record(note, Identity, _damaged(job))
+        changed = differences(begun, json.loads(json.dumps(identity)))
         if changed:
             raise DataError(
                 "the caches begun here are of another configuration, teacher, data set or tokenizer",
@@ -135,12 +140,17 @@ def _begun(job: _Job, identity: dict[str, Any]) -> bool:
                 + redo_command([job.name]),
             )
         if folder == job.folder.partial:
-            job.seconds = float(json.loads((folder / _SECONDS).read_text()))
+            job.seconds = read_seconds(folder / _SECONDS, _damaged(job))
         return folder == job.folder.export
     job.folder.partial.mkdir(parents=True, exist_ok=True)
-    write_atomic(job.folder.partial / _SECONDS, "0.0")
-    write_atomic(job.folder.partial / _IDENTITY, json.dumps(identity, indent=1, sort_keys=True))
+    write_seconds(job.folder.partial / _SECONDS, 0.0)
+    write_record(job.folder.partial / _IDENTITY, identity)
     return False
+
+
+def _damaged(job: _Job) -> str:
+    """What helps when a note about what was begun is damaged."""
+    return f"begin this stage anew: {redo_command([job.name])}"
 
 
 def _cache(job: _Job, config: TeacherConfig, where: str, stopped: StopFlag, progress: StageProgress) -> None:
@@ -273,7 +283,7 @@ def _failed(folder: Path, message: str) -> UserError:
 
 def _log(job: _Job) -> None:
     """Where the stage stands, for `mtkd status`, and the seconds for a later session."""
-    write_atomic(job.folder.partial / _SECONDS, json.dumps(job.seconds))
+    write_seconds(job.folder.partial / _SECONDS, job.seconds)
     line = {"stage": job.name, "step": job.shards, "time": time.time(), "seconds": round(job.seconds, 3)}
     append_jsonl(RunDir(job.shop.run.path).metrics_file, {**line, "examples": job.examples})
 

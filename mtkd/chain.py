@@ -87,7 +87,7 @@ def changed_stages(config: RunConfig, folders: Mapping[str, StageDir]) -> list[s
     gone: set[str] = set()
     for name, stage in config.stages.items():
         record = folders[name].done()
-        if record is None or name in gone or record["identity"]["stage"] == stage_values(stage):
+        if record is None or name in gone or record["identity"].get("stage") == stage_values(stage):
             continue
         found.append(name)
         gone |= set(to_redo(config, [name]))

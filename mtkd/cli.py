@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mtkd import __version__
-from mtkd.errors import EXIT_DATA, EXIT_INTERNAL, UserError, nearest
+from mtkd.errors import EXIT_DATA, EXIT_INTERNAL, EXIT_USAGE, UserError, nearest
 
 if TYPE_CHECKING:
     from mtkd.config import RunConfig
@@ -91,7 +91,7 @@ def resume(
 ) -> None:
     """Go on with a run that was stopped, from its own copy of the configuration."""
     from mtkd.launcher import Started
-    from mtkd.runner import reopen
+    from mtkd.remember import reopen
 
     _run(reopen(folder), redo, as_json, Started(no_ssh, node_rank, master_addr, master_port))
 
@@ -124,9 +124,10 @@ def validate(file: File, override: Override = None) -> None:
 @app.command()
 def report(folder: Run, as_json: Json = False) -> None:
     """Write report.html of a run (finished or not) and print its tables."""
-    from mtkd.report import write_report
+    from mtkd.report import check_whole, write_report
 
-    write_report(_run_folder(folder))
+    check_whole(_run_folder(folder))
+    write_report(folder)
     _finish(folder, as_json)
 
 
@@ -365,11 +366,23 @@ def _exit_code() -> int:
     except KeyboardInterrupt:
         typer.echo("mtkd: interrupted", err=True)
         return 130
+    except OSError as error:  # the disk's, or its rights; a program's own error never is one
+        typer.echo(f"mtkd: {_of_system(error)}", err=True)
+        return EXIT_USAGE
     except Exception:
         traceback.print_exc()
         typer.echo("mtkd: this is a bug in mtkd; please report it with the text above and `mtkd doctor`", err=True)
         return EXIT_INTERNAL
     return 0
+
+
+def _of_system(error: OSError) -> UserError:
+    """What the system refused, with the file."""
+    return UserError(
+        f"the system refused it: {error.strerror or error}",
+        where=str(error.filename or ""),
+        todo="look at this file or folder, its rights and the free space, and try again",
+    )
 
 
 if __name__ == "__main__":

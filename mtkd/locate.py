@@ -16,14 +16,20 @@ from mtkd.data.sources import Raw
 from mtkd.data.tokenizers import check_same_tokenizer, load_tokenizer, train_tokenizer
 from mtkd.engine.dist import Dist
 from mtkd.errors import DataError, UserError
+from mtkd.exports import SMALL, check_foreign
 from mtkd.models.cards import Card, how_to_get, load_cards, missing_glm
 from mtkd.models.folder import check_tokenizer_folder, has_tokenizer
 
 
 def resolve_path(path: str, base: Path) -> Path | str:
-    """A model or tokenizer folder (relative to `base` or to the working directory), a card's source, or a hub id."""
+    """A model or tokenizer folder (relative to `base` or to the working directory), a card's source, or a hub id.
+
+    Raises:
+        DataError: the folder is of a run, and its small files are not what that run sealed.
+    """
     for candidate in (base / path, Path(path)):
         if candidate.is_dir():
+            check_foreign(candidate, SMALL)
             return candidate
     card = load_cards().get(path)
     return card.source if card else path

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import torch
@@ -58,16 +58,19 @@ def resolve(config: RunConfig) -> RunConfig:
     """
     config = with_precision(config)
     load_plugins(config.plugins, config.base)
-    return complete(config, lambda stand_in: _Planner(stand_in).look())
+    return complete(config, lambda stand_in: _Planner(stand_in, states=False).look())
 
 
-def plan(config: RunConfig, *, memory: bool = False, reader: DataReader | None = None) -> Plan:
+def plan(
+    config: RunConfig, *, memory: bool = False, reader: DataReader | None = None, redo: Collection[str] = ()
+) -> Plan:
     """Resolve and check a run: models from their configurations, rows against both sides, tokenizers against another.
 
     Args:
         memory: also say what each stage needs of memory and disk; a second or so per stage, for models of 10B up to
             a minute: every change that might help is planned too.
         reader: of the data entries, which the run goes on with.
+        redo: stages that are to be made again: the run is planned as it would be then.
     Raises:
         UserError: whatever would fail later for a reason that can be known now.
     """
@@ -76,7 +79,7 @@ def plan(config: RunConfig, *, memory: bool = False, reader: DataReader | None =
     check(config)
     reader = reader or DataReader(config.base)
     config = with_teachers_classes(config, reader)
-    planner = _Planner(config, reader)
+    planner = _Planner(config, reader, redo)
     facts = {name: planner.models.facts(data) for name, data in config.data.items()}
     planner.models.check_chats()
     planner.models.check_commands()
@@ -96,7 +99,10 @@ def plan(config: RunConfig, *, memory: bool = False, reader: DataReader | None =
 
 
 class _Planner:
-    def __init__(self, config: RunConfig, reader: DataReader | None = None) -> None:
+    def __init__(
+        self, config: RunConfig, reader: DataReader | None = None, redo: Collection[str] = (), states: bool = True
+    ) -> None:
+        self._to_do = set(redo) if states else set(config.stages)
         self.config = config
         self.models = PlannedModels(config, reader)
         self._cached: dict[str, CacheFacts] = {}  # what cache stages will have made
@@ -274,13 +280,13 @@ class _Planner:
 
     def _state(self, name: str) -> str:
         folder = self.config.folder
-        if not (folder / "run.yaml").is_file():
+        if name in self._to_do or not (folder / "run.yaml").is_file():
             return "to do"
         stage = RunDir.open(folder).stage(list(self.config.stages).index(name) + 1, name)
         record = stage.done()
         if record is None:
             return "to do"
-        same = record["identity"]["stage"] == stage_values(self.config.stages[name])
+        same = record["identity"].get("stage") == stage_values(self.config.stages[name])
         return SKIPPED if same else "done, but differs"
 
     def _tokens(self, stage: StageConfig, max_length: int) -> int | None:

@@ -7,11 +7,11 @@ runs/<name>/stages/01-<stage>/stage.yaml  checkpoints/step-000500/  export/  sco
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import platform
 import re
-import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,11 +26,11 @@ import yaml
 
 from mtkd.config import RunConfig, check_name
 from mtkd.errors import DataError, UserError
-from mtkd.jsonlines import read_jsonl, to_json
+from mtkd.notes import Done, Environment, read_done
+from mtkd.record import read_record, write_record
 from mtkd.seal import (
     Found,
     check_seal,
-    fault_point,
     newest_sealed,
     save_sealed,
     seal,
@@ -54,7 +54,8 @@ __all__ = [
 
 PACKAGES = ("mtkd", "torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors", "scipy", "pydantic")
 _STAGE_FOLDER = re.compile(r"\d{2,}-(.+)")
-_ASIDE = ".forgotten-"
+SEAL_LINE = "# sha256 of the lines above: "
+"""The last line of run.yaml begins so."""
 _OFFLOADED = ".offload-"
 
 
@@ -145,7 +146,7 @@ class RunDir:
             DataError: there are two.
         """
         parent = self.path / "stages"
-        found = self._stage_folders().get(check_name(name), [])
+        found = self.stage_folders().get(check_name(name), [])
         if len(found) > 1:
             raise DataError(
                 "a stage has two folders",
@@ -155,7 +156,7 @@ class RunDir:
             )
         return StageDir(found[0] if found else parent / f"{index:02d}-{name}")
 
-    def _stage_folders(self) -> dict[str, list[Path]]:
+    def stage_folders(self) -> dict[str, list[Path]]:
         """Folders by the name of their stage."""
         parent, found = self.path / "stages", dict[str, list[Path]]()
         for path in parent.iterdir() if parent.is_dir() else ():
@@ -163,39 +164,33 @@ class RunDir:
                 found.setdefault(match[1], []).append(path)
         return found
 
-    def forget(self, names: Sequence[str]) -> None:
-        """Remove what these stages made, and what was said about it; under the lock.
-
-        A kill on the way leaves a run that can go on: the stages are in the order in which they go, so name those
-        that use a stage before it. Each folder is renamed aside first. Also sweeps up what a killed call left.
-        """
-        parent = self.path / "stages"
+    def sweep_offloaded(self) -> None:
+        """Remove files of offloaded weights that a killed process left; under the lock."""
         for left in self.path.glob(f"{_OFFLOADED}*"):
             left.unlink()
-        if names:
-            for stale in (self.path / "results.json", self.report_file):
-                stale.unlink(missing_ok=True)
-        for name in names:
-            for path in self._stage_folders().get(name, []):
-                path.rename(parent / f"{_ASIDE}{path.name}-{os.getpid()}")
-                fault_point("while-forgetting", 0)
-            shutil.rmtree(self.path / "tensorboard" / check_name(name), ignore_errors=True)
-        if names and self.metrics_file.exists():
-            lines = [line for line in read_jsonl(self.metrics_file) if line.get("stage") not in names]
-            write_atomic(self.metrics_file, "".join(to_json(line) + "\n" for line in lines))
-        for path in parent.iterdir() if parent.is_dir() else ():
-            if path.name.startswith(_ASIDE):
-                shutil.rmtree(path)
 
     def write_config(self, config: RunConfig) -> None:
         """Write run.yaml so that `load_config` reads an equal configuration from it."""
         # Only what was set: some checks ask whether a key was written at all.
         values = config.model_dump(mode="json", exclude_unset=True)
-        write_atomic(self.config_file, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        write_atomic(self.config_file, f"{text}{SEAL_LINE}{hashlib.sha256(text.encode()).hexdigest()}\n")
 
     def write_environment(self, argv: Sequence[str]) -> None:
         """Write env.json."""
-        write_atomic(self.environment_file, json.dumps(environment(argv), indent=1) + "\n")
+        write_record(self.environment_file, environment(argv))
+
+    def environment(self) -> dict[str, Any]:
+        """What env.json holds.
+
+        Raises:
+            DataError: it is missing or damaged.
+        """
+        todo = "`mtkd run FILE` writes it anew"
+        try:
+            return read_record(self.environment_file, Environment, todo)
+        except FileNotFoundError:
+            raise DataError("the file is missing", where=str(self.environment_file), todo=todo) from None
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -267,22 +262,13 @@ class StageDir:
         Raises:
             DataError: when the file is not what `mark_done` writes.
         """
-        try:
-            record = json.loads(self.done_file.read_bytes())
-        except FileNotFoundError:
-            return None
-        except ValueError:
-            record = None
-        if not isinstance(record, dict):
-            raise DataError(
-                "not JSON of a finished stage", where=str(self.done_file), todo="remove the file to redo it"
-            )
-        return record
+        return read_done(self.done_file)
 
     def mark_done(self, record: Mapping[str, Any]) -> None:
-        """Record the end of the stage: fingerprint, metrics, seconds. Atomic, and the last thing a stage writes."""
+        """Record the end of the stage, as `Done`. Atomic, and the last thing a stage writes."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.done_file, json.dumps(dict(record), indent=1, sort_keys=True, allow_nan=False) + "\n")
+        Done.model_validate(json.loads(json.dumps(dict(record), allow_nan=False)))
+        write_record(self.done_file, record)
 
     def sealed_export(self, write: Callable[[Path], None], facts: Mapping[str, Any]) -> Path:
         """Have the model written aside, seal it and put it in place; for the main rank. Replaces an earlier one."""

@@ -14,29 +14,32 @@ from typing import Any
 
 import torch
 
-from mtkd.agreement import agree, agree_on_precision, agree_on_run, check_shared, new_run_id
+from mtkd.agreement import agree, agree_on_precision, agree_on_run, check_shared
 from mtkd.build import Workshop
 from mtkd.built import BuiltStage
 from mtkd.capture import capture
-from mtkd.chain import changed_stages, finished, to_redo
+from mtkd.chain import changed_stages, finished, member_of, stage_of, to_redo
 from mtkd.chance import warn_below_chance
 from mtkd.checks import check
 from mtkd.config import RunConfig
-from mtkd.configfile import config_digest, fingerprint, load_config
+from mtkd.configfile import fingerprint
 from mtkd.console import say
 from mtkd.data.vocabulary import compress_tokenizer
 from mtkd.dataplan import DataReader
 from mtkd.engine.dist import Dist, on_main
 from mtkd.engine.make import start_processes
 from mtkd.engine.watch import note, watched
-from mtkd.errors import DataError, UserError
+from mtkd.errors import UserError
 from mtkd.evaluate.judge import judge
+from mtkd.exports import manifests, open_export
 from mtkd.labelplan import with_teachers_classes
 from mtkd.models.load import quiet
 from mtkd.planner import plan, resolve
-from mtkd.report import write_report
+from mtkd.redo import drop_replaced, pending, set_aside, undone_on_error
+from mtkd.remember import remember
+from mtkd.report import is_current, write_report
 from mtkd.rundir import RunDir, StageDir
-from mtkd.seal import fault_point, newest_sealed, write_atomic
+from mtkd.seal import fault_point
 from mtkd.teaching import heads_read
 from mtkd.train import train
 
@@ -91,17 +94,21 @@ def _run(config: RunConfig, redo: Sequence[str], dist: Dist, device: torch.devic
     check(config)
     reader = DataReader(config.base)
     config = with_teachers_classes(config, reader)
-    again = to_redo(config, redo)
-    on_main(dist, lambda: _plan_unfinished(config, reader))
+    begun = on_main(dist, lambda: pending(RunDir(config.folder)))
+    again = to_redo(config, [*redo, *(name for name in begun if name in config.stages)])
+    on_main(dist, lambda: _plan_unfinished(config, reader, again))
     folder = on_main(dist, lambda: RunDir.create(config, base=Path(config.output)))
     check_shared(dist, folder.path)
     with ExitStack() as held:
         # On the main rank alone, and told to the others: they would wait for it in their first collective.
         on_main(dist, lambda: held.enter_context(folder.lock()))
-        on_main(dist, lambda: folder.forget(again))
-        run_id = on_main(dist, lambda: _remember(config, folder))
+        on_main(dist, lambda: set_aside(folder, again))
+        if dist.is_main:
+            held.enter_context(undone_on_error(folder, config))
+        run_id = on_main(dist, lambda: remember(config, folder))
         _note_rank(folder, dist, run_id)
         shop = Workshop(config, folder, dist, device, reader)
+        on_main(dist, lambda: _check_needed(shop))
         for name in config.stages:
             shop.records[name] = _stage(shop, name, folder)
         results = judge(shop)
@@ -109,65 +116,37 @@ def _run(config: RunConfig, redo: Sequence[str], dist: Dist, device: torch.devic
     return RunResult(folder.path, report, shop.records, results)
 
 
-def _plan_unfinished(config: RunConfig, reader: DataReader) -> None:
-    """Plan the run, unless all of it is done: a mistake in the last stage must not wait for the first ones."""
+def _plan_unfinished(config: RunConfig, reader: DataReader, again: Sequence[str]) -> None:
+    """Plan the run as it would be, unless all of it is done and stays so.
+
+    A mistake in the last stage must not wait for the first ones, and none may cost a stage that is to be redone.
+
+    Args: again: the stages that are to be redone.
+    """
     folder = RunDir(Path(config.output) / config.name)
     known = folder.config_file.is_file()
-    if not known or not all(folder.stage(i, name).done() for i, name in enumerate(config.stages, 1)):
-        missing = plan(config, reader=reader).missing
+    if not known or again or not all(folder.stage(i, name).done() for i, name in enumerate(config.stages, 1)):
+        missing = plan(config, reader=reader, redo=again).missing
         if missing:
             raise UserError(
                 "models or data of this run are not here", where="stages", found="\n           ".join(missing)
             )
 
 
+def _check_needed(shop: Workshop) -> None:
+    """Check what finished stages made for those that are still to do: damage must not wait for hours of training."""
+    done = {name: record for name in shop.config.stages if (record := shop.folder(name).done())}
+    to_do = [stage for name, stage in shop.config.stages.items() if name not in done]
+    models = [model for s in to_do for model in (*s.trained.values(), *(t.model for t in s.teachers))]
+    for model in models:
+        name = stage_of(model.path)
+        if name in done:
+            open_export(name, shop.folder(name), done[name], member_of(model.path))
+
+
 def _report(folder: RunDir) -> Path:
-    """The report, written unless nothing that it shows has changed since (drawing takes seconds)."""
-    report = folder.report_file
-    shown = (folder.config_file, folder.metrics_file, folder.path / "results.json")
-    if report.exists() and all(report.stat().st_mtime_ns > f.stat().st_mtime_ns for f in shown if f.exists()):
-        return report
-    return write_report(folder.path)
-
-
-def reopen(path: Path) -> RunConfig:
-    """The configuration of an existing run, for `mtkd resume`.
-
-    Raises:
-        UserError: not a run folder. DataError: nothing in it can be resumed.
-    """
-    path = path.resolve()
-    folder = RunDir.open(path)
-    if not folder.environment_file.is_file():  # any folder may hold a user's own run.yaml
-        raise UserError("not the folder of a run: it has no env.json", where=str(path))
-    config = load_config(folder.config_file).model_copy(update={"output": str(path.parent)})
-    config._base = Path(json.loads(folder.environment_file.read_text()).get(_BASE, Path.cwd()))
-    stages = [folder.stage(i, name) for i, name in enumerate(config.stages, 1)]
-    if not any(s.done() or newest_sealed(s.checkpoints).path or s.partial.is_dir() for s in stages):
-        raise DataError(
-            "nothing to resume: no stage is finished and no checkpoint is whole",
-            where=str(path),
-            todo="start it again with `mtkd run FILE`",
-        )
-    return config
-
-
-def _remember(config: RunConfig, folder: RunDir) -> str:
-    """Keep run.yaml and the folder that its relative paths start from up to date, for `reopen` and `status`.
-
-    Returns:
-        The run's id: by the clock of this, the main rank, when it was first started.
-    """
-    if config_digest(load_config(folder.config_file)) != config_digest(config):
-        folder.write_config(config)  # finished stages are compared with it one by one
-    environment = json.loads(folder.environment_file.read_text())
-    run_id = environment.get(_RUN_ID) or new_run_id()
-    environment |= {_BASE: str(config.base.resolve()), _RUN_ID: run_id}
-    write_atomic(folder.environment_file, json.dumps(environment, indent=1))
-    return run_id
-
-
-_BASE, _RUN_ID = "configuration_folder", "run_id"
+    """The report, written again unless it shows what the run is now."""
+    return folder.report_file if is_current(folder.path) else write_report(folder.path)
 
 
 def _note_rank(folder: RunDir, dist: Dist, run_id: str) -> None:
@@ -198,7 +177,7 @@ def _stage(shop: Workshop, name: str, run: RunDir) -> dict[str, Any]:
     if shop.config.stages[name].kind == "cache":
         cached = {**capture(shop, name, wanted), "fingerprint": fingerprint(wanted), "identity": wanted}
         fault_point("before-done", cached["steps"])
-        on_main(shop.dist, lambda: folder.mark_done(cached))
+        on_main(shop.dist, lambda: _mark_done(run, folder, cached))
         return cached
     built = shop.build(name)
     if "logits" in heads_read(shop.config, name):
@@ -216,12 +195,18 @@ def _stage(shop: Workshop, name: str, run: RunDir) -> dict[str, Any]:
         "identity": wanted,
     }
     _export(shop, built, folder)
+    record["manifests"] = on_main(shop.dist, lambda: manifests(folder.export, [""]))
     fault_point("before-done", facts["steps"])
-    on_main(shop.dist, lambda: folder.mark_done(record))
+    on_main(shop.dist, lambda: _mark_done(run, folder, record))
     built.close()
     del built
     gc.collect()
     return record
+
+
+def _mark_done(run: RunDir, folder: StageDir, record: dict[str, Any]) -> None:
+    folder.mark_done(record)
+    drop_replaced(run)
 
 
 def _export(shop: Workshop, built: BuiltStage, folder: StageDir) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mtkd.config import RunConfig
-from mtkd.configfile import load_config
-from mtkd.jsonlines import read_jsonl
+from mtkd.jsonlines import readable_jsonl
+from mtkd.remember import own_config
 from mtkd.rundir import RunDir, StageDir
 from mtkd.seal import newest_sealed
 
@@ -18,11 +18,12 @@ def status(path: Path) -> dict[str, Any]:
 
     A step of a cache stage is a shard; in the place of its checkpoint stands what it made.
     """
-    config, run = load_config(path / "run.yaml"), RunDir.open(path)
+    run = RunDir.open(path)
+    config = own_config(run)
     logged: dict[str, dict[str, Any]] = {}
-    for line in read_jsonl(run.metrics_file):
+    for line in readable_jsonl(run.metrics_file)[0]:
         if "loss" in line or "examples" in line:  # of training, and of a cache
-            logged[line["stage"]] = line
+            logged[str(line.get("stage"))] = line
     stages = [
         _stage(name, run.stage(position, name), logged.get(name, {})) for position, name in enumerate(config.stages, 1)
     ]

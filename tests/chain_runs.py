@@ -14,7 +14,7 @@ from tiny_run import NAME, write_yaml
 
 RUN = f"runs/{NAME}"
 _CLOCK = {"time", "seconds"}
-_UNLIKE = {"seconds", "peak_memory_bytes"}  # of a DONE record: what no two runs have in common
+_UNLIKE = {"sha256", "seconds", "peak_memory_bytes"}  # of a DONE record: what no two runs have in common
 
 TAKD = ("teacher", "assistant-1", "assistant-2", "assistant-3", "student", "direct")
 DGKD = ("teacher", "assistant-1", "assistant-2", "student", "direct")
@@ -84,6 +84,7 @@ def outcome(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
     results = json.loads((folder / RUN / "results.json").read_text())
     for model in results["models"].values():
         model.pop("seconds", None)
+    del results["sha256"], results["inputs"]  # they cover the seconds
     return found | {"results": results}
 
 

@@ -46,8 +46,9 @@ ORDER = (
         "cofinetune",
     ),
     (
-        *("chain", "ladder", "rundir", "locate", "memory", "footprint", "budget", "modelplan", "dataplan", "precision"),
-        *("cachefolder", "cacheplan", "planned", "agreement", "teaching", "dataview", "labelplan"),
+        *("chain", "redo", "ladder", "rundir", "locate", "memory", "footprint", "budget", "modelplan", "dataplan"),
+        *("notes", "exports", "remember", "cachefolder", "cacheplan", "planned", "agreement", "teaching", "dataview"),
+        *("labelplan", "precision"),
     ),
     ("build", "built", "checks", "planner"),
     ("evaluate", "lookaround"),

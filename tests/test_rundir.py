@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from mtkd.config import RunConfig
-from mtkd.configfile import config_digest, load_config
+from mtkd.configfile import config_digest, fingerprint, load_config
 from mtkd.errors import EXIT_USAGE, DataError, UserError
+from mtkd.record import json_object
 from mtkd.rundir import RunDir, StageDir, environment
 from mtkd.seal import MANIFEST, check_seal
 
@@ -232,12 +233,47 @@ def test_a_stage_is_done_when_its_record_is_there(tmp_path: Path) -> None:
     stage.describe({"steps": 3, "betas": [0.9, 0.99]})
     assert stage.config_file.read_text() == "steps: 3\nbetas:\n- 0.9\n- 0.99\n"
     assert stage.done() is None
-    stage.mark_done({"fingerprint": "f", "seconds": 1.5})
-    assert stage.done() == {"fingerprint": "f", "seconds": 1.5}
-    for broken in ("", "[]", "{"):
-        stage.done_file.write_text(broken)
-        with pytest.raises(DataError, match="not JSON of a finished stage"):
+    stage.mark_done(DONE)
+    assert stage.done() == DONE
+
+
+DONE = {
+    "stage": "a",
+    "kind": "distill",
+    "steps": 3,
+    "seconds": 1.5,
+    "tokens": 9,
+    "parameters": 2,
+    "teachers": ["t"],
+    "fingerprint": fingerprint({"seed": 1}),
+    "identity": {"seed": 1},
+}
+
+
+def test_any_damage_of_the_record_of_a_stage_is_told_with_file_and_remedy(tmp_path: Path) -> None:
+    """Law: a record is read as it was written, or not at all: any flipped bit, any cut, any other form is refused."""
+    stage = StageDir(tmp_path / "01-a")
+    stage.mark_done(DONE)
+    whole = stage.done_file.read_bytes()
+    flipped = [whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :] for i in range(len(whole))]
+    cut = [whole[:i] for i in range(len(whole) - 2)]
+    hostile = [b"[]", b"3", b"null", b"\xff\xfe", b"[" * 99_999, b'{"steps": NaN}', b'{"a": "\\ud800"}']
+    forms: list[dict[str, object]] = [{"steps": "3"}, {"steps": -1}, {"seconds": None}, {"identity": []}, {"stage": 1}]
+    old = [json.dumps({**DONE, **form}).encode() for form in forms]
+    for broken in [*flipped, *cut, *hostile, *old]:
+        stage.done_file.write_bytes(broken)
+        if json_object(broken) == json_object(whole):  # only white space differs
+            continue
+        with pytest.raises(DataError) as caught:
             stage.done()
+        assert str(stage.done_file) in caught.value.where
+        assert caught.value.todo
+    stage.done_file.write_text(json.dumps(DONE))  # of a version without digests
+    assert stage.done() == DONE
+    stage.done_file.unlink()
+    stage.done_file.mkdir()
+    with pytest.raises(DataError, match="not a plain file"):
+        stage.done()
 
 
 def test_an_export_loads_with_plain_transformers_and_is_redone_alike(tmp_path: Path) -> None:
@@ -325,5 +361,5 @@ def test_the_versions_are_those_of_the_imported_packages() -> None:
 def test_a_file_of_offloaded_weights_that_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.offload_file("teacher").write_bytes(b"weights")
-    run.forget([])
+    run.sweep_offloaded()
     assert list(tmp_path.iterdir()) == []

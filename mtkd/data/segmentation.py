@@ -122,7 +122,7 @@ def added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, bool
 
 def segmentation_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """sha256 (hexadecimal) over how text is cut; token -> id and the parts of special tokens are not in it."""
-    parts = [rules(tokenizer), added_tokens(tokenizer)]
+    parts: list[Any] = [rules(tokenizer), added_tokens(tokenizer)]
     if _rules_of_backend(tokenizer) is None:  # such a class does more than it tells
         parts.append(cut(tokenizer, probes(tokenizer, sorted(tokenizer.all_special_tokens))))
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=True).encode()).hexdigest()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
+from pathlib import Path
 from typing import Any
 
 from mtkd.build import Workshop
-from mtkd.chain import scored_models
+from mtkd.chain import scored_models, stage_of
 from mtkd.config import STAGE_PREFIX, EvaluateConfig, ModelConfig
 from mtkd.configfile import fingerprint
 from mtkd.console import say
@@ -20,8 +20,9 @@ from mtkd.evaluate.score import score
 from mtkd.evaluate.significance import compare, correct
 from mtkd.jsonlines import finite, read_jsonl, to_json
 from mtkd.models.taps import TappedModel
+from mtkd.notes import Results, file_digest, read_scores_note, write_scores_note
 from mtkd.pool import LiveModel
-from mtkd.seal import write_atomic
+from mtkd.record import read_record, write_atomic, write_record
 
 ENSEMBLE = "ensemble:"
 
@@ -45,10 +46,13 @@ def judge(shop: Workshop) -> dict[str, Any]:
         "precision": shop.config.engine.decided_precision,
     }
     keys = {model: fingerprint([context, _fingerprints(shop, model)]) for model in wanted}
-    inputs = fingerprint([keys, settings.model_dump(mode="json")])
+    shown = {model: _shown(shop, model) for model in wanted if not model.startswith(ENSEMBLE)}
+    inputs = fingerprint([keys, settings.model_dump(mode="json"), shown])
     path = shop.run.path / "results.json"
-    known = on_main(shop.dist, lambda: json.loads(path.read_text()) if path.exists() else {})
-    if known.get("inputs") == inputs:
+    known = on_main(shop.dist, lambda: _known(path))
+    if known.get("inputs") == inputs and on_main(
+        shop.dist, lambda: all(_is_scored(*_files(shop, model), keys[model]) for model in wanted)
+    ):
         return known
     scores = {model: _scores(shop, model, keys[model], name) for model in wanted}
     shop.dist.barrier()
@@ -57,26 +61,46 @@ def judge(shop: Workshop) -> dict[str, Any]:
         results = _results(shop, settings, name, {m: s for m, s in scores.items() if s is not None})
         results["inputs"] = inputs
         results = finite(results)
-        write_atomic(path, to_json(results, indent=1))
+        write_record(path, results)
     return dict(shop.dist.broadcast_object(results))
 
 
+def _known(path: Path) -> dict[str, Any]:
+    """The results that are there, if they are what was written; else they are computed again."""
+    try:
+        return read_record(path, Results, old=False)
+    except FileNotFoundError:
+        return {}
+    except DataError as error:
+        say(f"computed again: {error.where}: {error.message}")
+        return {}
+
+
 def _fingerprints(shop: Workshop, model: str) -> list[str]:
-    """The DONE fingerprints of the models behind a name."""
-    if not model.startswith(ENSEMBLE):
-        return [shop.digest(ModelConfig(path=STAGE_PREFIX + model))]
-    stage = shop.config.stages[model.removeprefix(ENSEMBLE)]
-    return [shop.teacher_digest(teacher) for teacher in stage.teachers]
+    """What the models behind a name were made from, and what they are: a stage made again may round otherwise."""
+    if model.startswith(ENSEMBLE):
+        teachers = shop.config.stages[model.removeprefix(ENSEMBLE)].teachers
+        models, digests = [t.model for t in teachers], [shop.teacher_digest(t) for t in teachers]
+    else:
+        models = [ModelConfig(path=STAGE_PREFIX + model)]
+        digests = [shop.digest(models[0])]
+    stages = dict.fromkeys(filter(None, (stage_of(each.path) for each in models)))
+    made = [digest for stage in stages for digest in shop.record(stage).get("manifests", {}).values()]
+    return digests + made
+
+
+def _files(shop: Workshop, model: str) -> tuple[Path, Path]:
+    """Where the scores of a model are, and the note of what they were computed from."""
+    stage, _, member = model.removeprefix(ENSEMBLE).partition("/")
+    stem = "ensemble-scores" if model.startswith(ENSEMBLE) else f"scores-{member}" if member else "scores"
+    return shop.folder(stage).path / f"{stem}.jsonl", shop.folder(stage).path / f"{stem}.key"
 
 
 def _scores(shop: Workshop, model: str, key: str, data_name: str) -> Scores | None:
     """Scores of one model, from its file when that was made from the same inputs; on the main rank."""
-    stage = model.removeprefix(ENSEMBLE)
-    stage, _, member = stage.partition("/")
-    stem = "ensemble-scores" if model.startswith(ENSEMBLE) else f"scores-{member}" if member else "scores"
-    file, note = (shop.folder(stage).path / f"{stem}{end}" for end in (".jsonl", ".key"))
-    if shop.dist.broadcast_object(note.exists() and file.exists() and note.read_text() == key):
-        return read_jsonl(file)
+    file, note = _files(shop, model)
+    if on_main(shop.dist, lambda: _is_scored(file, note, key)):
+        return read_jsonl(file) if shop.dist.is_main else None
     say(f"scoring {model}", main=shop.dist.is_main)
     data = shop.data(data_name)
     split = data.splits.get(shop.config.evaluate.split)
@@ -92,8 +116,19 @@ def _scores(shop: Workshop, model: str, key: str, data_name: str) -> Scores | No
             each.close()
     if records is not None:
         write_atomic(file, "".join(to_json(record) + "\n" for record in records))
-        write_atomic(note, key)
+        write_scores_note(note, key, file)
     return records
+
+
+def _is_scored(file: Path, note: Path, key: str) -> bool:
+    """Whether a file holds the scores of these inputs, as they were written."""
+    known = read_scores_note(note)
+    if known is None or known["key"] != key:
+        return False
+    if known["scores"] != file_digest(file):
+        say(f"scored again: {file}: the file is damaged, or was changed")
+        return False
+    return True
 
 
 def _models(shop: Workshop, model: str, data: LoadedData) -> list[LiveModel]:
@@ -103,6 +138,15 @@ def _models(shop: Workshop, model: str, data: LoadedData) -> list[LiveModel]:
     where, reads = f"stages.{stage}.teachers", frozenset({"logits"})
     teachers = shop.config.stages[stage].teachers
     return [shop.teacher(t, data, f"{where}[{i}]", reads) for i, t in enumerate(teachers)]
+
+
+def _shown(shop: Workshop, model: str) -> dict[str, Any]:
+    """What the results tell of a stage's model beside its scores."""
+    stage, _, member = model.partition("/")
+    done = dict(shop.record(stage))
+    if member:
+        done["parameters"] = done["members"][member]
+    return {key: done[key] for key in ("kind", "parameters", "steps", "seconds", "tokens")}
 
 
 def _results(shop: Workshop, settings: EvaluateConfig, data: str, scores: dict[str, Scores]) -> dict[str, Any]:
@@ -116,11 +160,7 @@ def _results(shop: Workshop, settings: EvaluateConfig, data: str, scores: dict[s
                 "members": [t.name for t in shop.config.stages[model.removeprefix(ENSEMBLE)].teachers],
             }
         else:
-            stage, _, member = model.partition("/")
-            done = dict(shop.record(stage))
-            if member:
-                done["parameters"] = done["members"][member]
-            facts |= {key: done[key] for key in ("kind", "parameters", "steps", "seconds", "tokens")}
+            facts |= _shown(shop, model)
         models[model] = facts
     comparisons: list[dict[str, Any]] = []
     for pair in settings.comparisons:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mtkd.errors import DataError, UserError
 from mtkd.evaluate.metrics import COUNTS, HIGHER_IS_BETTER, LOWER_IS_BETTER
+from mtkd.notes import file_digest
+from mtkd.record import Checked, read_record, write_atomic, write_record
 from mtkd.report.ladder import ladder_table, read_ladder
 from mtkd.report.plots import draw_plots
 from mtkd.report.read import RunData, StageRecord, number, read_run
@@ -28,6 +30,9 @@ from mtkd.report.wording import (
     verdict,
 )
 
+NOTE = ".report.json"
+"""What the page shows, and its digest."""
+
 # Candidates' verdicts as style classes of the page.
 _CLASSES = {"better": "good", "worse": "bad"}
 
@@ -39,14 +44,43 @@ def write_report(run_dir: Path) -> Path:
         The path of the page.
     Raises:
         DataError: `run_dir` is not a folder.
+        UserError: page or pictures cannot be written.
     """
     run_dir = Path(run_dir)
     run = read_run(run_dir)
-    page = render(run, run_dir / "plots")
-    target, aside = run_dir / "report.html", run_dir / ".report.html.tmp"
-    aside.write_text(page, encoding="utf-8")
-    os.replace(aside, target)  # a browser never sees half a page
+    target = run_dir / "report.html"
+    try:
+        page = render(run, run_dir / "plots")
+        write_atomic(target, page)  # a browser never sees half a page
+        write_record(run_dir / NOTE, {"shown": what_is_shown(run_dir), "page": file_digest(target)})
+    except OSError as error:
+        raise UserError(
+            f"the report cannot be written: {error.strerror or error}",
+            where=str(error.filename or target),
+            todo="remove what stands there, or give mtkd the right to write it; `mtkd status` shows the run",
+        ) from None
     return target
+
+
+def is_current(run_dir: Path) -> bool:
+    """Whether the report is as it was written, and shows what the run is now: drawing takes seconds."""
+    try:
+        note = read_record(run_dir / NOTE, _Note, old=False)
+    except (FileNotFoundError, DataError):
+        return False
+    page = file_digest(run_dir / "report.html")
+    return bool(page) and note["page"] == page and note["shown"] == what_is_shown(run_dir)
+
+
+def what_is_shown(run_dir: Path) -> dict[str, str]:
+    """Digests of the files that a report is made of."""
+    files = [run_dir / name for name in ("run.yaml", "metrics.jsonl", "results.json")]
+    return {str(f.relative_to(run_dir)): file_digest(f) for f in [*files, *sorted(run_dir.glob("stages/[0-9]*/DONE"))]}
+
+
+class _Note(Checked):
+    shown: dict[str, str]
+    page: str
 
 
 def render(run: RunData, plots_folder: Path) -> str:

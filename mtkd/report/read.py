@@ -13,6 +13,11 @@ from typing import Any
 import yaml
 
 from mtkd.errors import DataError
+from mtkd.notes import Environment, Results, read_done
+from mtkd.record import check_digest, read_record
+from mtkd.redo import being_redone
+from mtkd.remember import own_config
+from mtkd.rundir import RunDir
 
 # What the values of a metrics line are indexed by, rather than a curve of their own.
 _INDEX = frozenset({"stage", "step", "time"})
@@ -82,6 +87,7 @@ class RunData:
         config_text: run.yaml as it stands, None when there is none; `config` the same parsed.
         results: results.json, {} while there is none.
         problems: files that exist but could not be read, one sentence each.
+        redone: stages that are being made again; the results are those of what they were.
     """
 
     name: str
@@ -91,6 +97,7 @@ class RunData:
     stages: list[StageRecord]
     results: dict[str, Any]
     problems: list[str]
+    redone: list[str] = field(default_factory=list)
 
     @property
     def models(self) -> dict[str, dict[str, Any]]:
@@ -103,6 +110,8 @@ class RunData:
     @property
     def state(self) -> str:
         """``done`` when the results are written, ``training``, or ``evaluating`` after the last stage."""
+        if self.redone:
+            return "training"
         if self.results:
             return "done"
         return "evaluating" if self.stages and all(s.status == "done" for s in self.stages) else "training"
@@ -124,6 +133,9 @@ def read_run(run_dir: Path) -> RunData:
             config = _mapping(yaml.safe_load(text))
         except yaml.YAMLError:
             problems.append("run.yaml is not valid YAML")
+    redone = being_redone(RunDir(run_dir))
+    if redone:
+        problems.append(f"being made again, the results are those before: {', '.join(redone)}")
     return RunData(
         name=str(config.get("name") or run_dir.resolve().name),
         config_text=text,
@@ -132,7 +144,24 @@ def read_run(run_dir: Path) -> RunData:
         stages=_stages(run_dir, config, problems),
         results=_json(run_dir / "results.json", problems),
         problems=problems,
+        redone=redone,
     )
+
+
+def check_whole(run_dir: Path) -> None:
+    """Refuse to show a run whose records are not what was written: a page without them would replace a whole one.
+
+    Raises:
+        UserError: run.yaml cannot be read. DataError: a record is damaged; with file and remedy.
+    """
+    run = RunDir.open(run_dir)
+    own_config(run)
+    again = "`mtkd run FILE` makes it again"
+    for path, form in ((run.environment_file, Environment), (run_dir / "results.json", Results)):
+        if path.exists():
+            read_record(path, form, again)
+    for path in sorted(run_dir.glob("stages/[0-9]*/DONE")):
+        read_done(path)
 
 
 def number(value: Any) -> float | None:
@@ -221,7 +250,7 @@ def _lines(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
     for position, line in enumerate(lines):
         try:
             value = json.loads(line) if line.strip() else None
-        except ValueError:
+        except (ValueError, RecursionError):
             broken += position < len(lines) - 1  # the last line may be in the middle of being written
             continue
         if isinstance(value, dict):
@@ -236,12 +265,16 @@ def _json(path: Path, problems: list[str]) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         problems.append(f"{path.name} is not a JSON object")
         return {}
-    return value
+    try:
+        return {key: item for key, item in check_digest(value, path).items() if key not in ("format", "sha256")}
+    except DataError as error:
+        problems.append(f"{path.name} is left out: {error.message}")
+        return {}
 
 
 def _text(path: Path, problems: list[str]) -> str | None:
