@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mtkd import __version__
-from mtkd.errors import EXIT_DATA, EXIT_INTERNAL, EXIT_USAGE, UserError, nearest
+from mtkd.errors import EXIT_DATA, EXIT_INTERNAL, EXIT_USAGE, Stopped, UserError, nearest
+from mtkd.stopping import end_on_signals
 
 if TYPE_CHECKING:
     from mtkd.config import RunConfig
@@ -340,6 +341,7 @@ def _console() -> Console:
 
 def main() -> None:
     """Entry point: ends the process with one of the exit codes of `mtkd.errors`."""
+    end_on_signals()
     if "RANK" in os.environ:
         from mtkd.orphans import leave_shelter, stop_without_launcher
 
@@ -362,6 +364,9 @@ def _exit_code() -> int:
     except UserError as error:
         if not error.shared or os.environ.get("LOCAL_RANK", "0") == "0":
             typer.echo(f"mtkd: {error}", err=True)
+        return error.exit_code
+    except Stopped as error:
+        typer.echo(f"mtkd: {error}; what was saved is whole: run it again to go on", err=True)
         return error.exit_code
     except KeyboardInterrupt:
         typer.echo("mtkd: interrupted", err=True)

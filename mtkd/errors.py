@@ -67,6 +67,12 @@ class Preempted(UserError):
     exit_code = EXIT_PREEMPTED
 
 
+class Stopped(BaseException):
+    """A signal ends the process outside of training. No `except Exception` may take it for a failure (exit code 75)."""
+
+    exit_code = EXIT_PREEMPTED
+
+
 class LostRank(UserError):
     """Another process of the run failed, died or froze; the exit code is that of the one that failed, or 71.
 

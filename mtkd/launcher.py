@@ -26,6 +26,7 @@ from mtkd.errors import EXIT_LOST, UserError
 from mtkd.hostfile import read_hostfile
 from mtkd.orphans import adopting, end_session, end_with_parent
 from mtkd.secret import is_secret
+from mtkd.stopping import stop_signals
 
 # Set by the launcher in each process it starts.
 _RANK = "RANK"
@@ -283,16 +284,29 @@ def _wait(command: Sequence[str], environment: Mapping[str, str], stop: Stop, sh
         def forward(number: int, frame: FrameType | None) -> None:
             stop(process, number)
 
-        before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, forward) for number in (*stop_signals(), signal.SIGINT)}
         try:
             code = process.wait()
             end_session(process.pid)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+    return _exit_code(code)
+
+
+def _exit_code(code: int) -> int:
+    """The exit code of `mtkd` for that of a launcher: a process that a signal ended is lost.
+
+    DeepSpeed's launcher ends with the code of the rank that ended first; of one that signal n ended, the system makes
+    256 - n of its -n.
+    """
     if code < 0:
         print(f"mtkd: the launcher was ended by signal {-code}; its processes were ended too", file=sys.stderr)
-    return code if code >= 0 else 128 - code  # as a shell tells that a signal ended it
+        return EXIT_LOST
+    if code > 256 - signal.NSIG:
+        print(f"mtkd: a rank was ended by signal {256 - code}; run it again to go on", file=sys.stderr)
+        return EXIT_LOST
+    return code
 
 
 def _to_process(process: subprocess.Popen[bytes], number: int) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # From <linux/prctl.h>.
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
-_SHELTERED = (signal.SIGTERM, signal.SIGINT)
+_SHELTERED = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 _END_SECONDS = 60  # for a rank to save and leave after its launcher was killed
 _LOOK_SECONDS = 0.5
 
@@ -25,9 +25,9 @@ _LOOK_SECONDS = 0.5
 def end_with_parent(sheltered: bool = False) -> Callable[[], None] | None:
     """For `preexec_fn`: the child is ended when this process ends, however it ends. None where Linux is not.
 
-    Args: sheltered: SIGTERM and SIGINT do not reach the child, nor its children until they call `leave_shelter`; its
-        end is SIGKILL then. Slurm sends SIGTERM to everybody: DeepSpeed's launcher would kill ranks that need longer
-        than 30 seconds to save.
+    Args: sheltered: SIGTERM, SIGHUP and SIGINT do not reach the child, nor its children until they call
+        `leave_shelter`; its end is SIGKILL then. Slurm sends SIGTERM to all processes: DeepSpeed's launcher would kill
+        ranks that need longer than 30 seconds to save.
     """
     if sys.platform != "linux":
         return None
@@ -42,7 +42,7 @@ def end_with_parent(sheltered: bool = False) -> Callable[[], None] | None:
 
 
 def leave_shelter() -> None:
-    """Receive SIGTERM and SIGINT again, those that came in the meantime too; for a rank."""
+    """Receive SIGTERM, SIGHUP and SIGINT again, those that came in the meantime too; for a rank."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SHELTERED)
 
 

@@ -29,6 +29,7 @@ from mtkd.objective import Objective
 from mtkd.rundir import RunDir, StageDir
 from mtkd.seal import Found, newest_sealed, save_sealed
 from mtkd.selection import TrainState, check_selection, note_score, regrouped, take_best, validate
+from mtkd.stopping import stop_signals
 from mtkd.weightings.faults import FAULTS, check_faults
 
 _STATE = "state.json"
@@ -271,7 +272,7 @@ StopFlag = Callable[[], bool]
 
 @contextmanager
 def stop_flag() -> Iterator[StopFlag]:
-    """A function that says whether SIGTERM or SIGINT arrived; a second SIGINT interrupts at once."""
+    """A function that says whether SIGTERM, SIGHUP or SIGINT arrived; a second SIGINT interrupts at once."""
     arrived: list[int] = []
 
     def remember(number: int, frame: FrameType | None) -> None:
@@ -280,7 +281,7 @@ def stop_flag() -> Iterator[StopFlag]:
         arrived.append(number)
 
     try:
-        before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, remember) for number in (*stop_signals(), signal.SIGINT)}
     except ValueError:  # not the main thread (a notebook, a test): signals stay as they are
         before = {}
     try:

@@ -24,6 +24,7 @@ ORDER = (
         "console",
         "secret",
         "orphans",
+        "stopping",
         "jsonlines",
         "pieces",
         "record",

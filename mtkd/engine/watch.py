@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from mtkd.engine.dist import Dist, alive, seconds_still
-from mtkd.errors import EXIT_INTERNAL, EXIT_LOST, LostRank, UserError
+from mtkd.errors import EXIT_INTERNAL, EXIT_LOST, LostRank, Stopped, UserError
 
 _TICK = 0.5  # seconds between two looks
 _ANSWER = 2.5  # seconds in which a rank must answer the main one, and half of what the main one has
@@ -160,7 +160,7 @@ class _Watch:
 
     def failed(self, error: BaseException) -> BaseException:
         """What to raise for `error`: itself, told to the others, or the reason of another rank that caused it."""
-        if not isinstance(error, UserError) and self._logs.is_dir():
+        if not isinstance(error, UserError | Stopped) and self._logs.is_dir():
             note(self._logs / f"rank-{self._dist.rank}.log", "".join(traceback.format_exception(error)))
         # a lost peer is a RuntimeError of torch's; anything else is this rank's own
         if isinstance(error, RuntimeError) and self._judged.wait(_PATIENCE):
@@ -168,7 +168,7 @@ class _Watch:
             self._finish({"left": True})
             return LostRank(f"{self._verdict.text}\n  here:    {type(error).__name__}: {_first_line(error)}",
                             code=self._verdict.code, todo=_AGAIN)  # fmt: skip
-        code = error.exit_code if isinstance(error, UserError) else EXIT_INTERNAL
+        code = error.exit_code if isinstance(error, UserError | Stopped) else EXIT_INTERNAL
         said = _first_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {_first_line(error)}"
         self._finish({"failed": f"{self._name} failed: {said}", "code": code})
         return error
