@@ -357,8 +357,11 @@ def main() -> None:
 
 def _exit_code() -> int:
     """Run the command and tell its exit code; errors become a line on the error stream."""
+    from mtkd.blame import plugin_errors
+
     try:
-        app()
+        with plugin_errors():
+            app()
     except SystemExit as end:  # how typer returns
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except UserError as error:

@@ -211,6 +211,18 @@ def plugin_origin(file: Path) -> str:
     return _loaded_plugins[str(file.resolve())]
 
 
+def loaded_files() -> frozenset[str]:
+    """The plug-in files that were imported, as frames of a traceback name them."""
+    return frozenset(key for key in _loaded_plugins if key.endswith(".py"))
+
+
+def told(error: BaseException) -> str:
+    """An exception of a plug-in in words."""
+    if isinstance(error, SystemExit):
+        return f"it ended the process: sys.exit({'' if error.code is None else repr(error.code)})"
+    return f"{type(error).__name__}: {error}"
+
+
 def _import_file(file: Path) -> None:
     name = f"mtkd_plugin_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, file)
@@ -232,13 +244,15 @@ def _import_plugin(origin: str, load: Callable[[], object], key: str = "") -> No
     try:
         load()
         _loaded_plugins[key] = origin
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         for registry in (LOSSES, WEIGHTINGS, METHODS, SOURCES, TASKS):
             registry.forget(origin)
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"the plug-in cannot be imported: {type(error).__name__}: {error}", where=f"plugins: {origin}"
+            f"the plug-in cannot be imported: {told(error)}",
+            where=f"plugins: {origin}",
+            todo="put what a script does below `if __name__ == '__main__':`" if isinstance(error, SystemExit) else "",
         ) from error
     finally:
         _origin = BUILT_IN

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from mtkd.agreement import agree, agree_on_precision, agree_on_run, check_shared
+from mtkd.blame import plugin_errors
 from mtkd.build import Workshop
 from mtkd.built import BuiltStage
 from mtkd.capture import capture
@@ -83,7 +84,7 @@ def run(config: RunConfig, redo: Sequence[str] = ()) -> RunResult:
     """
     dist, device = start_processes(config.engine)
     # Everything is within it: what one rank refuses must reach the others, who would wait for it.
-    with watched(dist, config.engine.timeout_seconds, config.folder / "logs"):
+    with watched(dist, config.engine.timeout_seconds, config.folder / "logs"), plugin_errors():
         agree_on_run(dist, config, redo)
         config = agree_on_precision(dist, config)
         return _run(config, redo, dist, device)

@@ -18,6 +18,7 @@ ORDER = (
         "errors",
         "specs",
         "registry",
+        "blame",
         "products",
         "features",
         "yamlfile",

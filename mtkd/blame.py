@@ -1,0 +1,39 @@
+"""An exception that passes through a plug-in's file is the plug-in's: it is told with file and line, as a user's error."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mtkd.errors import UserError
+from mtkd.registry import loaded_files, told
+
+
+@contextmanager
+def plugin_errors() -> Iterator[None]:
+    """Within it what a plug-in raises, `sys.exit` included, becomes a `UserError` that names its line.
+
+    Raises:
+        UserError: in place of an exception with a frame in a plug-in's file; every other one passes as it is.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        place = _place(error)
+        if place is None:
+            raise
+        raise UserError(
+            f"a plug-in failed: {told(error)}", where=place, todo="correct it; `mtkd check FILE` runs its laws"
+        ) from error
+
+
+def _place(error: BaseException) -> str | None:
+    """File and line of the innermost frame in a plug-in."""
+    files = loaded_files()
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if frame.filename in files:
+            return f"{frame.filename}:{frame.lineno}"
+    return None
