@@ -1,4 +1,4 @@
-"""An exception that passes through a plug-in's file is the plug-in's: it is told with file and line, as a user's error."""
+"""An exception that passes through a plug-in's file is the plug-in's: it is told with file and line, exit code 2."""
 
 from __future__ import annotations
 
