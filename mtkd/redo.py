@@ -39,9 +39,11 @@ def pending(run: RunDir) -> list[str]:
         DataError: the note of it is damaged.
     """
     file = _note(run)
+    if not file.parent.is_dir():  # no run yet, or a file in its place, which is told when the folder is made
+        return []
     try:
         return list(read_record(file, _Asked, "remove the file, and give --redo again", old=False)["stages"])
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return []
 
 

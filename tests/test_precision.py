@@ -19,7 +19,7 @@ from mtkd.config import EngineConfig, RunConfig
 from mtkd.engine.dist import Dist
 from mtkd.errors import UserError
 from mtkd.precision import Choice, begun_in, choose, here, of_processor, slowdown, warning, with_precision
-from mtkd.runner import reopen
+from mtkd.remember import reopen
 from mtkd.testing import run_distributed
 
 SAPPHIRE = {"architecture": "x86_64", "cpu_name": "Intel Xeon", "avx2": True, "avx512_bf16": True, "amx_bf16": True}
@@ -155,6 +155,10 @@ def test_a_run_from_before_auto_stays_what_it_was(tmp_path: Path, monkeypatch: p
     values = yaml.safe_load((first.folder / "run.yaml").read_text())
     del values["engine"]["precision"]
     (first.folder / "run.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    environment = json.loads((first.folder / "env.json").read_text())
+    for later in ("format", "sha256"):  # neither file had a digest then
+        environment.pop(later, None)
+    (first.folder / "env.json").write_text(json.dumps(environment))
     on(monkeypatch, FAST)
     assert mtkd.run(reopen(first.folder)).stages == first.stages
     assert yaml.safe_load((first.folder / "run.yaml").read_text())["engine"]["precision"] == "fp32"

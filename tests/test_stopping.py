@@ -26,9 +26,9 @@ def stop_in(place: str, number: signal.Signals) -> None:
     module, _, name = place.partition(":")
     function = getattr(importlib.import_module(module), name)
 
-    def stopped(*arguments: object) -> object:
+    def stopped(*arguments: object, **named: object) -> object:
         os.kill(os.getpid(), number)
-        return function(*arguments)
+        return function(*arguments, **named)
 
     setattr(importlib.import_module(module), name, stopped)
 
