@@ -25,6 +25,7 @@ from mtkd.engine.base import (
     set_random_state,
 )
 from mtkd.engine.dist import Dist
+from mtkd.engine.shared_memory import drop_name, sweep
 from mtkd.errors import DataError
 from mtkd.features import Features
 
@@ -59,9 +60,14 @@ def init_distributed(device: str, timeout: float = 1800.0) -> Dist:
             )
         # A little later than `mtkd.engine.watch`, which says more: torch's own time-out is for what it overlooks.
         limit = timedelta(seconds=timeout + _AFTER_WATCH)
+        if device == "cpu":
+            sweep()
         deepspeed.init_distributed(
             "gloo" if device == "cpu" else "nccl", auto_mpi_discovery=False, verbose=False, timeout=limit
         )
+        if device == "cpu":
+            Dist.current().barrier()  # every rank has mapped the buffers of all
+            drop_name(Dist.current().rank)
     return Dist.current()
 
 
