@@ -21,7 +21,7 @@ from mtkd.errors import DataError, Preempted
 from mtkd.jsonlines import readable_jsonl, to_json
 from mtkd.record import Checked, read_record, write_atomic, write_record
 from mtkd.rundir import RunDir, StageDir
-from mtkd.seal import fault_point, newest_sealed
+from mtkd.seal import fault_point, newest_sealed, sweep_left
 
 _BEFORE, _GOING = ".before-", ".forgotten-"
 _ASIDE = re.compile(r"\.before-(\d{2,}-(.+))")
@@ -171,6 +171,7 @@ def _sweep(run: RunDir) -> None:
     """Remove what a killed call was removing."""
     parent = run.path / "stages"
     run.sweep_offloaded()
+    sweep_left(run.path)
     for path in parent.iterdir() if parent.is_dir() else ():
         if path.name.startswith(_GOING):
             shutil.rmtree(path)

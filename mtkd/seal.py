@@ -32,6 +32,7 @@ __all__ = [
     "newest_sealed",
     "save_sealed",
     "seal",
+    "sweep_left",
     "write_atomic",
     "write_sealed",
 ]
@@ -196,6 +197,24 @@ def _prune(parent: Path, keep: int) -> None:
         with suppress(DataError):
             needed.add(check_seal(path, digests=False).get("best"))
             sealed += 1
+
+
+def sweep_left(folder: Path) -> None:
+    """Remove what killed processes were writing or removing below `folder`; under the run's lock.
+
+    A file that a living process writes stays: `mtkd report` needs no lock.
+    """
+    for path in sorted(folder.rglob(".t*-*")):
+        if path.name.startswith((_TEMPORARY, _TRASH)) and not _is_written(path):
+            _remove(path)
+
+
+def _is_written(path: Path) -> bool:
+    """Whether the process at the end of a temporary file's name lives, and is not this one."""
+    import psutil
+
+    number = path.name.rpartition("-")[2]
+    return path.is_file() and number.isdecimal() and int(number) != os.getpid() and psutil.pid_exists(int(number))
 
 
 def fault_point(name: str, step: int) -> None:

@@ -24,6 +24,7 @@ from mtkd.seal import (
     newest_sealed,
     save_sealed,
     seal,
+    sweep_left,
     write_atomic,
     write_sealed,
 )
@@ -381,3 +382,23 @@ def test_json_lines_survive_nan_and_a_killed_writer(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a JSON object") as caught:
         read_jsonl(file)
     assert caught.value.where == f"{file}:2"
+
+
+def test_what_killed_processes_left_is_swept(tmp_path: Path) -> None:
+    """R11: half-written and half-removed files go at the next start; one that a living process writes stays."""
+    stage = tmp_path / "stages/01-s/checkpoints"
+    for folder in (stage / ".trash-step-000006", stage / ".tmp-step-000008"):
+        folder.mkdir(parents=True)
+        (folder / "weights").write_text("x")
+    (tmp_path / ".tmp-metrics.jsonl-4194304").write_text("x")  # larger than any process number
+    live = tmp_path / f".tmp-report.html-{os.getppid()}"
+    live.write_text("x")
+    (stage / "step-000004").mkdir()
+    sweep_left(tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        live.name,
+        "01-s",
+        "checkpoints",
+        "stages",
+        "step-000004",
+    ]
