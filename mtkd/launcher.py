@@ -330,6 +330,8 @@ def _to_ranks(process: subprocess.Popen[bytes], number: int) -> None:
 
 def _stop_main(lock: Path, host: str) -> bool:
     """SIGTERM to the main rank, as the run's lock names it: all ranks save and end then. Whether it could be told."""
+    if not lock.is_file():
+        return False
     try:
         with lock.open() as file:
             words = file.read().split()

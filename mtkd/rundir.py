@@ -198,7 +198,10 @@ class RunDir:
 
         Raises:
             UserError: when another process holds it, with its process id, host and start time.
+            DataError: the lock is no plain file; a fifo can be waited for without an end.
         """
+        if self.lock_file.exists() and not self.lock_file.is_file():
+            raise DataError("the lock is not a plain file", where=str(self.lock_file), todo="remove it")
         descriptor = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             _take(descriptor, self.path)

@@ -45,7 +45,7 @@ def mark_of(config: RunConfig) -> int:
 
 def _holder(run: RunDir) -> str:
     """What the lock file says, if its lock is really held: the text outlives a killed process, the lock does not."""
-    if not run.lock_file.exists():
+    if not run.lock_file.is_file():  # a fifo would be waited for
         return "nobody"
     with run.lock_file.open() as file:
         try:

@@ -19,6 +19,7 @@ from mtkd.errors import EXIT_USAGE, DataError, UserError
 from mtkd.record import json_object
 from mtkd.rundir import RunDir, StageDir, environment
 from mtkd.seal import MANIFEST, check_seal
+from mtkd.status import _holder
 
 CONFIG = {
     "name": "demo",
@@ -363,3 +364,11 @@ def test_a_file_of_offloaded_weights_that_a_killed_process_left_is_removed(tmp_p
     run.offload_file("teacher").write_bytes(b"weights")
     run.sweep_offloaded()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fifo_in_place_of_the_lock_is_refused_at_once(tmp_path: Path) -> None:
+    """Whoever opens a fifo waits for the other side."""
+    os.mkfifo(tmp_path / "LOCK")
+    with pytest.raises(DataError, match="not a plain file"), RunDir(tmp_path).lock():
+        pass
+    assert _holder(RunDir(tmp_path)) == "nobody"
