@@ -94,8 +94,21 @@ def plan(
     if engine.kind == "deepspeed":
         kind += f", ZeRO {engine.zero_stage}"
     missing = [*missing_models(config), *(each.not_here for each in facts.values() if each.not_here)]
-    command, notes = " ".join(shown_command(engine)), [str(precision), *filter(None, [warning(engine)])]
+    command, notes = (
+        " ".join(shown_command(engine)),
+        [str(precision), *filter(None, [warning(engine), _few_resamples(config)])],
+    )
     return Plan(config.name, str(config.folder), kind, command, stages, missing, notes, data)
+
+
+def _few_resamples(config: RunConfig) -> str:
+    """What is said when no comparison could reach a verdict with the resamples of the configuration."""
+    settings = config.evaluate
+    needed = settings.enough_resamples(len(settings.comparisons))
+    if needed == settings.resamples:
+        return ""
+    few = f"evaluate.resamples: {settings.resamples:,} are too few for {len(settings.comparisons)} comparisons"
+    return f"{few}: {needed:,} are taken, more with domains"
 
 
 class _Planner:

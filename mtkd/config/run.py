@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -162,6 +163,15 @@ class EvaluateConfig(Config):
     batch: ScoringBatchConfig = Field(ScoringBatchConfig(sequences=32), description="batch size of scoring")
     resamples: Length = Field(10_000, description="bootstrap and permutation resamples")
     confidence: Annotated[float, Field(gt=0, lt=1)] = Field(0.95, description="level of the confidence intervals")
+
+    def enough_resamples(self, rows: int) -> int:
+        """`resamples`, or as many more as a verdict needs: p is never below 1 / (resamples + 1), and Holm multiplies it.
+
+        With 4 rows / (1 - confidence) of them the smallest p of all rows is corrected to a quarter of the level.
+
+        Args: rows: comparisons in the family, those of domains too.
+        """
+        return max(self.resamples, math.ceil(4 * rows / (1 - self.confidence) - 1e-9))
 
 
 class RunConfig(Config):

@@ -17,7 +17,7 @@ from mtkd.engine.dist import on_main
 from mtkd.errors import DataError
 from mtkd.evaluate.metrics import by_domain, summarise
 from mtkd.evaluate.score import score
-from mtkd.evaluate.significance import compare, correct
+from mtkd.evaluate.significance import compare, correct, num_rows
 from mtkd.jsonlines import finite, read_jsonl, to_json
 from mtkd.models.taps import TappedModel
 from mtkd.notes import Results, file_digest, read_scores_note, write_scores_note
@@ -163,6 +163,10 @@ def _results(shop: Workshop, settings: EvaluateConfig, data: str, scores: dict[s
             facts |= _shown(shop, model)
         models[model] = facts
     comparisons: list[dict[str, Any]] = []
+    rows = sum(num_rows(scores[pair.candidate]) for pair in settings.comparisons)
+    resamples = settings.enough_resamples(rows)
+    if resamples > settings.resamples:
+        say(f"evaluate.resamples: {settings.resamples:,} are too few for {rows} comparisons: {resamples:,} are taken")
     for pair in settings.comparisons:
         comparisons += compare(
             task,
@@ -170,8 +174,15 @@ def _results(shop: Workshop, settings: EvaluateConfig, data: str, scores: dict[s
             pair.baseline,
             scores[pair.candidate],
             scores[pair.baseline],
-            resamples=settings.resamples,
+            resamples=resamples,
             confidence=settings.confidence,
             seed=shop.config.seed,
         )
-    return {"task": task, "split": settings.split, "data": data, "models": models, "comparisons": correct(comparisons)}
+    return {
+        "task": task,
+        "split": settings.split,
+        "data": data,
+        "models": models,
+        "comparisons": correct(comparisons),
+        "resamples": resamples,
+    }

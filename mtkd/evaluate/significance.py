@@ -49,6 +49,12 @@ class Interval(NamedTuple):
     high: float
 
 
+def num_rows(scores: Sequence[Score]) -> int:
+    """Rows of `compare` for these scores: all documents, and every domain when there are several."""
+    named = {score.get("domain") for score in scores} - {None, ""}
+    return 1 + (len(named) if len(named) > 1 else 0)
+
+
 def compare(
     task: str,
     candidate_name: str,
@@ -66,7 +72,8 @@ def compare(
         One dict per comparison: candidate, baseline, metric, domain (``overall`` first), candidate_value,
         baseline_value, difference (candidate - baseline), low, high, confidence, interval, p (two-sided), p_holm
         (corrected within this list; `correct` does it over several lists), test, n (documents), better (True, False,
-        or None when p_holm is not below 1 - confidence). Values that are not finite give p = 1 and a NaN interval.
+        or None when p_holm is not below 1 - confidence), p_at_most (p is the least that so many resamples can give, so
+        that the true ones of p and p_holm may be smaller). Values that are not finite give p = 1 and a NaN interval.
 
     Raises:
         DataError: when the two have not scored the same documents with the same bytes, tokens or labels.
@@ -102,6 +109,7 @@ def _tested(
     else:
         test = "permutation"
         p = permutation_test(statistic, candidate, baseline, resamples, seed)
+    at_most = test == "permutation" and p == 1 / (resamples + 1)
     return {
         "candidate_value": values[0],
         "baseline_value": values[1],
@@ -109,6 +117,7 @@ def _tested(
         "confidence": confidence,
         "interval": "paired bootstrap",
         "p": p,
+        "p_at_most": at_most,
         "test": test,
         "n": len(candidate),
     }

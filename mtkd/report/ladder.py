@@ -23,7 +23,8 @@ class Rung:
         learned_from: names of its teachers, none for a model at the top.
         score: the leading metric. kept: that score as a share of the teacher's (teacher / score where lower is better).
         seconds: of training. all_seconds: with the training of the assistants it needs.
-        gain: how much better than the direct student, positive is better; p: corrected (Holm), as in the comparisons.
+        gain: how much better than the direct student, positive is better; p: corrected (Holm), as in the comparisons;
+            p_at_most: it is the least that the resamples can give.
         word: better, worse or no difference shown; empty without a comparison.
     """
 
@@ -36,6 +37,7 @@ class Rung:
     all_seconds: float | None
     gain: float | None
     p: float | None
+    p_at_most: bool
     word: str
 
 
@@ -89,7 +91,7 @@ def ladder_table(ladder: Ladder) -> Table:
                 Cell(seconds_text(rung.seconds), exact_text(rung.seconds), "n"),
                 Cell(seconds_text(rung.all_seconds), exact_text(rung.all_seconds), "n"),
                 Cell(signed_text(rung.gain), exact_text(rung.gain), f"n {style}".strip()),
-                Cell(p_text(rung.p), exact_text(rung.p), "n"),
+                Cell(p_text(rung.p, rung.p_at_most), exact_text(rung.p), "n"),
             ]
         )
     return Table(header, rows, [], _note(ladder))
@@ -134,6 +136,7 @@ def _rung(run: RunData, chain: ChainConfig, name: str, metric: str, best: float 
         all_seconds=_all_seconds(run, chain, name),
         gain=gain,
         p=number(row.get("p_holm")),
+        p_at_most=row.get("p_at_most") is True,
         word=verdict(row) if row else "",
     )
 

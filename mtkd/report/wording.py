@@ -53,13 +53,15 @@ def signed_text(value: Any) -> str:
     return (MINUS if x < 0 else "+" if x > 0 else "") + digits
 
 
-def p_text(value: Any) -> str:
+def p_text(value: Any, at_most: Any = False) -> str:
+    """A p-value. Args: at_most: it is the least that the resamples can give."""
     x = number(value)
     if x is None or not math.isfinite(x):
         return DASH
-    if x < 5e-5:
-        return f"{x:.0e}" if x > 1e-300 else "< 1e-300"
-    return f"{x:.4f}" if x < 0.1 else f"{x:.2f}"
+    if x <= 1e-300:
+        return "< 1e-300"
+    text = f"{x:.0e}" if x < 5e-5 else f"{x:.4f}" if x < 0.1 else f"{x:.2f}"
+    return f"≤ {text}" if at_most is True and x < 1 else text
 
 
 def count_text(value: Any) -> str:
@@ -111,9 +113,12 @@ def sentence(row: Mapping[str, Any]) -> str:
     gap, base = number(row.get("difference")), number(row.get("baseline_value"))
     values = f"{value_text(row.get('candidate_value'))} against {value_text(row.get('baseline_value'))}"
     where = "" if row.get("domain") == "overall" else f" on {row.get('domain')}"
+    floor = row.get("p_at_most")
+    equals = "≤" if floor is True else "="
     evidence = (
         f"difference {signed_text(gap)}, {confidence_text([row])} interval {interval_text(row)}, "
-        f"p = {p_text(row.get('p'))}, corrected {p_text(row.get('p_holm'))}, {count_text(row.get('n'))} documents"
+        f"p {equals} {p_text(row.get('p'))}, corrected {p_text(row.get('p_holm'), floor)}, "
+        f"{count_text(row.get('n'))} documents"
     )
     if row.get("better") is None or gap is None:
         return f"No difference shown between {ours} and {theirs}{where} in {metric}: {values} ({evidence})."

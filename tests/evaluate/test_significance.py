@@ -10,9 +10,19 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from mtkd.config.run import EvaluateConfig
 from mtkd.errors import DataError
 from mtkd.evaluate import significance
-from mtkd.evaluate.significance import STATISTICS, compare, correct, holm, mcnemar, paired_bootstrap, permutation_test
+from mtkd.evaluate.significance import (
+    STATISTICS,
+    compare,
+    correct,
+    holm,
+    mcnemar,
+    paired_bootstrap,
+    permutation_test,
+)
+from mtkd.report.wording import p_text
 
 BITS = STATISTICS["bits_per_byte"]
 
@@ -314,3 +324,24 @@ def test_unequal_documents_are_refused():
         compare("causal-lm", "c", "b", ours, theirs)
     with pytest.raises(DataError, match="another 'label'"):
         compare("classify", "c", "b", class_scores([0, 1], [0, 0]), class_scores([1, 1], [0, 0]))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 18, 125])
+@pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])
+def test_a_verdict_can_be_reached_in_every_comparison(rows: int, confidence: float) -> None:
+    """The least p of enough resamples, corrected for all rows, is below the level: 200 could not do it for 18 rows."""
+    enough = EvaluateConfig(resamples=200, confidence=confidence).enough_resamples(rows)
+    assert holm([1 / (enough + 1)] * rows)[0] < 1 - confidence
+    assert EvaluateConfig(resamples=10_000_000, confidence=confidence).enough_resamples(rows) == 10_000_000
+
+
+def test_a_p_at_its_least_says_so() -> None:
+    """A thousand documents that are all better: no swap comes near, whatever their number."""
+    nll, size = 10.0 + np.arange(1000) % 3, np.full(1000, 10)
+    better, worse = language_scores(nll, size), language_scores(nll + 5, size)
+    (row,) = compare("causal-lm", "a", "b", better, worse, resamples=99)
+    assert (row["p"], row["p_at_most"]) == (0.01, True)
+    assert p_text(row["p"], row["p_at_most"]) == "≤ 0.0100"
+    (same,) = compare("causal-lm", "a", "b", better, better, resamples=99)
+    assert (same["p"], same["p_at_most"]) == (1.0, False)
+    assert p_text(same["p"], same["p_at_most"]) == "1.00"
