@@ -165,7 +165,7 @@ class EvaluateConfig(Config):
     confidence: Annotated[float, Field(gt=0, lt=1)] = Field(0.95, description="level of the confidence intervals")
 
     def enough_resamples(self, rows: int) -> int:
-        """`resamples`, or as many more as a verdict needs: p is never below 1 / (resamples + 1), and Holm multiplies it.
+        """`resamples`, or as many more as a verdict needs: no p is below 1 / (resamples + 1), and Holm multiplies it.
 
         With 4 rows / (1 - confidence) of them the smallest p of all rows is corrected to a quarter of the level.
 
