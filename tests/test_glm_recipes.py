@@ -75,7 +75,7 @@ def test_a_recipe_without_its_teacher_is_refused_before_anything_is_read(
     monkeypatch.chdir(tmp_path)
     recipe = mtkd.load_config(RECIPES / f"{name}.yaml", [f"output={tmp_path}"])
     with pytest.raises(UserError, match="convert-glm FOLDER glm-10b"):
-        _plan_unfinished(recipe, DataReader(recipe.base))  # of `mtkd.run`, which would start DeepSpeed first
+        _plan_unfinished(recipe, DataReader(recipe.base), [])  # of `mtkd.run`, which would start DeepSpeed first
     assert list(tmp_path.iterdir()) == []
 
 
