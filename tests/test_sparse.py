@@ -137,7 +137,8 @@ def test_one_pass_equals_completed_rows_and_the_formula(
     loss: str, scale: bool, temperature: float, kept: tuple[int, ...]
 ) -> None:
     """Values, the student's gradient and the weights'."""
-    student, weights = draw(10).float().requires_grad_(), torch.rand(3, POSITIONS).add(0.1).requires_grad_()
+    student, drawn = draw(10).float().requires_grad_(), torch.Generator().manual_seed(12)
+    weights = torch.rand(3, POSITIONS, generator=drawn).add(0.1).requires_grad_()
     teachers = [sparse(draw(11 + i).float(), k, temperature) for i, k in enumerate(kept)]
     options = {"temperature": temperature, "scale": scale}
     rows = [row(loss, 3, options=options), *([row("ce", target="labels")] if temperature == 1 else [])]
@@ -147,11 +148,12 @@ def test_one_pass_equals_completed_rows_and_the_formula(
     if temperature == 1:
         wanted.append(torch.nn.functional.cross_entropy(student, labels, reduction="none"))
     for ours, theirs in zip(found, wanted, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     leaves = (student, weights)
     gradients = [torch.autograd.grad(torch.stack(x).sum(0).square().sum(), leaves) for x in (found, wanted)]
     for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
+        largest = max(1.0, float(theirs.abs().max()))  # entries near 0 are differences of such numbers
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5 * largest)
     if loss == "kl":
         total = torch.zeros(POSITIONS, dtype=torch.float64)
         log_s = (student.detach().double() / temperature).log_softmax(-1)

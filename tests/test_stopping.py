@@ -23,6 +23,7 @@ from mtkd.stopping import stop_signals
 
 def stop_in(place: str, number: signal.Signals) -> None:
     """For `processes`: the signal arrives where the function begins."""
+    signal.signal(number, signal.SIG_DFL)  # the suite itself may run under nohup
     module, _, name = place.partition(":")
     function = getattr(importlib.import_module(module), name)
 
@@ -46,10 +47,15 @@ def test_a_signal_outside_of_training_ends_the_run(tmp_path: Path, place: str, n
     assert code == 0, output
 
 
+def hang_up(ids: str) -> None:
+    """For `processes`: SIGHUP before the fifth step."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    processes.watch(ids, 5, signal.SIGHUP)
+
+
 def test_a_hang_up_in_training_is_saved(tmp_path: Path) -> None:
     file = str(write_yaml(tmp_path))
-    watch = partial(processes.watch, ids_file(tmp_path), 5, signal.SIGHUP)
-    code, output = processes.run(tmp_path, "run", file, prepare=watch)
+    code, output = processes.run(tmp_path, "run", file, prepare=partial(hang_up, ids_file(tmp_path)))
     assert code == EXIT_PREEMPTED, output
     assert "stopped and saved at step" in output
     (run,) = (tmp_path / "runs").iterdir()
