@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mtkd import __version__
-from mtkd.errors import EXIT_DATA, EXIT_INTERNAL, EXIT_USAGE, Stopped, UserError, nearest
+from mtkd.errors import EXIT_DATA, EXIT_INTERNAL, EXIT_USAGE, Stopped, UserError, nearest, tell
 from mtkd.stopping import end_on_signals
 
 if TYPE_CHECKING:
@@ -366,20 +366,22 @@ def _exit_code() -> int:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except UserError as error:
         if not error.shared or os.environ.get("LOCAL_RANK", "0") == "0":
-            typer.echo(f"mtkd: {error}", err=True)
+            tell(f"mtkd: {error}")
         return error.exit_code
     except Stopped as error:
-        typer.echo(f"mtkd: {error}; what was saved is whole: run it again to go on", err=True)
+        tell(f"mtkd: {error}; what was saved is whole: run it again to go on")
         return error.exit_code
     except KeyboardInterrupt:
-        typer.echo("mtkd: interrupted", err=True)
+        tell("mtkd: interrupted")
         return 130
     except OSError as error:  # the disk's, or its rights; a program's own error never is one
-        typer.echo(f"mtkd: {_of_system(error)}", err=True)
+        tell(f"mtkd: {_of_system(error)}")
         return EXIT_USAGE
     except Exception:
-        traceback.print_exc()
-        typer.echo("mtkd: this is a bug in mtkd; please report it with the text above and `mtkd doctor`", err=True)
+        tell(
+            traceback.format_exc()
+            + "mtkd: this is a bug in mtkd; please report it with the text above and `mtkd doctor`"
+        )
         return EXIT_INTERNAL
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 from typing import TypeVar
 
@@ -91,6 +92,12 @@ def on_every_rank(error: Shared) -> Shared:
     """The error, marked as one that every rank raises."""
     error.shared = True
     return error
+
+
+def tell(text: str) -> None:
+    """Write lines to the error stream, their end included, in one piece: ranks share it, and `print` writes twice."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 from mtkd.config import EngineConfig
-from mtkd.errors import EXIT_LOST, UserError
+from mtkd.errors import EXIT_LOST, UserError, tell
 from mtkd.hostfile import read_hostfile
 from mtkd.orphans import adopting, end_session, end_with_parent
 from mtkd.secret import is_secret
@@ -168,7 +168,7 @@ def launch(
 
         code = _wait(_pdsh_command(config.hostfile, arguments, started), pdsh_environment(os.environ), stop)
         if code == 0 and not finished():  # what DeepSpeed's outer launcher says when pdsh was killed
-            print("mtkd: the launcher ended before the run did", file=sys.stderr)
+            tell("mtkd: the launcher ended before the run did")
             return EXIT_LOST
         return code
     node = _this_node(config, started)
@@ -301,10 +301,10 @@ def _exit_code(code: int) -> int:
     256 - n of its -n.
     """
     if code < 0:
-        print(f"mtkd: the launcher was ended by signal {-code}; its processes were ended too", file=sys.stderr)
+        tell(f"mtkd: the launcher was ended by signal {-code}; its processes were ended too")
         return EXIT_LOST
     if code > 256 - signal.NSIG:
-        print(f"mtkd: a rank was ended by signal {256 - code}; run it again to go on", file=sys.stderr)
+        tell(f"mtkd: a rank was ended by signal {256 - code}; run it again to go on")
         return EXIT_LOST
     return code
 

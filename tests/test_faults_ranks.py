@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -43,7 +44,7 @@ def group(folder: Path, fault: str, bad: int, *, timeout: float = 3600, ranks: i
     """Start some watched ranks, the rank `bad` with a fault, and wait for all of them."""
     output = folder / "output"
     ours = {"WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    with output.open("w") as file:
+    with output.open("a") as file:
         started = [
             subprocess.Popen(
                 [sys.executable, str(SCRIPT), str(folder), fault, str(bad), str(timeout)],
@@ -121,6 +122,17 @@ def test_a_rank_that_works_alone_for_long_is_waited_for(tmp_path: Path, bad: int
     assert ended.codes == [0, 0], ended.output
     assert ended.output == ""
     assert list((tmp_path / "logs").iterdir()) == []
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_what_a_rank_says_is_one_write(unbuffered: str) -> None:
+    """Lines of several ranks are joined else. A socket of messages shows each write as one."""
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with here, there:
+        program = "from mtkd.errors import tell; tell('mtkd: one\\n  do:      two')"
+        environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+        subprocess.run([sys.executable, "-c", program], stderr=there, env=environment, timeout=600, check=True)
+        assert here.recv(1000) == b"mtkd: one\n  do:      two\n"
 
 
 # Whole runs

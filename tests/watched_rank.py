@@ -17,7 +17,7 @@ import torch
 
 from mtkd.engine.dist import Dist, alive, leave
 from mtkd.engine.watch import watched
-from mtkd.errors import DataError, UserError
+from mtkd.errors import DataError, UserError, tell
 
 
 def fail(fault: str) -> None:
@@ -54,13 +54,13 @@ def main(folder: Path, fault: str, bad: int, timeout: float) -> int:
             for step in range(40 if fault in ("none", "slow") else 100_000):
                 dist.sum([1])
                 if rank == bad and step == 20:
-                    print(f"{time.time()} fault", flush=True)
+                    tell(f"{time.time()} fault")
                     fail(fault)
     except UserError as error:
-        print(f"mtkd: {error}", flush=True)
+        tell(f"mtkd: {error}")
         return error.exit_code
     except Exception:
-        traceback.print_exc(file=sys.stdout)
+        tell(traceback.format_exc())
         return 70
     return 0
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from mtkd.engine.dist import Dist, alive, seconds_still
-from mtkd.errors import EXIT_INTERNAL, EXIT_LOST, LostRank, Stopped, UserError
+from mtkd.errors import EXIT_INTERNAL, EXIT_LOST, LostRank, Stopped, UserError, tell
 
 _TICK = 0.5  # seconds between two looks
 _ANSWER = 2.5  # seconds in which a rank must answer the main one, and half of what the main one has
@@ -276,7 +276,7 @@ class _Watch:
     def _exit(self) -> None:
         """The main thread did not end by itself: it waits for a rank that is gone."""
         assert self._verdict is not None
-        print(f"mtkd: {self._verdict.text}\n  do:      {_AGAIN}", file=sys.stderr, flush=True)
+        tell(f"mtkd: {self._verdict.text}\n  do:      {_AGAIN}")
         if self._dist.is_main:  # what was said must be read before the connections close
             limit = time.monotonic() + _GRACE
             while self._selector.get_map() and time.monotonic() < limit:
