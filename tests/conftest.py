@@ -1,5 +1,6 @@
 """Settings of the whole suite: offline, few threads, and the folder of shared helpers on the path."""
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -19,6 +20,11 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).pare
 from processes import PRELOADED
 
 multiprocessing.set_forkserver_preload(list(PRELOADED))
+
+
+def pytest_collection_finish() -> None:
+    # every stage of a run collects garbage: not among the million objects of what was imported
+    gc.freeze()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -6,7 +6,6 @@ nothing that one run leaves in memory (random states, caches, handlers) reaches 
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import signal
@@ -30,6 +29,9 @@ PRELOADED = (
     *("transformers.models.gpt2.modeling_gpt2", "transformers.models.auto.modeling_auto", "matplotlib.pyplot"),
     *("datasets.io.json", "deepspeed", "scipy.stats", "scipy.io", "torch._dynamo", "accelerate"),
     *("torch.distributed", "torch.utils.cpp_extension", "mtkd.engine.deepspeed_engine", "scipy.optimize", "pytest"),
+    # what DeepSpeed imports while it makes an engine, torch's compiler among it: 2 s in every rank
+    *("deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.muon.muon_optimizer", "torch._inductor.compile_fx"),
+    "preloaded",  # last
 )
 _TIMEOUT = 1200  # seconds; ten times what the longest of these runs takes: the machine may be busy
 _started: list[ForkServerProcess] = []
@@ -146,7 +148,6 @@ def kill_all() -> None:
 
 
 def _command(arguments: tuple[str, ...], settings: tuple[str, dict[str, str], Callable[[], None] | None, bool]) -> None:
-    gc.freeze()  # what the server imported need not be searched by every collection
     file, environment, prepare, report = settings
     descriptor = os.open(file, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):

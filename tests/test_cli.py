@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from tiny_run import tiny_config, write_yaml
@@ -254,12 +255,11 @@ def test_public_names_survive_any_import_order():
 def test_mtkd_run_starts_the_launcher_itself(tmp_path):
     """Two processes under ZeRO 2 through the command line; the export is one model, and the exit code the ranks'."""
     file = write_yaml(tmp_path, engine={"kind": "deepspeed", "processes": 2, "zero_stage": 2})
-    command = [sys.executable, "-m", "mtkd", "run", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, output = processes.run(tmp_path, "run", str(file))
+    assert code == 0, output
     results = json.loads((tmp_path / "runs/tiny/results.json").read_text())
     assert set(results["models"]) == {"teacher", "student", "ensemble:student"}
-    diverging = [*command, "-o", "name=other", "-o", "stages.student.optimizer.lr=1e30"]
-    broken = subprocess.run(diverging, capture_output=True, text=True, timeout=1200, check=False)
-    assert broken.returncode == 64, broken.stdout + broken.stderr
-    assert (broken.stdout + broken.stderr).count("is not finite at step") == 1  # of all ranks of the node one speaks
+    diverging = ("-o", "name=other", "-o", "stages.teacher.optimizer.lr=1e30")
+    code, output = processes.run(tmp_path, "run", str(file), *diverging)
+    assert code == 64, output
+    assert output.count("is not finite at step") == 1  # of all ranks of the node one speaks

@@ -1,16 +1,15 @@
-"""GLM's recipes in small as they are meant at full size: sharded teachers under the launcher, killed and resumed."""
+"""GLM's recipes in small as they are meant at full size: sharded teachers by two ranks, killed and resumed."""
 
 from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
-import time
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
+import processes
 import pytest
 import yaml
 from safetensors.torch import load_file
@@ -20,7 +19,12 @@ from mtkd.models.glm import GLMForConditionalGeneration
 
 RECIPES = Path(__file__).parents[1] / "configs" / "glm"
 ENGINE = {"kind": "deepspeed", "processes": 2, "zero_stage": 3, "device": "cpu", "precision": "fp32", "threads": 1}
-TIMEOUT = 1200  # seconds for a run of some steps
+
+
+@pytest.fixture(autouse=True)
+def _no_process_stays() -> Iterator[None]:
+    yield
+    processes.kill_all()
 
 
 def sharded(name: str, folder: Path) -> Path:
@@ -43,34 +47,31 @@ def sharded(name: str, folder: Path) -> Path:
     return file
 
 
-def start(file: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "mtkd", "run", str(file)]
-    return subprocess.Popen(command, stdout=(file.parent / "output.txt").open("ab"), stderr=subprocess.STDOUT)
+def start(file: Path) -> list[processes.Command]:
+    """Both ranks, as the launcher starts them: each with its place in the environment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = ({**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2))
+    return [processes.start(file.parent, "run", str(file), environment=rank) for rank in ranks]
 
 
-def finish(process: subprocess.Popen[bytes], file: Path) -> None:
-    code = process.wait(TIMEOUT)
-    assert code == 0, (file.parent / "output.txt").read_text()[-5000:]
+def finish(ranks: list[processes.Command]) -> None:
+    assert [rank.wait() for rank in ranks] == [0, 0], "".join(rank.output[-5000:] for rank in ranks)
 
 
-def kill_all_below(process: subprocess.Popen[bytes]) -> None:
-    """As when the machine is switched off: nobody gets to say anything."""
-    below = psutil.Process(process.pid).children(recursive=True)
-    for each in [psutil.Process(process.pid), *below]:
-        each.send_signal(signal.SIGSTOP)  # first nobody moves, then all are gone
-    for each in [*below, psutil.Process(process.pid)]:
-        each.kill()
-    psutil.wait_procs(below, timeout=200)
-    process.wait(200)
+def kill(ranks: list[processes.Command]) -> None:
+    """As when the machine is switched off: no rank can do anything about the other's end."""
+    for number in (signal.SIGSTOP, signal.SIGKILL):  # first none moves, then both are gone
+        for rank in ranks:
+            rank.send(number)
+    assert [rank.wait() for rank in ranks] == [-signal.SIGKILL] * 2
 
 
-def first_sealed(run: Path, stage: str, process: subprocess.Popen[bytes]) -> None:
+def first_sealed(run: Path, stage: str, ranks: list[processes.Command]) -> None:
     """Wait until a stage has a whole checkpoint and is not done."""
-    limit = time.monotonic() + TIMEOUT
-    while not list(run.glob(f"stages/*-{stage}/checkpoints/step-*/MANIFEST.json")):
-        assert process.poll() is None, (run.parents[1] / "output.txt").read_text()[-5000:]
-        assert time.monotonic() < limit
-        time.sleep(0.01)
+    ranks[0].wait_for(lambda: bool(list(run.glob(f"stages/*-{stage}/checkpoints/step-*/MANIFEST.json"))))
 
 
 def exported(run: Path) -> dict[str, dict[str, Any]]:
@@ -78,25 +79,21 @@ def exported(run: Path) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(7200)
 @pytest.mark.parametrize(("name", "killed_in", "models"), [
     ("toy", "pretrain", {"teacher", "prediction", "labels-only"}),
     ("toy-chain", "student", {"published", "glm-7b", "student"}),
 ])  # fmt: skip
-def test_a_recipe_is_killed_and_goes_on_to_its_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, killed_in: str, models: set[str]
-) -> None:
+def test_a_recipe_is_killed_and_goes_on_to_its_end(tmp_path: Path, name: str, killed_in: str, models: set[str]) -> None:
     """All its processes are lost in a stage; started again, no stage before it is redone, and every model is there."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     file = sharded(name, tmp_path)
     run = tmp_path / "runs" / f"glm-{name}"
-    process = start(file)
-    first_sealed(run, killed_in, process)
-    kill_all_below(process)
+    ranks = start(file)
+    first_sealed(run, killed_in, ranks)
+    kill(ranks)
     done = {each: each.stat().st_mtime_ns for each in run.glob("stages/*/DONE")}
     assert done
     assert not (next(run.glob(f"stages/*-{killed_in}")) / "DONE").exists()
-    finish(start(file), file)
+    finish(start(file))
     assert all(each.stat().st_mtime_ns == before for each, before in done.items())
     assert len(exported(run)) == len(list((run / "stages").iterdir()))
     assert set(json.loads((run / "results.json").read_text())["models"]) == models

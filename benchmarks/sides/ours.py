@@ -19,7 +19,7 @@ from mtkd.pool import ResidentTeacher, TeacherPool
 from mtkd.projection import make_projections
 from mtkd.rows import compile_rows
 from mtkd.weightings.simple import Uniform
-from sides.setting import BATCH, BETA, LEARNING_RATE, STUDENT, TEACHER, VOCABULARY, bert, llama, token_ids
+from sides.setting import BATCH, BETA, LEARNING_RATE, LENGTH, STUDENT, TEACHER, VOCABULARY, bert, llama, token_ids
 
 JSD = mtkd.Match(loss="jsd", options={"beta": BETA})
 KL = mtkd.Match(loss="kl")
@@ -40,12 +40,12 @@ def student_and_teachers(num_teachers: int) -> tuple[TappedModel, list[TappedMod
     return decoder(STUDENT, 0), [decoder(TEACHER, 1 + k) for k in range(num_teachers)]
 
 
-def text_batch() -> Batch:
-    """The setting's ids, every token but the first a target."""
-    ids = token_ids()
+def text_batch(sequences: int = BATCH, length: int = LENGTH) -> Batch:
+    """The setting's ids, or their first ones; every token but the first is a target."""
+    ids = token_ids()[:sequences, :length]
     targets = torch.full_like(ids, NO_LABEL)
     targets[:, :-1] = ids[:, 1:]
-    return Batch(torch.arange(BATCH), ids, torch.ones_like(ids, dtype=torch.bool), targets)
+    return Batch(torch.arange(sequences), ids, torch.ones_like(ids, dtype=torch.bool), targets)
 
 
 def objective(
