@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from mtkd.chain import stage_of
 from mtkd.config import ModelConfig, RunConfig
+from mtkd.console import say
 from mtkd.data.segmentation import check_certain
 from mtkd.data.sources import Raw
 from mtkd.data.tokenizers import check_same_tokenizer, load_tokenizer, train_tokenizer
 from mtkd.engine.dist import Dist
 from mtkd.errors import DataError, UserError
 from mtkd.exports import SMALL, check_foreign
+from mtkd.manifest import MANIFEST, check_seal
 from mtkd.models.cards import Card, how_to_get, load_cards, missing_glm
 from mtkd.models.folder import check_tokenizer_folder, has_tokenizer
+from mtkd.record import read_object
+from mtkd.seal import write_sealed
+
+_ORIGIN, _ORIGIN_FILE = "trained_on", "trained_on.json"
 
 
 def resolve_path(path: str, base: Path) -> Path | str:
@@ -130,15 +135,27 @@ def trained_tokenizer(config: RunConfig, raw: Raw, run: Path, dist: Dist) -> Pre
     columns, closed = [*data.text_columns], data.task != "causal-lm"
     origin = {"data": raw.fingerprint, "text": columns, "vocab_size": settings.vocab_size, "closed": closed}
     origin |= {"commands": settings.commands} if settings.commands != "plain" else {}
-    note = folder / "trained_on.json"
-    if dist.is_main and not (note.exists() and json.loads(note.read_text()) == origin):
-        fresh = run / ".tmp-tokenizer"
-        shutil.rmtree(fresh, ignore_errors=True)
+
+    def write(fresh: Path) -> None:
         texts = [text for column in columns for text in raw.texts("train", column)]
         made = train_tokenizer(texts, settings.vocab_size, closed=closed, commands=settings.commands)
         made.save_pretrained(fresh)
-        (fresh / note.name).write_text(json.dumps(origin))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(fresh, folder)
+
+    if dist.is_main and not _is_trained(folder, origin):
+        write_sealed(folder, write, {_ORIGIN: origin})
     dist.barrier()
     return load_tokenizer(str(folder))
+
+
+def _is_trained(folder: Path, origin: dict[str, Any]) -> bool:
+    """Whether the tokenizer that was trained on this is here, as it was written; a damaged one is trained again."""
+    if not os.path.lexists(folder):
+        return False
+    try:
+        note = folder / _ORIGIN_FILE
+        if note.exists() and not (folder / MANIFEST).exists():  # an earlier version's, without a seal
+            return read_object(note) == origin
+        return bool(check_seal(folder, shared=True).get(_ORIGIN) == origin)
+    except DataError as error:
+        say(f"trained again: {error.where}: {error.message}")
+        return False

@@ -167,7 +167,7 @@ def _finish(temporary: Path, final: Path, facts: Mapping[str, Any]) -> None:
 def _replace(temporary: Path, final: Path) -> None:
     """Rename into place; a folder that is there (a broken one, done again) goes first."""
     trash = final.with_name(f"{_TRASH}{final.name}")
-    if final.exists():
+    if os.path.lexists(final):
         final.rename(trash)
     temporary.rename(final)
     sync_folder(final.parent)
@@ -240,7 +240,7 @@ def _step_of(path: Path) -> int:
 
 
 def _remove(path: Path) -> None:
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    elif path.exists():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
+    else:  # a file, or what is there in its place: a link, a fifo
+        path.unlink(missing_ok=True)

@@ -112,6 +112,7 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
             where="tokenizer",
             found=path,
             allowed="a folder with tokenizer.json, or a hub id; no remote code",
+            todo="look at its files, or name another tokenizer: tokenizer.path",
         ) from error
     if set(token_ids(found)) <= set(found.all_special_tokens):
         raise DataError(
