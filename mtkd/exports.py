@@ -6,6 +6,7 @@ it is loaded; the shards of a cache when they are first mapped.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from mtkd.rundir import StageDir
 SMALL = 16_000_000
 """Bytes of a file that the plan reads; it compares only the sizes of larger ones."""
 
+_LARGE, _SMALLEST = 1_000_000_000, 1_000_000
 _EXPORT = re.compile(r".*/stages/\d{2,}-([^/]+)/export")
 
 
@@ -35,6 +37,33 @@ def open_export(name: str, folder: StageDir, record: Mapping[str, Any], part: st
     except DataError as error:
         raise _not_sealed(error, f"stage '{name}'", redo_command([name])) from None
     return folder.export / part
+
+
+def check_finished(name: str, folder: StageDir, record: Mapping[str, Any]) -> list[Path]:
+    """Look at what a finished stage made though no stage is to load it: what is passed on must be what was sealed.
+
+    Every file is read when that takes seconds; of larger exports and caches the small files, and the sizes of others.
+
+    Args:
+        name: of the stage. record: its DONE.
+    Returns:
+        Folders that are gone: to make room, for example.
+    Raises:
+        DataError: as `open_export`.
+    """
+    gone = []
+    for part in record.get("caches") or {"": {}}:
+        made = folder.export / part
+        if not os.path.lexists(made):
+            gone.append(made)
+            continue
+        try:
+            _check_export(folder.export, record, part, 0)
+            entries = read_manifest(made)["files"].values()
+            verify_once(made, None if sum(entry["size"] for entry in entries) <= _LARGE else _SMALLEST)
+        except DataError as error:
+            raise _not_sealed(error, f"stage '{name}'", redo_command([name])) from None
+    return gone
 
 
 def check_foreign(folder: Path, largest: int | None = None) -> None:

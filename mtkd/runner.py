@@ -32,7 +32,7 @@ from mtkd.engine.make import start_processes
 from mtkd.engine.watch import note, watched
 from mtkd.errors import UserError
 from mtkd.evaluate.judge import judge
-from mtkd.exports import manifests, open_export
+from mtkd.exports import check_finished, manifests, open_export
 from mtkd.labelplan import with_teachers_classes
 from mtkd.models.load import quiet
 from mtkd.planner import plan, resolve
@@ -135,7 +135,7 @@ def _plan_unfinished(config: RunConfig, reader: DataReader, again: Sequence[str]
 
 
 def _check_needed(shop: Workshop) -> None:
-    """Check what finished stages made for those that are still to do: damage must not wait for hours of training."""
+    """Check what finished stages made: damage must not wait for hours of training, nor for whoever loads it."""
     done = {name: record for name in shop.config.stages if (record := shop.folder(name).done())}
     to_do = [stage for name, stage in shop.config.stages.items() if name not in done]
     models = [model for s in to_do for model in (*s.trained.values(), *(t.model for t in s.teachers))]
@@ -143,6 +143,9 @@ def _check_needed(shop: Workshop) -> None:
         name = stage_of(model.path)
         if name in done:
             open_export(name, shop.folder(name), done[name], member_of(model.path))
+    for name, record in done.items():
+        for path in check_finished(name, shop.folder(name), record):
+            say(f"stage {name}: what it made is gone, nothing needs it: {path}")
 
 
 def _report(folder: RunDir) -> Path:

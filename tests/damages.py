@@ -285,7 +285,7 @@ class Bench:
             said += output if code or (command[0] != "report" and _AGAIN.search(output)) else ""
             if command[0] == "report" and code == 0 and (wrong := self._differs(noted["shown"], output)):
                 return "FAULT", f"report shows something else: {wrong}\n{output}"
-        if refused:
+        if refused or f"is gone, nothing needs it: {self.run / damage.path}" in output:
             return "detected", said
         if (now := facts(self.run)) != noted["facts"]:
             changed = sorted(k for k in {*now, *noted["facts"]} if now.get(k) != noted["facts"].get(k))

@@ -13,6 +13,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tiny_run import NAME, ids_file, student_of_folder, undisturbed, with_teacher, write_data, write_yaml
 
+from mtkd.manifest import read_manifest, seal
+
 pytestmark = pytest.mark.xdist_group("runs")  # they share an undisturbed run
 
 RUN = f"runs/{NAME}"
@@ -60,7 +62,8 @@ def other_data(folder: Path) -> str:
 
 
 def other_tokenizer(folder: Path) -> str:
-    """The same ids, but another rule for text, in the run's tokenizer and in the teacher's."""
+    """The same ids, but another rule for text, in the run's tokenizer (sealed again) and in the teacher's."""
+    origin = read_manifest(folder / RUN / "tokenizer")["trained_on"]
     for tokenizer in (folder / RUN / "tokenizer", folder / "model/teacher"):
         file = tokenizer / "tokenizer_config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), "add_prefix_space": True}))
@@ -68,6 +71,7 @@ def other_tokenizer(folder: Path) -> str:
         rules = json.loads(backend.read_text())
         rules["normalizer"] = {"type": "Lowercase"}
         backend.write_text(json.dumps(rules))
+    seal(folder / RUN / "tokenizer", {"trained_on": origin})
     return student_of_folder(folder)
 
 
