@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from mtkd.data.batch import Batch
+from mtkd.data.chat import check_chat_template
 from mtkd.data.tasks import PrepareRequest, TaskSpec, check_task
-from mtkd.data.tokenizers import check_chat_template, tokenizer_fingerprint
+from mtkd.data.tokenizers import tokenizer_fingerprint
 from mtkd.errors import DataError, nearest
 from mtkd.features import NO_LABEL
 from mtkd.registry import TASKS

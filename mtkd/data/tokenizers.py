@@ -152,22 +152,6 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, *, chat: bool = Fa
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
-def check_chat_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Refuse turns of a chat where nothing says how they are written.
-
-    Args: where: `chat` of the data entry.
-    Raises:
-        DataError: the tokenizer has no chat template (one that the run trains never has).
-    """
-    if not tokenizer.chat_template:
-        raise DataError(
-            "the tokenizer has no chat template",
-            where=where,
-            found="chat: true",
-            todo="set chat: false, and put into `prompt` what the model expects around it",
-        )
-
-
 def check_same_tokenizer(
     student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, where: str, *, masked: bool = False
 ) -> list[str]:
