@@ -23,6 +23,7 @@ from mtkd.config import DataConfig
 from mtkd.data.files import read_texts
 from mtkd.data.labels import label_values, read_labels
 from mtkd.data.sources import NotReached, Raw, choose_rows, read_source
+from mtkd.errors import DataError
 from mtkd.features import NO_LABEL
 from mtkd.registry import TASKS
 
@@ -117,10 +118,24 @@ class DataReader:
 
 
 def _check_texts(data: DataConfig, raw: Raw) -> None:
-    """Raise a DataError for the first row of any split that holds no text where the task reads one."""
+    """Raise a DataError for the first row of any split that holds no text where the task reads one.
+
+    And for a split whose prompts, or clozes, hold none in any row: the model would read the template alone.
+    """
+    template = data.prompt_columns or (data.text_columns if data.cloze is not None else ())
     for split, rows in raw.splits.items():
+        filled = False
         for column in filter(None, (*data.text_columns, data.text_pair)):
-            read_texts(rows, column, raw.origin(split), "text")
+            texts = read_texts(rows, column, raw.origin(split), "text")
+            filled = filled or (column in template and any(text.strip() for text in texts))
+        if template and not filled:
+            what = "prompt" if data.prompt is not None else "cloze"
+            raise DataError(
+                f"no row has a text for the {what}",
+                where=raw.origin(split).name,
+                found=f"{len(rows)} rows, nothing in {', '.join(template)}",
+                todo=f"set data.NAME.{what} to a column with texts" + (", or drop it" if what == "prompt" else ""),
+            )
 
 
 def _labelled(data: DataConfig, raw: Raw) -> dict[str, int]:

@@ -18,6 +18,7 @@ from mtkd.config import DataConfig, prompt_parts
 from mtkd.data.collate import LoadedData, load_data
 from mtkd.data.sources import check_source, load_raw
 from mtkd.data.tokenizers import train_tokenizer
+from mtkd.dataplan import DataReader
 from mtkd.errors import DataError, UserError
 from mtkd.features import NO_LABEL, HeadLogits
 from mtkd.methods import kd
@@ -217,3 +218,20 @@ def test_what_cannot_be_is_refused_at_once(write: Callable[..., DataConfig], tmp
     config = write("rows.jsonl", json.dumps(ROWS[0]), prompt="input", text="output", task="masked-lm")
     with pytest.raises(UserError, match="does not read this"):
         check_source(config, tmp_path)
+
+
+def test_prompts_that_are_blank_in_every_row_are_refused(write: Callable[..., DataConfig], tmp_path: Path) -> None:
+    """A row may lack a prompt; when all do, the wrong column was named. The same holds for a cloze."""
+    blank = [{**row, "instruction": " "} for row in ROWS]
+    for rows, ok in ((ROWS, True), ([ROWS[0], *blank], True), (blank, False)):
+        content = "\n".join(map(json.dumps, rows))
+        prompt = write("rows.jsonl", content, prompt="Asked: {instruction}{input}", text="output")
+        words = {"yes": "yes", "no": "no"}
+        cloze = write("rows.jsonl", content, cloze="{instruction} [MASK]", task="glm-cloze", verbalizers=words)
+        if ok:
+            assert DataReader(tmp_path).facts("rows", prompt).rows == {"train": len(rows)}
+            continue
+        for config, what in ((prompt, "prompt"), (cloze, "cloze")):
+            with pytest.raises(DataError, match=f"no row has a text for the {what}") as refused:
+                DataReader(tmp_path).facts("rows", config)
+            assert "instruction" in str(refused.value.found)
