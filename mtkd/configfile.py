@@ -11,12 +11,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from mtkd.config import ModelConfig, Named, RunConfig, TeacherConfig
+from mtkd.config import RunConfig
+from mtkd.config.written import SHORT_FORMS, as_meant, is_block, keys_of, model_of, step_into
 from mtkd.errors import UserError, nearest
 from mtkd.yamlfile import Value, parse, read_text
 
@@ -24,9 +24,6 @@ MAX_PROBLEMS = 8  # listed in one message
 ABSENT = "(absent)"
 
 Location = tuple[str | int, ...]
-
-# The key that a plain string stands for in a block that may be written as one.
-_SHORT_FORMS: dict[type[BaseModel], str] = {Named: "name", ModelConfig: "path", TeacherConfig: "model"}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -48,7 +45,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         _override(root, override)
     try:
-        config = RunConfig.model_validate(root.plain())
+        config = RunConfig.model_validate(as_meant(root, RunConfig))
     except ValidationError as error:
         raise UserError(_explain(error, root)) from None
     config._base = file.resolve().parent
@@ -105,7 +102,7 @@ def _override(root: Value, text: str) -> None:
         if not rest:
             here.value[key] = value
             return
-        here, annotation, above = here.value[key], _step_into(annotation, key), (*above, key)
+        here, annotation, above = here.value[key], step_into(annotation, key), (*above, key)
 
 
 def _split(path: str) -> list[str]:
@@ -115,10 +112,10 @@ def _split(path: str) -> list[str]:
 
 def _opened(here: Value, annotation: Any) -> Any:
     """The value, with a string that stands for a block, or an empty block, made a block."""
-    model = _model_of(annotation)
-    if isinstance(here.value, str) and model in _SHORT_FORMS:
-        return {_SHORT_FORMS[model]: Value(here.value, here.place)}
-    return {} if here.value is None and _is_block(annotation) else here.value
+    model = model_of(annotation)
+    if model in SHORT_FORMS and here.value is not None and not isinstance(here.value, dict | list):
+        return {SHORT_FORMS[model]: Value(here.value, here.place, here.text)}
+    return {} if here.value is None and is_block(annotation) else here.value
 
 
 def _next_key(here: Value, annotation: Any, rest: list[str], context: tuple[Location, str]) -> tuple[Any, list[str]]:
@@ -137,8 +134,8 @@ def _next_key(here: Value, annotation: Any, rest: list[str], context: tuple[Loca
         if (key := ".".join(rest[:length])) in here.value:
             return key, rest[length:]
     if len(rest) > 1:
-        if not _is_block(_step_into(annotation, rest[0])) or _model_of(annotation) is None:
-            known = _keys(annotation) or list(here.value)
+        if not is_block(step_into(annotation, rest[0])) or model_of(annotation) is None:
+            known = keys_of(annotation) or list(here.value)
             raise UserError(
                 f"{_dotted((*above, rest[0]))} does not exist",
                 where=origin,
@@ -148,43 +145,6 @@ def _next_key(here: Value, annotation: Any, rest: list[str], context: tuple[Loca
             )
         here.value[rest[0]] = Value({}, origin)
     return rest[0], rest[1:]
-
-
-def _alternatives(annotation: Any) -> list[Any]:
-    """The members of a union, without `Annotated`."""
-    if get_origin(annotation) is Annotated:
-        return _alternatives(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, UnionType):
-        return [one for member in get_args(annotation) for one in _alternatives(member)]
-    return [annotation]
-
-
-def _model_of(annotation: Any) -> type[BaseModel] | None:
-    for one in _alternatives(annotation):
-        if isinstance(one, type) and issubclass(one, BaseModel):
-            return one
-    return None
-
-
-def _keys(annotation: Any) -> list[str]:
-    model = _model_of(annotation)
-    return list(model.model_fields) if model else []
-
-
-def _is_block(annotation: Any) -> bool:
-    return _model_of(annotation) is not None or any(get_origin(one) is dict for one in _alternatives(annotation))
-
-
-def _step_into(annotation: Any, key: str | int) -> Any:
-    """The annotation of an entry of a block, mapping or list; None when the types know no such entry."""
-    for one in _alternatives(annotation):
-        if isinstance(one, type) and issubclass(one, BaseModel):
-            return one.model_fields[str(key)].annotation if key in one.model_fields else None
-        if get_origin(one) is dict:
-            return get_args(one)[1]
-        if get_origin(one) is tuple and isinstance(key, int):
-            return get_args(one)[0]
-    return None
 
 
 @dataclass
@@ -231,7 +191,7 @@ def _known_part(location: Location) -> tuple[Location, Any]:
     """The part of pydantic's location that is a path (it adds union members to it), and the annotation there."""
     annotation: Any = RunConfig
     for depth, part in enumerate(location):
-        below = _step_into(annotation, part)
+        below = step_into(annotation, part)
         if below is None:
             return location[:depth], annotation
         annotation = below
@@ -243,7 +203,7 @@ def _problem(detail: Any, known: Location, annotation: Any) -> _Problem:
     found = "" if isinstance(given, dict | BaseModel) else _short(given)
     if kind == "extra_forbidden":
         # The value stays untold: what is written under a wrong key may be a password.
-        keys = _keys(annotation)
+        keys = keys_of(annotation)
         return _Problem("unknown key", repr(known[-1]), ", ".join(keys), nearest(str(known[-1]), keys))
     if kind == "missing":
         return _Problem("is missing")

@@ -22,8 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from mtkd import yamlfile
 from mtkd.config import RunConfig, check_name
 from mtkd.errors import DataError, UserError
 from mtkd.notes import Done, Environment, read_done
@@ -173,7 +172,7 @@ class RunDir:
         """Write run.yaml so that `load_config` reads an equal configuration from it."""
         # Only what was set: some checks ask whether a key was written at all.
         values = config.model_dump(mode="json", exclude_unset=True)
-        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        text = yamlfile.write(values)
         write_atomic(self.config_file, f"{text}{SEAL_LINE}{hashlib.sha256(text.encode()).hexdigest()}\n")
 
     def write_environment(self, argv: Sequence[str]) -> None:
@@ -257,7 +256,7 @@ class StageDir:
     def describe(self, values: Mapping[str, Any]) -> None:
         """Write stage.yaml."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.config_file, yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
+        write_atomic(self.config_file, yamlfile.write(dict(values)))
 
     def done(self) -> dict[str, Any] | None:
         """What `mark_done` recorded; None when the stage is not finished.

@@ -6,9 +6,8 @@ keys are found there.
 
 from __future__ import annotations
 
-import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +28,34 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML that also reads 5e-4 as a number, as everybody but YAML 1.1 does."""
 
 
-_Loader.add_implicit_resolver(_TAG + "float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789"))
+class _Dumper(yaml.SafeDumper):
+    """Safe YAML that quotes the text 5e-4, which others read as a number, and writes no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    # Within single quotes YAML reads these line ends as others; within double ones they are escaped.
+    style = '"' if re.search("[\r\n\x85\u2028\u2029]", text) else None
+    return dumper.represent_scalar(_TAG + "str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
+for _one in (_Loader, _Dumper):
+    _one.add_implicit_resolver(_TAG + "float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789"))
 
 
 @dataclass
 class Value:
-    """A value and the place it was written at; `value` is a scalar, a list or a dict of `Value`."""
+    """A value and the place it was written at; `value` is a scalar, a list or a dict of `Value`.
+
+    `text` is what stands in the file where the value is a boolean, a number or nothing, such as ``no`` or ``007``.
+    """
 
     value: Any
     place: str
+    text: str = ""
 
     def plain(self) -> Any:
         """The same without places."""
@@ -88,6 +106,11 @@ def parse(text: str, origin: str, *, lines: bool = True) -> Value:
             loader.dispose()
 
 
+def write(values: object) -> str:
+    """Plain values as YAML text; text that YAML would take for something else is quoted, keys stay in order."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
 class _Builder:
     """Turns composed nodes into `Value`s, refusing what has no JSON counterpart."""
 
@@ -121,9 +144,9 @@ class _Builder:
         if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
             return Value([self.build(child) for child in node.value], self._place(node))
         if isinstance(node, yaml.ScalarNode) and node.tag in _TEXT_TAGS:
-            return Value(node.value, self._place(node))
+            return Value(self._text(node), self._place(node))
         if isinstance(node, yaml.ScalarNode) and node.tag in _PLAIN_TAGS:
-            return Value(self._scalar(node), self._place(node))
+            return Value(self._scalar(node), self._place(node), node.value)
         raise UserError(
             "a YAML tag that is not plain data",
             where=self._place(node),
@@ -131,14 +154,19 @@ class _Builder:
             allowed="text, numbers, true, false, null, lists and mappings",
         )
 
+    def _text(self, node: yaml.ScalarNode) -> str:
+        if any("\ud800" <= character <= "\udfff" for character in node.value):
+            raise UserError("half a character: no file can hold it", where=self._place(node), found=ascii(node.value))
+        return str(node.value)
+
     def _scalar(self, node: yaml.ScalarNode) -> Any:
         try:
-            value = self._loader.construct_object(node)
-        except (ValueError, KeyError):  # !!int "x", !!bool "x"
+            return self._loader.construct_object(node)
+        except (ValueError, KeyError):
+            if node.style is None and self._loader.resolve(yaml.ScalarNode, node.value, (True, False)) == node.tag:
+                return node.value  # 0b_, or thousands of digits: looks like a number and is none
+            # !!int "x", !!bool "x"
             raise UserError("not a value of its tag", where=self._place(node), found=node.value[:40]) from None
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError("a number must be finite", where=self._place(node), found=node.value)
-        return value
 
     def _mapping(self, node: yaml.MappingNode) -> dict[str, Value]:
         merged: dict[str, Value] = {}
@@ -152,13 +180,13 @@ class _Builder:
                 continue
             if not isinstance(key, yaml.ScalarNode) or (key.tag not in _TEXT_TAGS and key.tag not in _PLAIN_TAGS):
                 raise UserError("a key must be plain text", where=self._place(key))
-            name = key.value  # the text as written: a stage may be called `on` or `7`
+            name = self._text(key)  # the text as written: a stage may be called `on` or `7`
             if name in own:
                 raise UserError(
                     f"key '{name}' is there twice", where=self._place(key), todo=f"the first is {own[name].place}"
                 )
             # The place of a value is its key's line, which is where one looks for it.
-            own[name] = Value(self.build(value).value, self._place(key))
+            own[name] = replace(self.build(value), place=self._place(key))
         return {**merged, **own}
 
     def _place(self, node: yaml.Node) -> str:

@@ -206,12 +206,12 @@ def test_a_duplicate_key_names_both_lines(refused: Refused) -> None:
         ("a: [1\nb: 2\n", "run.yaml:2: not YAML"),
         ("a: *nowhere", "undefined alias"),
         ("? [a, b]\n: 1\n", "a key must be plain text"),
-        ("name: .inf", "a number must be finite"),
+        ("log_every: .inf", "a number must be finite"),
         ("seed: .nan", "a number must be finite"),
         ("seed: !!int x", "not a value of its tag"),
         ("name: a\x00b", "not YAML"),
         ("[" * 5000, "nested too deeply"),
-        ("a: " + "9" * 5000, "not a value of its tag"),
+        ("seed: " + "9" * 5000, "exceeded maximum size"),
     ],
 )
 def test_what_is_no_configuration_is_refused(text: str, message: str, refused: Refused) -> None:

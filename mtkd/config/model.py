@@ -181,7 +181,7 @@ class TeacherConfig(Config):
     @field_validator("classes", mode="before")
     @classmethod
     def _texts(cls, value: Any) -> Any:
-        """YAML reads a class 0 as a number and `no` as false."""
+        """From Python a class may be a number or a boolean; of a YAML file the text as written arrives."""
         if isinstance(value, dict):
             return {_class_text(output): _class_text(name) for output, name in value.items()}
         return tuple(map(_class_text, value)) if isinstance(value, list | tuple) else value

@@ -145,10 +145,10 @@ def read_labels(config: DataConfig, rows: Dataset, origin: Origin, names: tuple[
         if not names:
             labels[index] = _number(value, origin, index)
             continue
-        name = name_of(value)
-        if name not in numbers:
-            raise _unknown(config, name, names, origin.where(index))
-        labels[index] = numbers[name]
+        number = _class_of(value, numbers)
+        if number is None:
+            raise _unknown(config, name_of(value), names, origin.where(index))
+        labels[index] = number
     return labels
 
 
@@ -156,7 +156,14 @@ def class_codes(config: DataConfig, rows: Dataset, origin: Origin, names: tuple[
     """Class number of every row, -1 for none or an unknown one, [rows] int64."""
     numbers = {name: number for number, name in enumerate(names)}
     values = label_values(rows, config.label, origin)
-    return np.array([-1 if v is None else numbers.get(name_of(v), -1) for v in values], np.int64)
+    found = [None if v is None else _class_of(v, numbers) for v in values]
+    return np.array([-1 if number is None else number for number in found], np.int64)
+
+
+def _class_of(value: Value, numbers: dict[str, int]) -> int | None:
+    """The class number of a label; the typed label 1.0 is the class "1", or "1.0" where the user wrote that."""
+    number = numbers.get(name_of(value))
+    return numbers.get(str(value)) if number is None else number
 
 
 def _unknown(config: DataConfig, name: str, names: tuple[str, ...], where: str) -> DataError:
