@@ -11,7 +11,7 @@ import gc
 import json
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ from mtkd.notes import Identity, read_seconds, write_seconds
 from mtkd.pool import Teacher, pooled
 from mtkd.record import read_record, write_record
 from mtkd.rundir import RunDir, StageDir
-from mtkd.seal import MANIFEST, fault_point
+from mtkd.seal import MANIFEST, fault_point, remove
 from mtkd.teaching import heads_read
 from mtkd.train import StopFlag, stop_flag
 
@@ -117,6 +117,35 @@ def capture(shop: Workshop, name: str, identity: dict[str, Any]) -> dict[str, An
         "caches": made,
         "manifests": manifests(exported, list(made)),
     }
+
+
+def restore_notes(folder: StageDir, record: Mapping[str, Any]) -> list[Path]:
+    """Write the notes of a finished cache again where they are damaged: its DONE has what stood in them.
+
+    A stage whose DONE is lost goes on by these notes, so their damage must not stay until then.
+
+    Args: record: the stage's DONE.
+    Returns:
+        The notes that were damaged.
+    """
+    identity, seconds = folder.export / _IDENTITY, folder.export / _SECONDS
+    damaged = []
+    if not _holds(lambda: read_record(identity, Identity) == record["identity"]):
+        remove(identity)
+        write_record(identity, record["identity"])
+        damaged.append(identity)
+    if not _holds(lambda: read_seconds(seconds, "") == record["seconds"]):
+        remove(seconds)
+        write_seconds(seconds, record["seconds"])
+        damaged.append(seconds)
+    return damaged
+
+
+def _holds(compare: Callable[[], bool]) -> bool:
+    try:
+        return compare()
+    except (FileNotFoundError, DataError):
+        return False
 
 
 def _begun(job: _Job, identity: dict[str, Any]) -> bool:

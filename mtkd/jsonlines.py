@@ -13,6 +13,8 @@ from typing import Any
 from mtkd.errors import DataError
 from mtkd.record import json_object, plain_bytes
 
+_ASIDE = "move aside what stands there: the file is written again as far as there is anything to write"
+
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
     """`value` as JSON; NaN and infinity become null."""
@@ -67,5 +69,5 @@ def readable_jsonl(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 def _lines(path: Path) -> list[dict[str, Any] | None]:
     """Per finished line its record, None for one that is not a JSON object."""
-    *lines, _unfinished = plain_bytes(path).split(b"\n") if path.exists() else [b""]
+    *lines, _unfinished = plain_bytes(path, _ASIDE).split(b"\n") if path.exists() else [b""]
     return [json_object(line) for line in lines]

@@ -9,6 +9,7 @@ import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mtkd.agreement import agree, agree_on_precision, agree_on_run, check_shared
 from mtkd.blame import plugin_errors
 from mtkd.build import Workshop
 from mtkd.built import BuiltStage
-from mtkd.capture import capture
+from mtkd.capture import capture, restore_notes
 from mtkd.chain import changed_stages, finished, member_of, stage_of, to_redo
 from mtkd.chance import warn_below_chance
 from mtkd.checks import check
@@ -107,7 +108,7 @@ def _run(config: RunConfig, redo: Sequence[str], dist: Dist, device: torch.devic
         if dist.is_main:
             held.enter_context(undone_on_error(folder, config))
         run_id = on_main(dist, lambda: remember(config, folder))
-        _note_rank(folder, dist, run_id)
+        _pathrank(folder, dist, run_id)
         shop = Workshop(config, folder, dist, device, reader)
         on_main(dist, lambda: _check_needed(shop))
         for name in config.stages:
@@ -153,7 +154,7 @@ def _report(folder: RunDir) -> Path:
     return folder.report_file if is_current(folder.path) else write_report(folder.path)
 
 
-def _note_rank(folder: RunDir, dist: Dist, run_id: str) -> None:
+def _pathrank(folder: RunDir, dist: Dist, run_id: str) -> None:
     """Where each of several ranks runs, in its log; `mtkd.engine.watch` adds how it ended."""
     if dist.world_size > 1:
         note(
@@ -174,6 +175,9 @@ def _stage(shop: Workshop, name: str, run: RunDir) -> dict[str, Any]:
 
     record = on_main(shop.dist, made)
     if record is not None:
+        if record.get("caches"):
+            for path in on_main(shop.dist, partial(restore_notes, folder, record)):
+                say(f"  a note of stage '{name}' was damaged, written again: {path}", main=main)
         work = f"{len(record['caches'])} caches" if record.get("caches") else f"{record['steps']} steps"
         say(f"stage {name}: done ({work}, {record['seconds']:.0f} s), skipped", main=main)
         return record

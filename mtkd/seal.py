@@ -109,7 +109,7 @@ def write_sealed(final: Path, write: Callable[[Path], None], facts: Mapping[str,
     """Write a folder aside, seal it and put it in the place of `final`; for one process."""
     temporary = final.with_name(f"{_TEMPORARY}{final.name}")
     for stale in (temporary, final.with_name(f"{_TRASH}{final.name}")):
-        _remove(stale)
+        remove(stale)
     temporary.mkdir(parents=True)
     write(temporary)
     seal(temporary, facts)
@@ -151,7 +151,7 @@ def _prepare(temporary: Path) -> None:
     temporary.parent.mkdir(parents=True, exist_ok=True)
     for path in temporary.parent.iterdir():
         if path.name.startswith((_TEMPORARY, _TRASH)):
-            _remove(path)
+            remove(path)
     temporary.mkdir()
 
 
@@ -171,7 +171,7 @@ def _replace(temporary: Path, final: Path) -> None:
         final.rename(trash)
     temporary.rename(final)
     sync_folder(final.parent)
-    _remove(trash)
+    remove(trash)
 
 
 def _prune(parent: Path, keep: int) -> None:
@@ -190,7 +190,7 @@ def _prune(parent: Path, keep: int) -> None:
                 # Renamed first: half of a removed folder must not look like a checkpoint.
                 path.rename(trash)
                 fault_point("while-pruning", _step_of(path))
-                _remove(trash)
+                remove(trash)
             except OSError as error:
                 _log.warning("%s could not be removed: %s", path, error)
             continue
@@ -206,7 +206,7 @@ def sweep_left(folder: Path) -> None:
     """
     for path in sorted(folder.rglob(".t*-*")):
         if path.name.startswith((_TEMPORARY, _TRASH)) and not _is_written(path):
-            _remove(path)
+            remove(path)
 
 
 def _is_written(path: Path) -> bool:
@@ -239,7 +239,8 @@ def _step_of(path: Path) -> int:
     return int(match[1])
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file or a folder, or a link or fifo that stands in its place; nothing where there is nothing."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:  # a file, or what is there in its place: a link, a fifo

@@ -56,7 +56,7 @@ def write_report(run_dir: Path) -> Path:
     except OSError as error:
         raise UserError(
             f"the report cannot be written: {error.strerror or error}",
-            where=str(error.filename or target),
+            where=str(error.filename2 or error.filename or target),
             todo="remove what stands there, or give mtkd the right to write it; `mtkd status` shows the run",
         ) from None
     return target

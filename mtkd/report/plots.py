@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mtkd.record import write_atomic
 from mtkd.report.read import Curve, RunData, StageRecord, number
 from mtkd.report.wording import metric_name
 
@@ -70,7 +71,7 @@ def draw_plots(run: RunData, folder: Path) -> dict[str, Plot]:
     with matplotlib.rc_context(settings):
         for name, caption, figure in _figures(run):
             folder.mkdir(parents=True, exist_ok=True)
-            figure.savefig(folder / f"{name}.png", dpi=150, facecolor="white", bbox_inches="tight")
+            write_atomic(folder / f"{name}.png", _png(figure))
             plots[name] = Plot(name, caption, _svg(figure, name))
     return plots
 
@@ -210,6 +211,12 @@ def _drawable(row: dict[str, Any]) -> bool:
 
 def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "metric"
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, facecolor="white", bbox_inches="tight")
+    return buffer.getvalue()
 
 
 def _svg(figure: Figure, name: str) -> str:
