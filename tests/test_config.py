@@ -363,3 +363,9 @@ def test_stages_made_before_a_field_came_are_told_by_the_same_values() -> None:
     assert sorted(DataConfig(source="files").values({"path", "files"})) == sorted({*before.split()} - {"path", "files"})
     said = DataConfig(source="files", task="glm-infill", infill={"mask": 1}, redraw=False).values()
     assert said.keys() - {*before.split()} == {"infill", "redraw"}
+
+
+def test_blanks_of_another_law_are_made_again() -> None:
+    """Before the law had a version, the default mixture was not said at all."""
+    assert DataConfig(source="files", task="glm-infill").values()["infill"]["law"] == 2
+    assert "infill" not in DataConfig(source="files", task="glm-cloze").values()

@@ -46,13 +46,26 @@ class TransferConfig(Config):
 
 
 class InfillConfig(Config):
-    """GLM's blank infilling: which share of the examples is asked for what; those left out beside others are 0."""
+    """GLM's blank infilling, as GLM-10B was trained; of the first three, those left out next to others are 0."""
 
-    mask: Share = Field(0.5, description="[MASK]: spans of a few tokens; base and large know these alone: {mask: 1}")
+    mask: Share = Field(
+        0.5, description="[MASK]: spans of a few tokens; base and large know these alone: {mask: 1, block_mask: 0}"
+    )
     smask: Share = Field(0.3, description="[sMASK]: whole sentences")
-    gmask: Share = Field(0.2, description="[gMASK]: a suffix of half the example or more")
+    gmask: Share = Field(0.2, description="[gMASK]: one long span, anywhere or up to the end of the text")
     span: Annotated[float, Field(ge=1e-9, le=1000)] = Field(
         3.0, description="[MASK]: mean of the Poisson law of span lengths in tokens, before its zeros are left out"
+    )
+    min_ratio: Share = Field(
+        0.25, description="[gMASK]: least share of the text in the long span; the longest is all of it (paper: 0.5)"
+    )
+    anywhere: Share = Field(
+        0.5, description="[gMASK]: share whose span may stand anywhere; the others' goes on to the end of the text"
+    )
+    block_mask: Share = Field(
+        0.1,
+        description="[MASK]: share of a span's tokens that [dBLOCK] hides from those after them, once predicted "
+        "themselves",
     )
 
     @model_validator(mode="before")
@@ -69,6 +82,9 @@ class InfillConfig(Config):
             raise ValueError(f"mask, smask and gmask sum to {self.mask + self.smask + self.gmask:g}, not to 1")
         return self
 
+
+_LAW = 2
+"""Version of the law of glm-infill's blanks: what was made with another one is made again."""
 
 BLANK = "[MASK]"
 """The place of the answer in a cloze."""
@@ -250,7 +266,10 @@ class DataConfig(Config):
         unsaid = [
             n for n in _LATER if getattr(self, n) == type(self).model_fields[n].get_default(call_default_factory=True)
         ]
-        return self.model_dump(mode="json", exclude={*without, *unsaid})
+        said = self.model_dump(mode="json", exclude={*without, *unsaid})
+        if self.task == "glm-infill":
+            said["infill"] = {**self.infill.model_dump(mode="json"), "law": _LAW}
+        return said
 
     @property
     def classes(self) -> tuple[str, ...]:

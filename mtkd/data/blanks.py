@@ -28,12 +28,15 @@ class InfillExamples:
     """Blocks of documents; which tokens are blanked is a pure function of (seed, epoch, example).
 
     Args:
-        tokens: all blocks one after another, without special tokens. starts, sizes: of each block, [examples].
+        tokens: all blocks one after another, without special tokens. sizes: of each block, [examples].
+        last: whether a block is the last one of its document, bool [examples].
     """
 
-    def __init__(self, tokens: np.ndarray, starts: np.ndarray, sizes: np.ndarray, infilling: Infilling) -> None:
-        self._tokens, self._starts, self._sizes, self._infilling = tokens, starts, sizes, infilling
-        self.lengths = np.array([infilling.most(int(size)) for size in sizes], np.int64)
+    def __init__(self, tokens: np.ndarray, sizes: np.ndarray, last: np.ndarray, infilling: Infilling) -> None:
+        self._tokens, self._sizes, self._last, self._infilling = tokens, sizes, last, infilling
+        self._starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+        most = (infilling.most(int(size), last=bool(ends)) for size, ends in zip(sizes, last, strict=True))
+        self.lengths = np.array(list(most), np.int64)
 
     def read(self, index: int, epoch: int) -> tuple[np.ndarray, np.ndarray, None]:
         """Both parts [L], and what part B predicts, NO_LABEL in part A [L]."""
@@ -43,28 +46,33 @@ class InfillExamples:
     def lay_out(self, index: int, epoch: int) -> LaidOut:
         """Both parts with positions and the length of part A."""
         start = int(self._starts[index])
-        return self._infilling.lay_out(self._tokens[start : start + int(self._sizes[index])], index, epoch)
+        block = self._tokens[start : start + int(self._sizes[index])]
+        return self._infilling.lay_out(block, index, epoch, last=bool(self._last[index]))
 
 
 def prepare_infill(request: PrepareRequest) -> Split:
-    """Every document cut into blocks of at most `max_length` tokens with their blanks and pieces, whatever is drawn."""
+    """Every document cut into blocks of at most `max_length` tokens with their blanks and pieces, whatever is drawn.
+
+    The special tokens before a text begin every block; those after a text end the last block of each document.
+    """
     tokenizer, config = request.tokenizer, request.config
     infilling = Infilling(tokenizer, config, around_text(tokenizer))
     room = infilling.room(config.max_length)
     texts, rows = texts_of(request)
     flat: list[np.ndarray] = []
-    of_example: list[int] = []
+    of_example, last = list[int](), list[bool]()
     for number, ids in enumerate(tokenized(request, texts)):
         for start in range(0, len(ids), room):
             flat.append(ids[start : start + room].astype(np.int32))
             of_example.append(number)
+            last.append(start + room >= len(ids))
     if not flat:
         raise DataError("the texts have no tokens", where=request.origin.name, found=texts[0])
     sizes = np.array([len(block) for block in flat], np.int64)
-    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
     scored = np.array([len(text.encode()) for text in texts], np.int64)
     documents = described(request, rows, np.array(of_example, np.int64), scored)
-    return Split(InfillExamples(np.concatenate(flat), starts, sizes, infilling), documents, pad_id=pad_id(tokenizer))
+    examples = InfillExamples(np.concatenate(flat), sizes, np.array(last, bool), infilling)
+    return Split(examples, documents, pad_id=pad_id(tokenizer))
 
 
 def prepare_cloze(request: PrepareRequest) -> Split:

@@ -21,10 +21,12 @@ from mtkd.errors import DataError, UserError
 END_OF_TEXT = "<|endoftext|>"
 START, END = "<|startofpiece|>", "<|endofpiece|>"
 BLANKS = ("[MASK]", "[gMASK]", "[sMASK]")
-"""A span, a long text to the end, and a sentence; base and large know the first one only."""
+"""A span, a long span, and a sentence; base and large know the first one only."""
+HIDDEN = "[dBLOCK]"
+"""Stands for a token of a piece that has been predicted, but is not shown to those after it."""
 
-_GPT2_COMMANDS = (START, END, "[CLS]", "[MASK]", "[SEP]", "[UNK]", "[gMASK]", "[sMASK]", "[dBLOCK]")
-_BERT_COMMANDS = (START, END, "[gMASK]", "[sMASK]", "[dBLOCK]")
+_GPT2_COMMANDS = (START, END, "[CLS]", "[MASK]", "[SEP]", "[UNK]", "[gMASK]", "[sMASK]", HIDDEN)
+_BERT_COMMANDS = (START, END, "[gMASK]", "[sMASK]", HIDDEN)
 _BERT_OWN = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -116,7 +118,7 @@ def command_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
         DataError: it lacks [MASK], <|startofpiece|> or <|endofpiece|>.
     """
     ids = tokenizer.get_vocab()
-    found = {name: ids[name] for name in (*BLANKS, START, END) if name in ids}
+    found = {name: ids[name] for name in (*BLANKS, HIDDEN, START, END) if name in ids}
     missing = [name for name in ("[MASK]", START, END) if name not in found]
     if missing:
         raise DataError(
@@ -163,7 +165,7 @@ def _finish(core: Tokenizer, pad: str, end: str) -> PreTrainedTokenizerFast:
         cls_token="[CLS]",
         sep_token="[SEP]",
         mask_token="[MASK]",
-        additional_special_tokens=[START, END, "[gMASK]", "[sMASK]", "[dBLOCK]"],
+        additional_special_tokens=[START, END, "[gMASK]", "[sMASK]", HIDDEN],
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )
