@@ -30,7 +30,7 @@ from mtkd.engine.dist import Dist
 from mtkd.engine.make import make_engine
 from mtkd.exports import check_foreign, open_export
 from mtkd.locate import compare_tokenizer, given_tokenizer, resolve_path, revision_of, trained_tokenizer
-from mtkd.mix import stage_rows
+from mtkd.mix import placed_rows
 from mtkd.models.classes import Given, teacher_classes
 from mtkd.models.folder import check_folder, find_folder
 from mtkd.models.info import CLASSIFIER
@@ -38,6 +38,7 @@ from mtkd.models.load import build_model, compress_model
 from mtkd.models.taps import TappedModel, input_table
 from mtkd.models.vocabulary import VocabularyMap, compressed_teacher, compressed_twice, make_vocabulary, read_vocabulary
 from mtkd.objective import Objective
+from mtkd.places import placed
 from mtkd.pool import CachedTeacher, LiveModel, Teacher, TeacherPool, offload, pooled, shard, stream
 from mtkd.pool.resident import check_finite
 from mtkd.projection import make_projections
@@ -88,12 +89,14 @@ class Workshop:
 
     def raw(self, name: str) -> Raw:
         """The documents or rows of a `data` entry, read once."""
-        return self._reader.raw(self.config.data[name])
+        with placed(data=f"data.{name}"):
+            return self._reader.raw(self.config.data[name])
 
     def data(self, name: str) -> LoadedData:
         """A `data` entry as token ids, made once."""
         if name not in self._data:
-            loaded = load_data(name, self.config.data[name], self.raw(name), self.tokenizer)
+            with placed(data=f"data.{name}"):
+                loaded = load_data(name, self.config.data[name], self.raw(name), self.tokenizer)
             self._data[name] = loaded
             for note in self.raw(name).notes:
                 say(f"data.{name}: {note}", main=self.dist.is_main)
@@ -142,7 +145,7 @@ class Workshop:
         stage = self.config.stages[name]
         data = self.config.data_name(stage.data)
         steps = self._equal_time_steps(stage) if stage.equal_time else stage.steps or 0
-        models = {name: self.digest(model) for name, model in stage.trained.items()}
+        models = {role: self._digest(model, stage.place(name, role)) for role, model in stage.trained.items()}
         for role, model in stage.trained.items():
             if model.vocabulary is not None:
                 counted = self.config.data_name(model.vocabulary.counts)
@@ -151,11 +154,13 @@ class Workshop:
                 parts = [self.raw(counted).fingerprint, texts.values(), *written]
                 models[f"{role} vocabulary"] = fingerprint(parts)
         for i, teacher in enumerate(stage.teachers):
+            where = f"stages.{name}.teachers[{i}].model"
             if teacher.backend == "cached" and stage_of(teacher.model.path) is None:
-                folder = cache_folder(teacher.model.path or "", self.base, f"stages.{name}.teachers[{i}].model")
-                models[f"teacher {teacher.name}"] = cache_digest(folder)
+                models[f"teacher {teacher.name}"] = cache_digest(
+                    cache_folder(teacher.model.path or "", self.base, where)
+                )
             else:
-                models[f"teacher {teacher.name}"] = self.digest(teacher.model)
+                models[f"teacher {teacher.name}"] = self._digest(teacher.model, where)
         return identity(
             self.config,
             name,
@@ -164,6 +169,10 @@ class Workshop:
             models=models,
             steps=steps,
         )
+
+    def _digest(self, model: ModelConfig, where: str) -> str:
+        with placed(model=where):
+            return self.digest(model)
 
     def digest(self, model: ModelConfig) -> str:
         """What identifies the weights a model starts from, and what is cut from them."""
@@ -207,47 +216,55 @@ class Workshop:
         """A model for the data's task, with taps; one that is loaded has the run's tokenizer.
 
         Args:
+            where: its block in the configuration; of a teacher the teacher's, whose `model` it is.
             teacher: whose embedding tells which ids are alike, for a fresh student with a compressed vocabulary.
             empty: without its weights, as `build_model` has it.
             taught: of a frozen teacher: what is read of it; None for a model that is trained, or was here.
         """
-        num_ids, task = num_real_ids(self.tokenizer), data.task.class_for(data.config)
-        vocabulary = self.vocabulary(model, where)
-        if model.path is not None and vocabulary is None:
-            folder, revision = self.resolve(model.path), revision_of(model)
-            compare_tokenizer(self.tokenizer, folder, revision, where, masked=data.task.masked)
-        answers = answer_ids(data.config, self.tokenizer, f"data.{data.name}") if data.task.cloze else None
-        tables = [] if teacher is None else [teacher.embedding_table]
-        built = build_model(
-            model,
-            task,
-            num_ids=num_ids if vocabulary is None else vocabulary.num_kept,
-            max_positions=data.config.max_length,
-            num_labels=data.num_labels,
-            label_names=data.label_names,
-            tokenizer=self.tokenizer,
-            seed=seed,
-            resolve=self.resolve,
-            answers=answers,
-            reads=None if taught is None else taught.reads,
-            where=where,
-            on_loaded=lambda whole: tables.insert(0, input_table(whole)),
-            empty=empty,
-        )
-        if model.vocabulary is not None:
-            if vocabulary is not None:
-                raise compressed_twice(f"{where}.vocabulary")
-            name = self.config.data_name(model.vocabulary.counts)
-            made = make_vocabulary(
-                model.vocabulary, self.config.data[name], self.raw(name), self.tokenizer, built.config, tables[0]
+        with placed(model=where if taught is None else f"{where}.model", data=f"data.{data.name}", teacher=where):
+            num_ids, task = num_real_ids(self.tokenizer), data.task.class_for(data.config)
+            vocabulary = self.vocabulary(model, where)
+            if model.path is not None and vocabulary is None:
+                folder, revision = self.resolve(model.path), revision_of(model)
+                compare_tokenizer(self.tokenizer, folder, revision, where, masked=data.task.masked)
+            answers = answer_ids(data.config, self.tokenizer, f"data.{data.name}") if data.task.cloze else None
+            tables = [] if teacher is None else [teacher.embedding_table]
+            built = build_model(
+                model,
+                task,
+                num_ids=num_ids if vocabulary is None else vocabulary.num_kept,
+                max_positions=data.config.max_length,
+                num_labels=data.num_labels,
+                label_names=data.label_names,
+                tokenizer=self.tokenizer,
+                seed=seed,
+                resolve=self.resolve,
+                answers=answers,
+                reads=None if taught is None else taught.reads,
+                where=where,
+                on_loaded=lambda whole: tables.insert(0, input_table(whole)),
+                empty=empty,
             )
-            vocabulary = self.dist.broadcast_object(made)  # near ties could be rounded differently elsewhere
-            built = compress_model(built, task, vocabulary, seed)
-        columns = None
-        if taught is not None and "logits" in taught.reads and task == CLASSIFIER and answers is None:
-            found = teacher_classes(built.config, data.label_names, data.num_labels, where, taught.classes)
-            columns = None if found.in_order else found.columns
-        return TappedModel(built, task, num_ids, vocabulary, columns)
+            if model.vocabulary is not None:
+                if vocabulary is not None:
+                    raise compressed_twice(f"{where}.vocabulary")
+                name = self.config.data_name(model.vocabulary.counts)
+                with placed(data=f"data.{name}"):
+                    made = make_vocabulary(
+                        model.vocabulary,
+                        self.config.data[name],
+                        self.raw(name),
+                        self.tokenizer,
+                        built.config,
+                        tables[0],
+                    )
+                vocabulary = self.dist.broadcast_object(made)  # near ties could be rounded differently elsewhere
+                built = compress_model(built, task, vocabulary, seed)
+            columns = None
+            if taught is not None and "logits" in taught.reads and task == CLASSIFIER and answers is None:
+                found = teacher_classes(built.config, data.label_names, data.num_labels, where, taught.classes)
+                columns = None if found.in_order else found.columns
+            return TappedModel(built, task, num_ids, vocabulary, columns)
 
     def teacher(self, teacher: TeacherConfig, data: LoadedData, where: str, reads: frozenset[str]) -> LiveModel:
         """A teacher whose tokenizer is the run's, with its weights where its backend keeps them; a collective.
@@ -256,23 +273,24 @@ class Workshop:
 
         Args: reads: which of its predictions are read (`mtkd.teaching`): their heads must be in its files.
         """
-        assert teacher.model.path is not None
-        if data.task.token_level and self.vocabulary(teacher.model, where) is not None:
-            raise compressed_teacher(teacher.model.path, where)
-        in_files = teacher.backend in ("streamed", "sharded")
-        taught = Taught(reads, teacher.classes)
-        model = self.model(teacher.model, data, seed=0, where=where, empty=in_files, taught=taught)
-        if in_files:
-            found = find_folder(teacher.model.path, teacher.model.revision, self.resolve, weights=True)
-            if teacher.backend == "streamed":
-                return stream(model, found, self.device, self.dtype)
-            return shard(model, found, teacher, self.device, self.dtype, self.dist, where)
-        check_finite(model, where)
-        model.verify()
-        if teacher.backend == "resident":
-            return model
-        # before the next one is loaded: there is never memory for two
-        return offload(model, self.device, self.run.offload_file(teacher.name), self.dist)
+        with placed(model=f"{where}.model", teacher=where):
+            assert teacher.model.path is not None
+            if data.task.token_level and self.vocabulary(teacher.model, where) is not None:
+                raise compressed_teacher(teacher.model.path, where)
+            in_files = teacher.backend in ("streamed", "sharded")
+            taught = Taught(reads, teacher.classes)
+            model = self.model(teacher.model, data, seed=0, where=where, empty=in_files, taught=taught)
+            if in_files:
+                found = find_folder(teacher.model.path, teacher.model.revision, self.resolve, weights=True)
+                if teacher.backend == "streamed":
+                    return stream(model, found, self.device, self.dtype)
+                return shard(model, found, teacher, self.device, self.dtype, self.dist, where)
+            check_finite(model, where)
+            model.verify()
+            if teacher.backend == "resident":
+                return model
+            # before the next one is loaded: there is never memory for two
+            return offload(model, self.device, self.run.offload_file(teacher.name), self.dist)
 
     def build(self, name: str) -> BuiltStage:
         """Load and wire everything of a stage.
@@ -281,18 +299,19 @@ class Workshop:
             UserError: whatever the plan could not see without weights.
         """
         stage, where = self.config.stages[name], f"stages.{name}"
-        data = self.data(self.config.data_name(stage.data))
-        split = self._train_split(stage, data, where)  # before models are loaded: it may name unknown teachers
-        if stage.kind == "cofinetune":
-            objective, pool = self._cofinetuning(stage, data, f"{where}.members"), TeacherPool([], [])
-        else:
-            objective, pool = self._distillation(stage, data, where, heads_read(self.config, name))
-        for model in objective.models.values():
-            if self.config.engine.activation_checkpointing:
-                model.enable_activation_checkpointing()
-            if self.config.engine.compile:
-                model.compile_model()
-        return self._built(name, objective, pool, data, split)
+        with placed(stage=where):
+            data = self.data(self.config.data_name(stage.data))
+            split = self._train_split(stage, data, where)  # before models are loaded: it may name unknown teachers
+            if stage.kind == "cofinetune":
+                objective, pool = self._cofinetuning(stage, data, f"{where}.members"), TeacherPool([], [])
+            else:
+                objective, pool = self._distillation(stage, data, where, heads_read(self.config, name))
+            for model in objective.models.values():
+                if self.config.engine.activation_checkpointing:
+                    model.enable_activation_checkpointing()
+                if self.config.engine.compile:
+                    model.compile_model()
+            return self._built(name, objective, pool, data, split)
 
     def _cofinetuning(self, stage: StageConfig, data: LoadedData, where: str) -> Trainable:
         seed = stage_seed(self.config, stage)
@@ -325,12 +344,11 @@ class Workshop:
             for i, t in enumerate(stage.teachers)
         ]
         rows = compile_rows(
-            stage_rows(stage, data.config, where, data.num_labels == 1),
+            placed_rows(stage, data.config, where, data.num_labels == 1),
             student.info,
             {teacher.name: teacher.info for teacher in teachers},
             token_level=data.task.token_level,
             regression=not data.task.token_level and data.num_labels == 1,
-            where=f"{where}.match",
         )
         objective = Objective(
             student,

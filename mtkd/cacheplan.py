@@ -145,10 +145,14 @@ def check_cached(
         if teacher.name not in caches:
             continue
         facts = caches[teacher.name]
-        for position, row in enumerate(rows):
+        for row in rows:
             if not row.from_labels:
-                _check_row(row, k, teacher.name, facts, f"{where}.match[{position}]")
-        check_cached_rows(rows, facts.content, f"{where}.match, cache of teacher '{teacher.name}'")
+                _check_row(row, k, teacher.name, facts, row.place)
+        try:
+            check_cached_rows(rows, facts.content, f"{where}.teachers[{k}]")
+        except UserError as error:
+            error.message = f"cache of teacher '{teacher.name}': {error.message}"
+            raise
     if caches and token_level:  # whole class logits tell every trait
         _check_traits(stage, caches, f"{where}.weighting")
 

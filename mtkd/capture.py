@@ -163,7 +163,7 @@ def _begun(job: _Job, identity: dict[str, Any]) -> bool:
         if changed:
             raise DataError(
                 "the caches begun here are of another configuration, teacher, data set or tokenizer",
-                where=f"stage '{job.name}'",
+                where=f"stages.{job.name}",
                 found="\n           ".join(changed),
                 todo="undo the change, give the run another name, or begin this stage anew: "
                 + redo_command([job.name]),
@@ -255,7 +255,7 @@ def _round(
 def _preempted(job: _Job) -> Preempted:
     return Preempted(
         f"stopped; {job.shards} shards of its caches are written",
-        where=f"stage '{job.name}'",
+        where=f"stages.{job.name}",
         todo="run it again (without --redo) to go on from there",
     )
 

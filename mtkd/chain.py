@@ -246,8 +246,8 @@ def finished(folder: StageDir, name: str, wanted: dict[str, Any], redo: Sequence
     if record["fingerprint"] != fingerprint(wanted):
         changed = differences(record["identity"], wanted)
         raise DataError(
-            "this stage is finished, but with another configuration, teacher, data set or tokenizer",
-            where=f"stage '{name}' in {folder.path}",
+            f"this stage is finished ({folder.path}), but with another configuration, teacher, data set or tokenizer",
+            where=f"stages.{name}",
             found="\n           ".join(changed),
             todo="undo the change, give the run another name, or redo this stage and what depends on it: "
             + redo_command(redo or [name]),
@@ -271,7 +271,7 @@ def check_checkpoint(
     if changed := differences(manifest["identity"], identity):
         raise DataError(
             "the checkpoint belongs to another configuration, teacher, data set or tokenizer",
-            where=f"stage '{name}'",
+            where=f"stages.{name}",
             found="\n           ".join(changed + cut),
             todo="undo the change, give the run another name, or begin this stage anew: " + redo_command([name]),
         )
@@ -279,7 +279,7 @@ def check_checkpoint(
     if cut and not all(whole):
         raise DataError(
             "the checkpoint was cut for other processes",
-            where=f"stage '{name}'",
+            where=f"stages.{name}",
             found="\n           ".join(cut),
             todo=f"go on as it was begun: {_command_for(saved)}\n"
             f"           or begin this stage anew (earlier ones stay): {redo_command([name])}",

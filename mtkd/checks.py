@@ -9,10 +9,12 @@ from mtkd.data.paths import find_files
 from mtkd.data.sources import check_source
 from mtkd.data.tasks import TaskSpec
 from mtkd.errors import UserError
-from mtkd.mix import stage_rows
+from mtkd.mix import placed_rows, stage_rows
 from mtkd.models.info import PRE_TRAINING
 from mtkd.models.vocabulary import compressed_teacher, compressed_twice
+from mtkd.places import in_file, placed
 from mtkd.registry import LOSSES, TASKS, WEIGHTINGS, check_options, load_plugins
+from mtkd.rows import at_row
 from mtkd.teaching import heads_read
 from mtkd.weightings.base import StageFacts
 from mtkd.weightings.make import check_weighting, make_weighting
@@ -24,13 +26,15 @@ def check(config: RunConfig) -> None:
     Raises:
         UserError: at the first thing that is wrong.
     """
-    load_plugins(config.plugins, config.base)
-    for name, data in config.data.items():
-        check_source(data, config.base, f"data.{name}")
-    _check_registered(config)
-    _check_evaluation(config)
-    _check_vocabularies(config)
-    _check_selection(config)
+    with in_file(config):
+        load_plugins(config.plugins, config.base)
+        for name, data in config.data.items():
+            with placed(data=f"data.{name}"):
+                check_source(data, config.base, f"data.{name}")
+        _check_registered(config)
+        _check_evaluation(config)
+        _check_vocabularies(config)
+        _check_selection(config)
 
 
 def _check_registered(config: RunConfig) -> None:
@@ -45,14 +49,14 @@ def _check_registered(config: RunConfig) -> None:
         where = f"stages.{name}"
         _check_labels(config, stage, where)
         data_name = config.data_name(stage.data)
-        rows = stage_rows(stage, config.data[data_name], where)
-        for position, row in enumerate(rows):
-            spec = LOSSES.find(row.loss, f"{where}.match[{position}].loss")
-            check_options(row.options, spec.options(), f"{where}.match[{position}]")
+        rows = placed_rows(stage, config.data[data_name], where)
+        for place, row in rows.items():
+            with at_row(place):
+                check_options(row.options, LOSSES.find(row.loss, "@row.loss").options(), "@row")
         facts = StageFacts.stand_in(tuple(t.name for t in stage.teachers))
         weighting = make_weighting(stage.weighting, facts, f"{where}.weighting")
         token_level = TASKS.find(config.data[data_name].task).token_level
-        check_weighting(weighting, stage, rows, where, token_level=token_level)
+        check_weighting(weighting, stage, tuple(rows.values()), where, token_level=token_level)
         _check_heads(config, name)
         if "route" in weighting.reads:
             _check_route(config, data_name)
@@ -135,7 +139,7 @@ def _check_vocabularies(config: RunConfig) -> None:
         for role, model in stage.trained.items():
             goes_on = model_of(model.path) in compressed
             if goes_on and model.vocabulary is not None:
-                raise compressed_twice(f"stages.{name}.{role}.vocabulary")
+                raise compressed_twice(f"{stage.place(name, role)}.vocabulary")
             if goes_on or model.vocabulary is not None:
                 compressed.add(model_name(name, stage, role))
 

@@ -48,7 +48,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         config = RunConfig.model_validate(as_meant(root, RunConfig))
     except ValidationError as error:
         raise UserError(_explain(error, root)) from None
-    config._base = file.resolve().parent
+    config._base, config._written = file.resolve().parent, root
     return config
 
 
@@ -80,7 +80,7 @@ def _changes(old: Any, new: Any, where: Location) -> Iterator[tuple[str, Any, An
             left, right = (side[i] if i < len(side) else _Absent for side in (old, new))
             yield from _changes(left, right, (*where, i))
     elif old != new:
-        yield _dotted(where), old, new
+        yield dotted(where), old, new
 
 
 class _Absent:
@@ -94,7 +94,7 @@ def _override(root: Value, text: str) -> None:
     if not equals or not path:
         raise UserError("an override is PATH=VALUE, e.g. stages.student.steps=200", where="-o", found=path)
     value = parse(written, origin, lines=False)
-    here, annotation, rest = root, RunConfig, _split(path)
+    here, annotation, rest = root, RunConfig, split_path(path)
     above: Location = ()
     while True:
         here.value = _opened(here, annotation)
@@ -105,7 +105,7 @@ def _override(root: Value, text: str) -> None:
         here, annotation, above = here.value[key], step_into(annotation, key), (*above, key)
 
 
-def _split(path: str) -> list[str]:
+def split_path(path: str) -> list[str]:
     """``stages.student.match[2].loss`` or ``...match.2.loss`` in parts."""
     return re.sub(r"\[(\d+)\]", r".\1", path).split(".")
 
@@ -124,11 +124,11 @@ def _next_key(here: Value, annotation: Any, rest: list[str], context: tuple[Loca
     if isinstance(here.value, list):
         if not rest[0].isdecimal() or int(rest[0]) >= len(here.value):
             numbers = f"0 to {len(here.value) - 1}" if here.value else "none: the list is empty"
-            raise UserError(f"{_dotted(above)} has no such entry", where=origin, found=rest[0], allowed=numbers)
+            raise UserError(f"{dotted(above)} has no such entry", where=origin, found=rest[0], allowed=numbers)
         return int(rest[0]), rest[1:]
     if not isinstance(here.value, dict):
         raise UserError(
-            f"nothing is below {_dotted(above)}", where=origin, found=here.value, allowed="a path to a value"
+            f"nothing is below {dotted(above)}", where=origin, found=here.value, allowed="a path to a value"
         )
     for length in range(len(rest), 0, -1):
         if (key := ".".join(rest[:length])) in here.value:
@@ -137,7 +137,7 @@ def _next_key(here: Value, annotation: Any, rest: list[str], context: tuple[Loca
         if not is_block(step_into(annotation, rest[0])) or model_of(annotation) is None:
             known = keys_of(annotation) or list(here.value)
             raise UserError(
-                f"{_dotted((*above, rest[0]))} does not exist",
+                f"{dotted((*above, rest[0]))} does not exist",
                 where=origin,
                 found=rest[0],
                 allowed=known,
@@ -169,9 +169,10 @@ def _explain(error: ValidationError, root: Value) -> str:
         if detail["type"] == "extra_forbidden":
             known = location
         problem = _problem(detail, known, annotation)
-        place, path = _place(root, known), _dotted(known)
+        place, path = written_at(root, known), dotted(known)
         if not known and (named := re.match(r"([\w.+\[\]-]+): ", problem.text)):
-            place = _place(root, tuple(_split(named[1])))  # a reference, checked over the whole run, names its own path
+            # a reference, checked over the whole run, names its own path
+            place = written_at(root, tuple(split_path(named[1])))
         problems.setdefault((place, path), []).append(problem)
     lines = []
     for (place, path), same in problems.items():
@@ -216,7 +217,7 @@ def _problem(detail: Any, known: Location, annotation: Any) -> _Problem:
     return _Problem(detail["msg"].replace("Input should", "should"), found)
 
 
-def _place(root: Value, location: Location) -> str:
+def written_at(root: Value, location: Location) -> str:
     """Where the deepest written value on the way to `location` stands, with the overrides below it."""
     here, rest = root, [str(part) for part in location]
     while rest and isinstance(here.value, dict | list):
@@ -242,7 +243,7 @@ def _overrides(here: Value) -> Iterator[str]:
             yield from _overrides(child)
 
 
-def _dotted(location: Location) -> str:
+def dotted(location: Location) -> str:
     text = ""
     for part in location:
         if isinstance(part, int):

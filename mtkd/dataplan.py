@@ -25,6 +25,7 @@ from mtkd.data.labels import label_values, read_labels
 from mtkd.data.sources import NotReached, Raw, choose_rows, read_source
 from mtkd.errors import DataError
 from mtkd.features import NO_LABEL
+from mtkd.places import placed
 from mtkd.registry import TASKS
 
 
@@ -105,10 +106,14 @@ class DataReader:
 
     def _read(self, name: str, data: DataConfig) -> DataFacts:
         try:
-            raw = self.raw(data)
+            with placed(data=f"data.{name}"):
+                return self._facts_of(name, data)
         except NotReached as error:
             facts = unread(data)
             return DataFacts(facts.kind, facts.classes, facts.why, not_here=f"data.{name}: {error.message}")
+
+    def _facts_of(self, name: str, data: DataConfig) -> DataFacts:
+        raw = self.raw(data)
         rows = {split: len(each) for split, each in raw.splits.items()}
         _check_texts(data, raw)
         if raw.labels is not None:

@@ -27,6 +27,8 @@ class UserError(Exception):
         todo: the next thing to do.
     Attributes:
         shared: every rank of the run raises it; told once per node, not by each of them.
+        line: file and line of `where` (`mtkd.places`); "" where it is not known.
+        used_by: of a place on disk: the block of the configuration that names it, "" for none.
     """
 
     exit_code = EXIT_USAGE
@@ -36,15 +38,18 @@ class UserError(Exception):
         self, message: str, *, where: str = "", found: object = None, allowed: object = None, todo: str = ""
     ) -> None:
         self.message, self.where, self.found, self.allowed, self.todo = message, where, found, allowed, todo
+        self.line = self.used_by = ""
         super().__init__(message)
 
     def __str__(self) -> str:
-        text = f"{self.where}: {self.message}" if self.where else self.message
+        text = ": ".join(filter(None, (self.line, self.where.removeprefix("@"), self.message)))
         if self.found is not None:
             text += f"\n  found:   {self.found if isinstance(self.found, str) else repr(self.found)}"
         if self.allowed is not None:
             allowed = self.allowed
             text += f"\n  allowed: {allowed if isinstance(allowed, str) else ', '.join(map(str, _listed(allowed)))}"
+        if self.used_by:
+            text += f"\n  used by: {self.used_by}"
         if self.todo:
             text += f"\n  do:      {self.todo}"
         return text

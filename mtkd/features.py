@@ -211,8 +211,8 @@ class SparseLogits:
             if name == "margin" and values.temperature == 1 and best.shape[1] == 2:
                 return best[:, 0].exp() - best[:, 1].exp()
         raise UserError(
-            f"the cache does not know the trait '{name}'",
-            where=f"teacher '{self.name}'",
+            f"the cache of teacher '{self.name}' does not know the trait '{name}'",
+            where="@stage.teachers",
             allowed=sorted(self.traits) or "none",
             todo="make the cache with this trait, or take a weighting that does not read it",
         )
@@ -220,20 +220,21 @@ class SparseLogits:
     def _found(self, index: Tensor) -> Tensor:
         rows = self.at[index]
         if bool((rows < 0).any()):
-            raise DataError("the cache has nothing at a position that counts", where=f"teacher '{self.name}'")
+            why = f"the cache of teacher '{self.name}' has nothing at a position that counts"
+            raise DataError(why, where="@stage.teachers")
         return rows
 
     def rows(self, index: Tensor) -> Tensor:
         raise UserError(
-            "a cache of some columns has no whole rows of logits",
-            where=f"teacher '{self.name}'",
+            f"the cache of teacher '{self.name}' has no whole rows of logits",
+            where="@stage.teachers",
             todo="run this teacher instead of its cache where something reads its whole distribution",
         )
 
     def select(self, columns: Tensor) -> SparseLogits:
         raise UserError(
-            "a cached teacher cannot be compared with a student of a compressed vocabulary",
-            where=f"teacher '{self.name}'",
+            f"the cached teacher '{self.name}' cannot be compared with a student of a compressed vocabulary",
+            where="@stage.teachers",
             todo="run the teacher itself; its cache knows some columns only",
         )
 

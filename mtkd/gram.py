@@ -82,7 +82,7 @@ def _gradient(
     if isinstance(teacher, SparseRows) and teacher.tail is None:
         raise UserError(
             "drawn targets are unbiased in a gradient, not in inner products of gradients",
-            where="a weighting that reads 'gram'",
+            where="@stage.weighting",
             todo="make the cache with targets: top, or take another weighting",
         )
     leaf = student.clone().requires_grad_()

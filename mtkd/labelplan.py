@@ -14,6 +14,7 @@ from mtkd.errors import UserError
 from mtkd.locate import missing, resolve_path, revision_of
 from mtkd.mix import stage_rows
 from mtkd.models.folder import find_folder
+from mtkd.places import placed
 from mtkd.registry import WEIGHTINGS
 
 
@@ -31,13 +32,15 @@ def with_teachers_classes(config: RunConfig, reader: DataReader) -> RunConfig:
         facts = reader.facts(name, entry)
         if facts.known or facts.not_here:
             continue
-        found = {
-            f"stages.{stage_name}.teachers[{i}]": names
+        so_far = config.model_copy(update={"data": data})
+        teachers = {
+            f"stages.{stage_name}.teachers[{i}]": teacher
             for stage_name, stage in config.stages.items()
             if config.data_name(stage.data) == name
             for i, teacher in enumerate(stage.teachers)
-            if (names := _classes_of(teacher, name, config.model_copy(update={"data": data}), reader))
         }
+        every = {place: _classes_of(teacher, place, name, so_far, reader) for place, teacher in teachers.items()}
+        found = {place: names for place, names in every.items() if names}
         data[name] = entry.model_copy(update={"labels": _common(found, f"data.{name}.labels", facts.why)})
     return config.model_copy(update={"data": data})
 
@@ -53,7 +56,9 @@ def _common(found: Mapping[str, tuple[str, ...]], where: str, why: str) -> tuple
     return first
 
 
-def _classes_of(teacher: TeacherConfig, name: str, config: RunConfig, reader: DataReader) -> tuple[str, ...]:
+def _classes_of(
+    teacher: TeacherConfig, where: str, name: str, config: RunConfig, reader: DataReader
+) -> tuple[str, ...]:
     """Class names of a teacher in order: of the data that its stage learned from, or of its folder; () for none."""
     if teacher.classes is not None:  # what the user maps its outputs to are the data's classes
         names = teacher.classes.values() if isinstance(teacher.classes, dict) else teacher.classes
@@ -65,7 +70,8 @@ def _classes_of(teacher: TeacherConfig, name: str, config: RunConfig, reader: Da
         return () if other == name else reader.facts(other, config.data[other]).classes
     if path is None or teacher.backend == "cached" or missing(path, config.base) is not None:
         return ()
-    folder = find_folder(path, revision_of(teacher.model), lambda p: resolve_path(p, config.base), weights=False)
+    with placed(model=f"{where}.model"):
+        folder = find_folder(path, revision_of(teacher.model), lambda p: resolve_path(p, config.base), weights=False)
     return _names_in(folder / "config.json")
 
 

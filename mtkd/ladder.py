@@ -169,7 +169,7 @@ def complete(config: RunConfig, planner: Callable[[RunConfig], Look]) -> RunConf
             assert shape is not None, "given, or derived above"
             first = top if name == chain.direct_name else above
             begin = {"fresh": lambda shape, *_: shape, "teacher": from_layers, "slice": from_slice}
-            models[name] = begin[chain.start_of(name)](shape, first, f"chain: {name}")
+            models[name] = begin[chain.start_of(name)](shape, first, f"stages.{name}.student")
         above = sizes.of(name, models[name])
     return _with_models(config, models)
 
@@ -182,7 +182,7 @@ def _with_models(config: RunConfig, models: dict[str, ModelConfig]) -> RunConfig
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(str(first.get("ctx", {}).get("error", first["msg"]))) from None  # it says where
-    made._base = config._base
+    made._base, made._written = config._base, config._written
     return made
 
 
@@ -212,7 +212,7 @@ class _Sizes:
 
     def of(self, name: str, model: ModelConfig) -> Model:
         """The model of a stage of the chain, as the next one sees it."""
-        made = self._look.model_config(self._config.stages[name], model, f"chain: {name}")
+        made = self._look.model_config(self._config.stages[name], model, f"stages.{name}.student")
         self._look.made[name] = made
         return self._sized(ModelConfig(path=f"{STAGE_PREFIX}{name}"), made)
 

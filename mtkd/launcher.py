@@ -198,7 +198,7 @@ def _slurm(name: str) -> str:
     if name not in os.environ:
         raise UserError(
             f"this is not a Slurm job: {name} is not set",
-            where="engine.launcher: slurm",
+            where="engine.launcher",
             todo="submit it: sbatch launch/slurm.sh FILE",
         )
     return os.environ[name]

@@ -22,12 +22,25 @@ def stage_rows(stage: StageConfig, data: DataConfig, where: str, regression: boo
     Raises:
         UserError: unknown method, step, option or label, or no row that is left.
     """
+    return tuple(placed_rows(stage, data, where, regression).values())
+
+
+def placed_rows(stage: StageConfig, data: DataConfig, where: str, regression: bool = False) -> dict[str, Match]:
+    """As `stage_rows`, each under the place it has from the user: ``WHERE.match[0]``, ``WHERE.method: hidden``.
+
+    What stands behind the place of a method's row is its label; of label rows, the place is the stage's own.
+    """
     if stage.kind == "cache":
-        return ()
+        return {}
     if stage.kind != "distill":
-        return label_rows(data, regression)
+        return {f"{where}: {row.feature}": row for row in label_rows(data, regression)}
     named = method_rows(stage.method, TASKS.find(data.task).token_level, f"{where}.method") if stage.method else {}
-    rows = mixed(named, stage.match, f"{where}.match")
+    rows = mixed(named, stage.match, where)
+    _check_some(tuple(rows.values()), where)
+    return rows
+
+
+def _check_some(rows: tuple[Match, ...], where: str) -> None:
     if not rows:
         raise UserError("no row is left", where=f"{where}.match", todo="drop a row of weight 0 that replaces another")
     if not any(row.weight > 0 for row in rows):
@@ -37,7 +50,6 @@ def stage_rows(stage: StageConfig, data: DataConfig, where: str, regression: boo
             found=", ".join(f"{row.feature}:{row.loss}" for row in rows),
             todo="give at least one row a weight above 0",
         )
-    return rows
 
 
 def label_rows(data: DataConfig, regression: bool = False) -> tuple[Match, ...]:
@@ -76,20 +88,21 @@ def default_step(spec: MethodSpec, options: Mapping[str, object], token_level: b
     return steps[0]
 
 
-def mixed(named: Mapping[str, Match], own: tuple[Match, ...], where: str) -> tuple[Match, ...]:
+def mixed(named: Mapping[str, Match], own: tuple[Match, ...], where: str) -> dict[str, Match]:
     """A method's rows, those that a row of the stage replaces exchanged in their place, then the stage's others.
 
-    A replacement of weight 0 drops the row.
+    A replacement of weight 0 drops the row. Places of the rows as `placed_rows` has them.
 
     Raises:
         UserError: a label the method does not have, or one that is replaced twice.
     """
-    placed, added = dict(named), []
+    there = {label: (f"{where}.method: {label}", row) for label, row in named.items()}
+    added: dict[str, Match] = {}
     for position, row in enumerate(own):
         if row.replace is None:
-            added.append(row)
+            added[f"{where}.match[{position}]"] = row
             continue
-        place = f"{where}[{position}].replace"
+        place = f"{where}.match[{position}].replace"
         if row.replace not in named:
             raise UserError(
                 "the method has no row of this label",
@@ -98,8 +111,8 @@ def mixed(named: Mapping[str, Match], own: tuple[Match, ...], where: str) -> tup
                 allowed=list(named) or "none: the stage has no method",
                 todo=nearest(row.replace, named),
             )
-        if placed[row.replace] is not named[row.replace]:
+        if there[row.replace][1] is not named[row.replace]:
             raise UserError("this row is replaced twice", where=place, found=row.replace)
-        placed[row.replace] = row
-    kept = [row for row in placed.values() if row.weight > 0 or row.replace is None]
-    return (*kept, *added)
+        there[row.replace] = (place.removesuffix(".replace"), row)
+    kept = {place: row for place, row in there.values() if row.weight > 0 or row.replace is None}
+    return kept | added

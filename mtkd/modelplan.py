@@ -35,6 +35,7 @@ from mtkd.models.load import answer_with, smaller_config
 from mtkd.models.load import load_config as load_model_config
 from mtkd.models.vocabulary import compressed_teacher, compressed_twice, read_vocabulary
 from mtkd.models.weights import check_weights
+from mtkd.places import placed
 from mtkd.planned import PlannedModel, planned_model
 from mtkd.registry import TASKS
 
@@ -106,10 +107,13 @@ class PlannedModels:
         data = self.config.data[self.config.data_name(stage.data)]
         if classes is not None:
             self._check_given(data, f"{where}.classes")
-        made, found = self._any(stage, model, where, reads, classes)
+        block = where if reads is None else f"{where}.model"
+        with placed(model=block, data=f"data.{self._name_of(data)}"):
+            made, found = self._any(stage, model, where, reads, classes)
         if found is not None and found.note:
             self._note(where, found.note)
-        cloze = model_info(made, TASKS.find(data.task).class_for(data)).cloze
+        with placed(model=block):
+            cloze = model_info(made, TASKS.find(data.task).class_for(data)).cloze
         compressed = model.vocabulary is not None or self.vocabulary(model) is not None
         check_model(data, made.model_type, where, cloze=cloze, compressed=compressed)
         return made
@@ -155,8 +159,9 @@ class PlannedModels:
         made = self.of(stage, teacher.model, where, reads, teacher.classes)
         folder = resolve_path(teacher.model.path or "", self.config.base)
         if teacher.backend in ("streamed", "sharded") and isinstance(folder, Path) and auto_class != CLASSIFIER:
-            check_folder(folder)
-            check_weights(made, auto_class, folder)
+            with placed(model=f"{where}.model"):
+                check_folder(folder)
+                check_weights(made, auto_class, folder)
         return made
 
     def _check_given(self, data: DataConfig, where: str) -> None:
@@ -233,7 +238,7 @@ class PlannedModels:
         made = model_of(model.path)
         if made is not None or model.path is None:
             return self.compressed.get(made or "")
-        found = read_vocabulary(resolve_path(model.path, self.config.base), self.tokenizer, "model.path")
+        found = read_vocabulary(resolve_path(model.path, self.config.base), self.tokenizer, "@model.path")
         return None if found is None else found.num_kept
 
     def check_scored(self) -> None:
@@ -266,10 +271,11 @@ class PlannedModels:
         """Refuse GLM's tasks with a tokenizer that lacks what they write, or examples too short for a blank."""
         for name, data in self.config.data.items():
             task = TASKS.find(data.task, f"data.{name}.task")
-            if task.cloze:
-                command_ids(self.tokenizer)
-            if task.laid:
-                Infilling(self.tokenizer, data, around_text(self.tokenizer)).room(data.max_length)
+            with placed(data=f"data.{name}"):
+                if task.cloze:
+                    command_ids(self.tokenizer)
+                if task.laid:
+                    Infilling(self.tokenizer, data, around_text(self.tokenizer)).room(data.max_length)
 
     def check_tokenizer(self, model: ModelConfig, where: str, task: TaskSpec, *, teaches: bool) -> None:
         """Token -> id and the cut of texts of a model and of the run, where both exist before anything is trained."""

@@ -180,7 +180,7 @@ class Objective(Trainable):
         if weights.shape != traits.shape:
             raise UserError(
                 f"weighting '{type(self.weighting).__name__}' gives weights of another shape",
-                where="weighting",
+                where="@stage.weighting",
                 found=list(weights.shape),
                 allowed=f"{list(traits.shape)}: teachers, examples, and tokens or 1",
             )

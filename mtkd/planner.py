@@ -36,9 +36,10 @@ from mtkd.locate import (
     missing_models,
 )
 from mtkd.memory import TeacherSize, check_offload
-from mtkd.mix import stage_rows
+from mtkd.mix import placed_rows
 from mtkd.modelplan import PlannedModels, with_open_labels
 from mtkd.models.info import ModelInfo, check_packing
+from mtkd.places import in_file
 from mtkd.planned import SKIPPED, Plan, PlannedModel, PlannedStage, of_cache, row_text, with_consequences
 from mtkd.pool.partition import check_nvme
 from mtkd.precision import choose, decided, warning, with_precision
@@ -56,9 +57,10 @@ def resolve(config: RunConfig) -> RunConfig:
     Raises:
         UserError: a shape cannot be derived, or the stages that result are not valid.
     """
-    config = with_precision(config)
-    load_plugins(config.plugins, config.base)
-    return complete(config, lambda stand_in: _Planner(stand_in, states=False).look())
+    with in_file(config):
+        config = with_precision(config)
+        load_plugins(config.plugins, config.base)
+        return complete(config, lambda stand_in: _Planner(stand_in, states=False).look())
 
 
 def plan(
@@ -74,6 +76,11 @@ def plan(
     Raises:
         UserError: whatever would fail later for a reason that can be known now.
     """
+    with in_file(config):
+        return _plan(config, memory, reader, redo)
+
+
+def _plan(config: RunConfig, memory: bool, reader: DataReader | None, redo: Collection[str]) -> Plan:
     precision = choose(config, planned=memory)
     config = resolve(decided(config, precision.precision))
     check(config)
@@ -136,13 +143,13 @@ class _Planner:
         auto_class = task.class_for(data)
         if stage.kind == "cache":
             return self._cache_stage(name, stage, auto_class, where)
-        models = [(role, m, self.models.of(stage, m, f"{where}.{role}")) for role, m in stage.trained.items()]
+        models = [(role, m, self.models.of(stage, m, stage.place(name, role))) for role, m in stage.trained.items()]
         own = len(models)
         self.models.made |= {model_name(name, stage, role): made for role, _, made in models}
         for role, model, made in models:
             if model.vocabulary is not None or self.models.vocabulary(model) is not None:
                 self.models.compressed[model_name(name, stage, role)] = made.vocab_size
-            self.models.check_tokenizer(model, f"{where}.{role}", task, teaches=False)
+            self.models.check_tokenizer(model, stage.place(name, role), task, teaches=False)
         sized = [self.models.sized(role, model, made, data, auto_class) for role, model, made in models]
         caches = self._caches(stage, data, auto_class, where)
         live: dict[str, Shape] = {}
@@ -165,12 +172,11 @@ class _Planner:
         if stage.members:
             check_members({p.role: info for p, info in sized}, f"{where}.members")
         rows = compile_rows(
-            stage_rows(stage, data, where, self.models.facts(data).kind == "number"),
+            placed_rows(stage, data, where, self.models.facts(data).kind == "number"),
             infos[0],
             {p.role: info for p, info in sized[own:]},
             token_level=task.token_level,
             regression=_regression(task, self.models.facts(data)),
-            where=f"{where}.match",
         )
         check_cached(stage, rows, caches, token_level=task.token_level, where=where)
         if caches and task.token_level and name in self.models.compressed:

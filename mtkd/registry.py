@@ -250,8 +250,8 @@ def _import_plugin(origin: str, load: Callable[[], object], key: str = "") -> No
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"the plug-in cannot be imported: {told(error)}",
-            where=f"plugins: {origin}",
+            f"plug-in {origin} cannot be imported: {told(error)}",
+            where="plugins",
             todo="put what a script does below `if __name__ == '__main__':`" if isinstance(error, SystemExit) else "",
         ) from error
     finally:

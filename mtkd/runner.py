@@ -36,6 +36,7 @@ from mtkd.evaluate.judge import judge
 from mtkd.exports import check_finished, manifests, open_export
 from mtkd.labelplan import with_teachers_classes
 from mtkd.models.load import quiet
+from mtkd.places import in_file, placed
 from mtkd.planner import plan, resolve
 from mtkd.redo import drop_replaced, pending, set_aside, undone_on_error
 from mtkd.remember import remember
@@ -85,7 +86,7 @@ def run(config: RunConfig, redo: Sequence[str] = ()) -> RunResult:
     """
     dist, device = start_processes(config.engine)
     # Everything is within it: what one rank refuses must reach the others, who would wait for it.
-    with watched(dist, config.engine.timeout_seconds, config.folder / "logs"), plugin_errors():
+    with watched(dist, config.engine.timeout_seconds, config.folder / "logs"), plugin_errors(), in_file(config):
         agree_on_run(dist, config, redo)
         config = agree_on_precision(dist, config)
         return _run(config, redo, dist, device)
@@ -183,7 +184,9 @@ def _stage(shop: Workshop, name: str, run: RunDir) -> dict[str, Any]:
         return record
     say(f"stage {name}: {shop.config.stages[name].kind}", main=main)
     if shop.config.stages[name].kind == "cache":
-        cached = {**capture(shop, name, wanted), "fingerprint": fingerprint(wanted), "identity": wanted}
+        with placed(stage=f"stages.{name}"):
+            made_caches = capture(shop, name, wanted)
+        cached = {**made_caches, "fingerprint": fingerprint(wanted), "identity": wanted}
         fault_point("before-done", cached["steps"])
         on_main(shop.dist, lambda: _mark_done(run, folder, cached))
         return cached
@@ -191,7 +194,8 @@ def _stage(shop: Workshop, name: str, run: RunDir) -> dict[str, Any]:
     if "logits" in heads_read(shop.config, name):
         read = {f"stages.{name}.teachers[{i}]": teacher for i, teacher in enumerate(built.pool.teachers)}
         warn_below_chance(read, built.data, built.stage.batch, shop.device, shop.dist)
-    facts = train(built, shop.config, run, folder)
+    with placed(stage=f"stages.{name}"):
+        facts = train(built, shop.config, run, folder)
     record = {
         "stage": name,
         "kind": built.stage.kind,

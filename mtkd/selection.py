@@ -67,13 +67,13 @@ def check_selection(built: BuiltStage) -> None:
     if data.splits.get("validation") is None:
         raise DataError(
             "there is no validation split to choose by",
-            where=f"stage '{built.name}'",
+            where=f"stages.{built.name}",
             found=", ".join(data.splits),
             todo="set data.validation_share, or drop early_stop and export: best",
         )
     allowed = ("loss", *data.task.metrics_for(data.num_labels))
     if metric not in allowed:
-        raise UserError("these data have no such metric", where=f"stage '{built.name}'", found=metric, allowed=allowed)
+        raise UserError("these data have no such metric", where=f"stages.{built.name}", found=metric, allowed=allowed)
 
 
 def validate(built: BuiltStage, run: RunDir, step: int) -> float:
@@ -139,7 +139,7 @@ def take_best(built: BuiltStage, folder: StageDir, state: TrainState) -> int:
     if state.best_step == 0:
         raise DataError(
             "no validation score was a number, so none of them is the best",
-            where=f"stage '{built.name}'",
+            where=f"stages.{built.name}",
             found=built.stage.selects,
             todo="choose another export_metric, or export: last",
         )
@@ -154,7 +154,7 @@ def take_best(built: BuiltStage, folder: StageDir, state: TrainState) -> int:
     if problem:
         raise DataError(
             "the checkpoint of the best step is not whole",
-            where=f"stage '{built.name}'",
+            where=f"stages.{built.name}",
             found=problem,
             todo=f"train the stage again: --redo {built.name}",
         )

@@ -78,7 +78,7 @@ def completed(row: Row, student: Tensor, teacher: Tensor | SparseRows) -> tuple[
 
 def _check(row: Row, teacher: SparseRows) -> None:
     kind = "top" if teacher.tail is not None else "sampled"
-    check_cached_row(row, kind, teacher.ids.shape[1], teacher.temperature, f"row '{row.key}'")
+    check_cached_row(row, kind, teacher.ids.shape[1], teacher.temperature, row.place)
 
 
 def _narrowed(teacher: SparseRows, count: int) -> SparseRows:
@@ -101,13 +101,13 @@ def check_cached_rows(rows: Sequence[Row], content: CacheContent, where: str) ->
     everywhere = [row for row in rows if row.is_logits and row.match.positions == "all"]
     if content.per_token and everywhere:
         raise UserError(
-            "a cache holds targets only at positions with a target",
-            where=f"{where}: row '{everywhere[0].key}'",
+            f"row '{everywhere[0].key}': a cache holds targets only at positions with a target",
+            where=everywhere[0].place or where,
             found="positions: all",
             allowed="targets",
         )
     for row in rows:
-        check_cached_row(row, content.targets, content.k, content.temperature, f"{where}: row '{row.key}'")
+        check_cached_row(row, content.targets, content.k, content.temperature, row.place or where)
 
 
 def check_cached_row(row: Row, targets: str, k: int, temperature: float, where: str) -> None:

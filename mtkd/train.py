@@ -252,7 +252,7 @@ def _non_finite(
     bad = sorted(name for name, value in metrics.items() if not math.isfinite(value))
     return NonFiniteError(
         f"a loss or gradient is not finite at step {step + 1}",
-        where=f"stage '{built.name}'",
+        where=f"stages.{built.name}",
         found=", ".join(bad) or else_found,
         todo="lower optimizer.lr, set optimizer.clip, or look at the teacher named above; "
         "the last sealed checkpoint is finite",
@@ -262,7 +262,7 @@ def _non_finite(
 def _preempted(built: BuiltStage, state: TrainState) -> Preempted:
     return Preempted(
         f"stopped and saved at step {state.step} of {built.steps}",
-        where=f"stage '{built.name}'",
+        where=f"stages.{built.name}",
         todo="run it again (without --redo) to go on from there",
     )
 

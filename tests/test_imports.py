@@ -31,7 +31,7 @@ ORDER = (
         "record",
         "manifest",
     ),
-    ("match", "methods", "config", "configfile", "hostfile", "launcher"),
+    ("match", "methods", "config", "configfile", "places", "hostfile", "launcher"),
     ("losses", "weightings", "models", "data", "engine"),
     (
         "rows",

@@ -13,6 +13,7 @@ from mtkd.config.chain import ChainConfig, expand, stage_name
 from mtkd.config.data import RANDOM_TOKENS, DataConfig, TokenizerConfig
 from mtkd.config.model import ModelConfig
 from mtkd.config.stage import ScoringBatchConfig, StageConfig
+from mtkd.yamlfile import Value
 
 # Per device: bytes of one model's float32 logits in a tile, and the largest tile.
 _TILE_LIMITS = {"cpu": (32 * 2**20, 256), "cuda": (256 * 2**20, 4096)}
@@ -193,8 +194,9 @@ class RunConfig(Config):
     evaluate: EvaluateConfig = Field(EvaluateConfig(), description="final scoring and comparisons")
     log_every: Positive = Field(10, description="optimizer steps between lines of metrics.jsonl")
 
-    # Where relative data paths and plug-ins start from: the folder of the YAML file, set by `load_config`.
+    # Set by `load_config`: the folder that relative paths start from, and what was written, with lines, for messages.
     _base: Path | None = PrivateAttr(None)
+    _written: Value | None = PrivateAttr(None)
 
     @property
     def base(self) -> Path:
@@ -238,10 +240,10 @@ class RunConfig(Config):
             where = f"stages.{name}"
             self._known_data(stage.data, f"{where}.data")
             for role, model in stage.trained.items():
-                self._known_vocabulary(model, stage, f"{where}.{role}.vocabulary")
+                self._known_vocabulary(model, stage, f"{stage.place(name, role)}.vocabulary")
             self._sharded_by_deepspeed(stage, where)
             earlier = names[:position]
-            used = [(f"{where}.{role}", model.path, False) for role, model in stage.trained.items()]
+            used = [(stage.place(name, role), model.path, False) for role, model in stage.trained.items()]
             used += [
                 (f"{where}.teachers[{i}]", t.model.path, t.backend == "cached") for i, t in enumerate(stage.teachers)
             ]

@@ -221,6 +221,10 @@ class StageConfig(Config):
         """What the stage trains, by name: "student", or the members."""
         return dict(self.members) if self.student is None else {"student": self.student}
 
+    def place(self, name: str, role: str) -> str:
+        """Where the model stands that the stage, called `name`, trains under `role`."""
+        return f"stages.{name}.{role}" if self.student is not None else f"stages.{name}.members.{role}"
+
     def _check_selection(self) -> None:
         if self.export_metric and self.export != "best":
             raise ValueError("export_metric goes with export: best")

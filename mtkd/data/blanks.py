@@ -184,7 +184,7 @@ def _fitted(owners: Sequence[int], most: int) -> list[int]:
     fixed = len(owners) - sum(map(len, fields.values()))
     if fixed > most:
         raise UserError(
-            "the template alone is too long", where="data.max_length", found=most, allowed=f"more than {fixed} tokens"
+            "the template alone is too long", where="@data.max_length", found=most, allowed=f"more than {fixed} tokens"
         )
     for _ in range(max(0, len(owners) - most)):
         max(fields.values(), key=len).pop()

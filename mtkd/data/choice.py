@@ -40,9 +40,9 @@ def hold_out(raw: Raw, config: DataConfig, codes: Codes) -> Raw:
     if not config.validation_share:
         return raw
     if "validation" in raw.splits:
-        raise two_validations("data")
+        raise two_validations("@data")
     if "train" not in raw.splits:
-        raise UserError("there is no train split to hold out from", where="data.validation_share")
+        raise UserError("there is no train split to hold out from", where="@data.validation_share")
     total = len(raw.splits["train"])
     held = min(max(1, round(total * config.validation_share)), total - 1)
     if held < 1:
@@ -65,7 +65,7 @@ def limit(raw: Raw, config: DataConfig, codes: Codes) -> Raw:
     splits, origins = dict(raw.splits), dict(raw.origins)
     for split, most in config.limit.items():
         if split not in splits:
-            raise UserError("no such split", where=f"data.limit.{split}", found=split, allowed=list(splits))
+            raise UserError("no such split", where=f"@data.limit.{split}", found=split, allowed=list(splits))
         total = len(splits[split])
         if most < total:
             order = _random(config.seed, f"limit {split}").permutation(total)

@@ -122,7 +122,7 @@ class Infilling:
         for size in range(max_length, 0, -1):
             if self.most(size) <= max_length:
                 return size
-        raise UserError("no room for a blank", where="data.max_length", found=max_length, allowed="a longer one")
+        raise UserError("no room for a blank", where="@data.max_length", found=max_length, allowed="a longer one")
 
     def most(self, size: int, *, last: bool = True) -> int:
         """Most tokens of an example made of a block of `size`: every stretch adds its blank and its start.
@@ -253,7 +253,7 @@ def _check_commands(ids: dict[str, int], settings: InfillConfig) -> None:
         if share and name not in ids:
             raise UserError(
                 f"the tokenizer has no {name}",
-                where="data.infill.block_mask" if name == HIDDEN else "data.infill",
+                where="@data.infill.block_mask" if name == HIDDEN else "data.infill",
                 found=share,
                 todo="use infill: {mask: 1, block_mask: 0}, as base and large do",
             )

@@ -60,7 +60,7 @@ def find_labels(config: DataConfig, raw: Raw) -> FoundLabels:
     """
     if config.classes:
         if len(set(config.classes)) < max(2, len(config.classes)):
-            raise UserError("needs two or more different names", where="data.labels", found=list(config.classes))
+            raise UserError("needs two or more different names", where="@data.labels", found=list(config.classes))
         return FoundLabels("class", config.classes, "named in the configuration")
     if config.source == RANDOM_TOKENS:
         return FoundLabels("", (), "made-up texts have no labels")
@@ -73,7 +73,7 @@ def find_labels(config: DataConfig, raw: Raw) -> FoundLabels:
     if "train" not in raw.splits:
         if config.label_kind == "number":
             return FoundLabels("number", (), "label_kind: number")
-        raise UserError("without a train split the classes must be named", where="data.labels", todo="set `labels`")
+        raise UserError("without a train split the classes must be named", where="@data.labels", todo="set `labels`")
     rows, origin = raw.splits["train"], raw.origin("train")
     values = label_values(rows, config.label, origin)
     if all(value is None for value in values):

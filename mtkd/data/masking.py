@@ -28,7 +28,7 @@ class Masking:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, share: float, seed: int) -> None:
         if tokenizer.mask_token_id is None:
             raise UserError(
-                "the tokenizer has no mask token", where="data.task", found="masked-lm", allowed="causal-lm"
+                "the tokenizer has no mask token", where="@data.task", found="masked-lm", allowed="causal-lm"
             )
         self._mask_id = int(tokenizer.mask_token_id)
         self._special = np.array(sorted(tokenizer.all_special_ids))

@@ -84,7 +84,7 @@ class DataFile:
         return self.kind in _TABLES
 
 
-def find_files(config: DataConfig, base: Path, where: str = "data") -> dict[Split, tuple[DataFile, ...]]:
+def find_files(config: DataConfig, base: Path, where: str = "@data") -> dict[Split, tuple[DataFile, ...]]:
     """Split -> its existing files in order, looked for below `path` in `base`, then in the working directory.
 
     A list keeps its order, the matches of a pattern are sorted by name; a file that two patterns match is read once.

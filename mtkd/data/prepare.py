@@ -97,7 +97,9 @@ def prepare_masked(request: PrepareRequest) -> Split:
     before, after = around_text(tokenizer)
     room = config.max_length - len(before) - len(after)
     if room < 1:
-        raise UserError("no room for a token", where="data.max_length", found=config.max_length, allowed="a longer one")
+        raise UserError(
+            "no room for a token", where="@data.max_length", found=config.max_length, allowed="a longer one"
+        )
     texts, rows = texts_of(request)
     if config.next_sentence:
         return _paired(request, texts, rows, masking)
@@ -127,7 +129,7 @@ def _paired(request: PrepareRequest, texts: list[str], rows: np.ndarray, masking
     around = around_pair(tokenizer)
     room = config.max_length - sum(map(len, around))
     if room < 3:  # then every stretch has two tokens
-        raise UserError("no room for a pair", where="data.max_length", found=config.max_length, allowed="a longer one")
+        raise UserError("no room for a pair", where="@data.max_length", found=config.max_length, allowed="a longer one")
     examples = PairExamples(documents, room, around, masking, config.seed)
     scored = np.array([len(text.encode()) for text in texts], np.int64)
     documents_of = described(request, rows, examples.of_example, scored)

@@ -38,7 +38,7 @@ class Order:
 
     def __init__(self, lengths: np.ndarray, batch: BatchConfig, seed: int, shuffle: bool = True) -> None:
         if not len(lengths):
-            raise DataError("there are no examples to make batches of", where="data")
+            raise DataError("there are no examples to make batches of", where="@data")
         self._lengths = np.asarray(lengths, np.int64)
         self._batch = batch
         self._seed = seed % 2**64  # seeds of numpy are not negative
@@ -196,7 +196,7 @@ class TrainStream:
         if epoch < 0 or not 0 <= position <= self._order.num_batches(max(epoch, 0)):
             raise DataError(
                 "the saved position is not one of this data",
-                where="checkpoint",
+                where="@stage",
                 found=dict(state),
                 allowed=f"0 to {self._order.num_batches(max(epoch, 0))} batches of an epoch",
             )

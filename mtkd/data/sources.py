@@ -74,7 +74,7 @@ class Raw:
     def texts(self, split: str, column: str) -> list[str]:
         """The texts of a split, e.g. to train a tokenizer on; a DataError names a missing split, column or row."""
         if split not in self.splits:
-            raise DataError(f"there is no {split} split", where="data", allowed=list(self.splits))
+            raise DataError(f"there is no {split} split", where="@data", allowed=list(self.splits))
         return read_texts(self.splits[split], column, self.origin(split), "text")
 
 
@@ -92,7 +92,7 @@ def load_raw(config: DataConfig, base: Path) -> Raw:
 
 def read_source(config: DataConfig, base: Path) -> Raw:
     """Every row of a source; arguments and errors as `load_raw`."""
-    raw: Raw = SOURCES.find(config.source, "data.source")(config, base)
+    raw: Raw = SOURCES.find(config.source, "@data.source")(config, base)
     for split, rows in raw.splits.items():
         if not len(rows):
             raise DataError("the split has no rows", where=raw.origin(split).name, found="0 rows")
@@ -127,7 +127,7 @@ def has_labels(config: DataConfig) -> bool:
     return "label" in TASKS.find(config.task).fields
 
 
-def check_source(config: DataConfig, base: Path, where: str = "data") -> None:
+def check_source(config: DataConfig, base: Path, where: str = "@data") -> None:
     """Refuse before reading: unknown source or task, options nobody reads, missing files or columns.
 
     Raises:
@@ -242,17 +242,17 @@ def _hub_source(config: DataConfig, base: Path) -> Raw:
         kind = NotReached if isinstance(error, ConnectionError) else DataError
         raise kind(
             f"the data set cannot be loaded: {type(error).__name__}: {reason}",
-            where="data.path",
+            where="@data.path",
             found=config.path,
             todo="check the id, subset and revision, and the connection (or HF_HOME and HF_HUB_OFFLINE=1 when cached)",
         ) from error
     mapping: dict[str, str] = dict(config.splits) or {s: s for s in SPLITS if s in found}  # type: ignore[arg-type]
     for ours, theirs in mapping.items():
         if theirs not in found:
-            raise DataError("no such split", where=f"data.splits.{ours}", found=theirs, allowed=sorted(found))
+            raise DataError("no such split", where=f"@data.splits.{ours}", found=theirs, allowed=sorted(found))
     splits = {ours: found[mapping[ours]] for ours in SPLITS if ours in mapping}
     if not splits:
-        raise DataError("none of its splits is mapped", where="data.splits", found="nothing", allowed=sorted(found))
+        raise DataError("none of its splits is mapped", where="@data.splits", found="nothing", allowed=sorted(found))
     prints = [f"{s}:{mapping[s]}:{rows._fingerprint}" for s, rows in splits.items()]
     digest = hashlib.sha256("\0".join([config.path, config.subset or "", config.revision or "", *prints]).encode())
     name = " ".join(part for part in (config.path, config.subset) if part)

@@ -76,7 +76,7 @@ def stdlib_documents(domains: tuple[str, ...] = DOMAINS, folder: Path | None = N
     if missing:
         raise DataError(
             "this Python installation comes without the sources of its standard library",
-            where="data source python-stdlib",
+            where="@data.source",
             found=f"no {' and no '.join(missing)} documents",
             todo="install the full Python package of your system, or use another data source",
         )
@@ -164,7 +164,7 @@ def _topics() -> Iterator[tuple[str, list[str]]]:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise DataError(
-            "this Python installation comes without pydoc_data", where="data source python-stdlib", found=str(error)
+            "this Python installation comes without pydoc_data", where="@data.source", found=str(error)
         ) from error
     for name in sorted(topics):
         yield f"topic {name}", _paragraphs(topics[name])

@@ -89,7 +89,7 @@ class TaskSpec:
         return self.regression_metrics if self.regression_metrics and num_labels == 1 else self.metrics
 
 
-def check_task(config: DataConfig, where: str = "data") -> None:
+def check_task(config: DataConfig, where: str = "@data") -> None:
     """Refuse an unknown task and fields that another task reads.
 
     Raises:
@@ -190,7 +190,7 @@ def _class_labels(config: DataConfig, raw: Raw) -> tuple[tuple[str, ...], int]:
     if not found.kind:
         raise DataError(
             f"nothing names the classes: {found.why}",
-            where="data.labels",
+            where="@data.labels",
             found="no labels",
             todo="set `labels` to the class names in order",
         )

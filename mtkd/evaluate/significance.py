@@ -144,7 +144,7 @@ def paired(
     if missing:
         raise DataError(
             f"the models have not scored the same documents: {len(missing)} were scored by one of them only",
-            where="comparison",
+            where="evaluate.comparisons",
             found=_said(missing[0]),
             todo="score both on the same split",
         )

@@ -50,7 +50,7 @@ def _check_kept(layers: tuple[int, ...], num_layers: int) -> None:
     if list(layers) != sorted(set(layers)) or not layers or layers[-1] > num_layers or layers[0] < 1:
         raise UserError(
             "keep_layers must name different layers of the model, in rising order",
-            where="model.keep_layers",
+            where="@model.keep_layers",
             found=list(layers),
             allowed=f"1 to {num_layers}",
         )
@@ -90,7 +90,7 @@ def _layer_list(model: PreTrainedModel) -> str:
     if len(outer) != 1:
         raise UserError(
             f"architecture '{model.config.model_type}' has no single list of its layers to cut from",
-            where="model.keep_layers",
+            where="@model.keep_layers",
             found=outer or "none",
             todo=nearest(model.config.model_type, sorted(_RULES)),
         )
@@ -126,7 +126,7 @@ def _shape(config: PretrainedConfig, model: ModelConfig) -> _Shape:
     if config.model_type not in _RULES:
         raise UserError(
             f"there are no rules to slice architecture '{config.model_type}'",
-            where="model.slice",
+            where="@model.slice",
             allowed=sorted(_RULES),
             todo="drop slice (keep_layers works with every architecture)",
         )
@@ -138,7 +138,7 @@ def _shape(config: PretrainedConfig, model: ModelConfig) -> _Shape:
     if not heads or width % heads:
         raise UserError(
             "the heads do not divide the width",
-            where="model.slice.heads",
+            where="@model.slice.heads",
             found=f"{heads} heads (default: of the loaded model's head width, {whole.head_width}), width {width}",
         )
     kv_heads = wanted.kv_heads or _default_kv_heads(whole, heads)
@@ -159,14 +159,14 @@ def _check_shape(found: _Shape, whole: _Shape, architecture: str) -> None:
         if getattr(found, key) > getattr(whole, key):
             raise UserError(
                 "a slice is not larger than the model it is cut from",
-                where=f"model.slice.{name}",
+                where=f"@model.slice.{name}",
                 found=getattr(found, key),
                 allowed=f"at most {getattr(whole, key)}",
             )
     if found.head_width > whole.head_width:
         raise UserError(
             "the slice's heads are wider than the loaded model's",
-            where="model.slice.heads",
+            where="@model.slice.heads",
             found=f"{found.head_width} (width {found.width} / {found.heads} heads)",
             allowed=f"at most {whole.head_width}",
             todo=f"take more heads or a smaller width; {found.width // whole.head_width} heads keep the head width",
@@ -174,14 +174,14 @@ def _check_shape(found: _Shape, whole: _Shape, architecture: str) -> None:
     if architecture in _ROTARY and found.head_width % 2:
         raise UserError(
             "rotary embedding turns pairs of dimensions: the head width must be even",
-            where="model.slice.heads",
+            where="@model.slice.heads",
             found=f"{found.head_width} (width {found.width} / {found.heads} heads)",
         )
     if architecture not in _GROUPED:
         if found.kv_heads != found.heads:
             raise UserError(
                 f"architecture '{architecture}' has no grouped heads",
-                where="model.slice.kv_heads",
+                where="@model.slice.kv_heads",
                 found=found.kv_heads,
                 todo="drop it",
             )
@@ -190,7 +190,7 @@ def _check_shape(found: _Shape, whole: _Shape, architecture: str) -> None:
     if not found.kv_heads or found.heads % found.kv_heads or group > whole_group:
         raise UserError(
             "the slice's groups of heads do not fit into the loaded model's",
-            where="model.slice.kv_heads",
+            where="@model.slice.kv_heads",
             found=f"{found.heads} heads, {found.kv_heads} key/value heads",
             allowed=f"groups of equal size, at most {whole_group} heads each",
         )

@@ -46,7 +46,7 @@ def find_folder(path: str, revision: str | None, resolve: Callable[[str], Path |
     """
     card = load_cards().get(path)
     if (glm := missing_glm(path, resolve)) is not None:
-        raise UserError("this model is not here", where="model.path", found=path, todo=how_to_get(glm))
+        raise UserError("this model is not here", where="@model.path", found=path, todo=how_to_get(glm))
     found = Path(resolve(path))
     if found.is_dir():
         folder = found
@@ -225,7 +225,7 @@ def _download(source: str, revision: str | None, weights: bool) -> Path:
     if not _HUB_ID.fullmatch(source) or ".." in source:
         raise UserError(
             "no such model folder, and not a hub id",
-            where="model.path",
+            where="@model.path",
             found=source,
             allowed="a folder, owner/name on the hub, a card in teachers/, or stage:NAME",
             todo=nearest(source, load_cards()) or "fetch a checkpoint given by a URL by hand and name its folder",
@@ -244,14 +244,14 @@ def _download(source: str, revision: str | None, weights: bool) -> Path:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise DataError(
             f"the model cannot be fetched from the hub: {type(error).__name__}: {reason}",
-            where="model.path",
+            where="@model.path",
             found=source,
             todo=nearest(source, load_cards()) or "check the name and the network, or give a folder",
         ) from error
     if weights and not (folder / WEIGHTS).is_file() and not (folder / INDEX).is_file():
         raise DataError(
             "the hub has no safetensors of this model",
-            where="model.path",
+            where="@model.path",
             found=source,
             todo="download and convert it where you trust its origin (a GLM: mtkd convert-glm), and give the folder",
         )

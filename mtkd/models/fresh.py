@@ -79,13 +79,13 @@ def fresh_config(
     if config.architecture not in ARCHITECTURES:
         raise UserError(
             "unknown architecture",
-            where="model.architecture",
+            where="@model.architecture",
             found=config.architecture,
             allowed=sorted(ARCHITECTURES),
             todo=nearest(config.architecture, ARCHITECTURES),
         )
     if config.kv_heads and config.architecture not in ("llama", "qwen2"):
-        raise UserError("key/value heads are for llama and qwen2", where="model.kv_heads", found=config.kv_heads)
+        raise UserError("key/value heads are for llama and qwen2", where="@model.kv_heads", found=config.kv_heads)
     shape = _Shape(
         layers=config.layers,
         width=config.width,

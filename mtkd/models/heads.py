@@ -141,7 +141,7 @@ def output_layer(model: PreTrainedModel) -> nn.Linear:
     prefix = f"{model.base_model_prefix}."
     layers = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and not name.startswith(prefix)]
     if not layers:
-        raise UserError(f"architecture '{model.config.model_type}' has no linear classification layer", where="model")
+        raise UserError(f"architecture '{model.config.model_type}' has no linear classification layer", where="@model")
     return layers[-1]
 
 
@@ -162,7 +162,7 @@ def reorder_outputs(model: PreTrainedModel, columns: Sequence[int]) -> None:
     if not torch.allclose(before[:, order], after, rtol=1e-3, atol=1e-5):
         raise UserError(
             f"the classes of architecture '{model.config.model_type}' cannot be put into another order",
-            where="model",
+            where="@model",
             todo="set data.NAME.labels to the order of the model",
         )
 

@@ -80,7 +80,7 @@ def model_info(config: PretrainedConfig, auto_class: str) -> ModelInfo:
     if config.is_encoder_decoder or not hasattr(config, "num_hidden_layers"):
         raise UserError(
             "only plain encoders and decoders are supported",
-            where="model",
+            where="@model",
             found=f"architecture '{config.model_type}'",
         )
     check_head(config, auto_class)
@@ -121,11 +121,11 @@ def _check_glm(config: PretrainedConfig, auto_class: str) -> None:
     from transformers.activations import ACT2FN
 
     if config.hidden_act not in ACT2FN:
-        raise UserError("not an activation", where="model: hidden_act", found=config.hidden_act)
+        raise UserError("not an activation: hidden_act of its config.json", where="@model", found=config.hidden_act)
     fault = cloze_fault(config) if auto_class == CLASSIFIER else None
     if fault is not None:
         message, found, allowed = fault
-        raise UserError(message, where="model: verbalizers", found=found, allowed=allowed)
+        raise UserError(f"verbalizers of its config.json: {message}", where="@model", found=found, allowed=allowed)
 
 
 def cloze_fault(config: Any) -> tuple[str, Any, Any] | None:
@@ -223,7 +223,7 @@ def model_class(config: PretrainedConfig, auto_class: str) -> type[PreTrainedMod
     if type(config) not in mapping:
         raise UserError(
             f"architecture '{config.model_type}' has no model for this task",
-            where="model",
+            where="@model",
             found=auto_class,
             todo="choose an architecture that fits the task: bert, roberta, distilbert for masked-lm; "
             "gpt2, llama, qwen2, glm_blocklm for causal-lm; any of them for classify",
@@ -246,14 +246,14 @@ def check_head(config: PretrainedConfig, auto_class: str) -> None:
     if auto_class == PRE_TRAINING and "next_sentence_label" not in inspect.signature(cls.forward).parameters:
         raise UserError(
             f"architecture '{config.model_type}' has no next-sentence head",
-            where="model",
+            where="@model",
             found=cls.__name__,
             todo="use bert, or drop data.next_sentence",
         )
     if auto_class == CAUSAL_LM and not is_causal(config, auto_class):
         raise UserError(
             f"architecture '{config.model_type}' attends in both directions and cannot be a causal model",
-            where="model",
+            where="@model",
             todo="use gpt2, llama, qwen2 or glm_blocklm, or the task masked-lm",
         )
 

@@ -195,7 +195,7 @@ def smaller_config(
     config = cut_config(config, model)
     if model.vocabulary is None:
         return config
-    return planned_config(config, model.vocabulary, tokenizer, num_ids, "model.vocabulary")
+    return planned_config(config, model.vocabulary, tokenizer, num_ids, "@model.vocabulary")
 
 
 def compress_model(model: PreTrainedModel, auto_class: str, vocabulary: VocabularyMap, seed: int) -> PreTrainedModel:
@@ -287,14 +287,14 @@ def _check_fits(config: PretrainedConfig, request: _Request) -> None:
     if info.vocabulary < request.num_ids:
         raise UserError(
             "the tokenizer has more ids than the model has embeddings",
-            where="model",
+            where="@model",
             found=f"{request.num_ids} ids",
             allowed=f"at most {info.vocabulary}",
         )
     if info.max_positions < request.max_positions:
         raise UserError(
             "the data's examples are longer than the model's longest sequence",
-            where="data.max_length",
+            where="@data.max_length",
             found=f"{request.max_positions} tokens",
             allowed=f"at most {info.max_positions}",
         )

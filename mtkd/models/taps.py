@@ -90,7 +90,7 @@ class TappedModel(nn.Module):
             if self.info.vocabulary < self.num_ids:
                 raise UserError(
                     "the model has fewer embeddings than the tokenizer has ids",
-                    where="model",
+                    where="@model",
                     found=self.info.vocabulary,
                     allowed=f"at least {self.num_ids}",
                 )
@@ -148,7 +148,7 @@ class TappedModel(nn.Module):
         if recorder.layers and recorder.num_calls != self.info.num_layers:
             raise UserError(
                 "attention features cannot be numbered: the model's layers do not attend once each",
-                where="model",
+                where="@model",
                 found=f"{recorder.num_calls} attentions in {self.info.num_layers} layers",
             )
 
@@ -266,7 +266,7 @@ class TappedModel(nn.Module):
             raise UserError(
                 f"architecture '{self.info.architecture}' changes its logits after the output head in a way that mtkd "
                 "does not know",
-                where="model",
+                where="@model",
                 found=f"relative difference {difference:.2g}",
                 allowed=f"at most {VERIFY_TOLERANCE}",
                 todo="add the rule to head_transform in mtkd/models/taps.py",
@@ -299,7 +299,7 @@ class TappedModel(nn.Module):
         head = self.model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             raise UserError(
-                f"architecture '{self.info.architecture}' has no linear output head", where="model", found=type(head)
+                f"architecture '{self.info.architecture}' has no linear output head", where="@model", found=type(head)
             )
         return head
 
@@ -315,7 +315,7 @@ class TappedModel(nn.Module):
             if layout is not None or not self._takes_parts:
                 raise UserError(
                     "examples in two parts are for GLM, on rows of their own",
-                    where="model",
+                    where="@model",
                     found=f"architecture '{self.info.architecture}'" + (", packed rows" if layout is not None else ""),
                 )
             inputs |= {"position_ids": batch.position_ids, "sep": batch.sep}
@@ -327,7 +327,7 @@ class TappedModel(nn.Module):
         if not self.token_level:
             return DenseLogits(self._select(output.logits))
         if recorder.head_input is None:
-            raise UserError(f"architecture '{self.info.architecture}' never called its output head", where="model")
+            raise UserError(f"architecture '{self.info.architecture}' never called its output head", where="@model")
         head = self._head()
         if recorder.head is None:
             return HeadLogits(recorder.head_input, head.weight, head.bias, self.num_ids, self._transform)
@@ -342,7 +342,7 @@ class TappedModel(nn.Module):
             if name not in self.info.taps:
                 raise UserError(
                     f"architecture '{self.info.architecture}' cannot give this feature",
-                    where="model",
+                    where="@model",
                     found=key,
                     allowed=sorted(self.info.taps),
                     todo=nearest(name, self.info.taps),
@@ -350,7 +350,7 @@ class TappedModel(nn.Module):
             lowest = 1 if name in ATTENTION else 0
             if layer is not None and not lowest <= layer <= self.info.num_layers:
                 raise UserError(
-                    "no such layer", where="model", found=key, allowed=f"{lowest} to {self.info.num_layers}"
+                    "no such layer", where="@model", found=key, allowed=f"{lowest} to {self.info.num_layers}"
                 )
 
 

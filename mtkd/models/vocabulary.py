@@ -210,7 +210,7 @@ def make_vocabulary(
     Raises:
         UserError: as `choose_kept`.
     """
-    where = "model.vocabulary"
+    where = "@model.vocabulary"
     counts = np.zeros(num_real_ids(tokenizer), np.int64)
     for texts in _counted(data, raw, tokenizer):
         counts += count_ids(tokenizer, texts, len(counts))
@@ -227,7 +227,7 @@ def _counted(data: DataConfig, raw: Raw, tokenizer: PreTrainedTokenizerBase) -> 
     elif "train" in raw.splits:
         yield written_texts(PrepareRequest("train", raw.splits["train"], raw.origin("train"), data, tokenizer))
     else:
-        raise DataError("there is no train split to count", where="data", allowed=list(raw.splits))
+        raise DataError("there is no train split to count", where="@data", allowed=list(raw.splits))
 
 
 def make_map(
@@ -261,7 +261,7 @@ def compressed_config(config: PretrainedConfig, kept: Sequence[int]) -> Pretrain
     if getattr(config, "verbalizers", None):
         raise UserError(
             "the vocabulary of a cloze classifier cannot be compressed: its verbalizers are ids of the whole one",
-            where="model.vocabulary",
+            where="@model.vocabulary",
             todo="drop `vocabulary`, or distil a model with a pooled head (no verbalizers in its config.json)",
         )
     rows = {number: row for row, number in enumerate(kept)}

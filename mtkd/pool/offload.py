@@ -113,7 +113,7 @@ class OffloadedModel(nn.Module):
         except (UserError, RuntimeError) as error:
             raise UserError(
                 f"architecture '{self.info.architecture}' cannot run with one layer in memory at a time",
-                where="backend",
+                where="@teacher.backend",
                 found=str(error).splitlines()[0],
                 todo="use backend: offload or resident",
             ) from error

@@ -34,10 +34,8 @@ def make_weighting(named: Named, facts: StageFacts, where: str) -> Weighting:
     try:
         weighting: Weighting = spec.cls(**options)
     except UserError as error:  # its place is within the block of the weighting
-        place = f"{where}{error.where.removeprefix('weighting')}"
-        raise UserError(
-            error.message, where=place, found=error.found, allowed=error.allowed, todo=error.todo
-        ) from error
+        error.where = where + error.where.removeprefix("@").removeprefix("weighting")
+        raise
     except ValueError as error:
         raise UserError(str(error), where=f"{where}.options") from error
     weighting.negative = spec.negative

@@ -39,7 +39,7 @@ class Fixed(Weighting):
             found = ", ".join(weights) if isinstance(weights, Mapping) else repr(weights)
             raise UserError(
                 "fixed weights name every teacher once",
-                where="weighting.options.weights",
+                where="@weighting.options.weights",
                 found=found,
                 allowed=teachers,
             )
@@ -47,7 +47,7 @@ class Fixed(Weighting):
         if not bool(values.isfinite().all()) or bool((values < 0).any()) or float(values.sum()) <= 0:
             raise UserError(
                 "fixed weights are non-negative, finite and not all zero",
-                where="weighting.options.weights",
+                where="@weighting.options.weights",
                 found=dict(weights),
             )
         self.register_buffer("values", values / values.sum())
