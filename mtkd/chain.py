@@ -246,9 +246,9 @@ def finished(folder: StageDir, name: str, wanted: dict[str, Any], redo: Sequence
     if record["fingerprint"] != fingerprint(wanted):
         changed = differences(record["identity"], wanted)
         raise DataError(
-            f"this stage is finished ({folder.path}), but with another configuration, teacher, data set or tokenizer",
+            "this stage is finished, but with another configuration, teacher, data set or tokenizer",
             where=f"stages.{name}",
-            found="\n           ".join(changed),
+            found="\n           ".join([*changed, f"in {folder.path}"]),
             todo="undo the change, give the run another name, or redo this stage and what depends on it: "
             + redo_command(redo or [name]),
         )

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from mtkd.config import RunConfig
 from mtkd.config.written import SHORT_FORMS, as_meant, is_block, keys_of, model_of, step_into
 from mtkd.errors import UserError, nearest
-from mtkd.yamlfile import Value, parse, read_text
+from mtkd.yamlfile import Value, Written, parse, read_text
 
 MAX_PROBLEMS = 8  # listed in one message
 ABSENT = "(absent)"
@@ -48,7 +48,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         config = RunConfig.model_validate(as_meant(root, RunConfig))
     except ValidationError as error:
         raise UserError(_explain(error, root)) from None
-    config._base, config._written = file.resolve().parent, root
+    config._base, config._written = file.resolve().parent, Written(root)
     return config
 
 

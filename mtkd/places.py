@@ -56,9 +56,9 @@ def in_file(config: RunConfig) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if config._written is not None and not error.line:
-            error.where, error.line = _in_file(error.where, config, config._written)
-            error.used_by = ": ".join(filter(None, reversed(_in_file(error.used_by, config, config._written))))
+        if (root := config._written.root) is not None and not error.line:
+            error.where, error.line = _in_file(error.where, config, root)
+            error.used_by = ": ".join(filter(None, reversed(_in_file(error.used_by, config, root))))
         raise
 
 
@@ -70,7 +70,7 @@ def _in_file(where: str, config: RunConfig, root: Value) -> tuple[str, str]:
     if not _is_there(parts, config):
         return where, ""
     written = _until_scalar(parts, root)
-    return dotted(written), written_at(root, written)
+    return dotted(written), written_at(root, written) if str(written[0]) in root.value else ""
 
 
 def _known(parts: list[str], config: RunConfig) -> Location:
@@ -121,7 +121,7 @@ def _below(here: Value, part: str | int) -> Value | None:
 
 def _of_chain(parts: Location, config: RunConfig) -> Location:
     """A place in a stage that a chain made: what of the chain says it."""
-    chain, root = config.chain, config._written
+    chain, root = config.chain, config._written.root
     if chain is None or root is None or len(parts) < 2 or parts[0] != "stages" or parts[1] not in chain.names:
         return parts
     stages = root.value.get("stages")

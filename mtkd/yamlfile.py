@@ -7,7 +7,7 @@ keys are found there.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,13 @@ class Value:
         if isinstance(self.value, list):
             return [child.plain() for child in self.value]
         return self.value
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a configuration was read from, for messages. Two of equal meaning are equal, whatever was written."""
+
+    root: Value | None = field(default=None, compare=False)
 
 
 def read_text(file: Path) -> str:

@@ -153,10 +153,10 @@ def test_what_cannot_be_derived_is_refused(tmp_path: Path) -> None:
     assert "smaller than its largest teacher" in told(student=shape(4, 64, 4), num_rungs=1)
     assert "not so many different shapes" in told(student=shape(1, 32, 4), num_rungs=3)
     text = told(student=shape(1, 16, 4), rungs=[shape(2, 32, 4)], initial="teacher")
-    assert "chain: student: cannot begin with layers of the model above it" in text
+    assert "chain.student: cannot begin with layers of the model above it" in text
     assert "llama 1x16, 4 heads" in text
     text = told(student=shape(1, 16, 4), rungs=[shape(2, 48, 4)], initial="slice")
-    assert "chain: assistant-1: cannot be sliced from the model above it" in text
+    assert "chain.rungs[0]: cannot be sliced from the model above it" in text
     for initial in ("teacher", "slice"):  # inherited: nobody would read these
         text = told(student=shape(1, 32, 4) | {"max_positions": 99}, rungs=[shape(2, 32, 4)], initial=initial)
         assert "has these from there" in text

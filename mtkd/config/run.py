@@ -13,7 +13,7 @@ from mtkd.config.chain import ChainConfig, expand, stage_name
 from mtkd.config.data import RANDOM_TOKENS, DataConfig, TokenizerConfig
 from mtkd.config.model import ModelConfig
 from mtkd.config.stage import ScoringBatchConfig, StageConfig
-from mtkd.yamlfile import Value
+from mtkd.yamlfile import Written
 
 # Per device: bytes of one model's float32 logits in a tile, and the largest tile.
 _TILE_LIMITS = {"cpu": (32 * 2**20, 256), "cuda": (256 * 2**20, 4096)}
@@ -196,7 +196,7 @@ class RunConfig(Config):
 
     # Set by `load_config`: the folder that relative paths start from, and what was written, with lines, for messages.
     _base: Path | None = PrivateAttr(None)
-    _written: Value | None = PrivateAttr(None)
+    _written: Written = PrivateAttr(Written())
 
     @property
     def base(self) -> Path:

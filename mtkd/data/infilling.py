@@ -253,7 +253,7 @@ def _check_commands(ids: dict[str, int], settings: InfillConfig) -> None:
         if share and name not in ids:
             raise UserError(
                 f"the tokenizer has no {name}",
-                where="@data.infill.block_mask" if name == HIDDEN else "data.infill",
+                where="@data.infill.block_mask" if name == HIDDEN else "@data.infill",
                 found=share,
                 todo="use infill: {mask: 1, block_mask: 0}, as base and large do",
             )
