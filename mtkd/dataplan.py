@@ -125,20 +125,20 @@ class DataReader:
 def _check_texts(data: DataConfig, raw: Raw) -> None:
     """Raise a DataError for the first row of any split that holds no text where the task reads one.
 
-    And for a split whose prompts, or clozes, hold none in any row: the model would read the template alone.
+    And for a split whose prompts, clozes or texts hold none in any row: the model would read the template alone.
     """
-    template = data.prompt_columns or (data.text_columns if data.cloze is not None else ())
+    needed = data.prompt_columns or tuple(filter(None, (*data.text_columns, data.text_pair)))
     for split, rows in raw.splits.items():
         filled = False
         for column in filter(None, (*data.text_columns, data.text_pair)):
             texts = read_texts(rows, column, raw.origin(split), "text")
-            filled = filled or (column in template and any(text.strip() for text in texts))
-        if template and not filled:
-            what = "prompt" if data.prompt is not None else "cloze"
+            filled = filled or (column in needed and any(text.strip() for text in texts))
+        if not filled:
+            what = "prompt" if data.prompt is not None else "cloze" if data.cloze is not None else "text"
             raise DataError(
-                f"no row has a text for the {what}",
+                f"no row has a text for the {what}" if what != "text" else "no row has a text",
                 where=raw.origin(split).name,
-                found=f"{len(rows)} rows, nothing in {', '.join(template)}",
+                found=f"{len(rows)} rows, nothing in {', '.join(needed)}",
                 todo=f"set data.NAME.{what} to a column with texts" + (", or drop it" if what == "prompt" else ""),
             )
 

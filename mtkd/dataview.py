@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import numpy as np
 from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from mtkd.config import DataConfig
-from mtkd.data.collate import Split, load_data
+from mtkd.data.collate import Split
+from mtkd.data.everyrow import look_at_rows
 from mtkd.data.sources import Raw
 from mtkd.dataplan import DataFacts
-from mtkd.errors import DataError
 from mtkd.features import NO_LABEL
 
-_SHOWN, _READ = 2, 32  # examples, and rows that are tokenised for them
+_SHOWN = 2  # examples
 _WIDEST, _CLASSES = 160, 12
 
 
@@ -38,7 +37,7 @@ class PlannedData:
         rows: split -> rows after hold-out and limit. labelled: of these, with a label.
         pad_token: of the tokenizer; "" for none. examples: the first ones of the train split.
         note: why there are no examples yet, or what cannot be read now.
-        unread: what of the files is ignored, such as an index column.
+        unread: what of the files is ignored or cut, such as an index column, blank rows, prompts without room.
     """
 
     name: str
@@ -62,7 +61,7 @@ def view(
     Args: raw: its rows; None where they cannot be read now. tokenizer: None while it is not there.
 
     Raises:
-        UserError, DataError: the first rows cannot be tokenised for the task.
+        UserError, DataError: a row cannot be read, or tokenised for the task; naming the file and row.
     """
     labels = {"class": f"{len(facts.classes)} classes", "number": "numbers (a regression)"}.get(facts.kind, "")
     shown = PlannedData(
@@ -71,27 +70,16 @@ def view(
     )  # fmt: skip
     if raw is None:
         return replace(shown, note=facts.not_here)
-    shown = replace(shown, unread=raw.notes)
+    looked = look_at_rows(name, config, raw, tokenizer)
+    shown = replace(shown, unread=(*raw.notes, *looked.notes))
     if tokenizer is None:
         return replace(shown, note="examples are shown once the run's tokenizer is there")
-    try:
-        return replace(shown, examples=_examples(name, config, raw, tokenizer, facts))
-    except DataError as error:
-        split = _split(raw)
-        if error.where != raw.origin(split).name or len(raw.splits[split]) <= _READ:
-            raise
-        return replace(shown, note=f"the first {_READ} rows make no example: {error.message}")
-
-
-def _examples(
-    name: str, config: DataConfig, raw: Raw, tokenizer: PreTrainedTokenizerBase, facts: DataFacts
-) -> tuple[PlannedExample, ...]:
     split = _split(raw)
-    rows = raw.splits[split]
-    first = np.arange(min(_READ, len(rows)))
-    few = replace(raw, splits={split: rows.select(first)}, origins={split: raw.origin(split).select(first)})
-    made = load_data(name, config, few, tokenizer, (split,)).splits[split]
-    return tuple(_example(made, index, config, tokenizer, facts) for index in range(min(_SHOWN, len(made))))
+    if split in looked.unmade:
+        return replace(shown, note=looked.unmade[split])
+    made = looked.splits[split]
+    examples = [_example(made, index, config, tokenizer, facts) for index in range(min(_SHOWN, len(made)))]
+    return replace(shown, examples=tuple(examples))
 
 
 def _example(

@@ -13,9 +13,8 @@ from mtkd.data.blanks import answer_ids
 from mtkd.data.chat import check_chat_template
 from mtkd.data.glm_tokens import command_ids
 from mtkd.data.infilling import Infilling
-from mtkd.data.prompts import check_turns
 from mtkd.data.rows import around_text
-from mtkd.data.tasks import PrepareRequest, TaskSpec, check_model
+from mtkd.data.tasks import TaskSpec, check_model
 from mtkd.data.tokenizers import num_real_ids, train_tokenizer
 from mtkd.dataplan import DataFacts, DataReader, unread
 from mtkd.errors import DataError, UserError
@@ -258,14 +257,10 @@ class PlannedModels:
                 )
 
     def check_chats(self) -> None:
-        """Refuse turns of a chat that the run's tokenizer, trained ones included, cannot write: a row, or all."""
+        """Refuse turns of a chat that the run's tokenizer, trained ones included, cannot write at all."""
         for name, data in self.config.data.items():
             if data.chat:
                 check_chat_template(self.tokenizer, f"data.{name}.chat")
-                if self._reader is not None and not self.facts(data).not_here:
-                    raw = self._reader.raw(data)
-                    for split, rows in raw.splits.items():
-                        check_turns(PrepareRequest(split, rows, raw.origin(split), data, self.tokenizer))
 
     def check_commands(self) -> None:
         """Refuse GLM's tasks with a tokenizer that lacks what they write, or examples too short for a blank."""

@@ -24,6 +24,7 @@ from mtkd.chain import model_name, model_of, needed_stages, never_trained, stage
 from mtkd.checks import check
 from mtkd.cofinetune import check_members
 from mtkd.config import DataConfig, RunConfig, StageConfig
+from mtkd.data.everyrow import check_routes
 from mtkd.data.tasks import TaskSpec
 from mtkd.dataplan import DataFacts, DataReader
 from mtkd.dataview import PlannedData, view
@@ -47,6 +48,8 @@ from mtkd.registry import TASKS, load_plugins
 from mtkd.rows import compile_rows
 from mtkd.rundir import RunDir
 from mtkd.teaching import heads_read
+from mtkd.weightings.base import StageFacts
+from mtkd.weightings.make import make_weighting
 
 
 def resolve(config: RunConfig) -> RunConfig:
@@ -95,6 +98,7 @@ def _plan(config: RunConfig, memory: bool, reader: DataReader | None, redo: Coll
         stages = planner.with_memory(stages)
     planner.models.check_scored()
     check_labelled(config, facts)
+    planner.check_routes(facts, reader)
     data = planner.data(facts, reader)
     engine = config.engine
     kind = f"{engine.kind}, {num_processes(engine)} process(es), {engine.decided_precision}"
@@ -135,6 +139,16 @@ class _Planner:
             view(name, data, facts[name], None if facts[name].not_here else reader.raw(data), tokenizer)
             for name, data in self.config.data.items()
         ]
+
+    def check_routes(self, facts: Mapping[str, DataFacts], reader: DataReader) -> None:
+        """Refuse rows without a teacher of the stage where its weighting reads one from them."""
+        for name, stage in self.config.stages.items():
+            data, where = self.config.data_name(stage.data), f"stages.{name}.weighting"
+            teachers = tuple(teacher.name for teacher in stage.teachers)
+            reads = make_weighting(stage.weighting, StageFacts.stand_in(teachers), where).reads
+            if "route" in reads and not facts[data].not_here:
+                raw = reader.raw(self.config.data[data])
+                check_routes(raw.splits["train"], raw.origin("train"), self.config.data[data], teachers, where)
 
     def stage(self, name: str) -> PlannedStage:
         stage, where = self.config.stages[name], f"stages.{name}"

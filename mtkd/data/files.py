@@ -167,7 +167,9 @@ def _read(file: DataFile) -> tuple[Dataset, str]:
     import pyarrow as pa
 
     if file.kind == SAVED:
-        return _load_saved(file), ""
+        rows = _load_saved(file)
+        _check_utf8(rows.data.table, file)
+        return rows, ""
     if file.kind == "parquet":
         return _dataset(_read_parquet(file), file), ""
     if file.is_table:
@@ -193,9 +195,34 @@ def _read_parquet(file: DataFile) -> pa.Table:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(file.path)
+        table = pyarrow.parquet.read_table(file.path)
     except (OSError, ValueError, NotImplementedError) as error:
         raise _unreadable(file, error) from error
+    _check_utf8(table, file)
+    return table
+
+
+def _check_utf8(table: pa.Table, file: DataFile) -> None:
+    """Refuse text that is none: other programs write any bytes into a column of text."""
+    import pyarrow as pa
+
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+            continue
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid as error:
+            for row, value in enumerate(column.cast(pa.large_binary()).to_pylist()):
+                try:
+                    (value or b"").decode()
+                except UnicodeDecodeError as reason:
+                    raise DataError(
+                        f"column '{name}' is not UTF-8 text: {reason.reason}",
+                        where=f"{file.name}, row {row + 1}",
+                        found=value[max(0, reason.start - 20) : reason.start + 20],
+                        todo="write it as UTF-8",
+                    ) from reason
+            raise _unreadable(file, error) from error
 
 
 def _load_saved(file: DataFile) -> Dataset:

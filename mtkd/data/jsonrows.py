@@ -34,7 +34,7 @@ def read_json(file: DataFile) -> pa.Table:
     try:
         while piece := list(islice(rows, ROWS_AT_ONCE)):
             names = dict.fromkeys(name for row in piece for name in row)
-            pieces.append(pa.table({name: pa.array([row.get(name) for row in piece]) for name in names}))
+            pieces.append(pa.table({name: _column([row.get(name) for row in piece]) for name in names}))
         return pa.concat_tables(pieces, promote_options="permissive") if pieces else pa.table({})
     except (pa.ArrowException, OverflowError, ValueError, TypeError) as error:
         _diagnose(file)
@@ -42,6 +42,16 @@ def read_json(file: DataFile) -> pa.Table:
         raise DataError(
             "the rows make no table", where=file.name, found=f"{type(error).__name__}: {reason[:200]}"
         ) from error
+
+
+def _column(values: list[Any]) -> pa.Array:
+    """The values of a key; TypeError for true and false among numbers, which pyarrow takes for 1 and 0."""
+    import pyarrow as pa
+
+    array = pa.array(values)
+    if (pa.types.is_floating(array.type) or pa.types.is_integer(array.type)) and bool in set(map(type, values)):
+        raise TypeError("true or false among numbers")
+    return array
 
 
 def json_columns(file: DataFile) -> list[str] | None:

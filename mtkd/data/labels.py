@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 UNLABELLED = -1
 """How the hub marks a row without a label, where the source declares its classes."""
 
+LARGEST = 1e18
+"""A regression's largest number: its square, and the sum of a batch's, must stay below float32's 3.4e38."""
+
 
 @dataclass(frozen=True)
 class FoundLabels:
@@ -193,6 +196,14 @@ def _require_somewhere(config: DataConfig, raw: Raw) -> None:
 
 def _number(value: Value, origin: Origin, index: int) -> float:
     number = number_of(value)
+    if abs(number) > LARGEST:
+        raise DataError(
+            "the number is too large: its squared error is infinite in float32",
+            where=origin.where(index),
+            found=value,
+            allowed=f"-{LARGEST:.0e} to {LARGEST:.0e}",
+            todo="scale the labels, or leave this one empty",
+        )
     if math.isnan(number):
         raise DataError(
             "a regression needs a number",

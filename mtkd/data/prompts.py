@@ -9,7 +9,6 @@ token, which the last prompt position predicts; which tokens those are is a matt
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,10 +27,6 @@ if TYPE_CHECKING:
 
     from mtkd.data.files import Origin
     from mtkd.data.tasks import PrepareRequest
-
-
-_MOST_CHECKED = 50_000
-"""Rows of a split that a chat template writes while a run is planned."""
 
 
 class PromptedExamples:
@@ -119,19 +114,6 @@ def written_texts(request: PrepareRequest) -> list[str]:
     """
     before, after = _written(request, *texts_of(request))
     return [*before, *after]
-
-
-def check_turns(request: PrepareRequest) -> None:
-    """Refuse rows of a split that the chat template cannot write, before anything is trained.
-
-    Of a split with more than `_MOST_CHECKED` rows these many are looked at, evenly spread: a second per 16,000.
-
-    Raises:
-        DataError: naming the row.
-    """
-    every = np.arange(len(request.rows))
-    few = every[:: -(-len(every) // _MOST_CHECKED)]
-    written_texts(replace(request, rows=request.rows.select(few), origin=request.origin.select(few)))
 
 
 def _written(

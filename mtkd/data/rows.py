@@ -14,8 +14,10 @@ from mtkd.data.transfer import transfer_tokens
 from mtkd.errors import DataError
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+    from mtkd.data.files import Origin
     from mtkd.data.tasks import PrepareRequest
 
 TOKENIZED_AT_ONCE = 1_000
@@ -77,33 +79,45 @@ def described(request: PrepareRequest, rows: np.ndarray, of_example: np.ndarray,
         every = column_of(request, request.domains, "domain")
         domains = [every[row] for row in rows]
     if request.names:
+        kept = np.zeros(len(request.rows), bool)
+        kept[rows] = True
+        check_names(request.rows, request.origin, request.names, request.domains, kept)
         every = column_of(request, request.names, "name")
         names = [every[row] for row in rows]
-        _check_names(request, rows, names, domains)
-    return Documents(of_example, names, domains, scored, _teachers(request, rows))
+    teachers = teachers_of(request.rows, request.config.teacher)
+    return Documents(of_example, names, domains, scored, tuple(teachers[row] for row in rows) if teachers else ())
 
 
-def _check_names(request: PrepareRequest, rows: np.ndarray, names: list[str], domains: list[str]) -> None:
-    """Names are unique within a domain: scores of two models are compared row by row."""
+def check_names(rows: Dataset, origin: Origin, names: str, domains: str, kept: np.ndarray) -> None:
+    """Names are unique within a domain: scores of two models are compared row by row.
+
+    Args: names, domains: the columns; "" for none. kept: which rows count, bool [rows].
+
+    Raises:
+        DataError: two rows with one name, or a row without name or domain.
+    """
+    domain_of = read_texts(rows, domains, origin, "domain") if domains else [""] * len(rows)
+    if not names:
+        return
     first: dict[tuple[str, str], int] = {}
-    for row, name, domain in zip(rows, names, domains, strict=True):
-        other = first.setdefault((domain, name), row)
+    every = read_texts(rows, names, origin, "name")
+    for row in map(int, np.flatnonzero(kept)):
+        other = first.setdefault((domain_of[row], every[row]), row)
         if other != row:
             raise DataError(
                 "two rows have the same name",
-                where=request.origin.where(int(row)),
-                found=f"{name}, as in {request.origin.where(int(other))}",
+                where=origin.where(row),
+                found=f"{every[row]}, as in {origin.where(other)}",
                 todo="drop `name` from the data entry: rows are then told apart by their number",
             )
 
 
-def _teachers(request: PrepareRequest, rows: np.ndarray) -> tuple[str, ...]:
-    """What the column of teachers' names says, "" where it is no text; () when there is no such column."""
-    column = request.config.teacher
-    if column not in request.rows.column_names:
-        return ()
-    values: list[Any] = request.rows[column][:]
-    return tuple(values[row].strip() if isinstance(values[row], str) else "" for row in rows)
+def teachers_of(rows: Dataset, column: str) -> list[str]:
+    """What the column of teachers' names says, "" where it is no text; [] when there is no such column."""
+    if column not in rows.column_names:
+        return []
+    values: list[Any] = rows[column][:]
+    return [value.strip() if isinstance(value, str) else "" for value in values]
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
