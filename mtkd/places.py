@@ -18,6 +18,7 @@ from contextlib import contextmanager
 
 from mtkd.config import RunConfig
 from mtkd.config.chain import ChainConfig
+from mtkd.config.written import step_into
 from mtkd.configfile import Location, dotted, split_path, written_at
 from mtkd.errors import UserError
 from mtkd.yamlfile import Value
@@ -97,9 +98,12 @@ def _number(part: str) -> str | int:
 
 
 def _is_there(parts: Location, config: RunConfig) -> bool:
-    """Whether a stage or data entry that is named exists: a file called data.jsonl is no place."""
-    known = _names(config, str(parts[0]))
-    return not known or len(parts) == 1 or parts[1] in known
+    """Whether the run has this stage or data entry, or the schema this key: data.jsonl and tokenizer.json are files."""
+    first, second = str(parts[0]), parts[1] if len(parts) > 1 else None
+    if second is None:
+        return True
+    known = _names(config, first)
+    return second in known if known else step_into(step_into(RunConfig, first), second) is not None
 
 
 def _until_scalar(parts: Location, root: Value) -> Location:
