@@ -39,6 +39,7 @@ from mtkd.exports import manifests
 from mtkd.jsonlines import append_jsonl
 from mtkd.models.taps import TappedModel
 from mtkd.notes import Identity, read_seconds, write_seconds
+from mtkd.overflow import overflowing
 from mtkd.pool import Teacher, pooled
 from mtkd.record import read_record, write_record
 from mtkd.rundir import RunDir, StageDir
@@ -56,6 +57,7 @@ class _Job:
 
     Attributes:
         seconds: that teachers ran, earlier sessions included. shards, examples: done so far, over all teachers.
+        place: of the teacher that runs, in the configuration.
     """
 
     shop: Workshop
@@ -66,6 +68,7 @@ class _Job:
     seconds: float = 0.0
     shards: int = 0
     examples: int = 0
+    place: str = ""
 
     @property
     def split(self) -> Split:
@@ -184,7 +187,7 @@ def _damaged(job: _Job) -> str:
 
 def _cache(job: _Job, config: TeacherConfig, where: str, stopped: StopFlag, progress: StageProgress) -> None:
     """One teacher's cache in the working folder, as far as it is missing."""
-    shop, dist = job.shop, job.shop.dist
+    shop, dist, job.place = job.shop, job.shop.dist, where
     folder = job.folder.partial / config.name
     if dist.broadcast_object((folder / MANIFEST).is_file()):
         finished = together(dist, lambda: CacheReader(folder), partial(_failed, folder))
@@ -275,7 +278,7 @@ def _records(
         records += make_records(content, batch, features, tile)
         alive()
     for record in records:
-        _check_finite(record, teacher.name, content.dtype)
+        _check_finite(record, teacher.name, content.dtype, job)
     return records
 
 
@@ -285,18 +288,17 @@ def _batches(split: Split, batch: BatchConfig, examples: range) -> Iterator[Any]
         yield split.collate(part.tolist())
 
 
-def _check_finite(record: Record, teacher: str, dtype: str) -> None:
+def _check_finite(record: Record, teacher: str, dtype: str, job: _Job) -> None:
     """Refuse to keep NaN; a mass of 0 (log -inf) is a number."""
     arrays = [*record.targets.values(), *record.traits.values()]
     arrays += [] if record.classes is None else [record.classes]
     if any(np.isnan(values).any() for values in arrays):
-        raise NonFiniteError("a teacher's logits are not finite", where=f"teacher '{teacher}'",
-                             found=f"example {record.id}")  # fmt: skip
+        raise overflowing(teacher, job.place, f"logits of example {record.id}", job.shop.dtype)
     for key, values in record.hidden.items():
         if not torch.isfinite(values).all():
             raise NonFiniteError(
-                f"a hidden state is not finite in {dtype}",
-                where=f"teacher '{teacher}'",
+                f"a hidden state of teacher '{teacher}' is not finite in {dtype}",
+                where=job.place,
                 found=f"{key} of example {record.id}",
                 todo="set cache.dtype to bfloat16 or float32: float16 ends at 65,504",
             )

@@ -26,6 +26,7 @@ from mtkd.errors import DataError, NonFiniteError, Preempted, UserError, on_ever
 from mtkd.jsonlines import append_jsonl, to_json
 from mtkd.lookaround import after_step, before_step
 from mtkd.objective import Objective
+from mtkd.overflow import check_teachers
 from mtkd.rundir import RunDir, StageDir
 from mtkd.seal import Found, newest_sealed, save_sealed
 from mtkd.selection import TrainState, check_selection, note_score, regrouped, take_best, validate
@@ -62,6 +63,7 @@ def train(built: BuiltStage, config: RunConfig, run: RunDir, folder: StageDir) -
                 meter.add(metrics)
             norm = engine.step(step)
             if not math.isfinite(norm):
+                check_teachers(built, micro_batches, torch.bfloat16 if config.engine.in_bf16 else torch.float32)
                 raise on_every_rank(_non_finite(built, step, meter.flush()))
             after_step(built, micro_batches)
             state.step, state.stream = step + 1, built.stream.state()
@@ -254,8 +256,7 @@ def _non_finite(
         f"a loss or gradient is not finite at step {step + 1}",
         where=f"stages.{built.name}",
         found=", ".join(bad) or else_found,
-        todo="lower optimizer.lr, set optimizer.clip, or look at the teacher named above; "
-        "the last sealed checkpoint is finite",
+        todo="lower optimizer.lr, or set optimizer.clip; the last sealed checkpoint is finite",
     )
 
 

@@ -54,7 +54,7 @@ ORDER = (
     ),
     ("build", "built", "checks", "planner"),
     ("evaluate", "lookaround"),
-    ("selection", "train", "capture", "chance"),
+    ("selection", "overflow", "train", "capture", "chance"),
     ("report", "runner", "status", "table", "listing", "doctor", "laws", "testing"),
     ("cli",),
     ("__main__",),

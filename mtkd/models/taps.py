@@ -21,6 +21,7 @@ from mtkd.data.batch import Batch
 from mtkd.errors import UserError, nearest
 from mtkd.features import ATTENTION, NO_LABEL, DenseLogits, Features, HeadLogits, split_key
 from mtkd.models.attention import AttentionCall, Recorder, recording
+from mtkd.models.broken import overflowing_model
 from mtkd.models.headcalls import head_forward, last_position, pooled_forward
 from mtkd.models.heads import output_layer, stand_in_pad
 from mtkd.models.info import GLM, PRE_TRAINING, TAP, TOKEN_LEVEL, check_packing, model_info
@@ -240,8 +241,8 @@ class TappedModel(nn.Module):
         Args:
             dtype: bfloat16 runs the model under autocast; the head's product is in float32 in any case.
         Raises:
-            UserError: the logits differ by more than `VERIFY_TOLERANCE` (the architecture does something to them after
-                the head that mtkd does not know), or attention features cannot be numbered.
+            DataError: the logits are not finite.
+            UserError: they differ by more than `VERIFY_TOLERANCE`, or attention features cannot be numbered.
         """
         training = self.model.training
         self.model.eval()
@@ -262,10 +263,11 @@ class TappedModel(nn.Module):
             difference = float((ours.rows(index) - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))
         finally:
             self.model.train(training)
+        if not theirs.isfinite().all():
+            raise overflowing_model("@model", dtype)
         if not difference <= VERIFY_TOLERANCE:
             raise UserError(
-                f"architecture '{self.info.architecture}' changes its logits after the output head in a way that mtkd "
-                "does not know",
+                f"architecture '{self.info.architecture}' changes its logits after its head as mtkd does not know",
                 where="@model",
                 found=f"relative difference {difference:.2g}",
                 allowed=f"at most {VERIFY_TOLERANCE}",

@@ -24,6 +24,7 @@ from mtkd.data.batch import Batch
 from mtkd.engine.dist import Dist
 from mtkd.errors import DataError, UserError
 from mtkd.features import Features, HeadLogits
+from mtkd.models.broken import Overflow
 from mtkd.models.taps import TappedModel
 from mtkd.models.weights import find_weights
 from mtkd.pool.resident import ResidentTeacher
@@ -108,6 +109,10 @@ class OffloadedModel(nn.Module):
         try:
             with self._turn(), self.waiting.hold(head):
                 self.model.verify(dtype)
+        except Overflow as error:  # a weight that is not in memory is NaN too
+            error.message += f"; or '{self.info.architecture}' cannot run with one layer in memory at a time"
+            error.todo = f"try backend: resident, which tells these apart; {error.todo}"
+            raise
         except DataError:
             raise
         except (UserError, RuntimeError) as error:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mtkd.config import ShardedConfig
 from mtkd.engine.dist import Dist, together
 from mtkd.errors import DataError, UserError
+from mtkd.models.broken import broken_weights
 from mtkd.models.stored import StoredWeight
 
 # Large parameters of one module that may be on their way from files; each takes the memory of the largest part.
@@ -141,7 +142,7 @@ def partition(
     together(dist, fill, lambda reasons: DataError(f"the weights cannot be read: {reasons}", where=where))
     told = dist.broadcast_object(sorted({n for names in dist.gather_objects(broken) or [] for n in names}))
     if told:
-        raise DataError("the teacher's weights are not finite", where=where, found=", ".join(told[:5]))
+        raise broken_weights(where, ", ".join(told[:5]))
 
 
 def _give_blocks_back() -> None:

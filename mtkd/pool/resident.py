@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from mtkd.data.batch import Batch
-from mtkd.errors import DataError
 from mtkd.features import Features
+from mtkd.models.broken import broken_weights
 from mtkd.models.linear import speed_up_linears
 from mtkd.models.taps import TappedModel
 
@@ -25,7 +25,7 @@ def check_finite(model: TappedModel, where: str) -> None:
     """
     broken = [name for name, weight in model.model.named_parameters() if not weight.isfinite().all()]
     if broken:
-        raise DataError("the teacher's weights are not finite", where=where, found=", ".join(broken[:5]))
+        raise broken_weights(where, ", ".join(broken[:5]))
 
 
 class ResidentTeacher:
