@@ -44,8 +44,8 @@ from mtkd.pool import Teacher, pooled
 from mtkd.record import read_record, write_record
 from mtkd.rundir import RunDir, StageDir
 from mtkd.seal import MANIFEST, fault_point, remove
+from mtkd.stopping import StopFlag, stop_flag
 from mtkd.teaching import heads_read
-from mtkd.train import StopFlag, stop_flag
 
 _IDENTITY, _SECONDS = "identity.json", "seconds.json"
 _LOOKED_AT = 16  # examples whose inputs of two epochs are compared
@@ -242,7 +242,8 @@ def _round(
         records = _records(job, teacher, writer.content, examples, stopped)
         if records is None:
             return 0
-        writer.write(number, records)
+        with stopped.writing():
+            writer.write(number, records)
         return len(records)
 
     written = together(dist, own_shard, partial(_failed, writer.folder))

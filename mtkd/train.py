@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 import math
 import resource
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -30,7 +27,7 @@ from mtkd.overflow import check_teachers
 from mtkd.rundir import RunDir, StageDir
 from mtkd.seal import Found, newest_sealed, save_sealed
 from mtkd.selection import TrainState, check_selection, note_score, regrouped, take_best, validate
-from mtkd.stopping import stop_signals
+from mtkd.stopping import stop_flag
 from mtkd.weightings.faults import FAULTS, check_faults
 
 _STATE = "state.json"
@@ -81,7 +78,8 @@ def train(built: BuiltStage, config: RunConfig, run: RunDir, folder: StageDir) -
                 begun = time.monotonic() - state.seconds  # validation is not training time
             done = last or bool(state.ended)
             if stop or done or better or (stage.save_every and state.step % stage.save_every == 0):
-                _save(built, folder, state, meter)
+                with stopped.writing():
+                    _save(built, folder, state, meter)
                 begun = time.monotonic() - state.seconds
             if stop:
                 raise on_every_rank(_preempted(built, state))
@@ -266,27 +264,3 @@ def _preempted(built: BuiltStage, state: TrainState) -> Preempted:
         where=f"stages.{built.name}",
         todo="run it again (without --redo) to go on from there",
     )
-
-
-StopFlag = Callable[[], bool]
-
-
-@contextmanager
-def stop_flag() -> Iterator[StopFlag]:
-    """A function that says whether SIGTERM, SIGHUP or SIGINT arrived; a second SIGINT interrupts at once."""
-    arrived: list[int] = []
-
-    def remember(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and arrived:
-            raise KeyboardInterrupt
-        arrived.append(number)
-
-    try:
-        before = {number: signal.signal(number, remember) for number in (*stop_signals(), signal.SIGINT)}
-    except ValueError:  # not the main thread (a notebook, a test): signals stay as they are
-        before = {}
-    try:
-        yield lambda: bool(arrived)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -62,6 +62,37 @@ def test_a_hang_up_in_training_is_saved(tmp_path: Path) -> None:
     assert newest_sealed(RunDir(run).stage(2, "student").checkpoints).path is not None
 
 
+def insist(numbers: tuple[signal.Signals, ...]) -> None:
+    """For `processes`: signals arrive one after another while a checkpoint is written."""
+    from mtkd.engine.torch_engine import TorchEngine
+
+    write, sent = TorchEngine.save, list[signal.Signals]()
+    for number in numbers:
+        signal.signal(number, signal.SIG_DFL)
+
+    def save(engine: TorchEngine, folder: Path) -> None:
+        for number in numbers[len(sent) :]:
+            os.kill(os.getpid(), number)
+            sent.append(number)
+        write(engine, folder)
+
+    TorchEngine.save = save  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_who_insists_while_a_checkpoint_is_written_does_not_lose_it(tmp_path: Path, number: signal.Signals) -> None:
+    """Three signals during the save of step 3: it is sealed, the exit code is 75, and the next call goes on from it."""
+    file = str(write_yaml(tmp_path))
+    code, output = processes.run(tmp_path, "run", file, prepare=partial(insist, (number,) * 3))
+    assert code == EXIT_PREEMPTED, output
+    assert "Traceback" not in output
+    (run,) = (tmp_path / "runs").iterdir()
+    assert newest_sealed(RunDir(run).stage(1, "teacher").checkpoints).path is not None
+    code, output = processes.run(tmp_path, "run", file)
+    assert code == 0, output
+    assert "resumed at step 3" in output
+
+
 @contextmanager
 def handled(number: signal.Signals, handler: signal.Handlers) -> Iterator[None]:
     before = signal.signal(number, handler)
