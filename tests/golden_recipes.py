@@ -9,6 +9,9 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
+import string
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -288,13 +291,12 @@ def _write_sst2(folder: Path) -> None:
 
 
 def _write_bert(folder: Path, texts: Path) -> None:
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    words = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    words = Tokenizer(models.WordPiece(_vocabulary(texts, 300, special), unk_token="[UNK]"))
     words.normalizer, words.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    words.train([str(texts)], trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False))
     words.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words,
@@ -315,6 +317,16 @@ def _write_bert(folder: Path, texts: Path) -> None:
     )
     BertModel(shape).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _vocabulary(texts: Path, size: int, special: list[str]) -> dict[str, int]:
+    """Word pieces by number: letters, then the most frequent words. (A WordPieceTrainer breaks ties by chance.)"""
+    text = texts.read_text().lower()
+    letters = sorted(set(text) - set(string.whitespace))
+    counted = Counter(re.findall("[a-z]{2,}", text))
+    pieces = [*special, *letters, *(f"##{letter}" for letter in letters)]
+    pieces += sorted(counted, key=lambda word: (-counted[word], word))[: size - len(pieces)]
+    return {piece: number for number, piece in enumerate(pieces)}
 
 
 def _portable(text: str, place: Workplace) -> str:
