@@ -13,7 +13,7 @@ from mtkd.errors import DataError, UserError, nearest
 from mtkd.mix import stage_rows
 from mtkd.models.folder import MAP_FILE
 from mtkd.models.info import CAUSAL_LM, MASKED_LM, PRE_TRAINING
-from mtkd.registry import LOSSES, METHODS, SOURCES, TASKS, WEIGHTINGS, Registry
+from mtkd.registry import LOSSES, METHODS, SOURCES, TASKS, WEIGHTINGS, Registry, plugin_code
 from mtkd.rundir import StageDir
 
 CLOZE = "cloze"
@@ -216,7 +216,7 @@ def identity(
 
 
 def _plugin_digests(config: RunConfig, stage: StageConfig) -> dict[str, str]:
-    """sha256 of every plug-in file of the run that the stage takes something from, by its path in the configuration."""
+    """sha256 of every plug-in that the stage takes something from, and of what these depend on."""
     data = config.data[config.data_name(stage.data)]
     used: list[tuple[Registry[Any], str]] = [(WEIGHTINGS, stage.weighting.name), (TASKS, data.task)]
     used.append((SOURCES, data.source))
@@ -224,11 +224,7 @@ def _plugin_digests(config: RunConfig, stage: StageConfig) -> dict[str, str]:
         used.append((METHODS, stage.method.name))
     used += [(LOSSES, row.loss) for row in stage_rows(stage, data, "stage")]
     origins = {registry.origin(name) for registry, name in used}
-    return {
-        path: hashlib.sha256((config.base / path).read_bytes()).hexdigest()
-        for path in config.plugins
-        if path in origins
-    }
+    return plugin_code({path: config.base / path for path in config.plugins}, origins)
 
 
 def finished(folder: StageDir, name: str, wanted: dict[str, Any], redo: Sequence[str] = ()) -> dict[str, Any] | None:

@@ -10,13 +10,14 @@ import hashlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from mtkd.errors import UserError, nearest
+from mtkd.plugincode import depends_on
 from mtkd.specs import GIVEN, STEPS, LossSpec, MethodSpec, WeightingSpec, check_options, keyword_parameters
 
 __all__ = [
@@ -189,26 +190,56 @@ def method(
 
 
 _loaded_plugins: dict[str, str] = {}  # file or entry point -> the origin its names are registered under
+_code: dict[str, dict[str, str]] = {}  # file or entry point -> digests of what was imported, its own under ""
+_everywhere: set[str] = set()  # origins of what works without being named in a configuration, such as a trait
 
 
 def load_plugins(paths: tuple[str, ...] = (), base: Path | None = None) -> None:
     """Import plug-in files (relative to `base`) and installed plug-in packages, once each.
 
     Raises:
-        UserError: when a file is missing, fails to import, or wants a name that is taken.
+        UserError: when a file is missing, fails to import, wants a name that is taken, or is another than the one that
+            this process imported.
     """
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         _import_plugin(entry.name, entry.load)
+        if isinstance(entry, EntryPoint):
+            _remember(f"entry point {entry.name}", entry.name, *_files_of(entry))
     for path in paths:
         file = (base or Path.cwd()) / path
         if file.suffix != ".py" or not file.is_file():
             raise UserError("a plug-in must be an existing .py file", where="plugins", found=str(path))
-        _import_plugin(str(path), partial(_import_file, file.resolve()), key=str(file.resolve()))
+        key = str(file.resolve())
+        _import_plugin(str(path), partial(_import_file, file.resolve()), key=key)
+        _remember(key, str(path), file)
 
 
 def plugin_origin(file: Path) -> str:
     """The origin under which a loaded plug-in file registered its names."""
     return _loaded_plugins[str(file.resolve())]
+
+
+def plugin_code(files: Mapping[str, Path], origins: Collection[str]) -> dict[str, str]:
+    """What the plug-ins behind names depend on, as this process imported it: sha256 (hexadecimal) by name.
+
+    Args:
+        files: of the run: as the configuration names it -> where it is.
+        origins: of the names that are used. Files with traits, and files that register nothing, count as used;
+            installed packages with traits where a plug-in is used, for mtkd's own weightings read mtkd's own traits.
+    """
+    readers = _everywhere if set(origins) - {BUILT_IN} else set()
+    used = {f"entry point {origin}": origin for origin in {*origins, *readers}}
+    used |= {
+        str(file.resolve()): name for name, file in files.items() if plugin_origin(file) in {*origins, *_everywhere}
+    }
+    parts = [(shown, part, digest) for key, shown in used.items() for part, digest in _code.get(key, {}).items()]
+    return {f"{shown} {part}".strip(): digest for shown, part, digest in parts}
+
+
+def note_everywhere() -> None:
+    """Count the plug-in that is being imported as used by every stage of its run."""
+    if _origin != BUILT_IN:
+        _everywhere.add(_origin)
 
 
 def loaded_files() -> frozenset[str]:
@@ -221,6 +252,38 @@ def told(error: BaseException) -> str:
     if isinstance(error, SystemExit):
         return f"it ended the process: sys.exit({'' if error.code is None else repr(error.code)})"
     return f"{type(error).__name__}: {error}"
+
+
+def _remember(key: str, origin: str, file: Path | None, own: Path | None = None, package: str = "") -> None:
+    """Keep the digests of a plug-in that was just imported; refuse one that is another by now.
+
+    A process keeps what it imported: a stage made with that would bear the name of the new file.
+    """
+    if file is None:
+        return
+    now = {"": hashlib.sha256(file.read_bytes()).hexdigest(), **depends_on(file, own, package)}
+    if key == str(file.resolve()) and not any(
+        origin in registry._origins.values() for registry in (LOSSES, WEIGHTINGS, METHODS, SOURCES, TASKS)
+    ):
+        _everywhere.add(origin)
+    before = _code.setdefault(key, now)
+    if changed := sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)):
+        raise UserError(
+            "the plug-in, or what it depends on, changed after this process had imported it",
+            where=f"plugins: {origin}",
+            found=", ".join(name or "its file" for name in changed),
+            todo="start Python again",
+        )
+
+
+def _files_of(entry: EntryPoint) -> tuple[Path | None, Path | None, str]:
+    """The module of an installed plug-in, the folder of its outermost package, and the package that it lies in."""
+    module, top = (sys.modules.get(name) for name in (entry.module, entry.module.partition(".")[0]))
+    if module is None or module.__file__ is None:
+        return None, None, ""
+    outermost = Path(top.__file__) if top is not None and top.__file__ else None
+    own = outermost.parent if outermost is not None and outermost.name == "__init__.py" else None
+    return Path(module.__file__), own, module.__package__ or ""
 
 
 def _import_file(file: Path) -> None:
@@ -244,6 +307,7 @@ def _import_plugin(origin: str, load: Callable[[], object], key: str = "") -> No
     try:
         load()
         _loaded_plugins[key] = origin
+        _code.pop(key, None)
     except (Exception, SystemExit) as error:
         for registry in (LOSSES, WEIGHTINGS, METHODS, SOURCES, TASKS):
             registry.forget(origin)

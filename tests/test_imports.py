@@ -17,6 +17,7 @@ ORDER = (
     (
         "errors",
         "specs",
+        "plugincode",
         "registry",
         "blame",
         "products",

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mtkd.features import Logits, SparseLogits
 from mtkd.pieces import pieces
+from mtkd.registry import note_everywhere
 
 TraitFunction = Callable[[Tensor, Tensor | None], Tensor]
 """``(logits [n,V], labels [n] or None) -> [n]``."""
@@ -37,6 +38,7 @@ def trait(function: TraitFunction) -> TraitFunction:
     if function.__name__ in TRAITS:
         raise ValueError(f"trait {function.__name__!r} is already registered")
     TRAITS[function.__name__] = function
+    note_everywhere()
     return function
 
 
