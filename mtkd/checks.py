@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from mtkd.chain import can_teach, does_task, head_for, model_name, model_of, never_trained, scored_models, stage_of
 from mtkd.config import RANDOM_TOKENS, RunConfig, StageConfig
+from mtkd.configfile import Location, dotted
 from mtkd.data.files import columns_of
 from mtkd.data.paths import find_files
 from mtkd.data.sources import check_source
@@ -15,6 +18,7 @@ from mtkd.models.vocabulary import compressed_teacher, compressed_twice
 from mtkd.places import in_file, placed
 from mtkd.registry import LOSSES, TASKS, WEIGHTINGS, check_options, load_plugins
 from mtkd.rows import at_row
+from mtkd.secret import in_url, masked
 from mtkd.teaching import heads_read
 from mtkd.weightings.base import StageFacts
 from mtkd.weightings.make import check_weighting, make_weighting
@@ -35,6 +39,34 @@ def check(config: RunConfig) -> None:
         _check_evaluation(config)
         _check_vocabularies(config)
         _check_selection(config)
+
+
+def check_credentials(config: RunConfig) -> None:
+    """Refuse credentials in a URL, in any text of the configuration: run.yaml would keep them.
+
+    Raises:
+        UserError: naming the place; the text is masked.
+    """
+    for location, text in _texts(config.model_dump(mode="json", exclude_unset=True), ()):
+        if in_url(text):
+            raise UserError(
+                "a URL with credentials: run.yaml and other files of the run would keep them",
+                where=dotted(location),
+                found=masked(text),
+                todo="take them out, and make new ones if the file was shared: "
+                "models and data of the hub are read with the token of `hf auth login` or HF_TOKEN",
+            )
+
+
+def _texts(value: object, location: Location) -> Iterator[tuple[Location, str]]:
+    """Every text below, the names of keys too, with its place."""
+    if isinstance(value, str):
+        yield location, value
+    for key, child in value.items() if isinstance(value, dict) else ():
+        yield location, str(key)
+        yield from _texts(child, (*location, str(key)))
+    for number, child in enumerate(value if isinstance(value, list) else ()):
+        yield from _texts(child, (*location, number))
 
 
 def _check_registered(config: RunConfig) -> None:

@@ -9,6 +9,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mtkd.secret import masked
+
 console = Console(stderr=True)
 
 _PLAIN_INTERVAL = 10.0
@@ -21,7 +23,7 @@ _PATIENCE = 1.0
 def say(text: str, *, main: bool = True) -> None:
     """One line for the person (on the main rank)."""
     if main:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        console.print(masked(text), highlight=False, markup=False, soft_wrap=True)
 
 
 class StageProgress:

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterable
 from typing import TypeVar
 
+from mtkd.secret import masked
+
 EXIT_DONE = 0
 EXIT_USAGE = 2
 EXIT_DATA = 3
@@ -52,7 +54,7 @@ class UserError(Exception):
             text += f"\n  used by: {self.used_by}"
         if self.todo:
             text += f"\n  do:      {self.todo}"
-        return text
+        return masked(text)
 
 
 class DataError(UserError):
@@ -101,7 +103,7 @@ def on_every_rank(error: Shared) -> Shared:
 
 def tell(text: str) -> None:
     """Write lines to the error stream, their end included, in one piece: ranks share it, and `print` writes twice."""
-    sys.stderr.write(text + "\n")
+    sys.stderr.write(masked(text) + "\n")
     sys.stderr.flush()
 
 

@@ -21,7 +21,7 @@ from mtkd.cacheplan import (
     train_tokens,
 )
 from mtkd.chain import model_name, model_of, needed_stages, never_trained, stage_of, stage_values
-from mtkd.checks import check
+from mtkd.checks import check, check_credentials
 from mtkd.cofinetune import check_members
 from mtkd.config import DataConfig, RunConfig, StageConfig
 from mtkd.data.everyrow import check_routes
@@ -61,6 +61,7 @@ def resolve(config: RunConfig) -> RunConfig:
         UserError: a shape cannot be derived, or the stages that result are not valid.
     """
     with in_file(config):
+        check_credentials(config)
         config = with_precision(config)
         load_plugins(config.plugins, config.base)
         return complete(config, lambda stand_in: _Planner(stand_in, states=False).look())

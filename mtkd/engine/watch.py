@@ -28,6 +28,7 @@ from typing import Any
 
 from mtkd.engine.dist import Dist, alive, seconds_still
 from mtkd.errors import EXIT_INTERNAL, EXIT_LOST, LostRank, Stopped, UserError, tell
+from mtkd.secret import masked
 
 _TICK = 0.5  # seconds between two looks
 _ANSWER = 2.5  # seconds in which a rank must answer the main one, and half of what the main one has
@@ -325,7 +326,7 @@ def note(log: Path, text: str) -> None:
     with suppress(OSError):
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as file:
-            file.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {text}\n")
+            file.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {masked(text)}\n")
 
 
 def _listen(backlog: int) -> socket.socket:

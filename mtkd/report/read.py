@@ -18,6 +18,7 @@ from mtkd.record import check_digest, read_record
 from mtkd.redo import being_redone
 from mtkd.remember import own_config
 from mtkd.rundir import RunDir
+from mtkd.secret import masked
 
 # What the values of a metrics line are indexed by, rather than a curve of their own.
 _INDEX = frozenset({"stage", "step", "time"})
@@ -138,7 +139,7 @@ def read_run(run_dir: Path) -> RunData:
         problems.append(f"being made again, the results are those before: {', '.join(redone)}")
     return RunData(
         name=str(config.get("name") or run_dir.resolve().name),
-        config_text=text,
+        config_text=None if text is None else masked(text),  # an older version wrote what is refused today
         config=config,
         env=_json(run_dir / "env.json", problems),
         stages=_stages(run_dir, config, problems),
