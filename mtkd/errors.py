@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TypeVar
 
 from mtkd.secret import masked
@@ -105,6 +106,17 @@ def tell(text: str) -> None:
     """Write lines to the error stream, their end included, in one piece: ranks share it, and `print` writes twice."""
     sys.stderr.write(masked(text) + "\n")
     sys.stderr.flush()
+
+
+def what_is(path: Path) -> str:
+    """What a path is that is no file: reading some of these would wait, or go on, for ever."""
+    kinds = {
+        "a folder": path.is_dir(),
+        "a pipe (fifo): reading it could wait for ever": path.is_fifo(),
+        "a socket": path.is_socket(),
+        "a device": path.is_char_device() or path.is_block_device(),
+    }
+    return next((kind for kind, true in kinds.items() if true), "neither a file nor a folder")
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

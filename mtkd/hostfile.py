@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mtkd.errors import UserError
+from mtkd.errors import UserError, what_is
 
 _LINE = re.compile(r"(\S+)\s+slots=(\d{1,4})\s*(#.*)?")
 # What a host may be called: a user name, letters, digits. Nothing that a shell or pdsh would read as more than a name.
@@ -21,7 +21,9 @@ def read_hostfile(path: str) -> dict[str, int]:
     where = f"engine.hostfile: {path}"
     if not Path(path).is_file():
         raise UserError(
-            "there is no such file", where=where, todo="copy launch/hostfile.example, or give another working directory"
+            f"this is {what_is(Path(path))}" if Path(path).exists() else "there is no such file",
+            where=where,
+            todo="copy launch/hostfile.example, or give another working directory",
         )
     hosts: dict[str, int] = {}
     for number, line in enumerate(Path(path).read_text(errors="replace").splitlines(), 1):

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from mtkd.errors import UserError
+from mtkd.errors import UserError, what_is
 
 MAX_BYTES = 1_000_000
 MAX_NODES = 100_000  # after expansion of aliases; a recipe has a few hundred
@@ -75,6 +75,8 @@ class Written:
 
 def read_text(file: Path) -> str:
     """The text of a file of at most `MAX_BYTES`."""
+    if file.exists() and not file.is_file():
+        raise UserError(f"the configuration is {what_is(file)}", where=str(file), allowed="a file")
     try:
         with file.open("rb") as stream:
             data = stream.read(MAX_BYTES + 1)

@@ -53,8 +53,16 @@ def first_bytes(file: DataFile, count: int) -> bytes:
 
 @contextmanager
 def opened(file: DataFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """The unpacked bytes, and the file itself, whose position tells how much is read."""
-    with file.path.open("rb") as raw:
+    """The unpacked bytes, and the file itself, whose position tells how much is read.
+
+    Raises:
+        DataError: it cannot be opened.
+    """
+    try:
+        raw = file.path.open("rb")
+    except OSError as error:
+        raise DataError(f"the file cannot be opened: {error.strerror}", where=file.name) from error
+    with raw:
         yield _stream(raw, file.packed), raw
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mtkd.console import Working
-from mtkd.errors import DataError, UserError
+from mtkd.errors import DataError, UserError, what_is
 
 if TYPE_CHECKING:
     from mtkd.config import DataConfig
@@ -226,12 +226,19 @@ def _matches(name: str, config: DataConfig, base: Path, place: str) -> list[tupl
     for folder in folders:
         if (folder / name).is_file() or (folder / name).is_dir():
             return [(folder / name, str(below / name))]
-    pattern = any(character in name for character in "*?[")
+        if not _is_pattern(name) and (folder / name).exists():
+            raise DataError(
+                f"this is {what_is(folder / name)}", where=place, found=str(below / name), allowed="a file, or a folder"
+            )
+    pattern = _is_pattern(name)
     if not pattern:
         _kind(Path(name), str(below / name), place)
     for folder in folders if pattern else ():
         matches = sorted(glob.glob(name, root_dir=folder, recursive=True))
         paths = {folder / match: str(below / match) for match in matches}
+        for path, shown in paths.items():
+            if path.exists() and not path.is_file() and not path.is_dir():
+                raise DataError(f"the pattern matches what is no file: {what_is(path)}", where=place, found=shown)
         chosen = [path for path in paths if path.is_file() or (path.is_dir() and _saved(path))]
         whole = {path for path in chosen if path.is_dir()}
         if chosen:  # the files of a saved folder are read with it
@@ -242,6 +249,10 @@ def _matches(name: str, config: DataConfig, base: Path, place: str) -> list[tupl
         found=str(below / name),
         allowed="a path relative to the YAML file, or to the working directory",
     )
+
+
+def _is_pattern(name: str) -> bool:
+    return any(character in name for character in "*?[")
 
 
 def _described(path: Path, shown: str, config: DataConfig, split: Split, place: str) -> DataFile:
@@ -292,7 +303,11 @@ def _described_folder(path: Path, shown: str, config: DataConfig, split: Split, 
             raise DataError(
                 f"the saved data set has no {split} split", where=place, found=shown, allowed=splits, todo=todo
             )
-        return DataFile(path / split, f"{shown.rstrip('/')}/{split}", SAVED)
+        path, shown = path / split, f"{shown.rstrip('/')}/{split}"
+    for entry in sorted(path.iterdir()) if path.is_dir() else ():
+        if entry.exists() and not entry.is_file() and not entry.is_dir():
+            found = f"{shown}/{entry.name} is {what_is(entry)}"
+            raise DataError("the saved data set has an entry that cannot be read", where=place, found=found)
     return DataFile(path, shown, SAVED)
 
 

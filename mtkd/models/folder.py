@@ -27,6 +27,8 @@ _CODE_HINT = "use a model whose architecture transformers has itself"
 _GLM_HINT = "mtkd has this architecture itself, if it is the GLM of 2022: mtkd convert-glm FOLDER OUT, and use OUT"
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "tekken.json")
 _TOKENIZER_MODELS = ("*.model", "*.tiktoken")
+_FILES = (".json", ".safetensors", ".txt", ".jinja", ".model")
+"""Endings of what models and tokenizers are read from."""
 _MOST_FILES = 100_000
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -106,6 +108,8 @@ def _check_entry(path: Path, root: Path) -> None:
         mode = path.stat().st_mode if path.exists() else stat.S_IFREG
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise DataError("neither a file nor a folder: reading it could wait for ever", where=str(path))
+    if stat.S_ISDIR(mode) and path.suffix in _FILES:
+        raise DataError("a folder stands where a file belongs", where=str(path))
 
 
 def check_tokenizer_folder(folder: Path) -> None:
