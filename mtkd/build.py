@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mtkd.built import BuiltStage
 from mtkd.cachefolder import cache_digest, cache_folder, cached_teacher
-from mtkd.chain import identity, member_of, stage_of, stage_seed, weights_digest
+from mtkd.chain import identity, member_of, stage_of, stage_seed
 from mtkd.cofinetune import CoFinetuning, check_members
 from mtkd.config import ModelConfig, RunConfig, StageConfig, TeacherConfig
 from mtkd.configfile import fingerprint
@@ -32,6 +32,7 @@ from mtkd.exports import check_foreign, open_export
 from mtkd.locate import compare_tokenizer, given_tokenizer, resolve_path, revision_of, trained_tokenizer
 from mtkd.mix import placed_rows
 from mtkd.models.classes import Given, teacher_classes
+from mtkd.models.digest import weights_digest
 from mtkd.models.folder import check_folder, find_folder
 from mtkd.models.info import CLASSIFIER
 from mtkd.models.load import build_model, compress_model
@@ -197,7 +198,7 @@ class Workshop:
         if not isinstance(folder, Path):
             return f"{folder}@{revision_of(model)}"
         check_folder(folder)  # a link in it could lead the digest to a file outside
-        return weights_digest(model, folder)
+        return weights_digest(folder)
 
     def vocabulary(self, model: ModelConfig, where: str) -> VocabularyMap | None:
         """The map that comes with a model's folder; None for a model with a whole vocabulary."""

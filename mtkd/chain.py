@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from mtkd.config import STAGE_PREFIX, ModelConfig, RunConfig, StageConfig
+from mtkd.config import STAGE_PREFIX, RunConfig, StageConfig
 from mtkd.configfile import differences, fingerprint
 from mtkd.errors import DataError, UserError, nearest
 from mtkd.mix import stage_rows
-from mtkd.models.folder import MAP_FILE
 from mtkd.models.info import CAUSAL_LM, MASKED_LM, PRE_TRAINING
 from mtkd.registry import LOSSES, METHODS, SOURCES, TASKS, WEIGHTINGS, Registry, plugin_code
 from mtkd.rundir import StageDir
@@ -21,10 +18,6 @@ CLOZE = "cloze"
 
 # Fields that change when a stage is saved, not what it makes.
 _BOOKKEEPING = {"save_every", "keep"}
-
-# A weight file is identified by its size and this many evenly spread samples of this many bytes: a 20 GB teacher
-# would take a minute to hash whole on every start.
-_SAMPLES, _SAMPLE_BYTES = 64, 65_536
 
 
 def stage_of(path: str | None) -> str | None:
@@ -294,18 +287,3 @@ def _command_for(layout: Mapping[str, Any]) -> str:
 def redo_command(names: Sequence[str]) -> str:
     """The command that redoes these stages, for advice."""
     return " ".join(["mtkd run FILE", *(f"--redo {name}" for name in names)])
-
-
-def weights_digest(model: ModelConfig, folder: Path) -> str:
-    """Digest of a model folder: config.json and vocabulary map whole, size and samples of every safetensors file."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    if (folder / MAP_FILE).is_file():
-        digest.update((folder / MAP_FILE).read_bytes())
-    for file in sorted(folder.glob("*.safetensors")):
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}".encode())
-        with file.open("rb") as stream:
-            for sample in range(_SAMPLES):
-                stream.seek(sample * max(size - _SAMPLE_BYTES, 0) // (_SAMPLES - 1))
-                digest.update(stream.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
