@@ -145,13 +145,16 @@ def saved_parts(folder: Path) -> list[Path]:
 
 
 def _digest(file: DataFile) -> str:
-    """sha256 of a file's bytes; of a saved folder over those of its rows' files."""
+    """sha256 of a file's bytes; of a saved folder over those of its rows' files, and the types of its columns.
+
+    The names of classes, in their order, stand in these types alone: the rows have numbers.
+    """
     if file.kind != SAVED:
         return _sha256(file.path, file.name)
     try:
-        return hashlib.sha256(
-            " ".join(_sha256(part, file.name) for part in saved_parts(file.path)).encode()
-        ).hexdigest()
+        types = json.loads((file.path / "dataset_info.json").read_text())["features"]
+        parts = [_sha256(part, file.name) for part in saved_parts(file.path)]
+        return hashlib.sha256(" ".join([*parts, json.dumps(types, sort_keys=True)]).encode()).hexdigest()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise broken_folder(file, error) from error
 

@@ -311,6 +311,18 @@ def test_folders_of_save_to_disk_are_read(saved: DatasetDict, tmp_path: Path) ->
     assert len(prints) == 3
 
 
+def test_the_names_of_a_saved_folders_classes_are_part_of_it(saved: DatasetDict, tmp_path: Path) -> None:
+    """They stand next to the rows, which have numbers; what else is said of the folder changes nothing."""
+    before = read(tmp_path, {"train": "one"}).fingerprint
+    info = tmp_path / "one/dataset_info.json"
+    told = json.loads(info.read_text())
+    info.write_text(json.dumps({**told, "description": "with a description", "license": "MIT"}))
+    assert read(tmp_path, {"train": "one"}).fingerprint == before
+    told["features"]["label"]["names"].reverse()
+    info.write_text(json.dumps(told))
+    assert read(tmp_path, {"train": "one"}).fingerprint != before
+
+
 def test_what_is_wrong_with_a_saved_folder_is_said(saved: DatasetDict, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no validation split"):
         read(tmp_path, {"validation": "whole"})
