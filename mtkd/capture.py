@@ -36,7 +36,7 @@ from mtkd.engine.dist import alive, on_main, together
 from mtkd.ensembles import as_logits
 from mtkd.errors import DataError, NonFiniteError, Preempted, UserError, on_every_rank
 from mtkd.exports import manifests
-from mtkd.jsonlines import append_jsonl
+from mtkd.jsonlines import append_jsonl, rewind
 from mtkd.models.taps import TappedModel
 from mtkd.notes import Identity, read_seconds, write_seconds
 from mtkd.overflow import overflowing
@@ -93,6 +93,7 @@ def capture(shop: Workshop, name: str, identity: dict[str, Any]) -> dict[str, An
         with stop_flag() as stopped, StageProgress(name, unit, 0, shop.dist.is_main, "example") as progress:
             for i, teacher in enumerate(stage.teachers):
                 _cache(job, teacher, f"stages.{name}.teachers[{i}]", stopped, progress)
+            on_main(shop.dist, lambda: _catch_up(job))  # all were made by an earlier session
             if not shop.dist.all_ok(not stopped()):
                 raise on_every_rank(_preempted(job))
         fault_point("before-cache-export", 0)
@@ -212,6 +213,7 @@ def _cache(job: _Job, config: TeacherConfig, where: str, stopped: StopFlag, prog
     job.shards += writer.num_shards - len(missing)
     job.examples += origin.num_examples - sum(len(examples) for _, examples in missing)
     progress.skip(job.examples)
+    on_main(dist, lambda: _catch_up(job))
     teacher = pooled(config.name, model, shop.device, shop.dtype)
     if missing:
         warn_below_chance({where: teacher}, job.data, job.stage.batch, shop.device, dist)
@@ -318,6 +320,12 @@ def _log(job: _Job) -> None:
     write_seconds(job.folder.partial / _SECONDS, job.seconds)
     line = {"stage": job.name, "step": job.shards, "time": time.time(), "seconds": round(job.seconds, 3)}
     append_jsonl(RunDir(job.shop.run.path).metrics_file, {**line, "examples": job.examples})
+
+
+def _catch_up(job: _Job) -> None:
+    """Log the shards that a killed session wrote and did not log; drop lines of shards that are no more."""
+    if rewind(RunDir(job.shop.run.path).metrics_file, job.name, job.shards) < job.shards:
+        _log(job)
 
 
 def _facts(folder: Path, data: LoadedData) -> dict[str, Any]:

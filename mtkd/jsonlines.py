@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mtkd.errors import DataError
-from mtkd.record import json_object, plain_bytes
+from mtkd.record import json_object, plain_bytes, write_atomic
 
 _ASIDE = "move aside what stands there: the file is written again as far as there is anything to write"
 
@@ -44,6 +44,44 @@ def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
             raise OSError(errno.ENOSPC, "only part of a line could be written", str(path))
     finally:
         os.close(descriptor)
+
+
+def sync_jsonl(path: Path) -> None:
+    """Bring the lines to the disk, so that they do not fall behind a checkpoint when the machine loses its power."""
+    if path.exists():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def rewind(path: Path, stage: str, step: int) -> int:
+    """Drop what a killed session logged of a stage beyond `step`, from where it is done again; atomic.
+
+    Afterwards every step stands once and in order, also in a file of an older version, which logged steps twice: what
+    came later counts. Lines of other stages stay as they are.
+
+    Returns:
+        The last step of the stage that is logged, 0 for none.
+    Raises:
+        DataError: no plain file, or it cannot be read.
+    """
+    data = plain_bytes(path, "move it aside: nothing but the curves comes from it") if path.exists() else b""
+    whole = data[: data.rfind(b"\n") + 1]
+    kept: list[bytes] = []
+    earliest, last, seen = step, 0, set[tuple[int, bool]]()
+    for line in reversed(whole.splitlines(keepends=True)):
+        record = json_object(line) or {}
+        at = record.get("step")
+        if record.get("stage") == stage and isinstance(at, int):
+            kind = (at, any(key.startswith("validation/") for key in record))
+            if at > earliest or kind in seen:
+                continue
+            earliest, last = at, max(last, at)
+            seen.add(kind)
+        kept.append(line)
+    text = b"".join(reversed(kept))
+    if text != data:
+        write_atomic(path, text)
+    return last
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -18,9 +18,9 @@ from mtkd.config import RunConfig
 from mtkd.console import StageProgress, say
 from mtkd.data.batch import Batch, position_counts
 from mtkd.engine.base import all_finite, learning_rate
-from mtkd.engine.dist import Dist
+from mtkd.engine.dist import Dist, on_main
 from mtkd.errors import DataError, NonFiniteError, Preempted, UserError, on_every_rank
-from mtkd.jsonlines import append_jsonl, to_json
+from mtkd.jsonlines import append_jsonl, rewind, sync_jsonl, to_json
 from mtkd.lookaround import after_step, before_step
 from mtkd.objective import Objective
 from mtkd.overflow import check_teachers
@@ -47,6 +47,7 @@ def train(built: BuiltStage, config: RunConfig, run: RunDir, folder: StageDir) -
     stage, engine, dist = built.stage, built.engine, built.engine.dist
     check_selection(built)
     state = _restore(built, folder)
+    on_main(dist, lambda: rewind(run.metrics_file, built.name, state.step))
     meter = _Meter(built, run, dist, state)
     with stop_flag() as stopped, StageProgress(built.name, built.steps, state.step, dist.is_main) as progress:
         built.objective.train()
@@ -78,6 +79,7 @@ def train(built: BuiltStage, config: RunConfig, run: RunDir, folder: StageDir) -
                 begun = time.monotonic() - state.seconds  # validation is not training time
             done = last or bool(state.ended)
             if stop or done or better or (stage.save_every and state.step % stage.save_every == 0):
+                on_main(dist, lambda: sync_jsonl(run.metrics_file))
                 with stopped.writing():
                     _save(built, folder, state, meter)
                 begun = time.monotonic() - state.seconds
@@ -191,7 +193,7 @@ def _tensorboard(run: RunDir, stage: str, step: int, values: dict[str, float]) -
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            _writers[key] = SummaryWriter(key)
+            _writers[key] = SummaryWriter(key, purge_step=step)  # what a killed session drew beyond is done again
         except ImportError:
             _writers[key] = None
     if _writers[key] is not None:

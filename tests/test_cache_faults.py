@@ -71,9 +71,16 @@ def test_a_killed_cache_goes_on_where_it_was(point: str, whole: Path, tmp_path: 
     code, output = processes.run(tmp_path, "run", file)
     assert code == 0, output
     assert cached(tmp_path) == cached(whole)
+    assert logged(tmp_path) == logged(whole)
     later = {path.parent.name + path.name: path.stat().st_mtime_ns for path in stage.glob("export/*/shard-*")}
     for path, made in shards.items():
         assert later[path.parent.name + path.name] == made, "a finished shard was written again"
+
+
+def logged(folder: Path) -> list[tuple[int, int]]:
+    """(shards, examples) of every line of the cache stage, in order."""
+    lines = read_jsonl(folder / "runs" / NAME / "metrics.jsonl")
+    return [(line["step"], line["examples"]) for line in lines if line["stage"] == "cache"]
 
 
 def stop_at(shard: int) -> None:
