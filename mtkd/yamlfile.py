@@ -76,7 +76,7 @@ class Written:
 def read_text(file: Path) -> str:
     """The text of a file of at most `MAX_BYTES`."""
     if file.exists() and not file.is_file():
-        raise UserError(f"the configuration is {what_is(file)}", where=str(file), allowed="a file")
+        raise UserError(f"the configuration cannot be read: it is {what_is(file)}", where=str(file), allowed="a file")
     try:
         with file.open("rb") as stream:
             data = stream.read(MAX_BYTES + 1)

@@ -227,7 +227,7 @@ def test_a_chain_of_aliases_that_is_too_deep_is_refused(refused: Refused) -> Non
 def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No such file"):
         load_config(tmp_path / "none.yaml")
-    with pytest.raises(UserError, match="directory"):
+    with pytest.raises(UserError, match="it is a folder"):
         load_config(tmp_path)
     (tmp_path / "large.yaml").write_text("#" * 1_000_001)
     with pytest.raises(UserError, match="too large"):
