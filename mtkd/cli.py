@@ -304,7 +304,7 @@ def _run(config: RunConfig, redo: list[str] | None, as_json: bool, started: Star
 
 
 def _run_folder(folder: Path) -> Path:
-    if not (folder / "run.yaml").is_file():
+    if not (folder / "run.yaml").exists():
         raise UserError("not a run folder (no run.yaml in it)", found=str(folder), todo="give e.g. runs/quickstart")
     return folder
 

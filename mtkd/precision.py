@@ -9,14 +9,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from mtkd.config import EngineConfig, RunConfig
-from mtkd.errors import UserError
-from mtkd.rundir import RunDir
+from mtkd.errors import DataError, UserError
+from mtkd.rundir import RunDir, StageDir
+from mtkd.seal import newest_sealed
 from mtkd.yamlfile import parse, read_text
 
 Precision = Literal["fp32", "bf16"]
@@ -47,7 +49,7 @@ def with_precision(config: RunConfig, *, planned: bool = False) -> RunConfig:
     """The run with "auto" replaced by what it means for this run on this machine; see `choose`.
 
     Raises:
-        UserError: the attention kernel that was asked for has no such precision; the run's own run.yaml is damaged.
+        UserError: the attention kernel that was asked for has no such precision.
     """
     if config.engine.precision != "auto":
         return config
@@ -86,19 +88,36 @@ def choose(config: RunConfig, *, planned: bool = False) -> Choice:
 
 
 def begun_in(folder: Path) -> Precision | None:
-    """The precision of the run in this folder; None where there is none.
+    """The precision of the run in this folder; None where there is none, or nothing that it could be told by.
 
-    Raises:
-        UserError: its run.yaml cannot be read.
+    A run.yaml that is damaged is written anew by the run; until then the stages tell.
     """
-    file = RunDir(folder).config_file
-    if not file.is_file():
+    run = RunDir(folder)
+    if not run.config_file.exists():
         return None
-    values = parse(read_text(file), str(file)).plain()
+    try:
+        if not run.config_is_whole():
+            return _of_stages(run)
+        values = parse(read_text(run.config_file), str(run.config_file)).plain()
+    except UserError:
+        return _of_stages(run)
     engine = (values.get("engine") if isinstance(values, dict) else None) or {}
     # Before there was "auto", the default was fp32 and was not written.
     found = engine.get("precision", "fp32") if isinstance(engine, dict) else None
     return found if found in ("fp32", "bf16") else None
+
+
+def _of_stages(run: RunDir) -> Precision | None:
+    """What the records of finished stages and of checkpoints say; those that are damaged say nothing."""
+    for stage in (StageDir(path) for paths in run.stage_folders().values() for path in paths):
+        identities = [newest_sealed(stage.checkpoints).manifest.get("identity")]
+        with suppress(DataError):
+            identities.append((stage.done() or {}).get("identity"))
+        for identity in identities:
+            found = identity.get("precision") if isinstance(identity, dict) else None
+            if found in ("fp32", "bf16"):
+                return found
+    return None
 
 
 def device_of(engine: EngineConfig) -> str:

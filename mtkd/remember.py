@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from pathlib import Path
 
@@ -11,8 +10,8 @@ from mtkd.config import RunConfig
 from mtkd.configfile import config_digest, load_config
 from mtkd.console import say
 from mtkd.errors import DataError, UserError
-from mtkd.record import FORMAT, plain_bytes, read_object, write_record
-from mtkd.rundir import SEAL_LINE, RunDir, environment
+from mtkd.record import write_record
+from mtkd.rundir import RunDir, environment
 from mtkd.seal import newest_sealed
 
 _BASE, _RUN_ID = "configuration_folder", "run_id"
@@ -47,7 +46,7 @@ def own_config(folder: RunDir) -> RunConfig:
         UserError: it is not valid. DataError: it is damaged, or was changed by hand.
     """
     file, todo = folder.config_file, "`mtkd run FILE` writes it anew; a changed configuration is a FILE of its own"
-    if not _is_sealed(file, must=_has_digest(folder.environment_file)):
+    if not folder.config_is_whole():
         raise DataError(
             "the run's copy of its configuration is damaged, or was changed: its digest differs (sha256)",
             where=str(file),
@@ -67,7 +66,7 @@ def remember(config: RunConfig, folder: RunDir) -> str:
     except UserError as error:
         say(f"written anew: {error.where}: {error.message}")
         known = False
-    if not known or not _is_sealed(folder.config_file, must=True):
+    if not known or not folder.config_is_whole(must=True):
         folder.write_config(config)  # finished stages are compared with it one by one
     try:
         found = folder.environment()
@@ -77,17 +76,3 @@ def remember(config: RunConfig, folder: RunDir) -> str:
     run_id = str(found.get(_RUN_ID) or new_run_id())
     write_record(folder.environment_file, {**found, _BASE: str(config.base.resolve()), _RUN_ID: run_id})
     return run_id
-
-
-def _is_sealed(file: Path, *, must: bool) -> bool:
-    """Whether the last line of run.yaml has the digest of the others. Args: must: a file without one is not."""
-    text, mark, digest = plain_bytes(file).rpartition(SEAL_LINE.encode())
-    return hashlib.sha256(text).hexdigest().encode() == digest.strip() if mark else not must
-
-
-def _has_digest(file: Path) -> bool:
-    """Whether env.json is of a version that also wrote a digest into run.yaml."""
-    try:
-        return read_object(file).get("format") == FORMAT
-    except (FileNotFoundError, DataError):
-        return False

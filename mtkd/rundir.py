@@ -26,7 +26,7 @@ from mtkd import yamlfile
 from mtkd.config import RunConfig, check_name
 from mtkd.errors import DataError, UserError
 from mtkd.notes import Done, Environment, read_done
-from mtkd.record import read_record, write_record
+from mtkd.record import FORMAT, plain_bytes, read_object, read_record, write_record
 from mtkd.seal import (
     Found,
     check_seal,
@@ -90,10 +90,17 @@ class RunDir:
 
     @classmethod
     def open(cls, path: str | Path) -> RunDir:
-        """An existing run; raises UserError when `path` is none."""
+        """An existing run.
+
+        Raises:
+            UserError: `path` is none. DataError: its run.yaml is no plain file.
+        """
         run = cls(Path(path))
-        if not run.config_file.is_file():
+        if not run.config_file.exists():
             raise UserError("not the folder of a run: it has no run.yaml", where=str(path))
+        if not run.config_file.is_file():
+            todo = "remove it; `mtkd run FILE` writes it anew"
+            raise DataError("not a plain file", where=str(run.config_file), todo=todo)
         return run
 
     @property
@@ -174,6 +181,22 @@ class RunDir:
         values = config.model_dump(mode="json", exclude_unset=True)
         text = yamlfile.write(values)
         write_atomic(self.config_file, f"{text}{SEAL_LINE}{hashlib.sha256(text.encode()).hexdigest()}\n")
+
+    def config_is_whole(self, must: bool = False) -> bool:
+        """Whether the last line of run.yaml has the digest of the others.
+
+        Args: must: a file without a digest is damaged; else it is so where env.json is of a version that wrote one.
+        """
+        text, mark, digest = plain_bytes(self.config_file).rpartition(SEAL_LINE.encode())
+        if not mark:
+            return not must and not self._of_a_version_that_seals()
+        return hashlib.sha256(text).hexdigest().encode() == digest.strip()
+
+    def _of_a_version_that_seals(self) -> bool:
+        try:
+            return read_object(self.environment_file).get("format") == FORMAT
+        except (FileNotFoundError, DataError):
+            return False
 
     def write_environment(self, argv: Sequence[str]) -> None:
         """Write env.json."""
