@@ -160,8 +160,8 @@ class Split:
             if name not in teachers:
                 raise DataError(
                     "a row names a teacher that the stage does not have" if name else "a row names no teacher",
-                    where=f"{where}: row '{self.document_names[document]}'",
-                    found=name or "nothing",
+                    where=where,
+                    found=f"{name or 'nothing'}, in row '{self.document_names[document]}'",
                     allowed=teachers,
                     todo=nearest(name, teachers),
                 )

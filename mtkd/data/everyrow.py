@@ -88,10 +88,10 @@ def check_routes(rows: Dataset, origin: Origin, config: DataConfig, teachers: Se
         if kept[row] and teacher not in teachers:
             raise DataError(
                 "a row names a teacher that the stage does not have" if teacher else "a row names no teacher",
-                where=f"{where}: {origin.where(row)}",
+                where=origin.where(row),
                 found=teacher or "nothing",
                 allowed=teachers,
-                todo=nearest(teacher, teachers),
+                todo=nearest(teacher, teachers) or f"correct the row, or choose another weighting at {where}",
             )
 
 
