@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable, Iterator
 from types import TracebackType
+from typing import ClassVar, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -12,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mtkd.secret import masked
 
 console = Console(stderr=True)
+
+T = TypeVar("T")
 
 _PLAIN_INTERVAL = 10.0
 """Seconds between plain lines: a log file stays readable."""
@@ -92,13 +96,15 @@ class Working:
     """How far a piece of work is that may take long, such as reading a file; short ones say nothing.
 
     On a terminal a bar that goes when the work is done; elsewhere plain lines. Only the main rank speaks: others read
-    the same files.
+    the same files. A piece of work within another one is silent.
 
     Args:
         what: the work, as in "reading a.jsonl".
         total: units of all of it; None where nobody knows before the end.
         unit: what is counted; "bytes" are shown as MB.
     """
+
+    _outer: ClassVar[Working | None] = None
 
     def __init__(self, what: str, total: int | None, unit: str = "rows") -> None:
         self._what, self._total, self._unit = what, total, unit
@@ -107,11 +113,14 @@ class Working:
         self._bar: Progress | None = None
 
     def __enter__(self) -> Working:
+        Working._outer = Working._outer or self
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if Working._outer is self:
+            Working._outer = None
         if self._bar:
             self._bar.stop()
         if self._spoke and kind is None:
@@ -120,7 +129,7 @@ class Working:
     def at(self, done: int, note: str = "") -> None:
         """`done` units are done; `note` says more, such as the rows in so many bytes."""
         now = time.monotonic()
-        if not self._main or now - self._begun < _PATIENCE:
+        if not self._main or Working._outer is not self or now - self._begun < _PATIENCE:
             return
         text = ", ".join(filter(None, (self._counted(done), note)))
         if console.is_terminal:
@@ -128,6 +137,13 @@ class Working:
         elif not self._spoke or now - self._spoke > _PLAIN_INTERVAL:
             say(f"{self._what}: {text}, {now - self._begun:.0f} s so far")
             self._spoke = now
+
+    def counting(self, items: Iterable[T], each: int = 1_000) -> Iterator[T]:
+        """The items, which are the units. Args: each: how many between looks at the clock."""
+        for number, item in enumerate(items, start=1):
+            yield item
+            if number % each == 0:
+                self.at(number)
 
     def _counted(self, done: int) -> str:
         scale, unit = (1e6, "MB") if self._unit == "bytes" else (1, self._unit)
@@ -142,3 +158,9 @@ class Working:
             self._bar.start()
         self._spoke = time.monotonic()
         self._bar.update(self._task, completed=done, note=text)
+
+
+def counted(items: Iterable[T], what: str, total: int, unit: str = "rows", each: int = 1_000) -> Iterator[T]:
+    """The items, while a person sees how many of them are done. Args: each: how many between looks at the clock."""
+    with Working(what, total, unit) as working:
+        yield from working.counting(items, each)

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from mtkd.config import DataConfig
+from mtkd.console import Working
 from mtkd.data.files import read_texts
 from mtkd.data.labels import label_values, read_labels
 from mtkd.data.sources import NotReached, Raw, choose_rows, read_source
@@ -115,9 +116,12 @@ class DataReader:
     def _facts_of(self, name: str, data: DataConfig) -> DataFacts:
         raw = self.raw(data)
         rows = {split: len(each) for split, each in raw.splits.items()}
-        _check_texts(data, raw)
+        with Working(f"checking texts and labels of data.{name}", sum(rows.values())) as working:
+            _check_texts(data, raw)
+            working.at(sum(rows.values()) // 2)
+            labelled = _labelled(data, raw) if raw.labels is not None else {}
         if raw.labels is not None:
-            return DataFacts(raw.labels.kind, raw.labels.names, raw.labels.why, rows, _labelled(data, raw))
+            return DataFacts(raw.labels.kind, raw.labels.names, raw.labels.why, rows, labelled)
         names, number = TASKS.find(data.task, f"data.{name}.task").labels(data, raw)  # of a plug-in
         return DataFacts("class" if names else "number" if number == 1 else "", names, "", rows)
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mtkd.chain import stage_of
 from mtkd.config import ModelConfig, RunConfig
-from mtkd.console import say
+from mtkd.console import Working, say
 from mtkd.data.segmentation import check_certain
 from mtkd.data.sources import Raw
 from mtkd.data.tokenizers import check_same_tokenizer, load_tokenizer, train_tokenizer
@@ -138,7 +138,9 @@ def trained_tokenizer(config: RunConfig, raw: Raw, run: Path, dist: Dist) -> Pre
 
     def write(fresh: Path) -> None:
         texts = [text for column in columns for text in raw.texts("train", column)]
-        made = train_tokenizer(texts, settings.vocab_size, closed=closed, commands=settings.commands)
+        with Working(f"training a tokenizer on data.{settings.train_on}", len(texts), "texts") as working:
+            shown = working.counting(texts)
+            made = train_tokenizer(shown, settings.vocab_size, closed=closed, commands=settings.commands)
         made.save_pretrained(fresh)
 
     if dist.is_main and not _is_trained(folder, origin):

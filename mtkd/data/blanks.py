@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mtkd.config import BLANK, prompt_parts
+from mtkd.console import counted
 from mtkd.data.collate import Split
 from mtkd.data.files import read_texts
 from mtkd.data.infilling import Infilling, LaidOut
@@ -160,7 +161,8 @@ def _owned(
 
     A token that reaches out of a field is the template's.
     """
-    for begin in range(0, len(texts), TOKENIZED_AT_ONCE):
+    begins = range(0, len(texts), TOKENIZED_AT_ONCE)
+    for begin in counted(begins, f"tokenizing, {TOKENIZED_AT_ONCE:,} texts each", len(begins), "parts", 1):
         part = slice(begin, begin + TOKENIZED_AT_ONCE)
         encoded = tokenizer(list(texts[part]), return_offsets_mapping=True, return_attention_mask=False, verbose=False)
         for ids, offsets, fields in zip(encoded["input_ids"], encoded["offset_mapping"], spans[part], strict=True):

@@ -63,7 +63,9 @@ def look_at_rows(name: str, config: DataConfig, raw: Raw, tokenizer: PreTrainedT
     with Working(f"looking at the rows of data.{name}", sum(map(len, raw.splits.values()))) as working:
         done = 0
         for split, rows in raw.splits.items():
+            working.at(done)
             texts = _Texts(config, rows, raw.origin(split))
+            working.at(done)
             texts.check_blanks()
             notes += texts.blank_note(split)
             check_names(rows, raw.origin(split), config.name or raw.names, config.domain or raw.domains, texts.kept)

@@ -136,6 +136,21 @@ def require_column(rows: Dataset, column: str, origin: Origin, option: str) -> N
         raise DataError(f"no column '{column}'", where=origin.name, allowed=rows.column_names, todo=todo)
 
 
+def values_of(rows: Dataset, column: str) -> list[Any]:
+    """Every value of a column; of a selection that is most of a table the whole column is read, ten times as fast.
+
+    `datasets` makes a slice of the table for every selected row: two seconds and more for a million.
+    """
+    from datasets import ClassLabel, Value
+
+    chosen, plain = rows._indices, isinstance(rows.features[column], Value | ClassLabel)
+    if chosen is None or not plain or len(rows) * 2 < len(rows.data):
+        every: list[Any] = rows[column][:]
+        return every
+    values = rows.data.column(column).to_pylist()
+    return [values[index] for index in chosen.column(0).to_pylist()]
+
+
 def nearest_column(column: str, columns: Sequence[str]) -> str:
     """What to do about a column that is not there: the nearest name, or the way to a key of a key; else ""."""
     outer, _, inner = column.partition(".")
@@ -147,7 +162,7 @@ def nearest_column(column: str, columns: Sequence[str]) -> str:
 def read_texts(rows: Dataset, column: str, origin: Origin, option: str) -> list[str]:
     """The texts of a column; raises a DataError naming the file and the first row that holds no text."""
     require_column(rows, column, origin, option)
-    values: list[Any] = rows[column][:]
+    values = values_of(rows, column)
     for row, value in enumerate(values):
         if not isinstance(value, str):
             found = "nothing" if value is None else value

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mtkd.config import RANDOM_TOKENS
-from mtkd.data.files import require_column
+from mtkd.data.files import require_column, values_of
 from mtkd.data.labelkinds import Kind, Value, in_order, kind_of, name_of, number_of
 from mtkd.errors import DataError, UserError, nearest
 from mtkd.features import NO_LABEL
@@ -112,7 +112,7 @@ def label_values(rows: Dataset, column: str, origin: Origin) -> list[Value | Non
         return [None] * len(rows)
     declared = _declared(rows, column)
     values: list[Value | None] = [None] * len(rows)
-    for index, value in enumerate(rows[column][:]):
+    for index, value in enumerate(values_of(rows, column)):
         if value is None or (isinstance(value, float) and math.isnan(value)):
             continue
         if not isinstance(value, str | int | float):

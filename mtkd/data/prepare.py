@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mtkd.console import counted
 from mtkd.data.collate import Split
 from mtkd.data.labels import read_labels
 from mtkd.data.marks import without_marks
@@ -148,7 +149,9 @@ def prepare_classify(request: PrepareRequest) -> Split:
     encoded_rows: list[list[int]] = []
     types: list[int] = []
     lengths = np.zeros(len(request.rows), np.int64)
-    for begin in range(0, len(request.rows), TOKENIZED_AT_ONCE):
+    begins = range(0, len(request.rows), TOKENIZED_AT_ONCE)
+    what = f"tokenizing {origin.name} ({request.split}), {TOKENIZED_AT_ONCE:,} rows each"
+    for begin in counted(begins, what, len(begins), "parts", 1):
         encoded = tokenizer(
             *[column[begin : begin + TOKENIZED_AT_ONCE] for column in columns],
             truncation=True,

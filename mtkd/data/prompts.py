@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mtkd.config import prompt_parts
+from mtkd.console import counted
 from mtkd.data.chat import write_turns
 from mtkd.data.collate import Split
 from mtkd.data.files import read_texts
@@ -137,7 +138,8 @@ def _encoded(
     around = not request.config.chat
     first = [tokenizer.bos_token_id] if around and tokenizer.bos_token_id is not None else []
     last = [tokenizer.eos_token_id] if around and tokenizer.eos_token_id is not None else []
-    for prompt, response in zip(tokenize(tokenizer, before), tokenize(tokenizer, after), strict=True):
+    prompts = counted(tokenize(tokenizer, before), f"tokenizing {request.origin.name} ({request.split})", len(before))
+    for prompt, response in zip(prompts, tokenize(tokenizer, after), strict=True):
         yield [*first, *prompt], [*response, *last]
 
 

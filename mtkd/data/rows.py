@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mtkd.console import counted
 from mtkd.data.collate import Documents
-from mtkd.data.files import read_texts
+from mtkd.data.files import read_texts, values_of
 from mtkd.data.marks import without_marks
 from mtkd.data.transfer import transfer_tokens
 from mtkd.errors import DataError
@@ -53,7 +54,9 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iterat
 
 def tokenized(request: PrepareRequest, texts: Sequence[str]) -> list[np.ndarray]:
     """Ids of every text without special tokens, replaced where the `data` block makes a transfer set of them."""
-    return transfer_tokens(list(tokenize(request.tokenizer, texts)), request.config, request.tokenizer, request.split)
+    ids = tokenize(request.tokenizer, texts)
+    shown = counted(ids, f"tokenizing {request.origin.name} ({request.split})", len(texts))
+    return transfer_tokens(list(shown), request.config, request.tokenizer, request.split)
 
 
 def around_text(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -116,7 +119,7 @@ def teachers_of(rows: Dataset, column: str) -> list[str]:
     """What the column of teachers' names says, "" where it is no text; [] when there is no such column."""
     if column not in rows.column_names:
         return []
-    values: list[Any] = rows[column][:]
+    values = values_of(rows, column)
     return [value.strip() if isinstance(value, str) else "" for value in values]
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mtkd.config import RANDOM_TOKENS, DataConfig
+from mtkd.console import Working
 from mtkd.data.choice import SPLITS, hold_out, limit, two_validations
 from mtkd.data.files import Origin, columns_of, nearest_column, read_files, read_texts
 from mtkd.data.labels import FoundLabels, class_codes, find_labels
@@ -105,14 +106,18 @@ def choose_rows(raw: Raw, config: DataConfig) -> Raw:
     Raises:
         UserError, DataError: a split that does not exist, or too few rows.
     """
-    found = find_labels(config, raw) if has_labels(config) else None
 
     def codes(rows: Raw, split: str) -> np.ndarray | None:
         if found is None or found.kind != "class":
             return None
         return class_codes(config, rows.splits[split], rows.origin(split), found.names)
 
-    chosen = replace(limit(hold_out(raw, config, codes), config, codes), labels=found)
+    with Working("choosing rows", 3, "steps") as working:
+        found = find_labels(config, raw) if has_labels(config) else None
+        working.at(1)
+        held = hold_out(raw, config, codes)
+        working.at(2)
+        chosen = replace(limit(held, config, codes), labels=found)
     choice = ""
     if config.validation_share or config.limit:
         by = " by class" if found is not None and found.kind == "class" else ""
