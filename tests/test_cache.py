@@ -116,7 +116,7 @@ def test_targets_and_traits_come_back_at_their_positions(tmp_path: Path) -> None
 def test_class_logits_are_whole(tmp_path: Path) -> None:
     content = CacheContent("classes", 0, 1.0, 3)
     origin = CacheOrigin("t", "k", "d", "train", 4, {}, "fp32")
-    logits = torch.randn(4, 3)
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     mask = torch.ones(4, 5, dtype=torch.bool)
     batch = Batch(torch.arange(4), mask.long(), mask, torch.tensor([0, 2, NO_LABEL, 1]))
     writer = CacheWriter(tmp_path / "c", content, origin, shard_examples=4)

@@ -103,6 +103,7 @@ def test_a_layer_of_another_class_or_with_its_own_forward_is_left_alone() -> Non
 
 
 def test_checkpointed_layers_recompute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
     model, inputs = layers(), torch.randn(4, 6).requires_grad_()
     speed_up_linears(model)
     whole = torch.autograd.grad(model(inputs).sum(), [inputs, *model.parameters()])

@@ -301,6 +301,7 @@ def test_scores_stay_float32_under_autocast() -> None:
 @pytest.mark.parametrize("causal", [True, False])
 def test_mask_forms_agree(causal: bool) -> None:
     """None, bool and additive masks of the same pattern give the same scores; a bias is added."""
+    torch.manual_seed(0)
     query, key = torch.randn(2, 4, 5, 6), torch.randn(2, 2, 5, 6)
     pattern = torch.ones(1, 1, 5, 5, dtype=torch.bool)
     pattern = pattern.tril() if causal else pattern
@@ -317,7 +318,7 @@ def test_mask_forms_agree(causal: bool) -> None:
 
 
 def test_a_query_that_sees_nothing_has_zero_probability_and_finite_gradient() -> None:
-    query = torch.randn(1, 1, 3, 4, requires_grad=True)
+    query = torch.randn(1, 1, 3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
     mask = torch.tensor([[True, True, False], [False, False, False], [True, True, True]])[None, None]
     with torch.autograd.set_detect_anomaly(True):  # no NaN on the way back either, not even a masked one
         probs = attention.AttentionCall(query, query, query, mask, None, False, 1.0).probs()

@@ -57,6 +57,7 @@ def test_parts_are_everything_once(numbers: int, world_size: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_any_part_of_a_stored_weight_can_be_read(tmp_path: Path, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
     tensors = {name: torch.randn(3, 5).to(dtype) for name in ("a", "b")}
     save_file(tensors, tmp_path / "model.safetensors")
     stored = read_weights(tmp_path)
