@@ -22,6 +22,7 @@ from mtkd.console import say
 from mtkd.data.blanks import answer_ids
 from mtkd.data.collate import LoadedData, Split, load_data
 from mtkd.data.sampler import Order, TrainStream
+from mtkd.data.segmentation import segmentation_digest
 from mtkd.data.sources import Raw
 from mtkd.data.tokenizers import num_real_ids, tokenizer_fingerprint
 from mtkd.dataplan import DataReader
@@ -167,6 +168,7 @@ class Workshop:
             name,
             data=self.raw(data).fingerprint,
             tokenizer=tokenizer_fingerprint(self.tokenizer, chat=self.config.data[data].chat),
+            segmentation=segmentation_digest(self.tokenizer),
             models=models,
             steps=steps,
         )

@@ -24,7 +24,7 @@ from mtkd.build import Workshop
 from mtkd.cache import CacheContent, CacheReader, CacheWriter, Record, make_records
 from mtkd.cachefolder import model_values, open_cache, origin_of
 from mtkd.cacheplan import check_layers, content_of
-from mtkd.chain import redo_command
+from mtkd.chain import as_known, redo_command
 from mtkd.chance import warn_below_chance
 from mtkd.config import BatchConfig, StageConfig, TeacherConfig
 from mtkd.configfile import differences
@@ -163,7 +163,7 @@ def _begun(job: _Job, identity: dict[str, Any]) -> bool:
         if not note.is_file():
             continue
         begun = read_record(note, Identity, _damaged(job))
-        changed = differences(begun, json.loads(json.dumps(identity)))
+        changed = differences(begun, json.loads(json.dumps(as_known(begun, identity))))
         if changed:
             raise DataError(
                 "the caches begun here are of another configuration, teacher, data set or tokenizer",

@@ -16,6 +16,9 @@ from mtkd.rundir import StageDir
 CLOZE = "cloze"
 """The head of a model that scores classes by their words: that of the language model (GLM)."""
 
+SEGMENTATION = "segmentation"
+"""Of an identity: how the tokenizer cuts a text; with the same token -> id, other merges give other ids."""
+
 # Fields that change when a stage is saved, not what it makes.
 _BOOKKEEPING = {"save_every", "keep"}
 
@@ -176,12 +179,12 @@ def stage_seed(config: RunConfig, stage: StageConfig) -> int:
 
 
 def identity(
-    config: RunConfig, name: str, *, data: str, tokenizer: str, models: Mapping[str, str], steps: int
+    config: RunConfig, name: str, *, data: str, tokenizer: str, segmentation: str, models: Mapping[str, str], steps: int
 ) -> dict[str, Any]:
     """Everything that determines what a stage makes; equal identities make equal models.
 
     Args:
-        data: fingerprint of the raw data. tokenizer: its fingerprint.
+        data: fingerprint of the raw data. tokenizer: its fingerprint. segmentation: digest of how it cuts a text.
         models: per use ("student", "teacher NAME") the digest of the weights it starts from.
         steps: the resolved number of optimizer steps.
     """
@@ -199,6 +202,7 @@ def identity(
             "fingerprint": data,
         },
         "tokenizer": tokenizer,
+        SEGMENTATION: segmentation,
         "models": dict(models),
     }
     if stage.kind == "cache":
@@ -232,6 +236,7 @@ def finished(folder: StageDir, name: str, wanted: dict[str, Any], redo: Sequence
     record = folder.done()
     if record is None:
         return None
+    wanted = as_known(record["identity"], wanted)
     if record["fingerprint"] != fingerprint(wanted):
         changed = differences(record["identity"], wanted)
         raise DataError(
@@ -242,6 +247,11 @@ def finished(folder: StageDir, name: str, wanted: dict[str, Any], redo: Sequence
             + redo_command(redo or [name]),
         )
     return record
+
+
+def as_known(before: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity without what the one that was written before, by an earlier release, may not know."""
+    return {key: value for key, value in identity.items() if key in before or key != SEGMENTATION}
 
 
 def check_checkpoint(
@@ -257,7 +267,7 @@ def check_checkpoint(
     """
     saved = {key: manifest[key] for key in layout}
     cut = differences(saved, layout)
-    if changed := differences(manifest["identity"], identity):
+    if changed := differences(manifest["identity"], as_known(manifest["identity"], identity)):
         raise DataError(
             "the checkpoint belongs to another configuration, teacher, data set or tokenizer",
             where=f"stages.{name}",

@@ -107,10 +107,10 @@ def test_of_a_damaged_run_yaml_nothing_is_believed(tmp_path: Path) -> None:
 def test_nothing_that_counts_sees_auto(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, engine={"precision": "auto"})
     with pytest.raises(AssertionError):
-        identity(config, "teacher", data="d", tokenizer="t", models={}, steps=1)
+        identity(config, "teacher", data="d", tokenizer="t", segmentation="s", models={}, steps=1)
     decided = with_precision(config)
     assert with_precision(decided) is decided
-    made = identity(decided, "teacher", data="d", tokenizer="t", models={}, steps=1)
+    made = identity(decided, "teacher", data="d", tokenizer="t", segmentation="s", models={}, steps=1)
     assert made["precision"] == here("cpu").precision
 
 

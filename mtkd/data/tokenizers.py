@@ -143,7 +143,8 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, *, chat: bool = False) -> str:
     """sha256 (hexadecimal) over token -> id, the special ids and how text is normalised and split.
 
-    Merges and scores are not in it: `segmentation_digest` has them. Finished stages know both apart.
+    Merges and scores are not in it: `segmentation_digest` has them. A stage's identity has both; a cache's origin and
+    the scores have this one alone.
 
     Args: chat: whether the texts are turns of a chat: then over the template that writes them, too.
     """

@@ -83,7 +83,7 @@ def test_a_kernel_that_the_found_device_lacks_is_refused() -> None:
 def test_what_changes_numbers_identifies_a_stage(tmp_path: Path, engine: dict[str, Any], changes: bool) -> None:
     def of(**engine: Any) -> dict[str, Any]:
         config = tiny_config(tmp_path, engine=engine)
-        return identity(config, "student", data="d", tokenizer="t", models={}, steps=1)
+        return identity(config, "student", data="d", tokenizer="t", segmentation="s", models={}, steps=1)
 
     assert (of() != of(**engine)) == changes
 
@@ -155,6 +155,8 @@ def test_what_changes_a_cache_identifies_it(tmp_path: Path, overrides: list[str]
     file = cache_runs.write(tmp_path, cache_runs.values(tmp_path, cache={}, student={}))
 
     def of(overrides: list[str]) -> dict[str, Any]:
-        return identity(load_config(file, overrides), "cache", data="d", tokenizer="t", models={}, steps=0)
+        return identity(
+            load_config(file, overrides), "cache", data="d", tokenizer="t", segmentation="s", models={}, steps=0
+        )
 
     assert (of(overrides[:-1]) != of(overrides)) == changes
