@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mtkd import __version__
+from mtkd.disk import full_disk, refused
 from mtkd.errors import EXIT_DATA, EXIT_INTERNAL, EXIT_USAGE, Stopped, UserError, nearest, tell
 from mtkd.stopping import end_on_signals
 
@@ -375,24 +376,18 @@ def _exit_code() -> int:
         tell("mtkd: interrupted")
         return 130
     except OSError as error:  # the disk's, or its rights; a program's own error never is one
-        tell(f"mtkd: {_of_system(error)}")
+        tell(f"mtkd: {refused(error)}")
         return EXIT_USAGE
-    except Exception:
+    except Exception as error:
+        if (full := full_disk(error)) is not None:  # a compiler's, or a library's
+            tell(f"mtkd: {full}")
+            return full.exit_code
         tell(
             traceback.format_exc()
             + "mtkd: this is a bug in mtkd; please report it with the text above and `mtkd doctor`"
         )
         return EXIT_INTERNAL
     return 0
-
-
-def _of_system(error: OSError) -> UserError:
-    """What the system refused, with the file."""
-    return UserError(
-        f"the system refused it: {error.strerror or error}",
-        where=str(error.filename or ""),
-        todo="look at this file or folder, its rights and the free space, and try again",
-    )
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ ORDER = (
         "yamlfile",
         "console",
         "secret",
+        "disk",
         "orphans",
         "stopping",
         "jsonlines",

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
+from mtkd.disk import full_disk
 from mtkd.errors import UserError, on_every_rank
 
 if TYPE_CHECKING:
@@ -148,9 +149,8 @@ def on_main(dist: Dist, action: Callable[[], Object]) -> Object:
         except UserError as error:
             outcome = [error]
         except OSError as error:
-            outcome = [
-                UserError(f"{error.strerror or error}", where=error.filename or "", todo="mend it and try again")
-            ]
+            told = UserError(f"{error.strerror or error}", where=error.filename or "", todo="mend it and try again")
+            outcome = [full_disk(error) or told]
         except Exception as error:
             bug = error
             outcome = [UserError(f"the main process failed: {type(error).__name__}: {error}")]
