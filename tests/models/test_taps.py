@@ -370,7 +370,7 @@ def test_what_happens_after_the_head_is_kept(name: str, monkeypatch: pytest.Monk
     own = model.model(input_ids=batch().input_ids, attention_mask=batch().attention_mask.long()).logits.flatten(0, 1)
     close(model(batch(), frozenset({"logits"}))["logits"].rows(torch.arange(len(own))), own)
     monkeypatch.setattr(taps, "head_transform", lambda config: None)
-    with pytest.raises(UserError, match="after the output head"):
+    with pytest.raises(UserError, match="after its head"):
         scaled_model(name).verify()
 
 
