@@ -22,18 +22,18 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from mtkd.config import BatchConfig, DataConfig, ModelConfig, Named
-from mtkd.data.collate import LoadedData, load_data
+from mtkd.config.match import Match
+from mtkd.data.load import LoadedData, load_data
 from mtkd.data.sampler import Order, TrainStream
 from mtkd.data.sources import Raw
 from mtkd.data.tokenizers import num_real_ids, train_tokenizer
 from mtkd.engine.dist import Dist
-from mtkd.match import Match
 from mtkd.models.load import build_model
 from mtkd.models.taps import TappedModel
-from mtkd.objective import Objective
-from mtkd.projection import make_projections
-from mtkd.rows import compile_rows
-from mtkd.train import global_counts
+from mtkd.objective.compile import compile_rows
+from mtkd.objective.objective import Objective
+from mtkd.objective.projection import make_projections
+from mtkd.running.train import global_counts
 from mtkd.weightings.make import make_weighting, stage_facts
 
 ROOT = Path(__file__).parents[1]

@@ -157,12 +157,12 @@ def train(backend: str, count: int, folder: str) -> dict[str, float]:
     from mtkd.config import OptimizerConfig
     from mtkd.data.batch import Batch
     from mtkd.engine.deepspeed_engine import DeepSpeedEngine, init_distributed
-    from mtkd.features import NO_LABEL
+    from mtkd.models.features import NO_LABEL
     from mtkd.models.taps import TappedModel
-    from mtkd.objective import Objective
+    from mtkd.objective.compile import compile_rows
+    from mtkd.objective.objective import Objective
     from mtkd.pool import TeacherPool, pooled
-    from mtkd.rows import compile_rows
-    from mtkd.train import global_counts
+    from mtkd.running.train import global_counts
     from mtkd.weightings.simple import Uniform
 
     dist, device = init_distributed("cpu"), torch.device("cpu")
@@ -205,7 +205,7 @@ def train(backend: str, count: int, folder: str) -> dict[str, float]:
 
 def measured(function, *arguments: object, rounds: int) -> dict[str, float]:
     """The larger one of the ranks' figures; of the rounds the least."""
-    from mtkd.testing import run_distributed
+    from mtkd.engine.testing import run_distributed
 
     found = []
     for _ in range(rounds):

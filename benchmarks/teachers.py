@@ -68,12 +68,12 @@ def measure(arm: str, count: int, steps: int, folder: Path) -> dict[str, float]:
     from mtkd.config import OptimizerConfig
     from mtkd.data.batch import Batch, position_counts
     from mtkd.engine.torch_engine import TorchEngine
-    from mtkd.features import NO_LABEL
     from mtkd.models.attention import use_attention
+    from mtkd.models.features import NO_LABEL
     from mtkd.models.taps import TappedModel
-    from mtkd.objective import Objective
+    from mtkd.objective.compile import compile_rows
+    from mtkd.objective.objective import Objective
     from mtkd.pool import TeacherPool
-    from mtkd.rows import compile_rows
     from mtkd.weightings.simple import Uniform
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mtkd.config import RunConfig
-    from mtkd.configfile import load_config
+    from mtkd.config.match import Match
+    from mtkd.config.read import load_config
     from mtkd.errors import UserError
-    from mtkd.match import Match
-    from mtkd.planned import Plan
-    from mtkd.planner import plan
+    from mtkd.planning.plan import plan
+    from mtkd.planning.table import Plan
     from mtkd.registry import LOSSES, METHODS, WEIGHTINGS, loss, method, weighting
-    from mtkd.runner import RunResult, run
+    from mtkd.running.run import RunResult, run
     from mtkd.weightings import StageFacts, Traits, Weighting, trait
 
 __version__ = "0.1.0"
@@ -28,19 +28,19 @@ _HOMES = {
     "LOSSES": "mtkd.registry",
     "METHODS": "mtkd.registry",
     "WEIGHTINGS": "mtkd.registry",
-    "Match": "mtkd.match",
-    "Plan": "mtkd.planned",
+    "Match": "mtkd.config.match",
+    "Plan": "mtkd.planning.table",
     "RunConfig": "mtkd.config",
-    "RunResult": "mtkd.runner",
+    "RunResult": "mtkd.running.run",
     "StageFacts": "mtkd.weightings",
     "Traits": "mtkd.weightings",
     "UserError": "mtkd.errors",
     "Weighting": "mtkd.weightings",
-    "load_config": "mtkd.configfile",
+    "load_config": "mtkd.config.read",
     "loss": "mtkd.registry",
     "method": "mtkd.registry",
-    "plan": "mtkd.planner",
-    "run": "mtkd.runner",
+    "plan": "mtkd.planning.plan",
+    "run": "mtkd.running.run",
     "trait": "mtkd.weightings",
     "weighting": "mtkd.registry",
 }

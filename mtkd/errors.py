@@ -30,7 +30,7 @@ class UserError(Exception):
         todo: the next thing to do.
     Attributes:
         shared: every rank of the run raises it; told once per node, not by each of them.
-        line: file and line of `where` (`mtkd.places`); "" where it is not known.
+        line: file and line of `where` (`mtkd.planning.places`); "" where it is not known.
         used_by: of a place on disk: the block of the configuration that names it, "" for none.
     """
 

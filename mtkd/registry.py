@@ -16,8 +16,8 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from mtkd.config.plugincode import depends_on
 from mtkd.errors import UserError, nearest
-from mtkd.plugincode import depends_on
 from mtkd.specs import GIVEN, STEPS, LossSpec, MethodSpec, WeightingSpec, check_options, keyword_parameters
 
 __all__ = [
@@ -123,7 +123,7 @@ class Registry(Mapping[str, Value], Generic[Value]):
 
 LOSSES: Registry[LossSpec] = Registry("loss", "mtkd.losses")
 WEIGHTINGS: Registry[WeightingSpec] = Registry("weighting", "mtkd.weightings")
-METHODS: Registry[MethodSpec] = Registry("method", "mtkd.methods")
+METHODS: Registry[MethodSpec] = Registry("method", "mtkd.methods.papers")
 SOURCES: Registry[Callable[..., Any]] = Registry("data source", "mtkd.data.sources")
 TASKS: Registry[Any] = Registry("task", "mtkd.data.tasks")
 

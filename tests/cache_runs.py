@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny_run import tiny_values, write_data
 
 from mtkd.config import RunConfig
-from mtkd.configfile import load_config
+from mtkd.config.read import load_config
 
 EXACT = {"k": 300, "bits": 12, "shard_examples": 10}
 """Every id of the tiny tokenizer, as precisely as caches are: 48 examples make five files."""

@@ -25,7 +25,14 @@ if TYPE_CHECKING:
     from mtkd.data.batch import Batch
 
 PRELOADED = (
-    *("mtkd.cli", "mtkd.runner", "mtkd.report", "mtkd.report.plots", "datasets", "torch.utils.tensorboard"),
+    *(
+        "mtkd.cli.app",
+        "mtkd.running.run",
+        "mtkd.evaluate.report",
+        "mtkd.evaluate.report.plots",
+        "datasets",
+        "torch.utils.tensorboard",
+    ),
     *("transformers.models.gpt2.modeling_gpt2", "transformers.models.auto.modeling_auto", "matplotlib.pyplot"),
     *("datasets.io.json", "deepspeed", "scipy.stats", "scipy.io", "torch._dynamo", "accelerate"),
     *("torch.distributed", "torch.utils.cpp_extension", "mtkd.engine.deepspeed_engine", "scipy.optimize", "pytest"),
@@ -155,12 +162,12 @@ def _command(arguments: tuple[str, ...], settings: tuple[str, dict[str, str], Ca
     os.environ.update(environment)
     sys.argv = ["mtkd", *arguments]
     if not report:
-        import mtkd.report
-        import mtkd.runner
+        import mtkd.evaluate.report
+        import mtkd.running.run
 
-        mtkd.report.write_report = mtkd.runner.write_report = lambda folder: folder / "report.html"
+        mtkd.evaluate.report.write_report = mtkd.running.run.write_report = lambda folder: folder / "report.html"
     if prepare is not None:
         prepare()
-    from mtkd.cli import main
+    from mtkd.cli.app import main
 
     main()

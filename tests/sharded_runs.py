@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from tiny_run import EPOCH_STEPS, NAME, write_yaml
 
-import mtkd.runner
-from mtkd.build import Workshop
-from mtkd.built import BuiltStage
-from mtkd.configfile import load_config
+import mtkd.running.run
+from mtkd.config.read import load_config
 from mtkd.data.sampler import TrainStream
+from mtkd.engine.folder import StageDir
 from mtkd.errors import UserError
-from mtkd.rundir import StageDir
+from mtkd.running.build import Workshop
+from mtkd.running.built import BuiltStage
 
 PROBE = torch.arange(3, 23).reshape(2, 10)  # token ids
 
@@ -28,7 +28,7 @@ class Job:
 
     Attributes:
         stop: rank 1 alone gets SIGTERM before this step of the student.
-        kill: fault point of `mtkd.seal` at which the main rank dies.
+        kill: fault point of `mtkd.engine.seal` at which the main rank dies.
         full_disk: rank 1 cannot write its files.
         lr: learning rate of the first stage, which stops being finite when it is huge.
         early: the student ends early, at a learning rate too high for it, and its best step is exported.
@@ -69,20 +69,20 @@ def student_of(parent: Path, name: str) -> Path:
 
 def do(parent: str, jobs: Sequence[Job]) -> list[str]:
     """Run the jobs one after the other on this rank; how each ended."""
-    mtkd.runner.write_report = lambda folder: folder / "report.html"
-    mtkd.runner._export = _export_and_probe
+    mtkd.running.run.write_report = lambda folder: folder / "report.html"
+    mtkd.running.run._export = _export_and_probe
     ends = []
     for job in jobs:
         _set_traps(job)
         try:
-            mtkd.runner.run(load_config(Path(parent) / job.name / "run.yaml"))
+            mtkd.running.run.run(load_config(Path(parent) / job.name / "run.yaml"))
             ends.append("done")
         except UserError as error:
             ends.append(f"{type(error).__name__}: {error}")
     return ends
 
 
-_draw, _export, _write = TrainStream.__next__, mtkd.runner._export, torch.save
+_draw, _export, _write = TrainStream.__next__, mtkd.running.run._export, torch.save
 
 
 def _set_traps(job: Job) -> None:

@@ -9,7 +9,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
-from test_imports import PACKAGE, imported
+from test_imports import MODULES, PACKAGE, imported
 
 ROOT = PACKAGE.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -26,7 +26,7 @@ def declared() -> set[str]:
 
 def foreign() -> dict[str, Path]:
     """Top-level modules that the library imports and neither it nor Python brings -> a file that does."""
-    found = {name.split(".")[0]: source for source in sorted(PACKAGE.rglob("*.py")) for _, name in imported(source)}
+    found = {name.split(".")[0]: source for module, source in MODULES.items() for _, name in imported(module, source)}
     return {name: source for name, source in found.items() if name not in (*sys.stdlib_module_names, "mtkd")}
 
 

@@ -18,11 +18,11 @@ import yaml
 from tiny_run import write_yaml
 from typer.testing import CliRunner
 
-from mtkd.cli import app
+from mtkd.cli.app import app
 from mtkd.config import OptimizerConfig
 from mtkd.engine.deepspeed_engine import deepspeed_config
+from mtkd.engine.hostfile import read_hostfile
 from mtkd.errors import EXIT_DATA, EXIT_INTERNAL, EXIT_LOST, EXIT_NON_FINITE, EXIT_PREEMPTED, EXIT_USAGE
-from mtkd.hostfile import read_hostfile
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"

@@ -16,15 +16,15 @@ from tiny import CPU, causal_batch, causal_model, make_objective
 from torch import Tensor
 
 from mtkd.config import OptimizerConfig
+from mtkd.config.match import Match
 from mtkd.data.batch import Batch, position_counts
 from mtkd.engine.dist import Dist
 from mtkd.engine.torch_engine import TorchEngine
-from mtkd.features import HeadLogits
-from mtkd.match import Match
 from mtkd.models.attention import use_attention
+from mtkd.models.features import HeadLogits
+from mtkd.objective.tiles import tiled
 from mtkd.pool import OffloadTeacher, ResidentTeacher, Teacher, TeacherPool, offload
 from mtkd.registry import LOSSES
-from mtkd.tiles import tiled
 
 POSITIONS, COLUMNS, WIDTH, TILE = 70, 1_000, 64, 16
 ON_LOGITS = sorted(name for name, spec in LOSSES.items() if "logits" in spec.inputs and not spec.labels)

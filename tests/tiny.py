@@ -8,14 +8,14 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from mtkd.config import Named
+from mtkd.config.match import Match
 from mtkd.data.batch import Batch
-from mtkd.features import NO_LABEL
-from mtkd.match import Match
+from mtkd.models.features import NO_LABEL
 from mtkd.models.taps import TappedModel
-from mtkd.objective import Objective
+from mtkd.objective.compile import compile_rows
+from mtkd.objective.objective import Objective
+from mtkd.objective.projection import make_projections
 from mtkd.pool import ResidentTeacher, TeacherPool
-from mtkd.projection import make_projections
-from mtkd.rows import compile_rows
 from mtkd.weightings.make import make_weighting, stage_facts
 
 NUM_IDS = 61
@@ -109,7 +109,7 @@ def make_objective(
     tile: int = 5,
     names: Sequence[str] = (),
 ) -> tuple[Objective, TeacherPool]:
-    """An objective and its pool, wired as `mtkd.build` does it."""
+    """An objective and its pool, wired as `mtkd.running.build` does it."""
     names = names or [f"t{k}" for k in range(len(teachers))]
     named = Named(name=weighting) if isinstance(weighting, str) else weighting
     token_level = student.info.num_labels == 0

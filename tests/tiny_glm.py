@@ -13,8 +13,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from mtkd.config import DataConfig
-from mtkd.data.collate import Split, load_data
 from mtkd.data.glm_tokens import END, START, trained_tokenizer
+from mtkd.data.load import Split, load_data
 from mtkd.data.sources import Raw
 from mtkd.models.glm import GLMConfig, GLMForConditionalGeneration, GLMForSequenceClassification
 from mtkd.models.load import seeded

@@ -18,7 +18,7 @@ import processes
 import yaml
 
 from mtkd.config import RunConfig
-from mtkd.configfile import load_config
+from mtkd.config.read import load_config
 
 TEACHER_STEPS, STUDENT_STEPS, SAVE_EVERY, EPOCH_STEPS = 3, 8, 3, 6
 NAME = "tiny"

@@ -19,17 +19,17 @@ import mtkd
 from mtkd.config import Named, OptimizerConfig
 from mtkd.data.batch import Batch, position_counts
 from mtkd.engine.torch_engine import TorchEngine
-from mtkd.features import HeadLogits
-from mtkd.footprint import Shape, Step, measure
 from mtkd.models.attention import TAP
 from mtkd.models.cards import load_cards
+from mtkd.models.features import HeadLogits
 from mtkd.models.glm import GLMConfig
 from mtkd.models.info import CAUSAL_LM, count_parameters, model_info
 from mtkd.models.taps import TappedModel
+from mtkd.objective.compile import compile_rows
+from mtkd.objective.tiles import tiled
+from mtkd.planning.footprint import Shape, Step, measure
 from mtkd.pool import ResidentTeacher, TeacherPool
 from mtkd.registry import LOSSES
-from mtkd.rows import compile_rows
-from mtkd.tiles import tiled
 from sides import ours
 from sides.setting import BATCH, LENGTH, forget_peak, peak_mb, resident_mb
 

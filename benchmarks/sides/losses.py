@@ -53,7 +53,7 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 def _mtkd(inputs: Inputs) -> Callable[[], Tensor]:
     """The objective of a stage, whose student is a bare output head on the given hidden states."""
     from mtkd.data.batch import Batch, position_counts
-    from mtkd.features import HeadLogits
+    from mtkd.models.features import HeadLogits
     from sides import ours
 
     hidden, head, theirs, their_head, labels = inputs
@@ -79,7 +79,7 @@ class _Given(nn.Module):
         self.hidden, self.head = hidden, head
 
     def forward(self, batch, wants: frozenset[str]):
-        from mtkd.features import HeadLogits
+        from mtkd.models.features import HeadLogits
 
         return {"logits": HeadLogits(self.hidden[None], self.head, None, len(self.head))}
 

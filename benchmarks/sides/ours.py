@@ -11,13 +11,13 @@ import mtkd
 from mtkd.config import OptimizerConfig
 from mtkd.data.batch import Batch, position_counts
 from mtkd.engine.torch_engine import TorchEngine
-from mtkd.features import NO_LABEL
 from mtkd.models.attention import TAP
+from mtkd.models.features import NO_LABEL
 from mtkd.models.taps import TappedModel
-from mtkd.objective import Objective
+from mtkd.objective.compile import compile_rows
+from mtkd.objective.objective import Objective
+from mtkd.objective.projection import make_projections
 from mtkd.pool import ResidentTeacher, TeacherPool
-from mtkd.projection import make_projections
-from mtkd.rows import compile_rows
 from mtkd.weightings.simple import Uniform
 from sides.setting import BATCH, BETA, LEARNING_RATE, LENGTH, STUDENT, TEACHER, VOCABULARY, bert, llama, token_ids
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mtkd.models.linear import speed_up_linears
-from mtkd.products import product
+from mtkd.models.products import product
 from sides import ours
 from sides.setting import (
     BATCH,

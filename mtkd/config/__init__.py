@@ -1,6 +1,6 @@
 """The whole configuration of a run: frozen, unknown keys forbidden, a description and a unit for every field.
 
-Read by `mtkd.configfile.load_config`, printed as JSON Schema by `mtkd schema`. No torch is imported here.
+Read by `mtkd.config.read.load_config`, printed as JSON Schema by `mtkd schema`. No torch is imported here.
 """
 
 from mtkd.config.base import STAGE_PREFIX, Config, Name, Named, Positive, Share, check_name

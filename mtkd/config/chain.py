@@ -2,7 +2,7 @@
 
 The expansion needs nothing but this configuration once every shape is known, so that run, plan, resume and status see
 the same stages. Shapes that depend on other models (`num_rungs`, `initial: teacher | slice`) are filled in as `models`
-first, by `mtkd.planner.resolve`; the run folder's copy of the configuration keeps them, and the stages beside them.
+first, by `mtkd.planning.plan.resolve`; the run folder's copy of the configuration keeps them, and the stages with them.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from mtkd.config.base import (
     Temperature,
     Width,
 )
+from mtkd.config.match import Match
 from mtkd.config.model import ModelConfig, TeacherConfig
 from mtkd.config.stage import BatchConfig, EarlyStop, OptimizerConfig, StageConfig
-from mtkd.match import Match
 
 Initial = Literal["fresh", "teacher", "slice"]
 

@@ -13,7 +13,7 @@ from mtkd.config.chain import ChainConfig, expand, stage_name
 from mtkd.config.data import RANDOM_TOKENS, DataConfig, TokenizerConfig
 from mtkd.config.model import ModelConfig
 from mtkd.config.stage import ScoringBatchConfig, StageConfig
-from mtkd.yamlfile import Written
+from mtkd.config.yamlfile import Written
 
 # Per device: bytes of one model's float32 logits in a tile, and the largest tile.
 _TILE_LIMITS = {"cpu": (32 * 2**20, 256), "cuda": (256 * 2**20, 4096)}
@@ -116,8 +116,8 @@ class EngineConfig(Config):
 
     @property
     def decided_precision(self) -> Literal["fp32", "bf16"]:
-        """The precision, where "auto" has been replaced: `mtkd.precision` does so before anything asks."""
-        assert self.precision != "auto", "mtkd.precision.with_precision comes first"
+        """The precision, where "auto" has been replaced: `mtkd.engine.precision` does so before anything asks."""
+        assert self.precision != "auto", "mtkd.engine.precision.with_precision comes first"
         return self.precision
 
     @property

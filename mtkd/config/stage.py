@@ -21,8 +21,8 @@ from mtkd.config.base import (
     Share,
 )
 from mtkd.config.cache import CacheConfig
+from mtkd.config.match import Match
 from mtkd.config.model import ModelConfig, TeacherConfig
-from mtkd.match import Match
 
 # Fields that a cache stage reads.
 _OF_CACHES = {"kind", "data", "teachers", "batch", "cache"}

@@ -15,8 +15,8 @@ from pydantic import BaseModel
 
 from mtkd.config.base import Named
 from mtkd.config.model import ModelConfig, TeacherConfig
+from mtkd.config.yamlfile import Value
 from mtkd.errors import UserError
-from mtkd.yamlfile import Value
 
 # The key that a plain string stands for in a block that may be written as one.
 SHORT_FORMS: dict[type[BaseModel], str] = {Named: "name", ModelConfig: "path", TeacherConfig: "model"}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtkd.features import NO_LABEL
+from mtkd.models.features import NO_LABEL
 
 
 @dataclass

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mtkd.config import BLANK, prompt_parts
-from mtkd.console import counted
-from mtkd.data.collate import Split
+from mtkd.data.encode import TOKENIZED_AT_ONCE, around_text, described, pad_id, texts_of, tokenize, tokenized
+from mtkd.data.examples import ClassifyExamples
 from mtkd.data.files import read_texts
 from mtkd.data.infilling import Infilling, LaidOut
 from mtkd.data.labels import read_labels
+from mtkd.data.load import Split
 from mtkd.data.marks import marks_of
-from mtkd.data.prepare import ClassifyExamples
-from mtkd.data.rows import TOKENIZED_AT_ONCE, around_text, described, pad_id, texts_of, tokenize, tokenized
 from mtkd.errors import DataError, UserError
+from mtkd.running.console import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mtkd.config import BLANK, DataConfig
-from mtkd.console import Working
-from mtkd.data.collate import Split, load_data
+from mtkd.data.encode import check_names, teachers_of
 from mtkd.data.files import Origin, read_texts, require_column
-from mtkd.data.rows import check_names, teachers_of
+from mtkd.data.load import Split, load_data
 from mtkd.errors import DataError, nearest
 from mtkd.registry import TASKS
+from mtkd.running.console import Working
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -13,7 +13,7 @@ from mtkd.config import RANDOM_TOKENS
 from mtkd.data.files import require_column, values_of
 from mtkd.data.labelkinds import Kind, Value, in_order, kind_of, name_of, number_of
 from mtkd.errors import DataError, UserError, nearest
-from mtkd.features import NO_LABEL
+from mtkd.models.features import NO_LABEL
 
 if TYPE_CHECKING:
     from datasets import Dataset

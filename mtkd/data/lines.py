@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, cast
 
-from mtkd.console import Working
 from mtkd.data.paths import DataFile
 from mtkd.errors import DataError
+from mtkd.running.console import Working
 
 _TOLD_EVERY = 2_000
 """Lines between looks at the clock."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from mtkd.data.tokenizers import num_real_ids
 from mtkd.errors import UserError
-from mtkd.features import NO_LABEL
+from mtkd.models.features import NO_LABEL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

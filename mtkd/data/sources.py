@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mtkd.config import RANDOM_TOKENS, DataConfig
-from mtkd.console import Working
 from mtkd.data.choice import SPLITS, hold_out, limit, two_validations
 from mtkd.data.files import Origin, columns_of, nearest_column, read_files, read_texts
 from mtkd.data.labels import FoundLabels, class_codes, find_labels
@@ -26,6 +25,7 @@ from mtkd.data.tables import missing_column_hint
 from mtkd.data.tasks import check_task
 from mtkd.errors import DataError, UserError, nearest
 from mtkd.registry import SOURCES, TASKS
+from mtkd.running.console import Working
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-    from mtkd.data.collate import Split
     from mtkd.data.files import Origin
+    from mtkd.data.load import Split
     from mtkd.data.sources import Raw
 
 
@@ -202,19 +202,19 @@ def _cloze_labels(config: DataConfig, raw: Raw) -> tuple[tuple[str, ...], int]:
 
 
 def _causal(request: PrepareRequest) -> Split:
-    from mtkd.data.prepare import prepare_causal
+    from mtkd.data.examples import prepare_causal
 
     return prepare_causal(request)
 
 
 def _masked(request: PrepareRequest) -> Split:
-    from mtkd.data.prepare import prepare_masked
+    from mtkd.data.examples import prepare_masked
 
     return prepare_masked(request)
 
 
 def _classify(request: PrepareRequest) -> Split:
-    from mtkd.data.prepare import prepare_classify
+    from mtkd.data.examples import prepare_classify
 
     return prepare_classify(request)
 

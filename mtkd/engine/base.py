@@ -18,7 +18,7 @@ from mtkd.config import OptimizerConfig
 from mtkd.data.batch import Batch
 from mtkd.engine.dist import Dist
 from mtkd.errors import DataError
-from mtkd.features import Features
+from mtkd.models.features import Features
 from mtkd.models.taps import TappedModel
 
 

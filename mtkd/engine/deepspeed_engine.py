@@ -27,7 +27,7 @@ from mtkd.engine.base import (
 from mtkd.engine.dist import Dist
 from mtkd.engine.shared_memory import drop_name, sweep
 from mtkd.errors import DataError
-from mtkd.features import Features
+from mtkd.models.features import Features
 
 LARGEST_BUCKET = 500_000_000
 """Numbers in DeepSpeed's buffer for reducing gradients: its default."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from mtkd.disk import full_disk
+from mtkd.engine.disk import full_disk
 from mtkd.errors import UserError, on_every_rank
 
 if TYPE_CHECKING:

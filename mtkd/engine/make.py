@@ -35,7 +35,7 @@ def make_engine(
 def start_processes(config: EngineConfig) -> tuple[Dist, torch.device]:
     """Join the process group if the engine has one, choose the device, set the CPU threads.
 
-    `precision` may still be "auto" here: `mtkd.precision.decided` refuses a kernel that does not go with it.
+    `precision` may still be "auto" here: `mtkd.engine.precision.decided` refuses a kernel that does not go with it.
     """
     kind = config.device
     if kind == "auto":

@@ -21,7 +21,7 @@ from mtkd.engine.base import (
     set_random_state,
 )
 from mtkd.engine.dist import Dist
-from mtkd.features import Features
+from mtkd.models.features import Features
 from mtkd.models.linear import speed_up_linears
 
 _STATE = "state-rank-0.pt"

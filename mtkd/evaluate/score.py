@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from mtkd.data.batch import Batch
-from mtkd.data.collate import LoadedData, Split
+from mtkd.data.load import LoadedData, Split
 from mtkd.engine.dist import Dist, alive
-from mtkd.features import DenseLogits, Logits
+from mtkd.models.features import DenseLogits, Logits
 from mtkd.models.taps import TappedModel
 from mtkd.models.vocabulary import VocabularyMap
 from mtkd.pool import LiveModel

@@ -7,9 +7,9 @@ Each law is one function, run over a small bank of inputs: the features that a l
 weighting. Every input has padding.
 """
 
-from mtkd.laws.broken import LawBroken
-from mtkd.laws.losses import check_loss
-from mtkd.laws.tiled import check_tiled
-from mtkd.laws.weightings import check_weighting
+from mtkd.broken import LawBroken
+from mtkd.losses.laws import check_loss
+from mtkd.objective.laws import check_tiled
+from mtkd.weightings.laws import check_weighting
 
 __all__ = ["LawBroken", "check_loss", "check_tiled", "check_weighting"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mtkd.errors import UserError
-from mtkd.features import ATTENTION
+from mtkd.models.features import ATTENTION
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -7,11 +7,11 @@ from types import MethodType
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from mtkd.products import linear
+from mtkd.models.products import linear
 
 
 def speed_up_linears(model: nn.Module) -> None:
-    """Let every `nn.Linear` (and GPT-2's `Conv1D`) of a model multiply through `mtkd.products.linear`.
+    """Let every `nn.Linear` (and GPT-2's `Conv1D`) of a model multiply through `mtkd.models.products.linear`.
 
     Nothing but the layers' `forward` changes: parameters, hooks, names and what is saved stay as they are. Layers of
     other classes, and those whose `forward` is somebody else's already (the tapped output head), are left alone.

@@ -1,4 +1,4 @@
-"""A transformers model that gives the canonical features of `mtkd.features`, and only those that are asked for.
+"""A transformers model that gives the canonical features of `mtkd.models.features`, and only those that are asked for.
 
 Token-level logits are never computed here: the output head hands on its input, and `HeadLogits` multiplies it with the
 head's weight for the rows somebody reads.
@@ -19,9 +19,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from mtkd.data.batch import Batch
 from mtkd.errors import UserError, nearest
-from mtkd.features import ATTENTION, NO_LABEL, DenseLogits, Features, HeadLogits, split_key
 from mtkd.models.attention import AttentionCall, Recorder, recording
 from mtkd.models.broken import overflowing_model
+from mtkd.models.features import ATTENTION, NO_LABEL, DenseLogits, Features, HeadLogits, split_key
 from mtkd.models.headcalls import head_forward, last_position, pooled_forward
 from mtkd.models.heads import output_layer, stand_in_pad
 from mtkd.models.info import GLM, PRE_TRAINING, TAP, TOKEN_LEVEL, check_packing, model_info

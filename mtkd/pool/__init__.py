@@ -8,7 +8,7 @@ import torch
 
 from mtkd.data.batch import Batch
 from mtkd.errors import UserError
-from mtkd.features import Features, split_key
+from mtkd.models.features import Features, split_key
 from mtkd.models.taps import TappedModel
 from mtkd.pool.base import Teacher
 from mtkd.pool.cached import CachedTeacher

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from mtkd.data.batch import Batch
-from mtkd.features import Features
+from mtkd.models.features import Features
 from mtkd.models.info import ModelInfo
 
 
@@ -23,7 +23,7 @@ class Teacher(Protocol):
     num_parameters: int
 
     def provides(self) -> frozenset[str]:
-        """Feature names it can give ("logits", "hidden", ...), see `mtkd.features`."""
+        """Feature names it can give ("logits", "hidden", ...), see `mtkd.models.features`."""
         ...
 
     def forward(self, batch: Batch, wants: frozenset[str]) -> Features:

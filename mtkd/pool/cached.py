@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from mtkd.cache import CacheReader
 from mtkd.data.batch import Batch
-from mtkd.features import Features, split_key
+from mtkd.models.features import Features, split_key
 from mtkd.models.info import ModelInfo
+from mtkd.pool.cache import CacheReader
 
 
 class CachedTeacher:

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from mtkd.data.batch import Batch
 from mtkd.engine.dist import Dist
 from mtkd.errors import DataError, UserError
-from mtkd.features import Features, HeadLogits
 from mtkd.models.broken import Overflow
+from mtkd.models.features import Features, HeadLogits
 from mtkd.models.taps import TappedModel
 from mtkd.models.weights import find_weights
 from mtkd.pool.resident import ResidentTeacher

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from mtkd.data.batch import Batch
-from mtkd.features import Features
 from mtkd.models.broken import broken_weights
+from mtkd.models.features import Features
 from mtkd.models.linear import speed_up_linears
 from mtkd.models.taps import TappedModel
 

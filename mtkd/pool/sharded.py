@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mtkd.config import ShardedConfig, TeacherConfig
 from mtkd.data.batch import Batch
 from mtkd.engine.dist import Dist
-from mtkd.features import Features
+from mtkd.models.features import Features
 from mtkd.models.taps import LOW_TOLERANCE, VERIFY_TOLERANCE, TappedModel
 from mtkd.models.weights import find_weights
 from mtkd.pool.offload import move_buffers

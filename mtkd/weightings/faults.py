@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mtkd.data.batch import Batch, position_counts
 from mtkd.errors import UserError
-from mtkd.features import NO_LABEL, DenseLogits
+from mtkd.models.features import NO_LABEL, DenseLogits
 from mtkd.weightings.base import Weighting
 from mtkd.weightings.traits import Around, Traits
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtkd.match import Match
+from mtkd.config.match import Match
 from mtkd.registry import weighting
 from mtkd.weightings.base import Weighting
 from mtkd.weightings.hull import smallest_norm

@@ -6,8 +6,8 @@ import inspect
 from collections.abc import Sequence
 
 from mtkd.config import Named, StageConfig
+from mtkd.config.match import Match
 from mtkd.errors import UserError
-from mtkd.match import Match
 from mtkd.models.taps import TappedModel
 from mtkd.registry import GIVEN, WEIGHTINGS, check_options
 from mtkd.weightings.base import READABLE, StageFacts, Weighting

@@ -20,8 +20,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mtkd.features import Logits, SparseLogits
-from mtkd.pieces import pieces
+from mtkd.models.features import Logits, SparseLogits
+from mtkd.models.pieces import pieces
 from mtkd.registry import note_everywhere
 
 TraitFunction = Callable[[Tensor, Tensor | None], Tensor]
@@ -101,7 +101,7 @@ class Around:
         student: the student's logits.
         pooled: mean of the student's last hidden states over unpadded tokens, detached, [B,H].
         routes: number of the teacher that the data names for each example, [B]; -1 in filler rows.
-        gram: inner products of the teachers' loss gradients over the whole step, [T,T] float64; see `mtkd.gram`.
+        gram: inner products of the teachers' loss gradients over a step, [T,T] float64; see `mtkd.objective.gram`.
         tokens: where weights are read, [B,L] bool, where that is more than the targets; None: at targets alone.
     """
 

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from mtkd.config import DataConfig
-from mtkd.data.collate import LoadedData, load_data
+from mtkd.data.load import LoadedData, load_data
 from mtkd.data.sources import Raw
 from mtkd.data.tokenizers import train_tokenizer
 

@@ -12,9 +12,9 @@ from data_examples import sentences
 from transformers import PreTrainedTokenizerFast
 
 import mtkd
-from mtkd.configfile import load_config
+from mtkd.config.read import load_config
 from mtkd.data import chat
-from mtkd.data.collate import LoadedData
+from mtkd.data.load import LoadedData
 from mtkd.data.tokenizers import train_tokenizer
 from mtkd.errors import EXIT_DATA, DataError
 

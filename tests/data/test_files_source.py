@@ -12,7 +12,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from mtkd.config import DataConfig
-from mtkd.data.collate import load_data
+from mtkd.data.load import load_data
 from mtkd.data.sources import Raw, check_source, load_raw
 from mtkd.errors import DataError, UserError
 

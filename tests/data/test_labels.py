@@ -14,11 +14,11 @@ from datasets import Value as Column
 
 from mtkd.config import DataConfig
 from mtkd.data.choice import by_class
-from mtkd.data.collate import LoadedData
 from mtkd.data.labels import FoundLabels, find_labels, label_values, read_labels
+from mtkd.data.load import LoadedData
 from mtkd.data.sources import Raw, load_raw
 from mtkd.errors import DataError, UserError
-from mtkd.features import NO_LABEL
+from mtkd.models.features import NO_LABEL
 
 Loader = Callable[..., LoadedData]
 

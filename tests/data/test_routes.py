@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from data_examples import sentences
 
-from mtkd.data.collate import LoadedData
+from mtkd.data.load import LoadedData
 from mtkd.errors import DataError
 
 Loader = Callable[..., LoadedData]

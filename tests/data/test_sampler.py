@@ -13,7 +13,7 @@ from data_examples import sentences
 
 from mtkd.config import BatchConfig
 from mtkd.data.batch import Batch
-from mtkd.data.collate import LoadedData, Split
+from mtkd.data.load import LoadedData, Split
 from mtkd.data.sampler import Order, TrainStream, evaluation_batches, packed_slots, slots
 from mtkd.errors import DataError
 

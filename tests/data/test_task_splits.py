@@ -11,9 +11,9 @@ from data_examples import sentences
 from transformers import PreTrainedTokenizerFast
 
 from mtkd.data.batch import position_counts
-from mtkd.data.collate import LoadedData
+from mtkd.data.load import LoadedData
 from mtkd.errors import DataError, UserError
-from mtkd.features import NO_LABEL
+from mtkd.models.features import NO_LABEL
 from mtkd.registry import TASKS
 
 Loader = Callable[..., LoadedData]

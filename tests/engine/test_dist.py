@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from mtkd.engine.dist import Dist
+from mtkd.engine.testing import RankError, run_distributed
 from mtkd.errors import DataError
-from mtkd.testing import RankError, run_distributed
 
 
 def collectives() -> dict[str, object]:

@@ -14,17 +14,17 @@ from pydantic import ValidationError
 from tiny import CPU, causal_batch, causal_model, make_objective
 from tiny_run import tiny_config
 
-from mtkd.chain import identity
 from mtkd.config import EngineConfig, OptimizerConfig
-from mtkd.configfile import load_config
+from mtkd.config.match import Match
+from mtkd.config.read import load_config
 from mtkd.data.batch import position_counts
 from mtkd.engine.dist import Dist
 from mtkd.engine.make import start_processes
 from mtkd.engine.torch_engine import TorchEngine
 from mtkd.errors import UserError
-from mtkd.match import Match
 from mtkd.models.attention import use_attention
 from mtkd.models.taps import TappedModel
+from mtkd.planning.stages import identity
 from mtkd.pool import OffloadTeacher, ResidentTeacher, offload, pooled
 
 

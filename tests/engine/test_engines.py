@@ -9,14 +9,14 @@ import torch
 from tiny import CPU, causal_batch, causal_model, class_batch, classifier, make_objective, rows_of
 
 from mtkd.config import OptimizerConfig
+from mtkd.config.match import Match
 from mtkd.engine.base import learning_rate
 from mtkd.engine.deepspeed_engine import DeepSpeedEngine, init_distributed
 from mtkd.engine.dist import Dist
+from mtkd.engine.testing import run_distributed
 from mtkd.engine.torch_engine import TorchEngine
-from mtkd.match import Match
-from mtkd.methods import kd
-from mtkd.testing import run_distributed
-from mtkd.train import global_counts
+from mtkd.methods.papers import kd
+from mtkd.running.train import global_counts
 
 LENGTHS = [9, 3, 7, 1, 8, 2, 5, 6]
 ROWS = [*kd(temperature=2.0).values(), Match(feature="hidden", loss="mse", student_layer=(1, 2), teacher_layer=(1, 2))]
@@ -116,7 +116,7 @@ def test_large_products_equal_torchs_own_and_resume_bit_by_bit(tmp_path, monkeyp
     """Every linear layer through oneDNN, of student and teachers: the losses of torch's products, and a stop in between
     changes no bit of what follows."""
     plain = _engine_losses("torch", 0, False, 1)
-    monkeypatch.setattr("mtkd.products._WORTH", 1)
+    monkeypatch.setattr("mtkd.models.products._WORTH", 1)
     assert _engine_losses("torch", 0, False, 1) == pytest.approx(plain, rel=1e-5)
 
     def go_on(steps: range, saved: str = "") -> tuple[TorchEngine, list[float]]:

@@ -13,7 +13,7 @@ import torch
 from mtkd.engine.deepspeed_engine import init_distributed
 from mtkd.engine.dist import Dist
 from mtkd.engine.shared_memory import FOLDER, sweep
-from mtkd.testing import run_distributed
+from mtkd.engine.testing import run_distributed
 
 OURS = f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_29500"
 

@@ -13,6 +13,7 @@ from scipy import stats
 from mtkd.config.run import EvaluateConfig
 from mtkd.errors import DataError
 from mtkd.evaluate import significance
+from mtkd.evaluate.report.wording import p_text
 from mtkd.evaluate.significance import (
     STATISTICS,
     compare,
@@ -22,7 +23,6 @@ from mtkd.evaluate.significance import (
     paired_bootstrap,
     permutation_test,
 )
-from mtkd.report.wording import p_text
 
 BITS = STATISTICS["bits_per_byte"]
 

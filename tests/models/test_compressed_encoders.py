@@ -12,14 +12,14 @@ from test_vocabulary import WORDS, wordpiece
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, BertTokenizer
 
 import mtkd
-from mtkd.build import Workshop
 from mtkd.config import ModelConfig, RunConfig
-from mtkd.configfile import load_config
+from mtkd.config.read import load_config
 from mtkd.data.tokenizers import num_real_ids
 from mtkd.engine.dist import Dist
+from mtkd.engine.folder import RunDir
 from mtkd.errors import DataError, UserError
 from mtkd.models.info import MASKED_LM
-from mtkd.rundir import RunDir
+from mtkd.running.build import Workshop
 
 KEEP = 0.6
 BATCH = {"batch": {"sequences": 4}, "steps": 2}

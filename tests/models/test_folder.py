@@ -14,10 +14,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mtkd.data.tokenizers import token_ids, train_tokenizer
 from mtkd.errors import DataError
-from mtkd.locate import read_tokenizer
 from mtkd.models import folder as folders
 from mtkd.models.folder import check_folder, check_links, check_tokenizer_folder, has_tokenizer
 from mtkd.models.info import MASKED_LM
+from mtkd.planning.locate import read_tokenizer
 
 CHECKS = (check_links, check_folder, check_tokenizer_folder)
 

@@ -36,14 +36,14 @@ from transformers import (
     StaticCache,
 )
 
-from mtkd.cofinetune import check_members
 from mtkd.data.batch import Batch
 from mtkd.errors import UserError
-from mtkd.features import NO_LABEL, HeadLogits
+from mtkd.models.features import NO_LABEL, HeadLogits
 from mtkd.models.glm import GLMConfig, GLMForConditionalGeneration, GLMForSequenceClassification, GLMModel
 from mtkd.models.info import CAUSAL_LM, CLASSIFIER, model_info
 from mtkd.models.load import answer_with
 from mtkd.models.taps import TappedModel
+from mtkd.objective.cofinetune import check_members
 
 ACTIVATIONS = ("gelu", "gelu_pytorch_tanh")
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from mtkd.cli import app
+from mtkd.cli.app import app
 from mtkd.errors import DataError, UserError
 from mtkd.models.folder import check_folder
 from mtkd.models.glm import convert_checkpoint, convert_state_dict, merge_state_dicts

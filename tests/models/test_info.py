@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from mtkd.errors import UserError
-from mtkd.features import ATTENTION
+from mtkd.models.features import ATTENTION
 from mtkd.models.info import CAUSAL_LM, CLASSIFIER, MASKED_LM, ModelInfo, count_parameters, model_info
 
 

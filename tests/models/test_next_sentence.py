@@ -11,9 +11,9 @@ from model_bank import NUM_IDS, batch, build, description, lively, reference
 from tiny import make_objective, rows_of
 from torch import Tensor
 
+from mtkd.config.match import Match
 from mtkd.data.batch import Batch, position_counts
 from mtkd.errors import UserError
-from mtkd.match import Match
 from mtkd.models.info import MASKED_LM, PRE_TRAINING, check_head
 from mtkd.models.taps import TappedModel
 

@@ -13,7 +13,7 @@ from transformers import MistralConfig, PhiConfig
 
 from mtkd.data.batch import Batch
 from mtkd.errors import UserError
-from mtkd.features import HeadLogits
+from mtkd.models.features import HeadLogits
 from mtkd.models.info import CAUSAL_LM, CLASSIFIER, check_packing, model_info
 from mtkd.models.packing import first_fit, make_layout
 from mtkd.models.taps import TappedModel

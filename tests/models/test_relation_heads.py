@@ -8,9 +8,9 @@ from tiny import causal_batch, make_objective
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM
 
+from mtkd.config.match import Match
 from mtkd.data.batch import position_counts
 from mtkd.errors import UserError
-from mtkd.match import Match
 from mtkd.models.info import MASKED_LM
 from mtkd.models.taps import TappedModel
 

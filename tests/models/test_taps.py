@@ -25,8 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtkd.data.batch import Batch
 from mtkd.errors import UserError
-from mtkd.features import DenseLogits, Features, HeadLogits
 from mtkd.models import attention, taps
+from mtkd.models.features import DenseLogits, Features, HeadLogits
 from mtkd.models.info import CAUSAL_LM, CLASSIFIER, MASKED_LM, attention_implementation
 from mtkd.models.taps import TappedModel
 

@@ -19,16 +19,16 @@ from tiny import CPU, causal_batch, causal_model, class_batch, classifier, make_
 from torch import Tensor
 
 from mtkd.config import Named, OptimizerConfig
+from mtkd.config.match import Match
 from mtkd.data.batch import Batch, position_counts
 from mtkd.engine.dist import Dist
+from mtkd.engine.testing import run_distributed
 from mtkd.engine.torch_engine import TorchEngine
 from mtkd.errors import DataError
-from mtkd.features import Features
-from mtkd.match import Match
+from mtkd.models.features import Features
 from mtkd.models.taps import TappedModel
 from mtkd.pool import OffloadedModel, OffloadTeacher, ResidentTeacher, TeacherPool, offload
 from mtkd.pool.waiting import MappedParameters, PinnedParameters
-from mtkd.testing import run_distributed
 
 ALL = frozenset({"logits", "hidden.0", "hidden.2", "query.1", "probs.2"})
 

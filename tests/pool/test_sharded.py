@@ -17,22 +17,22 @@ from tiny_run import tiny_config
 
 import mtkd
 import mtkd.pool.partition as loading
-from mtkd.chain import stage_values
 from mtkd.config import Named, OptimizerConfig, RunConfig, ShardedConfig
+from mtkd.config.match import Match
 from mtkd.engine.base import Engine
 from mtkd.engine.deepspeed_engine import DeepSpeedEngine, init_distributed
 from mtkd.engine.dist import Dist
+from mtkd.engine.testing import run_distributed
 from mtkd.engine.torch_engine import TorchEngine
 from mtkd.errors import DataError, UserError
-from mtkd.lookaround import after_step, before_step
-from mtkd.match import Match
-from mtkd.methods import kd
+from mtkd.methods.papers import kd
 from mtkd.models.packing import make_layout
 from mtkd.models.stored import read_weights
+from mtkd.objective.looks import after_step, before_step
+from mtkd.planning.stages import stage_values
 from mtkd.pool import TeacherPool, pooled
 from mtkd.pool.partition import engine_settings, part_of, read_numbers
-from mtkd.testing import run_distributed
-from mtkd.train import global_counts
+from mtkd.running.train import global_counts
 
 slow = pytest.mark.slow
 

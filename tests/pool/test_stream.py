@@ -23,8 +23,8 @@ from transformers import AlbertConfig, BertConfig, GPT2Config, LlamaConfig, PreT
 
 from mtkd.data.batch import Batch
 from mtkd.errors import DataError, UserError
-from mtkd.features import Features
 from mtkd.models import glm
+from mtkd.models.features import Features
 from mtkd.models.folder import INDEX
 from mtkd.models.load import empty_model
 from mtkd.models.stored import read_weights

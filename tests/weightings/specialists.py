@@ -15,11 +15,11 @@ from torch import Tensor
 from mtkd.config import Named, OptimizerConfig
 from mtkd.data.batch import Batch
 from mtkd.engine.torch_engine import TorchEngine
-from mtkd.features import Features
-from mtkd.lookaround import after_step, before_step
-from mtkd.methods import kd
-from mtkd.objective import Objective
-from mtkd.train import global_counts
+from mtkd.methods.papers import kd
+from mtkd.models.features import Features
+from mtkd.objective.looks import after_step, before_step
+from mtkd.objective.objective import Objective
+from mtkd.running.train import global_counts
 
 CLASSES, LENGTH, WORDS = 4, 8, 6  # words per class
 TRAIN, TEST, BATCH = 384, 512, 32

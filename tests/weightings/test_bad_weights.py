@@ -14,10 +14,10 @@ from tiny import causal_batch, causal_model, make_objective
 
 import mtkd
 from mtkd.config import RunConfig
-from mtkd.configfile import load_config
+from mtkd.config.match import Match
+from mtkd.config.read import load_config
 from mtkd.data.batch import position_counts
 from mtkd.errors import UserError
-from mtkd.match import Match
 from mtkd.registry import WEIGHTINGS, WeightingSpec
 from mtkd.weightings import Traits, Weighting
 from mtkd.weightings.faults import FAULTS, check_faults, try_weighting

@@ -9,11 +9,11 @@ import torch
 from tiny import causal_batch, causal_model, make_objective
 from torch import Tensor
 
+from mtkd.config.match import Match
 from mtkd.data.batch import Batch, position_counts
-from mtkd.ensembles import as_logits
-from mtkd.features import NO_LABEL
-from mtkd.match import Match
-from mtkd.objective import Objective
+from mtkd.models.features import NO_LABEL
+from mtkd.objective.objective import Objective
+from mtkd.objective.targets import as_logits
 from mtkd.pool import TeacherPool
 from mtkd.registry import WEIGHTINGS, WeightingSpec
 from mtkd.weightings import Traits, Weighting

@@ -9,14 +9,14 @@ from tiny import CPU, class_batch, classifier, make_objective
 from torch import Tensor
 
 from mtkd.config import Named, OptimizerConfig
+from mtkd.config.match import Match
 from mtkd.engine.base import parameter_groups
 from mtkd.engine.torch_engine import TorchEngine
 from mtkd.errors import UserError
-from mtkd.lookaround import before_step
-from mtkd.match import Match
-from mtkd.methods import kd
+from mtkd.methods.papers import kd
+from mtkd.objective.looks import before_step
 from mtkd.registry import WEIGHTINGS
-from mtkd.train import global_counts
+from mtkd.running.train import global_counts
 from mtkd.weightings import StageFacts
 from mtkd.weightings.make import make_weighting
 

@@ -10,18 +10,18 @@ import torch
 from tiny import CPU, causal_batch, causal_model, class_batch, classifier, make_objective, rows_of
 
 from mtkd.config import Named, OptimizerConfig
+from mtkd.config.match import Match
 from mtkd.data.batch import Batch
 from mtkd.engine.base import Engine
 from mtkd.engine.deepspeed_engine import DeepSpeedEngine, init_distributed
 from mtkd.engine.dist import Dist
+from mtkd.engine.testing import run_distributed
 from mtkd.engine.torch_engine import TorchEngine
-from mtkd.lookaround import after_step, before_step
-from mtkd.match import Match
-from mtkd.methods import kd
-from mtkd.objective import Objective
+from mtkd.methods.papers import kd
+from mtkd.objective.looks import after_step, before_step
+from mtkd.objective.objective import Objective
 from mtkd.pool import TeacherPool
-from mtkd.testing import run_distributed
-from mtkd.train import global_counts
+from mtkd.running.train import global_counts
 
 LENGTHS = [9, 3, 7, 1, 8, 2, 5, 6]
 OPTIMIZER = OptimizerConfig(lr=1e-2, warmup=0.5, clip=0.5)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mtkd.errors import UserError
-from mtkd.features import NO_LABEL, DenseLogits
+from mtkd.models.features import NO_LABEL, DenseLogits
 from mtkd.registry import WEIGHTINGS
 from mtkd.weightings import TRAITS, Traits, trait
 from mtkd.weightings.simple import Fixed
@@ -241,7 +241,7 @@ def test_weightings_without_labels_ignore_them() -> None:
 def test_ca_mkd_of_two_teachers_is_the_softmax_of_minus_ce() -> None:
     import torch
 
-    from mtkd.features import DenseLogits
+    from mtkd.models.features import DenseLogits
     from mtkd.weightings import Traits
     from mtkd.weightings.labels import CAMKD
 

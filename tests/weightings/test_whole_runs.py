@@ -11,10 +11,10 @@ import processes
 import pytest
 from tiny_run import NAME, tiny_config, write_yaml
 
-from mtkd.checks import check
+from mtkd.engine.jsonlines import read_jsonl
+from mtkd.engine.seal import check_seal
 from mtkd.errors import UserError
-from mtkd.jsonlines import read_jsonl
-from mtkd.seal import check_seal
+from mtkd.planning.checks import check
 
 CLOCK = ("time", "seconds")
 

@@ -1,0 +1,352 @@
+"""The folder of a run: its paths, its lock, its stages, and what it records of where it was made.
+
+runs/<name>/run.yaml  env.json  metrics.jsonl  report.html  plots/  logs/rank-*.log  LOCK
+runs/<name>/stages/01-<stage>/stage.yaml  checkpoints/step-000500/  export/  scores.jsonl  DONE
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import re
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from mtkd.config import RunConfig, check_name, yamlfile
+from mtkd.engine.notes import Done, Environment, read_done
+from mtkd.engine.record import FORMAT, plain_bytes, read_object, read_record, write_record
+from mtkd.engine.seal import (
+    Found,
+    check_seal,
+    newest_sealed,
+    save_sealed,
+    seal,
+    write_atomic,
+    write_sealed,
+)
+from mtkd.errors import DataError, UserError
+from mtkd.secret import without_secrets
+
+__all__ = [
+    "Found",
+    "RunDir",
+    "StageDir",
+    "check_seal",
+    "environment",
+    "newest_sealed",
+    "save_sealed",
+    "seal",
+    "versions",
+    "write_atomic",
+]
+
+PACKAGES = ("mtkd", "torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors", "scipy", "pydantic")
+_STAGE_FOLDER = re.compile(r"\d{2,}-(.+)")
+SEAL_LINE = "# sha256 of the lines above: "
+"""The last line of run.yaml begins so."""
+_OFFLOADED = ".offload-"
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths of one run. Nothing is written by reading a property."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, config: RunConfig, *, base: Path) -> RunDir:
+        """The run's folder below `base`, made when it is not there; an existing run is left as it is.
+
+        Raises:
+            UserError: when the folder cannot be written, or holds something that is not a run.
+        """
+        run = cls(base / config.name)
+        _check_writable(run.path)
+        if not run.config_file.exists():
+            # of a start that was killed before the last line below
+            ours = (run.lock_file, run.environment_file, run.rank_log(0).parent)
+            others = [p.name for p in run.path.iterdir() if p not in ours and p.name[0] != "."]
+            if others:
+                raise UserError(
+                    "the folder exists and is not a run",
+                    where=str(run.path),
+                    found=sorted(others)[:5],
+                    todo="rename the run",
+                )
+            run.write_environment(sys.argv)
+            run.write_config(config)  # last: a folder with run.yaml is a run
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunDir:
+        """An existing run.
+
+        Raises:
+            UserError: `path` is none. DataError: its run.yaml is no plain file.
+        """
+        run = cls(Path(path))
+        if not run.config_file.exists():
+            raise UserError("not the folder of a run: it has no run.yaml", where=str(path))
+        if not run.config_file.is_file():
+            todo = "remove it; `mtkd run FILE` writes it anew"
+            raise DataError("not a plain file", where=str(run.config_file), todo=todo)
+        return run
+
+    @property
+    def config_file(self) -> Path:
+        """The configuration as given, overrides applied."""
+        return self.path / "run.yaml"
+
+    @property
+    def environment_file(self) -> Path:
+        """Versions and platform."""
+        return self.path / "env.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON line per logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def report_file(self) -> Path:
+        """The report page."""
+        return self.path / "report.html"
+
+    @property
+    def plots(self) -> Path:
+        """Folder of the report's pictures."""
+        return self.path / "plots"
+
+    @property
+    def lock_file(self) -> Path:
+        """Who is working in the folder; empty when nobody is."""
+        return self.path / "LOCK"
+
+    def rank_log(self, rank: int) -> Path:
+        """The log of one process; its folder is made by who writes it."""
+        return self.path / "logs" / f"rank-{rank}.log"
+
+    def offload_file(self, teacher: str) -> Path:
+        """Where an offloaded teacher's weights are written, until every process has them open."""
+        return self.path / f"{_OFFLOADED}{teacher}"
+
+    def stage(self, index: int, name: str) -> StageDir:
+        """The folder of a stage: the one there is under this name, whatever its number; else a new one's.
+
+        Args:
+            index: number of a new folder, counted from 1. It is for readers: a stage that was inserted or moved must
+                not make another one lose its folder.
+
+        Raises:
+            DataError: there are two.
+        """
+        parent = self.path / "stages"
+        found = self.stage_folders().get(check_name(name), [])
+        if len(found) > 1:
+            raise DataError(
+                "a stage has two folders",
+                where=str(parent),
+                found=", ".join(sorted(path.name for path in found)),
+                todo="remove the one that is not wanted",
+            )
+        return StageDir(found[0] if found else parent / f"{index:02d}-{name}")
+
+    def stage_folders(self) -> dict[str, list[Path]]:
+        """Folders by the name of their stage."""
+        parent, found = self.path / "stages", dict[str, list[Path]]()
+        for path in parent.iterdir() if parent.is_dir() else ():
+            if match := _STAGE_FOLDER.fullmatch(path.name):
+                found.setdefault(match[1], []).append(path)
+        return found
+
+    def sweep_offloaded(self) -> None:
+        """Remove files of offloaded weights that a killed process left; under the lock."""
+        for left in self.path.glob(f"{_OFFLOADED}*"):
+            left.unlink()
+
+    def write_config(self, config: RunConfig) -> None:
+        """Write run.yaml so that `load_config` reads an equal configuration from it."""
+        # Only what was set: some checks ask whether a key was written at all.
+        values = config.model_dump(mode="json", exclude_unset=True)
+        text = yamlfile.write(values)
+        write_atomic(self.config_file, f"{text}{SEAL_LINE}{hashlib.sha256(text.encode()).hexdigest()}\n")
+
+    def config_is_whole(self, must: bool = False) -> bool:
+        """Whether the last line of run.yaml has the digest of the others.
+
+        Args: must: a file without a digest is damaged; else it is so where env.json is of a version that wrote one.
+        """
+        text, mark, digest = plain_bytes(self.config_file).rpartition(SEAL_LINE.encode())
+        if not mark:
+            return not must and not self._of_a_version_that_seals()
+        return hashlib.sha256(text).hexdigest().encode() == digest.strip()
+
+    def _of_a_version_that_seals(self) -> bool:
+        try:
+            return read_object(self.environment_file).get("format") == FORMAT
+        except (FileNotFoundError, DataError):
+            return False
+
+    def write_environment(self, argv: Sequence[str]) -> None:
+        """Write env.json."""
+        write_record(self.environment_file, environment(argv))
+
+    def environment(self) -> dict[str, Any]:
+        """What env.json holds.
+
+        Raises:
+            DataError: it is missing or damaged.
+        """
+        todo = "`mtkd run FILE` writes it anew"
+        try:
+            return read_record(self.environment_file, Environment, todo)
+        except FileNotFoundError:
+            raise DataError("the file is missing", where=str(self.environment_file), todo=todo) from None
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for this process; the kernel frees it when the process ends, however it ends.
+
+        Raises:
+            UserError: when another process holds it, with its process id, host and start time.
+            DataError: the lock is no plain file; a fifo can be waited for without an end.
+        """
+        if self.lock_file.exists() and not self.lock_file.is_file():
+            raise DataError("the lock is not a plain file", where=str(self.lock_file), todo="remove it")
+        descriptor = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        try:
+            _take(descriptor, self.path)
+            started = datetime.now(UTC).isoformat(timespec="seconds")
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}, started {started}\n".encode(), 0)
+            try:
+                yield
+            finally:
+                # The file stays: if it were removed, two processes could hold locks on two files of this name.
+                os.ftruncate(descriptor, 0)
+                fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough: forked children have copies
+        finally:
+            os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class StageDir:
+    """Paths of one stage of a run."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved stage."""
+        return self.path / "stage.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of ``step-000500`` folders; see `save_sealed` and `newest_sealed`."""
+        return self.path / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        """The trained model, loadable with ``from_pretrained``."""
+        return self.path / "export"
+
+    @property
+    def partial(self) -> Path:
+        """Caches that are being written; moved to `export` when they are whole."""
+        return self.path / "partial"
+
+    @property
+    def scores_file(self) -> Path:
+        """One JSON line per scored example."""
+        return self.path / "scores.jsonl"
+
+    @property
+    def done_file(self) -> Path:
+        """There when the stage is finished."""
+        return self.path / "DONE"
+
+    def describe(self, values: Mapping[str, Any]) -> None:
+        """Write stage.yaml."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.config_file, yamlfile.write(dict(values)))
+
+    def done(self) -> dict[str, Any] | None:
+        """What `mark_done` recorded; None when the stage is not finished.
+
+        Raises:
+            DataError: when the file is not what `mark_done` writes.
+        """
+        return read_done(self.done_file)
+
+    def mark_done(self, record: Mapping[str, Any]) -> None:
+        """Record the end of the stage, as `Done`. Atomic, and the last thing a stage writes."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        Done.model_validate(json.loads(json.dumps(dict(record), allow_nan=False)))
+        write_record(self.done_file, record)
+
+    def sealed_export(self, write: Callable[[Path], None], facts: Mapping[str, Any]) -> Path:
+        """Have the model written aside, seal it and put it in place; for the main rank. Replaces an earlier one."""
+        write_sealed(self.export, write, facts)
+        return self.export
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what the numbers depend on, without importing any of it."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def environment(argv: Sequence[str]) -> dict[str, Any]:
+    """Versions, platform and command line; no environment variables, no host name, no secrets."""
+    return {
+        "versions": versions(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "argv": without_secrets(argv),
+    }
+
+
+def _take(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
+        raise UserError(
+            "another process is working in this run",
+            where=str(folder),
+            found=holder or "a process that is just starting",
+            todo="wait for it, end it, or give this run another name",
+        ) from None
+    except OSError as error:
+        raise UserError(f"the folder cannot be locked: {error.strerror}", where=str(folder)) from None
+
+
+def _check_writable(folder: Path) -> None:
+    """Make the folder and really write into it: permission bits do not tell (root, quotas, read-only mounts)."""
+    probe = folder / f".tmp-probe-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(probe, "x")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            "the run's folder cannot be written",
+            where=str(folder),
+            found=error.strerror,
+            todo="choose another `output`",
+        ) from None

@@ -1,0 +1,118 @@
+"""The rows of a stage: its method's, at the step that fits its data, with the stage's own added or in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mtkd.config import DataConfig, Named, StageConfig
+from mtkd.config.match import Match
+from mtkd.errors import UserError, nearest
+from mtkd.registry import METHODS, TASKS, MethodSpec, check_options
+
+_ORDER = {True: ("pre-train", "fine-tune", "prediction"), False: ("fine-tune", "prediction", "pre-train")}
+
+
+def stage_rows(stage: StageConfig, data: DataConfig, where: str, regression: bool = False) -> tuple[Match, ...]:
+    """The Match rows of a stage: its method's, then its own; without teachers the label rows alone; of a cache none.
+
+    Args:
+        data: its `data` block; whether targets are tokens chooses the default step of a method.
+        regression: labels are numbers.
+
+    Raises:
+        UserError: unknown method, step, option or label, or no row that is left.
+    """
+    return tuple(placed_rows(stage, data, where, regression).values())
+
+
+def placed_rows(stage: StageConfig, data: DataConfig, where: str, regression: bool = False) -> dict[str, Match]:
+    """As `stage_rows`, each under the place it has from the user: ``WHERE.match[0]``, ``WHERE.method: hidden``.
+
+    What stands behind the place of a method's row is its label; of label rows, the place is the stage's own.
+    """
+    if stage.kind == "cache":
+        return {}
+    if stage.kind != "distill":
+        return {f"{where}: {row.feature}": row for row in label_rows(data, regression)}
+    named = method_rows(stage.method, TASKS.find(data.task).token_level, f"{where}.method") if stage.method else {}
+    rows = mixed(named, stage.match, where)
+    _check_some(tuple(rows.values()), where)
+    return rows
+
+
+def _check_some(rows: tuple[Match, ...], where: str) -> None:
+    if not rows:
+        raise UserError("no row is left", where=f"{where}.match", todo="drop a row of weight 0 that replaces another")
+    if not any(row.weight > 0 for row in rows):
+        raise UserError(
+            "every row weighs 0: the student would learn nothing",
+            where=f"{where}.match",
+            found=", ".join(f"{row.feature}:{row.loss}" for row in rows),
+            todo="give at least one row a weight above 0",
+        )
+
+
+def label_rows(data: DataConfig, regression: bool = False) -> tuple[Match, ...]:
+    """Cross entropy (squared error for numbers) with the task's labels, and with those of the next sentence."""
+    labels = Match(feature="logits", loss="label_mse" if regression else "ce", target="labels")
+    follows = Match(feature="nsp_logits", loss="ce", target="labels")
+    return (labels, follows) if data.next_sentence else (labels,)
+
+
+def method_rows(named: Named, token_level: bool, where: str) -> dict[str, Match]:
+    """Label -> row of a method, at the step its options name or the one that fits the targets.
+
+    Raises:
+        UserError: unknown method, option or step, or a value the method refuses.
+    """
+    spec = METHODS.find(named.name, where)
+    check_options(named.options, spec.options(), where)
+    try:
+        return spec.rows(named.options, default_step(spec, named.options, token_level))
+    except ValueError as error:
+        raise UserError(str(error), where=f"{where}.options") from error
+
+
+def default_step(spec: MethodSpec, options: Mapping[str, object], token_level: bool) -> str:
+    """The step that `options` name; else the earliest that the targets allow.
+
+    Token targets: pre-train before fine-tune before prediction. Class targets: fine-tune, then prediction, and none
+    whose rows ask for token positions.
+    """
+    if "step" in options:
+        return str(options["step"])
+    steps = [step for step in _ORDER[token_level] if step in spec.steps]
+    for step in steps:
+        if token_level or all(row.positions is None for row in spec.rows(options, step).values()):
+            return step
+    return steps[0]
+
+
+def mixed(named: Mapping[str, Match], own: tuple[Match, ...], where: str) -> dict[str, Match]:
+    """A method's rows, those that a row of the stage replaces exchanged in their place, then the stage's others.
+
+    A replacement of weight 0 drops the row. Places of the rows as `placed_rows` has them.
+
+    Raises:
+        UserError: a label the method does not have, or one that is replaced twice.
+    """
+    there = {label: (f"{where}.method: {label}", row) for label, row in named.items()}
+    added: dict[str, Match] = {}
+    for position, row in enumerate(own):
+        if row.replace is None:
+            added[f"{where}.match[{position}]"] = row
+            continue
+        place = f"{where}.match[{position}].replace"
+        if row.replace not in named:
+            raise UserError(
+                "the method has no row of this label",
+                where=place,
+                found=row.replace,
+                allowed=list(named) or "none: the stage has no method",
+                todo=nearest(row.replace, named),
+            )
+        if there[row.replace][1] is not named[row.replace]:
+            raise UserError("this row is replaced twice", where=place, found=row.replace)
+        there[row.replace] = (place.removesuffix(".replace"), row)
+    kept = {place: row for place, row in there.values() if row.weight > 0 or row.replace is None}
+    return kept | added

@@ -1,0 +1,74 @@
+"""What some weightings need around a step: a look at the whole of it before, and its reward after.
+
+Both run the student without gradients, in eval mode and outside the engine's forward, as validation does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from mtkd.data.batch import Batch
+from mtkd.engine.base import Engine
+from mtkd.models.features import Features
+from mtkd.objective.gram import gram
+from mtkd.objective.objective import Objective
+from mtkd.objective.targets import as_logits
+from mtkd.running.built import BuiltStage
+from mtkd.weightings.traits import Around, Traits
+
+
+def before_step(
+    built: BuiltStage, step: int, micro_batches: list[Batch], counts: dict[str, int]
+) -> Iterable[tuple[Batch, list[Features]]]:
+    """The step's micro-batches with their teachers' features; tells the objective what they have in common.
+
+    Teachers are asked one micro-batch at a time, unless the weighting reads the Gram matrix of the whole step: then
+    their features of all micro-batches are held, so that no teacher runs twice.
+    """
+    objective, pool = built.objective, built.pool
+    if not isinstance(objective, Objective):
+        return ((batch, pool.forward(batch)) for batch in micro_batches)
+    if "gram" not in objective.weighting.reads or len(objective.teacher_names) < 2:
+        objective.begin_step(step)
+        return ((batch, pool.forward(batch)) for batch in micro_batches)
+    held = [pool.forward(batch) for batch in micro_batches]
+    count = len(objective.teacher_names)
+    objective.student.eval()
+    with torch.no_grad():
+        parts = []
+        for batch, features in zip(micro_batches, held, strict=True):
+            parts.append(gram(objective, batch, features, counts, built.engine.whole_head))
+    objective.train()
+    total = built.engine.dist.sum(torch.stack(parts).sum(0).reshape(-1).tolist())
+    objective.begin_step(step, torch.tensor(total, dtype=torch.float64).reshape(count, count))
+    return list(zip(micro_batches, held, strict=True))
+
+
+def after_step(built: BuiltStage, micro_batches: list[Batch]) -> None:
+    """The reward of a weighting that wants one: the student's loss on each of the same examples, after the step."""
+    objective, engine = built.objective, built.engine
+    if not isinstance(objective, Objective):
+        return
+    weighting = objective.weighting
+    if not weighting.rewarded or not objective.teacher_names:
+        return
+    objective.student.eval()
+    mine = weighting.judged([_losses(objective, batch, engine) for batch in micro_batches])
+    objective.train()
+    total = engine.dist.sum(mine.tolist())
+    weighting.reward(torch.tensor(total, dtype=torch.float64, device=mine.device))
+
+
+@torch.no_grad()
+def _losses(objective: Objective, batch: Batch, engine: Engine) -> Tensor:
+    """The student's mean loss on each example's labels, [B]."""
+    with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=objective.dtype == torch.bfloat16):
+        features = objective.student(batch, frozenset({"logits"}))
+    with engine.whole_head():
+        logits = as_logits(features["logits"]).in_dtype(objective.dtype)
+        around = Around(batch.ids, student=logits)
+        targets = objective.mapped(batch).targets
+        return Traits([logits], targets, batch.target_mask, "example", objective.tile, around).student_loss

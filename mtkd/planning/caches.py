@@ -1,0 +1,282 @@
+"""Caches before they exist: what a cache stage will keep, and what a stage that reads it may ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mtkd.config import RANDOM_TOKENS, CacheConfig, DataConfig, RunConfig, StageConfig
+from mtkd.data.batch import Batch, position_counts
+from mtkd.data.load import PLACES
+from mtkd.data.paths import DataFile, bytes_of, file_digest, find_files
+from mtkd.data.tasks import varies
+from mtkd.errors import UserError
+from mtkd.models.features import DenseLogits, split_key
+from mtkd.models.info import ModelInfo
+from mtkd.objective.compile import Row
+from mtkd.objective.kept import check_cached_rows
+from mtkd.planning.cachefolder import CacheFacts
+from mtkd.pool.cache import CacheContent
+from mtkd.pool.cache.codec import SampledCodec, TopCodec
+from mtkd.registry import TASKS
+from mtkd.weightings.base import StageFacts, Weighting
+from mtkd.weightings.make import make_weighting
+from mtkd.weightings.traits import Around, Traits
+
+_FOR_TOKENS = {"targets", "k", "temperature", "bits", "proposal", "traits"}
+
+
+def content_of(cache: CacheConfig, *, token_level: bool, columns: int, seed: int) -> CacheContent:
+    """What a cache stage keeps of a teacher. Args: columns: real ids, or classes. seed: of draws."""
+    if not token_level:
+        return CacheContent("classes", 0, 1.0, columns, hidden=cache.hidden, dtype=cache.dtype)
+    return CacheContent(
+        cache.targets,
+        cache.k,
+        cache.temperature,
+        columns,
+        hidden=cache.hidden,
+        ce="ce" in cache.traits,
+        dtype=cache.dtype,
+        bits=cache.bits,
+        proposal=cache.proposal,
+        seed=seed if cache.targets == "sampled" else 0,
+        scalars=tuple(name for name in cache.traits if name != "ce"),
+    )
+
+
+def check_cacheable(stage: StageConfig, data: DataConfig, where: str) -> None:
+    """Refuse data whose inputs change with the epoch, and settings that its task does not read.
+
+    Raises:
+        UserError: naming the field.
+    """
+    if varies(data):
+        raise UserError(
+            f"a {data.task} teacher sees other masked tokens in every epoch, so what it says once is not what it would "
+            "say the next time",
+            where=f"{where}.data",
+            found=f"task {data.task}",
+            allowed="inputs that are the same in every epoch",
+            todo=f"set redraw: false in the data block, or use resident teachers for {data.task}",
+        )
+    unread = sorted(_FOR_TOKENS & stage.cache.model_fields_set)
+    if not TASKS.find(data.task).token_level and unread:
+        raise UserError(
+            "a classification cache keeps every class logit, which serves any temperature and trait",
+            where=f"{where}.cache.{unread[0]}",
+            found=getattr(stage.cache, unread[0]),
+            todo=f"drop {', '.join(unread)}",
+        )
+    if "ce" in stage.cache.traits and not data.labelled:
+        raise UserError("the tokens of these data are made up: a cross entropy with them means nothing",
+                        where=f"{where}.cache.traits", found="ce")  # fmt: skip
+
+
+def check_layers(content: CacheContent, info: ModelInfo, where: str, teacher: str) -> None:
+    """Refuse content that a teacher cannot give.
+
+    Raises:
+        UserError: a layer it does not have, or more ids than there are.
+    """
+    content.check(where)
+    for key in content.hidden:
+        _, layer = split_key(key)
+        if layer is not None and layer > info.num_layers:
+            raise UserError(
+                f"teacher '{teacher}' has no such layer",
+                where=f"{where}.hidden",
+                found=key,
+                allowed=f"0 to {info.num_layers}",
+            )
+
+
+def check_same_data(config: RunConfig, earlier: StageConfig, stage: StageConfig, where: str) -> None:
+    """Refuse a cache stage whose examples are not those of the stage that reads it, as far as options tell."""
+    names = [config.data_name(s.data) for s in (earlier, stage)]
+    earlier_data, data = (config.data[name] for name in names)
+    theirs, ours = (each.model_dump(mode="json", exclude=PLACES) for each in (earlier_data, data))
+    differing = sorted(key for key in ours if ours[key] != theirs[key])
+    differing += _other_places(earlier_data, data, config.base, names)
+    if differing:
+        raise UserError(
+            f"the cache holds what its teacher says about data '{names[0]}'; this stage trains on '{names[1]}'",
+            where=where,
+            found=f"{', '.join(differing)} differ",
+            todo="cache the teacher on this stage's data",
+        )
+
+
+def _other_places(earlier: DataConfig, data: DataConfig, base: Path, names: Sequence[str]) -> list[str]:
+    """The fields by which two `data` entries read other rows; equal files may lie anywhere."""
+    if names[0] == names[1]:
+        return []
+    if earlier.source != data.source:
+        return ["source"]
+    if data.source != "files":
+        return [field for field in ("path", "revision") if getattr(earlier, field) != getattr(data, field)]
+    theirs, ours = (find_files(d, base, f"data.{name}") for d, name in zip((earlier, data), names, strict=True))
+    if theirs.keys() != ours.keys():
+        return ["files"]
+    return [f"files.{split}" for split, files in ours.items() if not _same(files, theirs[split])]
+
+
+def _same(files: Sequence[DataFile], others: Sequence[DataFile]) -> bool:
+    """Whether two lists of files hold the same in the same order."""
+    if [file.path for file in files] == [other.path for other in others]:
+        return True
+    return file_digest({"train": files}) == file_digest({"train": others})
+
+
+def check_cached(
+    stage: StageConfig, rows: Sequence[Row], caches: Mapping[str, CacheFacts], *, token_level: bool, where: str
+) -> None:
+    """Refuse what a stage would ask of its cached teachers and they do not have.
+
+    Args:
+        rows: compiled against all teachers. caches: of the teachers that are cached, by name.
+    Raises:
+        UserError: naming teacher, what is missing and where to ask for it.
+    """
+    for k, teacher in enumerate(stage.teachers):
+        if teacher.name not in caches:
+            continue
+        facts = caches[teacher.name]
+        for row in rows:
+            if not row.from_labels:
+                _check_row(row, k, teacher.name, facts, row.place)
+        try:
+            check_cached_rows(rows, facts.content, f"{where}.teachers[{k}]")
+        except UserError as error:
+            error.message = f"cache of teacher '{teacher.name}': {error.message}"
+            raise
+    if caches and token_level:  # whole class logits tell every trait
+        _check_traits(stage, caches, f"{where}.weighting")
+
+
+def compressed_from_cache(teacher: str, where: str) -> UserError:
+    """A student with a part of the ids reads the teacher's distribution over these alone, which a cache cannot give."""
+    return UserError(
+        f"the student keeps a part of the ids, and the cache of teacher '{teacher}' holds a few of them per position",
+        where=where,
+        todo="make the teacher resident, or give the student the whole vocabulary",
+    )
+
+
+def _check_row(row: Row, k: int, name: str, facts: CacheFacts, where: str) -> None:
+    for key in sorted(row.teacher_wants(k) - {"logits", *facts.content.hidden}):
+        if split_key(key)[0] in ("hidden", "cls", "embedding"):
+            todo = f"add {key} to `hidden` of the cache ({facts.settings}), or drop the row"
+        else:
+            todo = "attention is not kept in caches: make the teacher resident, or drop the row"
+        raise UserError(
+            f"feature '{key}' of teacher '{name}' is not in its cache",
+            where=where,
+            found=key,
+            allowed=["logits", *facts.content.hidden],
+            todo=todo,
+        )
+
+
+def _check_traits(stage: StageConfig, caches: Mapping[str, CacheFacts], where: str) -> None:
+    names = tuple(t.name for t in stage.teachers)
+    weighting = make_weighting(stage.weighting, StageFacts.stand_in(names), where)
+    reads = read_traits(weighting, len(names), stage.per)
+    for name, facts in caches.items():
+        if "gram" in weighting.reads and facts.content.targets == "sampled" and len(names) > 1:
+            raise UserError(
+                f"weighting '{stage.weighting.name}' reads inner products of the teachers' gradients; drawn targets "
+                "are unbiased in a gradient, not in those",
+                where=where,
+                found=f"the cache of '{name}' has targets: sampled",
+                todo=f"make it with targets: top ({facts.settings}), or choose another weighting",
+            )
+        missing = sorted(reads - facts.content.known_traits())
+        if missing:
+            other = ", keep k: 2 or more" if facts.content.knows_with_two(missing) else ""
+            raise UserError(
+                f"weighting '{stage.weighting.name}' reads the trait '{missing[0]}' of every teacher, which the cache "
+                f"of '{name}' lacks",
+                where=where,
+                found=", ".join(missing),
+                allowed=sorted(facts.content.known_traits()) or "no trait",
+                todo=f"add it to `traits` of the cache ({facts.settings}){other}, or choose a weighting that does not "
+                "read it",
+            )
+
+
+def read_traits(weighting: Weighting, num_teachers: int, per: str) -> frozenset[str]:
+    """Which traits of the teachers' token predictions a weighting reads, found by asking it about a stand-in."""
+    shape = (2, 2)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn((num_teachers, *shape, 3), generator=generator)
+    targets, real = torch.zeros(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.bool)
+    batch = Batch(torch.arange(2), targets, real, targets)
+    around = Around(
+        batch.ids,
+        {**position_counts([batch]), **weighting.counts(batch)},
+        student=DenseLogits(torch.randn((*shape, 3), generator=generator)),
+        pooled=torch.randn(2, 1, generator=generator),
+        routes=torch.zeros(2, dtype=torch.int64),
+        gram=torch.eye(num_teachers, dtype=torch.float64),
+    )
+    asked = _Asked([DenseLogits(x) for x in logits], targets, real, per, 4, around)
+    with torch.no_grad():
+        weighting(asked)
+        weighting.penalty(asked)
+    return frozenset(asked.names)
+
+
+class _Asked(Traits):
+    """Traits that remember which of them were read of the teachers."""
+
+    def positions(self, name: str) -> Tensor:
+        self.names.add(name)
+        return super().positions(name)
+
+    @property
+    def names(self) -> set[str]:
+        """What was read so far."""
+        names: set[str] = self.__dict__.setdefault("_names", set())
+        return names
+
+
+def bytes_per_token(content: CacheContent, info: ModelInfo) -> float:
+    """Most bytes on disk per token position; of classes per example, with hidden states per token not counted."""
+    size = 4 if content.dtype == "float32" else 2
+    total = 4.0 * len(content.stored_traits)
+    if content.targets == "top":
+        total += TopCodec(content.columns, content.k, content.bits).bytes_per_position
+    elif content.targets == "sampled":
+        total += 2 + content.k * SampledCodec(content.columns, content.k, content.proposal != 1).bytes_per_id
+    elif content.targets == "classes":
+        total += 4 * content.columns
+    return total + sum(size * info.width for key in content.hidden)
+
+
+def train_tokens(data: DataConfig, base: Path) -> int | None:
+    """An upper bound of the train split's tokens: of text one per byte; None where only reading the data tells."""
+    if data.source == RANDOM_TOKENS:
+        return data.documents and data.documents * data.max_length
+    if data.source != "files":
+        return None
+    return bytes_of(find_files(data, base)["train"])
+
+
+def describe(content: CacheContent, info: ModelInfo, tokens: int | None) -> str:
+    """One line for the plan: what is kept of a teacher, and the most bytes it takes."""
+    kept = {
+        "top": f"top {content.k} of {content.columns:,} ids, {content.bits} bits",
+        "sampled": f"{content.k} draws from {content.columns:,} ids",
+        "classes": f"{content.columns} class logits",
+    }[content.targets]
+    if content.per_token:
+        kept += f", temperature {content.temperature:g}"
+    kept = ", ".join([kept, *content.stored_traits, *content.hidden])
+    each = bytes_per_token(content, info)
+    unit = "token" if content.per_token else "example or token"
+    size = "" if tokens is None else f", <= {each * tokens / 1e9:.3g} GB"
+    return f"{kept}; <= {each:.0f} bytes per {unit}{size}"

@@ -1,0 +1,273 @@
+"""What can be refused of a run before any data or weights are read: names, options, and what does not fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mtkd.config import RANDOM_TOKENS, RunConfig, StageConfig
+from mtkd.config.read import Location, dotted
+from mtkd.data.files import columns_of
+from mtkd.data.paths import find_files
+from mtkd.data.sources import check_source
+from mtkd.data.tasks import TaskSpec
+from mtkd.errors import UserError
+from mtkd.methods.rows import placed_rows, stage_rows
+from mtkd.models.info import PRE_TRAINING
+from mtkd.models.vocabulary import compressed_teacher, compressed_twice
+from mtkd.objective.compile import at_row
+from mtkd.planning.places import in_file, placed
+from mtkd.planning.stages import (
+    can_teach,
+    does_task,
+    head_for,
+    model_name,
+    model_of,
+    never_trained,
+    scored_models,
+    stage_of,
+)
+from mtkd.planning.teaching import heads_read
+from mtkd.registry import LOSSES, TASKS, WEIGHTINGS, check_options, load_plugins
+from mtkd.secret import in_url, masked
+from mtkd.weightings.base import StageFacts
+from mtkd.weightings.make import check_weighting, make_weighting
+
+
+def check(config: RunConfig) -> None:
+    """Plug-ins, names, options and data files: everything that can be checked without reading data or weights.
+
+    Raises:
+        UserError: at the first thing that is wrong.
+    """
+    with in_file(config):
+        load_plugins(config.plugins, config.base)
+        for name, data in config.data.items():
+            with placed(data=f"data.{name}"):
+                check_source(data, config.base, f"data.{name}")
+        _check_registered(config)
+        _check_evaluation(config)
+        _check_vocabularies(config)
+        _check_selection(config)
+
+
+def check_credentials(config: RunConfig) -> None:
+    """Refuse credentials in a URL, in any text of the configuration: run.yaml would keep them.
+
+    Raises:
+        UserError: naming the place; the text is masked.
+    """
+    for location, text in _texts(config.model_dump(mode="json", exclude_unset=True), ()):
+        if in_url(text):
+            raise UserError(
+                "a URL with credentials: run.yaml and other files of the run would keep them",
+                where=dotted(location),
+                found=masked(text),
+                todo="take them out, and make new ones if the file was shared: "
+                "models and data of the hub are read with the token of `hf auth login` or HF_TOKEN",
+            )
+
+
+def _texts(value: object, location: Location) -> Iterator[tuple[Location, str]]:
+    """Every text below, the names of keys too, with its place."""
+    if isinstance(value, str):
+        yield location, value
+    for key, child in value.items() if isinstance(value, dict) else ():
+        yield location, str(key)
+        yield from _texts(child, (*location, str(key)))
+    for number, child in enumerate(value if isinstance(value, list) else ()):
+        yield from _texts(child, (*location, number))
+
+
+def _check_registered(config: RunConfig) -> None:
+    """Every registered name and option a run uses, before anything is loaded.
+
+    Raises:
+        UserError: at the first unknown name or option.
+    """
+    for name, data in config.data.items():
+        TASKS.find(data.task, f"data.{name}.task")
+    for name, stage in config.stages.items():
+        where = f"stages.{name}"
+        _check_labels(config, stage, where)
+        data_name = config.data_name(stage.data)
+        rows = placed_rows(stage, config.data[data_name], where)
+        for place, row in rows.items():
+            with at_row(place):
+                check_options(row.options, LOSSES.find(row.loss, "@row.loss").options(), "@row")
+        facts = StageFacts.stand_in(tuple(t.name for t in stage.teachers))
+        weighting = make_weighting(stage.weighting, facts, f"{where}.weighting")
+        token_level = TASKS.find(config.data[data_name].task).token_level
+        check_weighting(weighting, stage, tuple(rows.values()), where, token_level=token_level)
+        _check_heads(config, name)
+        if "route" in weighting.reads:
+            _check_route(config, data_name)
+        task = config.data[data_name].task
+        if stage.per == "token" and not TASKS.find(task).token_level:
+            raise UserError(
+                f"task '{task}' has one target per example, so one weight per teacher and example",
+                where=f"{where}.per",
+                found="token",
+                allowed="example",
+            )
+
+
+def _check_heads(config: RunConfig, name: str) -> None:
+    """Refuse a teacher of an earlier stage whose predictions are read, and whose stage gave it another head or none."""
+    stage, read = config.stages[name], heads_read(config, name)
+    for i, teacher in enumerate(stage.teachers):
+        earlier = stage_of(teacher.model.path)
+        if earlier is None:
+            continue
+        where = f"stages.{name}.teachers[{i}]"
+        theirs, ours = (head_for(config, s.data) for s in (config.stages[earlier], stage))
+        if not can_teach(theirs, ours) and (read or ours == PRE_TRAINING):
+            raise UserError(
+                f"stage '{earlier}' made its model for another task: here its predictions would come from a new head",
+                where=where,
+                found=f"{theirs} on data '{config.data_name(config.stages[earlier].data)}'",
+                allowed=ours,
+                todo="fine-tune the teacher on this stage's data first, or compare hidden states and attention alone",
+            )
+        if read and never_trained(config, model_of(teacher.model.path) or earlier):
+            raise UserError(
+                f"no row of stage '{earlier}' compares logits: its model never learns to predict",
+                where=where,
+                found="its predictions are read here",
+                todo="fine-tune it first: a `kind: finetune` stage, or compare hidden states and attention alone",
+            )
+
+
+def _check_route(config: RunConfig, name: str) -> None:
+    """The column that names each example's teacher must be there."""
+    data = config.data[name]
+    files = find_files(data, config.base, f"data.{name}") if data.source == "files" else {}
+    columns = columns_of(files["train"][0]) if "train" in files else None
+    if data.source == RANDOM_TOKENS or (columns is not None and data.teacher not in columns):
+        raise UserError(
+            "weighting 'route' reads the teacher of each example from a column, and these data have none of that name",
+            where=f"data.{name}.teacher",
+            found=data.teacher,
+            allowed=columns or "data with such a column",
+        )
+
+
+def _check_labels(config: RunConfig, stage: StageConfig, where: str) -> None:
+    """Refuse whatever reads the labels of made-up texts."""
+    name = config.data_name(stage.data)
+    data = config.data[name]
+    if data.labelled:
+        return
+    readers = [f"row {row.feature}:{row.loss}" for row in stage_rows(stage, data, where) if row.target == "labels"]
+    if WEIGHTINGS.find(stage.weighting.name, f"{where}.weighting.name").needs_labels:
+        readers.append(f"weighting '{stage.weighting.name}'")
+    if readers:
+        raise UserError(
+            f"the tokens of data '{name}' are made up: its labels mean nothing",
+            where=where,
+            found=", ".join(readers),
+            todo="distil without label rows (method options: {hard: 0}) and with a weighting that needs no labels",
+        )
+
+
+def _check_vocabularies(config: RunConfig) -> None:
+    """A model that a stage made with a compressed vocabulary is not compressed again, and teaches no tokens."""
+    compressed: set[str | None] = set()
+    for name, stage in config.stages.items():
+        task = TASKS.find(config.data[config.data_name(stage.data)].task)
+        for i, teacher in enumerate(stage.teachers):
+            if task.token_level and model_of(teacher.model.path) in compressed:
+                raise compressed_teacher(teacher.model.path or "", f"stages.{name}.teachers[{i}]")
+        for role, model in stage.trained.items():
+            goes_on = model_of(model.path) in compressed
+            if goes_on and model.vocabulary is not None:
+                raise compressed_twice(f"{stage.place(name, role)}.vocabulary")
+            if goes_on or model.vocabulary is not None:
+                compressed.add(model_name(name, stage, role))
+
+
+def _check_evaluation(config: RunConfig) -> None:
+    """Refuse to score a model on a task that its stage gave it no head for.
+
+    Raises:
+        UserError: naming the stage and its data.
+    """
+    settings = config.evaluate
+    name = config.data_name(settings.data)
+    data = config.data[name]
+    split = settings.split
+    held_out = split == "validation" and data.validation_share > 0
+    if not config.models and not settings.ensembles:
+        return  # caches alone: there is nothing to score
+    splits = list(find_files(data, config.base, f"data.{name}")) if data.source == "files" else []
+    if data.source == RANDOM_TOKENS or (data.source == "files" and split not in splits and not held_out):
+        raise UserError(
+            f"data '{name}' has no {split} split to score on",
+            where="evaluate.split",
+            found=split,
+            allowed=splits or "real data",
+            todo="set evaluate.data and evaluate.split",
+        )
+    named = [("stages", s) for s in settings.stages] + [("ensembles", s) for s in settings.ensembles]
+    for place, stage in named:
+        if place == "stages" and never_trained(config, stage):
+            raise UserError(
+                f"no row of stage '{stage}' compares logits: its model never learns to predict, and has no score",
+                where=f"evaluate.{place}",
+                found=stage,
+                todo="drop the stage here, or fine-tune its model in a further stage",
+            )
+        if not does_task(config, stage):
+            raise UserError(
+                f"the models of stage '{stage}' cannot be scored on data '{name}' (task {config.data[name].task})",
+                where=f"evaluate.{place}",
+                found=f"trained on data '{config.data_name(config.stages[stage].data)}'",
+                allowed=[s for s in config.stages if does_task(config, s)] or "no stage of this run",
+                todo="drop the stage, or set evaluate.data to data of its task",
+            )
+    scored = scored_models(config)
+    if not scored and not any(does_task(config, model) for model in config.models):
+        raise UserError(f"no stage of this run does the task of data '{name}'", where="evaluate.data", found=name)
+    for i, pair in enumerate(settings.comparisons):
+        for side in (pair.candidate, pair.baseline):
+            if side.partition("/")[0] in config.stages and side not in scored:
+                raise UserError(
+                    f"'{side}' is not scored: its task is not that of evaluate.data, or it never learns to predict",
+                    where=f"evaluate.comparisons[{i}]",
+                    allowed=scored,
+                )
+
+
+def _check_selection(config: RunConfig) -> None:
+    """The metric that stops a stage or chooses its step exists, and so does the validation split, as far as known.
+
+    Raises:
+        UserError: naming what is missing.
+    """
+    for name, stage in config.stages.items():
+        if not stage.selects:
+            continue
+        data_name = config.data_name(stage.data)
+        data = config.data[data_name]
+        task: TaskSpec = TASKS.find(data.task, f"data.{data_name}.task")
+        if stage.selects not in (allowed := ("loss", *task.metrics, *task.regression_metrics)):
+            raise UserError(
+                f"task '{data.task}' has no such metric",
+                where=f"stages.{name}.{'early_stop.metric' if stage.early_stop else 'export_metric'}",
+                found=stage.selects,
+                allowed=allowed,
+            )
+        if data.source == RANDOM_TOKENS:
+            raise UserError(
+                "random tokens have no validation split to choose by",
+                where=f"stages.{name}",
+                found=f"data '{data_name}'",
+                todo="drop early_stop and export: best",
+            )
+        files = find_files(data, config.base, f"data.{data_name}") if data.source == "files" else {}
+        if data.source == "files" and "validation" not in files and not data.validation_share:
+            raise UserError(
+                "there is no validation split to choose by",
+                where=f"data.{data_name}.files",
+                found=", ".join(files),
+                todo="add files.validation or validation_share, or drop early_stop and export: best",
+            )

@@ -1,0 +1,132 @@
+"""A data entry as `mtkd plan` shows it: classes, rows, and the first examples as a model sees them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from rich.markup import escape
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+
+from mtkd.config import DataConfig
+from mtkd.data.everyrow import look_at_rows
+from mtkd.data.load import Split
+from mtkd.data.sources import Raw
+from mtkd.models.features import NO_LABEL
+from mtkd.planning.data import DataFacts
+
+_SHOWN = 2  # examples
+_WIDEST, _CLASSES = 160, 12
+
+
+@dataclass(frozen=True)
+class PlannedExample:
+    """An example: decoded ids with special tokens, what is asked of it, and its number of tokens."""
+
+    text: str
+    asked: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class PlannedData:
+    """A data entry as the stages will see it.
+
+    Attributes:
+        labels: "2 classes", "numbers", or "" for token tasks. classes: their names in order. why: how they were found.
+        rows: split -> rows after hold-out and limit. labelled: of these, with a label.
+        pad_token: of the tokenizer; "" for none. examples: the first ones of the train split.
+        note: why there are no examples yet, or what cannot be read now.
+        unread: what of the files is ignored or cut, such as an index column, blank rows, prompts without room.
+    """
+
+    name: str
+    task: str
+    labels: str
+    classes: tuple[str, ...]
+    why: str
+    rows: dict[str, int]
+    labelled: dict[str, int]
+    pad_token: str
+    examples: tuple[PlannedExample, ...] = ()
+    note: str = ""
+    unread: tuple[str, ...] = ()
+
+
+def view(
+    name: str, config: DataConfig, facts: DataFacts, raw: Raw | None, tokenizer: PreTrainedTokenizerBase | None
+) -> PlannedData:
+    """What the plan shows of an entry.
+
+    Args: raw: its rows; None where they cannot be read now. tokenizer: None while it is not there.
+
+    Raises:
+        UserError, DataError: a row cannot be read, or tokenised for the task; naming the file and row.
+    """
+    labels = {"class": f"{len(facts.classes)} classes", "number": "numbers (a regression)"}.get(facts.kind, "")
+    shown = PlannedData(
+        name, config.task, labels, facts.classes, facts.why, dict(facts.rows), dict(facts.labelled),
+        str(tokenizer.pad_token or "") if tokenizer is not None else "",
+    )  # fmt: skip
+    if raw is None:
+        return replace(shown, note=facts.not_here)
+    looked = look_at_rows(name, config, raw, tokenizer)
+    shown = replace(shown, unread=(*raw.notes, *looked.notes))
+    if tokenizer is None:
+        return replace(shown, note="examples are shown once the run's tokenizer is there")
+    split = _split(raw)
+    if split in looked.unmade:
+        return replace(shown, note=looked.unmade[split])
+    made = looked.splits[split]
+    examples = [_example(made, index, config, tokenizer, facts) for index in range(min(_SHOWN, len(made)))]
+    return replace(shown, examples=tuple(examples))
+
+
+def _example(
+    split: Split, index: int, config: DataConfig, tokenizer: PreTrainedTokenizerBase, facts: DataFacts
+) -> PlannedExample:
+    batch = split.collate([index])
+    ids, target = batch.input_ids[0][batch.attention_mask[0]], batch.targets[0]
+    if target.dim() == 0:
+        value = target.item()
+        missing = value != value or value == NO_LABEL
+        asked = "no label" if missing else facts.classes[int(value)] if facts.classes else f"{value:g}"
+    else:
+        wanted = target[target != NO_LABEL]
+        every = len(wanted) == len(ids) and config.task == "causal-lm"
+        asked = "every next token" if every else _short(str(tokenizer.decode(wanted)))
+    return PlannedExample(_short(str(tokenizer.decode(ids))), asked, len(ids))
+
+
+def _split(raw: Raw) -> str:
+    return "train" if "train" in raw.splits else next(iter(raw.splits))
+
+
+def _short(text: str) -> str:
+    """The beginning of a text, with what does not print written out."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: _WIDEST + 1])
+    return text if len(text) <= _WIDEST else f"{text[:_WIDEST]}..."
+
+
+def data_tables(data: list[PlannedData]) -> list[Table]:
+    """For the terminal."""
+    table = Table("data", "task", "rows", "labels", "why", "pad token", title="data")
+    examples = Table("data", "tokens", "example, as the model sees it", "asked", title="first examples")
+    for each in data:
+        rows = ", ".join(f"{split} {count:,}{_unlabelled(each, split)}" for split, count in each.rows.items())
+        names = ", ".join(f"{i}: {name}" for i, name in enumerate(each.classes[:_CLASSES]))
+        names += ", ..." if len(each.classes) > _CLASSES else ""
+        labels = f"{each.labels}: {names}" if names else each.labels
+        table.add_row(each.name, each.task, rows or "?", *map(escape, (labels, each.why, each.pad_token or "none")))
+        for i, example in enumerate(each.examples):
+            examples.add_row(
+                each.name if i == 0 else "", str(example.tokens), escape(example.text), escape(example.asked)
+            )
+        for note in filter(None, (each.note, *each.unread)):
+            examples.add_row(each.name, "", escape(note), "")
+    return [table, examples]
+
+
+def _unlabelled(data: PlannedData, split: str) -> str:
+    lacking = data.rows[split] - data.labelled.get(split, data.rows[split])
+    return f" ({lacking:,} without a label)" if lacking else ""

@@ -1,0 +1,400 @@
+"""What one optimizer step needs beside weights, counted on tensors that have shapes and no values.
+
+A stage's own objective and teachers are built of torch's fake tensors (any size, no memory) and make one step:
+teachers, forward, tiles, backward. Every storage that comes into being is followed until it is freed, so what an
+architecture saves for its backward pass, what autocast copies and what a loss needs in between is counted, and no
+formula has to know of it. Where the code asks what a value is, it hears that every position counts: the largest step.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PretrainedConfig
+
+from mtkd.data.batch import Batch
+from mtkd.engine.base import Trainable
+from mtkd.models.features import DenseLogits, Features, SparseLogits, SparseRows
+from mtkd.models.info import ModelInfo, attention_implementation, model_info
+from mtkd.models.linear import speed_up_linears
+from mtkd.models.pieces import planned_tiles
+from mtkd.models.taps import TappedModel
+from mtkd.models.vocabulary import VocabularyMap
+from mtkd.objective.cofinetune import CoFinetuning
+from mtkd.objective.compile import Row
+from mtkd.objective.objective import Objective
+from mtkd.objective.projection import make_projections
+from mtkd.pool.cache import CacheContent
+from mtkd.weightings.base import StageFacts, Weighting
+from mtkd.weightings.make import make_weighting
+from mtkd.weightings.simple import Uniform
+
+MOMENTS = ("teachers", "forward", "loss", "backward", "update")
+"""Parts of a step, in order: `forward` ends with the student's features, `loss` where the backward pass begins."""
+
+
+_PARTS = ("gradients", "teachers", "activations", "rest")
+_ODD = "_mtkd_any"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model that is built without memory.
+
+    Attributes: num_ids: real ids of the run; kept: rows of a compressed vocabulary, or None for a whole one.
+    """
+
+    config: PretrainedConfig
+    auto_class: str
+    num_ids: int
+    kept: int | None = None
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class CachedShape:
+    """A teacher whose features are read from a cache."""
+
+    content: CacheContent
+    info: ModelInfo
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage's step on one rank.
+
+    Attributes:
+        trained: by name; several are co-finetuned. teachers: by name, in pool order.
+        sequences, length: of a micro-batch, padding included. micro_batches: per optimizer step.
+        tile: positions. on_gpu: tiles are not cut for a CPU's cache. dtype: bfloat16 runs models under autocast.
+    """
+
+    trained: Mapping[str, Shape]
+    teachers: Mapping[str, Shape | CachedShape]
+    rows: Sequence[Row]
+    weighting: Any
+    per: str
+    token_level: bool
+    regression: bool
+    sequences: int
+    length: int
+    micro_batches: int
+    tile: int
+    on_gpu: bool
+    dtype: torch.dtype
+    checkpointing: bool
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of a step beside weights, moments and teachers' weights, at its largest moment.
+
+    Attributes:
+        moment: one of `MOMENTS`.
+        gradients: of the trained parameters, as many as there are at that moment.
+        teachers: features and temporaries of the teachers.
+        activations: what the student's forward left for the backward pass.
+        rest: tiles, temporaries, gradients of activations.
+        trained: bytes of the trained parameters: all gradients take as much. buffers: of the trained models.
+        ungraded: the most of teachers, activations and rest together, at whatever moment.
+        asked: the most while the teachers run, without gradients.
+        notes: what was left out, in words.
+    """
+
+    moment: str
+    gradients: int
+    teachers: int
+    activations: int
+    rest: int
+    trained: int
+    buffers: int
+    ungraded: int
+    asked: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> int:
+        """Bytes at the largest moment."""
+        return self.gradients + self.teachers + self.activations + self.rest
+
+
+class Storages(TorchDispatchMode):
+    """Follows storages from the operation that makes them until they are freed, of fake and of real tensors.
+
+    Attributes: live: bytes now. peak: the most so far; may be set back.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: dict[int, tuple[weakref.ref[Any], int]] = {}
+
+    def follow(self, tensors: Iterable[Tensor]) -> None:
+        """Count these from now on, each storage once."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            key, size = id(storage), storage.nbytes()
+            known = self._known.get(key)
+            if known is not None and known[0]() is storage:
+                self.live += size - known[1]  # it may have been resized
+                self._known[key] = (known[0], size)
+                continue
+            # torch keeps a storage's Python object as long as the storage itself
+            self._known[key] = (weakref.ref(storage, lambda _, key=key: self._gone(key)), size)  # type: ignore[misc]
+            self.live += size
+        self._changed()
+
+    def _changed(self) -> None:
+        self.peak = max(self.peak, self.live)
+
+    def _gone(self, key: int) -> None:
+        self.live -= self._known.pop(key)[1]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.follow(x for x in tree_leaves(made) if isinstance(x, Tensor))
+        return made
+
+
+class _Meter(Storages):
+    """Storages of a step that has no values; remembers the largest moment and what there was.
+
+    Questions about values are answered as if every position counted, every number were one and nothing were odd: what
+    code asks of `any` is whether something needs special care.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.at, self.base, self.teachers, self.activations = "teachers", 0, 0, 0
+        self.found = dict.fromkeys(_PARTS, 0)
+        self.moment, self.ungraded, self.asked, self.gradients = "teachers", 0, 0, 0
+        self._without = {id(p) for p in parameters}  # those that have no gradient yet
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(self._graded)
+
+    def _graded(self, parameter: Tensor) -> None:
+        if id(parameter) in self._without and parameter.grad is not None:
+            self._without.remove(id(parameter))
+            self.gradients += parameter.grad.untyped_storage().nbytes()
+
+    def begin(self) -> None:
+        """What is there now stays: only what comes from here on counts."""
+        self.base, self.peak, self.ungraded, self.asked = self.live, 0, 0, 0
+
+    def footprint(self, trained: int, buffers: int) -> Footprint:
+        """What was counted. Args: trained, buffers: bytes."""
+        gradients, teachers, activations, rest = (self.found[name] for name in _PARTS)
+        return Footprint(
+            self.moment, gradients, teachers, activations, rest, trained, buffers, self.ungraded, self.asked
+        )
+
+    def after_forward(self) -> None:
+        """The student's forward is done: what it left is activations, what comes now is not."""
+        self.activations = self.live - self.base - self.teachers - self.gradients
+        self.at = "loss"
+
+    def _changed(self) -> None:
+        live = self.live - self.base
+        if self.at == "teachers":
+            self.asked = max(self.asked, live - self.gradients)
+        if live <= self.peak and live <= self.ungraded:
+            return
+        gradients = self.gradients
+        self.ungraded = max(self.ungraded, live - gradients)
+        if live <= self.peak:
+            return
+        self.peak, self.moment = live, self.at
+        rest = live - gradients
+        if self.at == "teachers":
+            self.found = dict(zip(_PARTS, (gradients, rest, 0, 0), strict=True))
+            return
+        teachers = min(self.teachers, rest)
+        activations = rest - teachers if self.at == "forward" else min(self.activations, rest - teachers)
+        self.found = dict(zip(_PARTS, (gradients, teachers, activations, rest - teachers - activations), strict=True))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten = torch.ops.aten
+        if func is aten._local_scalar_dense.default:
+            kind = args[0].dtype
+            if kind == torch.bool:
+                return not hasattr(args[0], _ODD)
+            return 1.0 if kind.is_floating_point else 1
+        if func is aten.equal.default:
+            return True
+        if func is aten.nonzero.default:
+            func, size = aten.zeros.default, [args[0].numel(), args[0].dim()]
+            args, kwargs = (size,), {"dtype": torch.int64, "device": args[0].device}
+        made = super().__torch_dispatch__(func, types, args, kwargs)
+        if func is aten.any.default:
+            setattr(made, _ODD, True)
+        return made
+
+
+def measure(step: Step, device: str = "cpu") -> Footprint:
+    """Count a step.
+
+    Args:
+        device: whose kernels are taken: "cpu", or "cuda" where there is one.
+    Raises:
+        Exception: whatever the models or losses do that needs values; nothing can be known then.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device), planned_tiles(step.on_gpu):
+        if not step.trained:
+            return _captured(step)
+        try:
+            return _measured(step, _trainable(step, None))
+        except Exception:
+            # Some weightings read values (a solver of scipy's, say); they need little memory of their own.
+            made = _measured(step, _trainable(step, Uniform()))
+            return replace(made, notes=(f"weighting '{step.weighting.name}' is counted as uniform",))
+
+
+def _measured(step: Step, objective: Trainable) -> Footprint:
+    teachers = [_teacher(shape) for shape in step.teachers.values()]
+    objective.train()
+    batch = _batch(step)
+    parameters = [p for p in objective.parameters() if p.requires_grad]
+    meter = _Meter(parameters)
+    held = [*objective.parameters(), *objective.buffers(), *vars(batch).values()]
+    for teacher in teachers:
+        held += [*teacher.parameters(), *teacher.buffers()] if isinstance(teacher, TappedModel) else []
+    counts = dict.fromkeys(("tokens", "targets", "sequences"), 1)
+    counts |= objective.step_counts(batch)
+    for model in objective.models.values():
+        model.register_forward_hook(lambda *_: meter.after_forward())
+    with meter:
+        meter.follow(x for x in held if isinstance(x, Tensor))
+        meter.begin()
+        # a second micro-batch finds the gradients of the first
+        for _ in range(min(step.micro_batches, 2)):
+            meter.at, meter.teachers, before = "teachers", 0, meter.live
+            features = [_features(step, k, teacher, objective, batch) for k, teacher in enumerate(teachers)]
+            meter.teachers, meter.at = meter.live - before, "forward"
+            loss, metrics = objective(batch, features, counts)
+            meter.at = "backward"
+            loss.backward()
+            del loss, metrics, features
+    trained = sum(p.untyped_storage().nbytes() for p in parameters)
+    buffers = sum(b.untyped_storage().nbytes() for b in objective.buffers())
+    if trained > meter.peak:  # the optimizer finds all gradients and nothing else
+        meter.moment, meter.found = "update", dict(zip(_PARTS, (trained, 0, 0, 0), strict=True))
+    return meter.footprint(trained, buffers)
+
+
+def _captured(step: Step) -> Footprint:
+    """A cache stage's forward of its one teacher, and a tile of logits with what is read off them."""
+    ((_, shape),) = step.teachers.items()
+    teacher, batch, meter = _teacher(shape), _batch(step), _Meter(())
+    assert isinstance(teacher, TappedModel)
+    kind = batch.input_ids.device.type
+    with meter, torch.no_grad():
+        meter.follow([*teacher.parameters(), *teacher.buffers(), batch.input_ids])
+        meter.begin()
+        with torch.autocast(kind, torch.bfloat16, enabled=step.dtype == torch.bfloat16):
+            features = teacher(batch, frozenset({"logits"}))
+        meter.teachers, meter.at = meter.live - meter.base, "loss"
+        logits = features["logits"]
+        assert not isinstance(logits, Tensor)
+        count = min(step.tile, step.sequences * (step.length if step.token_level else 1))
+        rows = logits.in_dtype(step.dtype).rows(torch.zeros(count, dtype=torch.int64))
+        torch.log_softmax(rows, -1).topk(min(128, rows.shape[-1]), -1)
+    return meter.footprint(trained=0, buffers=0)
+
+
+def _trainable(step: Step, weighting: Weighting | None) -> Trainable:
+    """The stage's objective as `mtkd.running.build` wires it, without values."""
+    models = {name: _model(shape) for name, shape in step.trained.items()}
+    for model in models.values():
+        speed_up_linears(model)
+        if step.checkpointing:
+            model.enable_activation_checkpointing()
+    if len(models) > 1:
+        return CoFinetuning(models, regression=step.regression, tile=step.tile, dtype=step.dtype)
+    (student,) = models.values()
+    names = tuple(step.teachers)
+    infos = [
+        shape.info if isinstance(shape, CachedShape) else model_info(shape.config, shape.auto_class)
+        for shape in step.teachers.values()
+    ]
+    facts = StageFacts(names, (1,) * len(names), student.info.width, student.info.num_labels, 0)
+    return Objective(
+        student,
+        step.rows,
+        weighting or make_weighting(step.weighting, facts, "weighting"),
+        make_projections(step.rows, student.info, infos, 0),
+        names,
+        per=step.per,
+        token_level=step.token_level,
+        tile=step.tile,
+        dtype=step.dtype,
+    )
+
+
+def _model(shape: Shape) -> TappedModel:
+    import transformers
+
+    implementation = attention_implementation(shape.config, shape.auto_class)
+    model = getattr(transformers, shape.auto_class).from_config(
+        shape.config, attn_implementation=implementation, dtype=shape.dtype
+    )
+    vocabulary = None
+    if shape.kept is not None:
+        ids = torch.zeros(shape.num_ids, dtype=torch.int64)
+        vocabulary = VocabularyMap(ids[: shape.kept], ids, ids, "")
+    return TappedModel(model, shape.auto_class, shape.num_ids, vocabulary)
+
+
+def _teacher(shape: Shape | CachedShape) -> TappedModel | CachedShape:
+    if isinstance(shape, CachedShape):
+        return shape
+    model = _model(shape).eval().requires_grad_(False)
+    speed_up_linears(model)
+    return model
+
+
+def _features(step: Step, k: int, teacher: TappedModel | CachedShape, objective: Trainable, batch: Batch) -> Features:
+    assert isinstance(objective, Objective)
+    wants = objective.teacher_wants(k)
+    if isinstance(teacher, CachedShape):
+        return _cached(teacher, wants, batch)
+    kind = batch.input_ids.device.type
+    with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=step.dtype == torch.bfloat16):
+        features: Features = teacher(batch, wants)
+    return features
+
+
+def _cached(shape: CachedShape, wants: frozenset[str], batch: Batch) -> Features:
+    """What `mtkd.pool.CachedTeacher` would hand on."""
+    (sequences, length), content = batch.input_ids.shape, shape.content
+    width, positions = shape.info.width, sequences * length
+    features: Features = {
+        key: torch.zeros((sequences, width) if key.startswith("cls") else (sequences, length, width))
+        for key in wants - {"logits"}
+    }
+    if not content.per_token:
+        features["logits"] = DenseLogits(torch.zeros(sequences, content.columns))
+        return features
+    tail = torch.zeros(positions) if content.targets == "top" else None
+    ids = torch.zeros((positions, content.k), dtype=torch.int64)
+    values = SparseRows(ids, torch.zeros(ids.shape), tail, content.temperature)
+    traits = {name: torch.zeros(positions) for name in content.stored_traits}
+    at = torch.zeros(positions, dtype=torch.int64)
+    features["logits"] = SparseLogits("cached", at, values, content.columns, traits)
+    return features
+
+
+def _batch(step: Step) -> Batch:
+    shape = (step.sequences, step.length)
+    ids = torch.zeros(shape, dtype=torch.int64)
+    each = torch.zeros(step.sequences, dtype=torch.int64)
+    targets = ids if step.token_level else each.float() if step.regression else each
+    mask = torch.ones(shape, dtype=torch.bool)
+    return Batch(each, ids, mask, targets, token_type_ids=ids, nsp_targets=each, routes=each)

@@ -1,0 +1,163 @@
+"""Where the models and the tokenizer of a run come from; the tokenizer that a run trains is made here."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from mtkd.config import ModelConfig, RunConfig
+from mtkd.data.segmentation import check_certain
+from mtkd.data.sources import Raw
+from mtkd.data.tokenizers import check_same_tokenizer, load_tokenizer, train_tokenizer
+from mtkd.engine.dist import Dist
+from mtkd.engine.manifest import MANIFEST, check_seal
+from mtkd.engine.record import read_object
+from mtkd.engine.seal import write_sealed
+from mtkd.errors import DataError, UserError
+from mtkd.models.cards import Card, how_to_get, load_cards, missing_glm
+from mtkd.models.folder import check_tokenizer_folder, has_tokenizer
+from mtkd.planning.stages import stage_of
+from mtkd.running.console import Working, say
+from mtkd.running.exports import SMALL, check_foreign
+
+_ORIGIN, _ORIGIN_FILE = "trained_on", "trained_on.json"
+
+
+def resolve_path(path: str, base: Path) -> Path | str:
+    """A model or tokenizer folder (relative to `base` or to the working directory), a card's source, or a hub id.
+
+    Raises:
+        DataError: the folder is of a run, and its small files are not what that run sealed.
+    """
+    for candidate in (base / path, Path(path)):
+        if candidate.is_dir():
+            check_foreign(candidate, SMALL)
+            return candidate
+    card = load_cards().get(path)
+    return card.source if card else path
+
+
+def revision_of(model: ModelConfig) -> str | None:
+    """The hub revision that is loaded: the one that is given, else that of the card."""
+    card = load_cards().get(model.path or "")
+    return model.revision or (card.revision if card else None)
+
+
+def tokenizer_origin(config: RunConfig) -> tuple[str, str | None]:
+    """Path and revision of the tokenizer of a run that does not train one: the given one, or the first loaded model's.
+
+    Raises:
+        UserError: there is none.
+    """
+    settings = config.tokenizer
+    if settings is not None and settings.path is not None:
+        return settings.path, None
+    for stage in config.stages.values():
+        live = [t.model for t in stage.teachers if t.backend != "cached"]
+        for model in (*live, *stage.trained.values()):
+            if model.path is not None and stage_of(model.path) is None:
+                folder = resolve_path(model.path, config.base)
+                if not isinstance(folder, Path) or has_tokenizer(folder):
+                    return model.path, revision_of(model)
+    raise UserError("no model brings a tokenizer", where="tokenizer", todo="set tokenizer.path or tokenizer.train_on")
+
+
+def given_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a run that does not train one."""
+    path, revision = tokenizer_origin(config)
+    if (card := missing(path, config.base)) is not None:
+        raise UserError("this model is not here", where="tokenizer", found=path, todo=how_to_get(card))
+    found = read_tokenizer(resolve_path(path, config.base), revision)
+    if found is None:
+        raise DataError(
+            "the folder holds no tokenizer",
+            where="tokenizer.path",
+            found=path,
+            allowed="a folder with tokenizer.json or another tokenizer's files, or a hub id",
+            todo="name a folder with a tokenizer, or train one: tokenizer.train_on",
+        )
+    check_certain(found, "tokenizer")
+    return found
+
+
+def missing(path: str | None, base: Path) -> Card | None:
+    """The card of a published GLM that was not converted yet, so that nothing but its shape is known."""
+    return missing_glm(path, lambda name: resolve_path(name, base))
+
+
+def missing_models(config: RunConfig) -> list[str]:
+    """The models and the tokenizer of a run that are not here, each with what brings them."""
+    models = [m for s in config.stages.values() for m in (*s.trained.values(), *(t.model for t in s.teachers))]
+    paths = [model.path for model in models] + ([config.tokenizer.path] if config.tokenizer else [])
+    found = {path: missing(path, config.base) for path in paths if path is not None}
+    return [f"{path}: {how_to_get(card)}" for path, card in found.items() if card is not None]
+
+
+def read_tokenizer(folder: Path | str, revision: str | None = None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a folder or hub id; a folder is checked before any file of it is opened.
+
+    Returns:
+        None for a folder without files of one: a model's need not have it.
+    """
+    if isinstance(folder, Path):
+        check_tokenizer_folder(folder)
+        if not has_tokenizer(folder):
+            return None
+    return load_tokenizer(str(folder), revision)
+
+
+def compare_tokenizer(
+    run: PreTrainedTokenizerBase, folder: Path | str, revision: str | None, where: str, *, masked: bool
+) -> list[str]:
+    """Refuse a loaded model whose tokenizer gives other ids than the run's, as far as it brings one.
+
+    Args: masked: whether the model is asked about masked tokens.
+    Returns:
+        What differs and does not matter, or is not known, in words.
+    Raises:
+        DataError: as `check_same_tokenizer`.
+    """
+    own = read_tokenizer(folder, revision)
+    if own is None:
+        return [f"no tokenizer in {folder}: that its ids mean the same as the run's is taken on trust"]
+    return check_same_tokenizer(run, own, where, masked=masked)
+
+
+def trained_tokenizer(config: RunConfig, raw: Raw, run: Path, dist: Dist) -> PreTrainedTokenizerBase:
+    """The tokenizer that a run trains on the train split of `raw`, kept in the run folder; a collective."""
+    settings = config.tokenizer
+    assert settings is not None
+    assert settings.train_on is not None
+    folder, data = run / "tokenizer", config.data[settings.train_on]
+    columns, closed = [*data.text_columns], data.task != "causal-lm"
+    origin = {"data": raw.fingerprint, "text": columns, "vocab_size": settings.vocab_size, "closed": closed}
+    origin |= {"commands": settings.commands} if settings.commands != "plain" else {}
+
+    def write(fresh: Path) -> None:
+        texts = [text for column in columns for text in raw.texts("train", column)]
+        with Working(f"training a tokenizer on data.{settings.train_on}", len(texts), "texts") as working:
+            shown = working.counting(texts)
+            made = train_tokenizer(shown, settings.vocab_size, closed=closed, commands=settings.commands)
+        made.save_pretrained(fresh)
+
+    if dist.is_main and not _is_trained(folder, origin):
+        write_sealed(folder, write, {_ORIGIN: origin})
+    dist.barrier()
+    return load_tokenizer(str(folder))
+
+
+def _is_trained(folder: Path, origin: dict[str, Any]) -> bool:
+    """Whether the tokenizer that was trained on this is here, as it was written; a damaged one is trained again."""
+    if not os.path.lexists(folder):
+        return False
+    try:
+        note = folder / _ORIGIN_FILE
+        if note.exists() and not (folder / MANIFEST).exists():  # an earlier version's, without a seal
+            return read_object(note) == origin
+        return bool(check_seal(folder, shared=True).get(_ORIGIN) == origin)
+    except DataError as error:
+        say(f"trained again: {error.where}: {error.message}")
+        return False

@@ -1,0 +1,182 @@
+"""What `mtkd plan` shows: stages and models as they would run, as plain values and as tables."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from rich.table import Table
+
+from mtkd.config import ModelConfig, TeacherConfig
+from mtkd.models.info import ModelInfo
+from mtkd.planning.budget import StageMemory
+from mtkd.planning.cachefolder import CacheFacts
+from mtkd.planning.dataview import PlannedData, data_tables
+
+SKIPPED = "done, skipped"
+_MOVING = ("offload", "streamed", "sharded")
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A model of a stage: `role` is "student" or the teacher's name; `parameters` counted on the meta device.
+
+    Attributes: backend: where a teacher's weights live; empty for what is trained.
+    """
+
+    role: str
+    origin: str
+    architecture: str
+    layers: int
+    width: int
+    heads: int
+    parameters: int
+    backend: str = ""
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage as it would run; `steps` and `tokens` (upper bound) are None while they depend on data or stages.
+
+    Attributes: memory: None where it was not asked for. notes: what was decided for the user, a sentence each.
+    """
+
+    name: str
+    kind: str
+    state: str
+    needs: list[str]
+    models: list[PlannedModel]
+    rows: list[str]
+    steps: int | None
+    tokens: int | None
+    memory: StageMemory | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `mtkd run` would do.
+
+    Attributes:
+        missing: models and data that are not here, and what brings them.
+        precision: the precision and why, and a warning where it is slow here.
+    """
+
+    name: str
+    folder: str
+    engine: str
+    command: str
+    stages: list[PlannedStage] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    precision: list[str] = field(default_factory=list)
+    data: list[PlannedData] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    def tables(self) -> list[Table]:
+        """For the terminal."""
+        table = Table(
+            "stage", "kind", "state", "model", "origin", "shape", "parameters", "steps", "tokens <=",
+            title=f"{self.name}  ->  {self.folder}   engine: {self.engine}",
+        )  # fmt: skip
+        for stage in self.stages:
+            for i, model in enumerate(stage.models):
+                shape = f"{model.architecture} {model.layers}x{model.width}, {model.heads} heads"
+                first = (stage.name, stage.kind, stage.state) if i == 0 else ("", "", "")
+                work = (_number(stage.steps), _number(stage.tokens)) if i == 0 else ("", "")
+                origin = f"{model.origin} ({model.backend})" if model.backend in _MOVING else model.origin
+                table.add_row(*first, model.role, origin, shape, f"{model.parameters:,}", *work)
+        rows = Table("stage", "row", title="rows of the objectives, and what caches keep")
+        for stage in self.stages:
+            for row in stage.rows:
+                rows.add_row(stage.name, row)
+        chosen = [f"precision: {self.precision[0]}", *self.precision[1:]] if self.precision else []
+        table.caption = "\n".join(
+            [f"started by: {self.command}", *chosen, *(f"not here yet: {each}" for each in self.missing)]
+        )
+        planned = [(stage.name, stage.memory) for stage in self.stages if stage.memory is not None]
+        more = [_notes_table(self.stages)] if any(stage.notes for stage in self.stages) else []
+        return [
+            table,
+            rows,
+            *data_tables(self.data),
+            *more,
+            *([_memory_table(planned), _verdicts(planned)] if planned else []),
+        ]
+
+
+def _notes_table(stages: list[PlannedStage]) -> Table:
+    table = Table("stage", "note", title="what was decided for you")
+    for stage in stages:
+        for note in stage.notes:
+            table.add_row(stage.name, note)
+    return table
+
+
+def _memory_table(stages: list[tuple[str, StageMemory]]) -> Table:
+    table = Table(
+        "stage", "part", "GB per rank", "GB per host", title="memory at the largest moment of a step, and disk"
+    )
+    notes: dict[str, None] = {}
+    for name, memory in stages:
+        for i, part in enumerate(memory.parts):
+            table.add_row(name if i == 0 else "", part.name, _gb(part.rank_gb), _gb(part.host_gb))
+        table.add_row("", f"total (at: {memory.moment})", _gb(memory.rank_gb), _gb(memory.host_gb))
+        table.add_row("", "host, while models are loaded", "", _gb(memory.loading_gb))
+        for what, size in memory.disk.items():
+            table.add_row("", f"disk: {what}", "", _gb(size))
+        notes |= dict.fromkeys(memory.notes)
+    table.caption = "; ".join(notes)
+    return table
+
+
+def _verdicts(stages: list[tuple[str, StageMemory]]) -> Table:
+    table = Table("stage", "verdict", title="does it fit")
+    for name, memory in stages:
+        table.add_row(name, memory.verdict)
+        for text in memory.advice:
+            table.add_row("", f"try {text}")
+    return table
+
+
+def _gb(size: float) -> str:
+    return f"{size:.3f}" if size else "-"
+
+
+def with_consequences(stages: list[PlannedStage]) -> list[PlannedStage]:
+    """A stage is not skipped when one that it uses is to be made: its teacher will be another."""
+    found: dict[str, PlannedStage] = {}
+    for stage in stages:
+        stale = [need for need in stage.needs if found[need].state != SKIPPED]
+        if stage.state == SKIPPED and stale:
+            stage = replace(stage, state=f"done, but {stale[0]} is not")
+        found[stage.name] = stage
+    return list(found.values())
+
+
+def planned_model(role: str, model: ModelConfig, info: ModelInfo, parameters: int) -> PlannedModel:
+    origin = model.path or "fresh"
+    if model.keep_layers:
+        origin += f" layers {','.join(map(str, model.keep_layers))}"
+    if model.slice:
+        origin += ", sliced"
+    if model.vocabulary:
+        origin += f", {info.vocabulary:,} ids"
+    return PlannedModel(role, origin, info.architecture, info.num_layers, info.width, info.num_heads, parameters)
+
+
+def of_cache(teacher: TeacherConfig, facts: CacheFacts) -> tuple[PlannedModel, ModelInfo]:
+    """A teacher that is not run: its shape as its cache knows it."""
+    made = planned_model(teacher.name, teacher.model, facts.info, facts.num_parameters)
+    return replace(made, origin=f"cache {teacher.model.path}"), facts.info
+
+
+def row_text(weight: float, key: str, pairs: tuple[tuple[tuple[int, int], ...], ...]) -> str:
+    layers = [f"{s}<-{t}" for s, t in pairs[0]] if pairs and pairs[0] != ((0, 0),) else []
+    return f"{weight:g} x {key}" + (f"  (student<-teacher layers {', '.join(layers)})" if layers else "")
+
+
+def _number(value: int | None) -> str:
+    return "?" if value is None else f"{value:,}"

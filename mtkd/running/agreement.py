@@ -1,0 +1,126 @@
+"""What all ranks of a run must have in common: configuration, versions, code, data, and the run's folder."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mtkd.config import RunConfig
+from mtkd.config.read import differences, fingerprint
+from mtkd.engine.dist import Dist, on_main
+from mtkd.engine.folder import versions
+from mtkd.engine.precision import choose, decided, warning
+from mtkd.errors import UserError, on_every_rank
+from mtkd.running.console import say
+
+_SHOWN = 12  # differing keys in one message
+# Seconds until a file that the main rank wrote must be seen by all: network file systems look again after a few.
+_SEEN_AFTER = 20.0
+
+
+def agree(dist: Dist, mine: Mapping[str, Any], where: str, todo: str) -> None:
+    """Refuse ranks whose values differ; a collective. Digests first: only when these differ, the values travel.
+
+    Args: mine: this rank's values, plain ones. where, todo: for the message.
+    Raises:
+        UserError: the same on every rank; it names rank, host, key and both values.
+    """
+    if dist.world_size == 1:
+        return
+    digests = _everybody(dist, fingerprint(mine))
+    if len(set(digests)) == 1:
+        return
+    first, *others = _everybody(dist, (dist.rank, socket.gethostname(), dict(mine)))
+    lines = []
+    for rank, host, theirs in others:
+        changed = differences(first[2], theirs)
+        if changed:
+            lines.append(f"rank 0 on {first[1]} -> rank {rank} on {host}:")
+            lines += [f"  {line}" for line in changed[:_SHOWN]]
+            lines += [f"  and {len(changed) - _SHOWN} more"] if len(changed) > _SHOWN else []
+    found = "\n           ".join(lines)
+    raise on_every_rank(UserError("the ranks of this run do not agree", where=where, found=found, todo=todo))
+
+
+def agree_on_run(dist: Dist, config: RunConfig, redo: Sequence[str]) -> None:
+    """Before anything is read: one configuration, one set of versions, one mtkd; see `agree`."""
+    if dist.world_size == 1:
+        return
+    mine = {
+        # the hostfile is read by launchers alone, and may lie elsewhere on each node
+        **config.model_dump(mode="json", exclude={"engine": {"hostfile"}}),
+        "--redo": list(redo),
+        "versions": {**versions(), "files of mtkd": _code_digest()},
+    }
+    agree(dist, mine, "configuration", "start every node with the same file, the same options and the same packages")
+
+
+def agree_on_precision(dist: Dist, config: RunConfig) -> RunConfig:
+    """The run with the precision that the main rank decides on, said once; a collective.
+
+    Ranks on other processors follow: of what is slow on a node the main rank speaks as well.
+    """
+    choice = on_main(dist, lambda: choose(config))
+    asked, config = config.engine.precision, decided(config, choice.precision)
+    if asked == "auto":
+        say(f"precision: {choice}", main=dist.is_main)
+    everybody = _everybody(dist, (socket.gethostname(), warning(config.engine)))
+    for host, line in {host: line for host, line in reversed(everybody) if line}.items():
+        say(line if dist.world_size == 1 else f"on {host}: {line}", main=dist.is_main)
+    return config
+
+
+def new_run_id() -> str:
+    """A name for a run that no other has: its start in UTC by the clock of the main rank, and chance."""
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+
+
+def check_shared(dist: Dist, folder: Path) -> None:
+    """Refuse a run folder that is not one and the same for all ranks; a collective.
+
+    Raises:
+        UserError: the same on every rank; it names the nodes that see another folder.
+    """
+    if dist.world_size == 1:
+        return
+    mark = dist.broadcast_object(folder / f".tmp-shared-{secrets.token_hex(8)}")
+    on_main(dist, mark.touch)
+    limit = time.monotonic() + _SEEN_AFTER
+    while not (seen := _listed(mark)) and time.monotonic() < limit:
+        time.sleep(0.2)
+    blind = sorted({host for host, sees in _everybody(dist, (socket.gethostname(), seen)) if not sees})
+    on_main(dist, mark.unlink)
+    if blind:
+        unshared = UserError(
+            "the run's folder is not shared by all nodes: what the main rank writes there is not seen",
+            where=str(folder),
+            found=f"not seen on {', '.join(blind)}",
+            todo="choose an `output` on a file system that every node mounts at the same path",
+        )
+        raise on_every_rank(unshared)
+
+
+def _listed(mark: Path) -> bool:
+    """Whether the file is there; the folder is read anew, since a missing name may be remembered for a while."""
+    return mark.parent.is_dir() and mark.name in {path.name for path in mark.parent.iterdir()}
+
+
+def _everybody(dist: Dist, mine: Any) -> list[Any]:
+    """Every rank's value on every rank."""
+    return list(dist.broadcast_object(dist.gather_objects(mine)) or ())
+
+
+@cache
+def _code_digest() -> str:
+    """What mtkd this is: nodes with checkouts of their own can have the same version and other code."""
+    digest, package = hashlib.sha256(), Path(__file__).parent
+    for file in sorted(package.rglob("*.py")):
+        digest.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]

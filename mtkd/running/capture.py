@@ -1,0 +1,366 @@
+"""A cache stage: its teachers run once over the train split, one after the other, and what they say goes to disk.
+
+Ranks take disjoint shards and talk after every round of them; nothing else is collective, so unequal examples do not
+matter. A shard's batches are made of its own examples alone: what stands in it depends neither on the number of ranks
+nor on where an earlier session stopped.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mtkd.config import BatchConfig, StageConfig, TeacherConfig
+from mtkd.config.read import differences
+from mtkd.data.load import LoadedData, Split
+from mtkd.data.sampler import length_batches
+from mtkd.data.tokenizers import num_real_ids
+from mtkd.engine.dist import alive, on_main, together
+from mtkd.engine.folder import RunDir, StageDir
+from mtkd.engine.jsonlines import append_jsonl, rewind
+from mtkd.engine.notes import Identity, read_seconds, write_seconds
+from mtkd.engine.record import read_record, write_record
+from mtkd.engine.seal import MANIFEST, fault_point, remove
+from mtkd.engine.stopping import StopFlag, stop_flag
+from mtkd.errors import DataError, NonFiniteError, Preempted, UserError, on_every_rank
+from mtkd.models.taps import TappedModel
+from mtkd.objective.targets import as_logits
+from mtkd.planning.cachefolder import model_values, open_cache, origin_of
+from mtkd.planning.caches import check_layers, content_of
+from mtkd.planning.stages import as_known, redo_command
+from mtkd.planning.teaching import heads_read
+from mtkd.pool import Teacher, pooled
+from mtkd.pool.cache import CacheContent, CacheReader, CacheWriter, Record, make_records
+from mtkd.running.build import Workshop
+from mtkd.running.chance import warn_below_chance
+from mtkd.running.console import StageProgress, say
+from mtkd.running.exports import manifests
+from mtkd.running.overflow import overflowing
+
+_IDENTITY, _SECONDS = "identity.json", "seconds.json"
+_LOOKED_AT = 16  # examples whose inputs of two epochs are compared
+
+
+@dataclass
+class _Job:
+    """What the caches of a stage have in common, and how far they are.
+
+    Attributes:
+        seconds: that teachers ran, earlier sessions included. shards, examples: done so far, over all teachers.
+        place: of the teacher that runs, in the configuration.
+    """
+
+    shop: Workshop
+    name: str
+    stage: StageConfig
+    data: LoadedData
+    folder: StageDir
+    seconds: float = 0.0
+    shards: int = 0
+    examples: int = 0
+    place: str = ""
+
+    @property
+    def split(self) -> Split:
+        return self.data.splits["train"]
+
+
+def capture(shop: Workshop, name: str, identity: dict[str, Any]) -> dict[str, Any]:
+    """Make the caches of a stage, going on with those that an earlier session began.
+
+    Returns:
+        Facts for the stage's DONE record; `caches`: per teacher what `CacheWriter.finish` measured, with its examples.
+    Raises:
+        Preempted: SIGTERM or SIGINT arrived; finished shards stay.
+        DataError: what was begun is another cache, or inputs change with the epoch.
+        NonFiniteError: a teacher's outputs are NaN.
+    """
+    stage = shop.config.stages[name]
+    job = _Job(shop, name, stage, shop.data(shop.config.data_name(stage.data)), shop.folder(name))
+    _check_same_every_epoch(job.split, f"stages.{name}.data")
+    if not on_main(shop.dist, lambda: _begun(job, identity)):
+        unit = len(job.split) * len(stage.teachers)
+        with stop_flag() as stopped, StageProgress(name, unit, 0, shop.dist.is_main, "example") as progress:
+            for i, teacher in enumerate(stage.teachers):
+                _cache(job, teacher, f"stages.{name}.teachers[{i}]", stopped, progress)
+            on_main(shop.dist, lambda: _catch_up(job))  # all were made by an earlier session
+            if not shop.dist.all_ok(not stopped()):
+                raise on_every_rank(_preempted(job))
+        fault_point("before-cache-export", 0)
+        on_main(shop.dist, lambda: job.folder.partial.rename(job.folder.export) and None)
+    shop.dist.barrier()
+    exported = job.folder.export
+
+    def read() -> tuple[dict[str, dict[str, Any]], float]:
+        """What each finished cache tells of itself, and the seconds of all sessions."""
+        facts = {t.name: _facts(exported / t.name, job.data) for t in stage.teachers}
+        return facts, read_seconds(exported / _SECONDS, _damaged(job))
+
+    made, seconds = together(shop.dist, read, partial(_failed, exported))
+    for teacher_name, facts in made.items():
+        say(f"  {name}/{teacher_name}: {_sentence(facts)}", main=shop.dist.is_main)
+    return {
+        "stage": name,
+        "kind": stage.kind,
+        "parameters": sum(facts["parameters"] for facts in made.values()),
+        "teachers": [t.name for t in stage.teachers],
+        "steps": sum(facts["shards"] for facts in made.values()),
+        "seconds": seconds,
+        "tokens": sum(facts["positions"] for facts in made.values()),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "caches": made,
+        "manifests": manifests(exported, list(made)),
+    }
+
+
+def restore_notes(folder: StageDir, record: Mapping[str, Any]) -> list[Path]:
+    """Write the notes of a finished cache again where they are damaged: its DONE has what stood in them.
+
+    A stage whose DONE is lost goes on by these notes, so their damage must not stay until then.
+
+    Args: record: the stage's DONE.
+    Returns:
+        The notes that were damaged.
+    """
+    identity, seconds = folder.export / _IDENTITY, folder.export / _SECONDS
+    damaged = []
+    if not _holds(lambda: read_record(identity, Identity) == record["identity"]):
+        remove(identity)
+        write_record(identity, record["identity"])
+        damaged.append(identity)
+    if not _holds(lambda: read_seconds(seconds, "") == record["seconds"]):
+        remove(seconds)
+        write_seconds(seconds, record["seconds"])
+        damaged.append(seconds)
+    return damaged
+
+
+def _holds(compare: Callable[[], bool]) -> bool:
+    try:
+        return compare()
+    except (FileNotFoundError, DataError):
+        return False
+
+
+def _begun(job: _Job, identity: dict[str, Any]) -> bool:
+    """Whether an earlier session had only the DONE record left to write; makes the working folder else.
+
+    Raises:
+        DataError: with every difference, when what was begun is another cache.
+    """
+    for folder in (job.folder.export, job.folder.partial):
+        note = folder / _IDENTITY
+        if not note.is_file():
+            continue
+        begun = read_record(note, Identity, _damaged(job))
+        changed = differences(begun, json.loads(json.dumps(as_known(begun, identity))))
+        if changed:
+            raise DataError(
+                "the caches begun here are of another configuration, teacher, data set or tokenizer",
+                where=f"stages.{job.name}",
+                found="\n           ".join(changed),
+                todo="undo the change, give the run another name, or begin this stage anew: "
+                + redo_command([job.name]),
+            )
+        if folder == job.folder.partial:
+            job.seconds = read_seconds(folder / _SECONDS, _damaged(job))
+        return folder == job.folder.export
+    job.folder.partial.mkdir(parents=True, exist_ok=True)
+    write_seconds(job.folder.partial / _SECONDS, 0.0)
+    write_record(job.folder.partial / _IDENTITY, identity)
+    return False
+
+
+def _damaged(job: _Job) -> str:
+    """What helps when a note about what was begun is damaged."""
+    return f"begin this stage anew: {redo_command([job.name])}"
+
+
+def _cache(job: _Job, config: TeacherConfig, where: str, stopped: StopFlag, progress: StageProgress) -> None:
+    """One teacher's cache in the working folder, as far as it is missing."""
+    shop, dist, job.place = job.shop, job.shop.dist, where
+    folder = job.folder.partial / config.name
+    if dist.broadcast_object((folder / MANIFEST).is_file()):
+        finished = together(dist, lambda: CacheReader(folder), partial(_failed, folder))
+        job.shards, job.examples = job.shards + finished.num_shards, job.examples + finished.origin.num_examples
+        progress.skip(job.examples)
+        return
+    model = shop.teacher(config, job.data, where, heads_read(shop.config, job.name))
+    tapped = model if isinstance(model, TappedModel) else model.model
+    token_level = job.data.task.token_level
+    columns = num_real_ids(shop.tokenizer) if token_level else job.data.num_labels
+    content = content_of(job.stage.cache, token_level=token_level, columns=columns, seed=shop.config.seed)
+    check_layers(content, model.info, f"stages.{job.name}.cache", config.name)
+    made, precision = model_values(tapped.model.config), shop.config.engine.decided_precision
+    origin = origin_of(shop.teacher_digest(config), job.data, shop.tokenizer, made, precision)
+
+    def open_writer() -> CacheWriter:
+        return CacheWriter(folder, content, origin, job.stage.cache.shard_examples)
+
+    on_main(dist, lambda: open_writer() and None)  # one rank makes the folder; the others find it and compare
+    writer = together(dist, open_writer, partial(_failed, folder))
+    missing = on_main(dist, writer.missing)
+    job.shards += writer.num_shards - len(missing)
+    job.examples += origin.num_examples - sum(len(examples) for _, examples in missing)
+    progress.skip(job.examples)
+    on_main(dist, lambda: _catch_up(job))
+    teacher = pooled(config.name, model, shop.device, shop.dtype)
+    if missing:
+        warn_below_chance({where: teacher}, job.data, job.stage.batch, shop.device, dist)
+    for start in range(0, len(missing), dist.world_size):
+        _round(job, teacher, writer, missing[start : start + dist.world_size], stopped, progress)
+    teacher.close()
+    del teacher, model, tapped
+    gc.collect()
+    on_main(dist, writer.finish)
+
+
+def _round(
+    job: _Job,
+    teacher: Teacher,
+    writer: CacheWriter,
+    shards: list[tuple[int, range]],
+    stopped: StopFlag,
+    progress: StageProgress,
+) -> None:
+    """At most one shard per rank; afterwards every rank knows whether all went well, and whether to stop."""
+    dist, begun = job.shop.dist, time.monotonic()
+
+    def own_shard() -> int:
+        """Examples that this rank has written."""
+        if dist.rank >= len(shards):
+            return 0
+        number, examples = shards[dist.rank]
+        records = _records(job, teacher, writer.content, examples, stopped)
+        if records is None:
+            return 0
+        with stopped.writing():
+            writer.write(number, records)
+        return len(records)
+
+    written = together(dist, own_shard, partial(_failed, writer.folder))
+    stops, new_shards, new_examples = dist.sum([stopped(), bool(written), written])
+    job.seconds += time.monotonic() - begun
+    job.shards, job.examples = job.shards + int(new_shards), job.examples + int(new_examples)
+    on_main(dist, lambda: _log(job))
+    progress.update(job.examples, None, note=teacher.name)
+    if stops:
+        raise on_every_rank(_preempted(job))
+
+
+def _preempted(job: _Job) -> Preempted:
+    return Preempted(
+        f"stopped; {job.shards} shards of its caches are written",
+        where=f"stages.{job.name}",
+        todo="run it again (without --redo) to go on from there",
+    )
+
+
+def _records(
+    job: _Job, teacher: Teacher, content: CacheContent, examples: range, stopped: StopFlag
+) -> list[Record] | None:
+    """What a teacher says about some examples; None when the process was told to stop before the end."""
+    wants, records = frozenset({"logits", *content.hidden}), list[Record]()
+    tile = job.shop.config.engine.tile_for(content.columns, job.shop.device.type)
+    for batch in _batches(job.split, job.stage.batch, examples):
+        if stopped():
+            return None
+        batch = batch.to(job.shop.device)
+        features = teacher.forward(batch, wants)
+        features["logits"] = as_logits(features["logits"]).in_dtype(job.shop.dtype)
+        records += make_records(content, batch, features, tile)
+        alive()
+    for record in records:
+        _check_finite(record, teacher.name, content.dtype, job)
+    return records
+
+
+def _batches(split: Split, batch: BatchConfig, examples: range) -> Iterator[Any]:
+    """The examples of a shard, by falling length, with as many at a time as the stage's `batch` says."""
+    for part in length_batches(np.array(examples), split.lengths, batch):
+        yield split.collate(part.tolist())
+
+
+def _check_finite(record: Record, teacher: str, dtype: str, job: _Job) -> None:
+    """Refuse to keep NaN; a mass of 0 (log -inf) is a number."""
+    arrays = [*record.targets.values(), *record.traits.values()]
+    arrays += [] if record.classes is None else [record.classes]
+    if any(np.isnan(values).any() for values in arrays):
+        raise overflowing(teacher, job.place, f"logits of example {record.id}", job.shop.dtype)
+    for key, values in record.hidden.items():
+        if not torch.isfinite(values).all():
+            raise NonFiniteError(
+                f"a hidden state of teacher '{teacher}' is not finite in {dtype}",
+                where=job.place,
+                found=f"{key} of example {record.id}",
+                todo="set cache.dtype to bfloat16 or float32: float16 ends at 65,504",
+            )
+
+
+def _failed(folder: Path, message: str) -> UserError:
+    return UserError(
+        f"the caches could not be made: {message}",
+        where=str(folder),
+        todo="mend the cause and run it again: the shards that are written stay",
+    )
+
+
+def _log(job: _Job) -> None:
+    """Where the stage stands, for `mtkd status`, and the seconds for a later session."""
+    write_seconds(job.folder.partial / _SECONDS, job.seconds)
+    line = {"stage": job.name, "step": job.shards, "time": time.time(), "seconds": round(job.seconds, 3)}
+    append_jsonl(RunDir(job.shop.run.path).metrics_file, {**line, "examples": job.examples})
+
+
+def _catch_up(job: _Job) -> None:
+    """Log the shards that a killed session wrote and did not log; drop lines of shards that are no more."""
+    if rewind(RunDir(job.shop.run.path).metrics_file, job.name, job.shards) < job.shards:
+        _log(job)
+
+
+def _facts(folder: Path, data: LoadedData) -> dict[str, Any]:
+    """What a finished cache tells of itself, with its size in examples and shards."""
+    reader, facts = open_cache(folder, data.task.class_for(data.config), str(folder))
+    return {
+        **reader.facts,
+        "parameters": facts.num_parameters,
+        "examples": reader.origin.num_examples,
+        "shards": reader.num_shards,
+        "targets": reader.content.targets,
+    }
+
+
+def _sentence(facts: dict[str, Any]) -> str:
+    text = f"{facts['examples']:,} examples, {facts['bytes'] / 1e6:,.1f} MB, {facts['bytes_per_position']:.1f} bytes "
+    text += "per example" if facts["targets"] == "classes" else "per target"
+    return text + (f", KL of the reconstruction {facts['kl']:.2g} nats" if "kl" in facts else "")
+
+
+def _check_same_every_epoch(split: Split, where: str) -> None:
+    """Refuse data whose inputs change with the epoch: what a teacher says once is then not what it would say again.
+
+    Raises:
+        DataError: naming the first example that differs.
+    """
+    for example in np.linspace(0, len(split) - 1, min(_LOOKED_AT, len(split))).astype(int).tolist():
+        one, other = (split.collate([example], epoch=epoch) for epoch in (0, 1))
+        same = torch.equal(one.input_ids, other.input_ids) and torch.equal(
+            one.targets.nan_to_num(), other.targets.nan_to_num()
+        )
+        if not same:
+            raise DataError(
+                "the inputs of these data change with the epoch: a cache would hold those of one epoch only",
+                where=where,
+                found=f"example {example}",
+                todo="use resident teachers for these data",
+            )

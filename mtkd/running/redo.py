@@ -1,0 +1,184 @@
+"""`--redo`: stages are made again, and what they made before stays until then.
+
+A stage's folder is renamed aside (``stages/.before-01-NAME``, with its lines of metrics.jsonl in it) and removed when
+the new one is done. A killed redo is finished by the next plain run. One that ends with an error before anything new
+was saved is undone: the folders are renamed back. Results and report stay until there are new ones.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from mtkd.config import RunConfig
+from mtkd.engine.folder import RunDir, StageDir
+from mtkd.engine.jsonlines import readable_jsonl, to_json
+from mtkd.engine.record import Checked, read_record, write_atomic, write_record
+from mtkd.engine.seal import fault_point, newest_sealed, sweep_left
+from mtkd.errors import DataError, Preempted
+from mtkd.planning.stages import needed_stages
+from mtkd.running.console import say
+
+_BEFORE, _GOING = ".before-", ".forgotten-"
+_ASIDE = re.compile(r"\.before-(\d{2,}-(.+))")
+_METRICS, _CURVES = "metrics.jsonl", "tensorboard"
+
+
+class _Asked(Checked):
+    stages: list[str]
+
+
+def pending(run: RunDir) -> list[str]:
+    """The stages that a killed call was setting aside.
+
+    Raises:
+        DataError: the note of it is damaged.
+    """
+    file = _note(run)
+    if not file.parent.is_dir():  # no run yet, or a file in its place, which is told when the folder is made
+        return []
+    try:
+        return list(read_record(file, _Asked, "remove the file, and give --redo again", old=False)["stages"])
+    except FileNotFoundError:
+        return []
+
+
+def set_aside(run: RunDir, names: Sequence[str]) -> None:
+    """Rename what these stages made aside; under the lock. Also sweeps up what a killed call left.
+
+    A kill on the way is finished by the next call: what was asked is noted first.
+    """
+    parent = run.path / "stages"
+    _sweep(run)
+    drop_replaced(run)
+    if names and parent.is_dir():
+        write_record(_note(run), {"stages": list(names)})
+        saved = parent / f"{_BEFORE}run.yaml"
+        if run.config_file.is_file() and not saved.exists():
+            write_atomic(saved, run.config_file.read_bytes())
+        lines, _ = readable_jsonl(run.metrics_file)
+        for name in names:
+            for path in run.stage_folders().get(name, []):
+                _set_aside(run, name, path, [line for line in lines if line.get("stage") == name])
+                fault_point("while-forgetting", 0)
+        if run.metrics_file.exists():
+            kept = [line for line in lines if line.get("stage") not in names]
+            write_atomic(run.metrics_file, "".join(to_json(line) + "\n" for line in kept))
+        _note(run).unlink()
+
+
+@contextmanager
+def undone_on_error(run: RunDir, config: RunConfig) -> Iterator[None]:
+    """Within it an error undoes what was set aside, see `put_back`; after a signal or a kill the redo goes on."""
+    try:
+        yield
+    except Preempted:
+        raise
+    except Exception:
+        with suppress(OSError, DataError):  # what ended the run is told, not this
+            if names := put_back(run, config):
+                say(f"put back as they were before --redo: {', '.join(names)}")
+            if left := being_redone(run):
+                say(f"kept until they are made again, in {run.path / 'stages'}/{_BEFORE}*: {', '.join(left)}")
+        raise
+
+
+def put_back(run: RunDir, config: RunConfig) -> list[str]:
+    """Undo what `set_aside` did to the stages of which nothing new was saved; under the lock.
+
+    A stage stays aside when one that it needs was made again: it would be the pupil of a model that is gone.
+
+    Returns:
+        Their names.
+    """
+    old = dict(_asides(run))
+    done: list[str] = []
+    for name, stage in config.stages.items():
+        if name in old and not (set(needed_stages(stage)) & old.keys()) - set(done) and not _has_new(run, name):
+            _put_back(run, name, old[name])
+            done.append(name)
+    if old and not dict(_asides(run)):
+        saved = run.path / "stages" / f"{_BEFORE}run.yaml"
+        if saved.exists():
+            saved.replace(run.config_file)
+    return done
+
+
+def drop_replaced(run: RunDir) -> None:
+    """Remove what was set aside of stages that are done again; under the lock."""
+    for name, path in list(_asides(run)):
+        with suppress(DataError):
+            if any(StageDir(new).done() for new in run.stage_folders().get(name, [])):
+                _remove(path)
+    if not dict(_asides(run)):
+        (run.path / "stages" / f"{_BEFORE}run.yaml").unlink(missing_ok=True)
+
+
+def being_redone(run: RunDir) -> list[str]:
+    """The stages whose earlier work is still kept aside."""
+    return sorted(dict(_asides(run)))
+
+
+def _note(run: RunDir) -> Path:
+    return run.path / "stages" / ".redo"
+
+
+def _asides(run: RunDir) -> Iterator[tuple[str, Path]]:
+    """(stage, folder) of what was set aside."""
+    parent = run.path / "stages"
+    for path in sorted(parent.iterdir()) if parent.is_dir() else ():
+        if (match := _ASIDE.fullmatch(path.name)) and path.is_dir():
+            yield match[2], path
+
+
+def _set_aside(run: RunDir, name: str, path: Path, lines: list[dict[str, object]]) -> None:
+    if name in dict(_asides(run)):  # of an earlier redo that was not finished: what that had begun goes
+        _remove(path)
+        return
+    write_atomic(path / _METRICS, "".join(to_json(line) + "\n" for line in lines))
+    curves = run.path / _CURVES / name
+    if curves.is_dir() and not (path / _CURVES).exists():
+        curves.rename(path / _CURVES)
+    path.rename(path.with_name(f"{_BEFORE}{path.name}"))
+
+
+def _put_back(run: RunDir, name: str, old: Path) -> None:
+    for new in run.stage_folders().get(name, []):
+        _remove(new)
+    shutil.rmtree(run.path / _CURVES / name, ignore_errors=True)
+    others, _ = readable_jsonl(run.metrics_file)
+    kept = [line for line in others if line.get("stage") != name]
+    if (old / _METRICS).exists():
+        kept += readable_jsonl(old / _METRICS)[0]
+        write_atomic(run.metrics_file, "".join(to_json(line) + "\n" for line in kept))
+        (old / _METRICS).unlink()
+    if (old / _CURVES).is_dir():
+        (old / _CURVES).rename(run.path / _CURVES / name)
+    old.rename(old.with_name(old.name.removeprefix(_BEFORE)))
+
+
+def _has_new(run: RunDir, name: str) -> bool:
+    """Whether anything was saved of the stage since it was set aside."""
+    folders = [StageDir(path) for path in run.stage_folders().get(name, [])]
+    return any(f.done_file.exists() or f.partial.is_dir() or newest_sealed(f.checkpoints).path for f in folders)
+
+
+def _sweep(run: RunDir) -> None:
+    """Remove what a killed call was removing."""
+    parent = run.path / "stages"
+    run.sweep_offloaded()
+    sweep_left(run.path)
+    for path in parent.iterdir() if parent.is_dir() else ():
+        if path.name.startswith(_GOING):
+            shutil.rmtree(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, renamed first: half of one must not look like a stage."""
+    going = path.with_name(f"{_GOING}{path.name.lstrip('.')}-{os.getpid()}")
+    path.rename(going)
+    shutil.rmtree(going)

@@ -1,0 +1,78 @@
+"""The run's own copy of its configuration, and where it was made: kept up to date by `run`, read again by `resume`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from mtkd.config import RunConfig
+from mtkd.config.read import config_digest, load_config
+from mtkd.engine.folder import RunDir, environment
+from mtkd.engine.record import write_record
+from mtkd.engine.seal import newest_sealed
+from mtkd.errors import DataError, UserError
+from mtkd.running.agreement import new_run_id
+from mtkd.running.console import say
+
+_BASE, _RUN_ID = "configuration_folder", "run_id"
+
+
+def reopen(path: Path) -> RunConfig:
+    """The configuration of an existing run, for `mtkd resume`.
+
+    Raises:
+        UserError: not a run folder. DataError: nothing in it can be resumed.
+    """
+    path = path.resolve()
+    folder = RunDir.open(path)
+    if not folder.environment_file.exists():  # any folder may hold a user's own run.yaml
+        raise UserError("not the folder of a run: it has no env.json", where=str(path))
+    config = own_config(folder).model_copy(update={"output": str(path.parent)})
+    config._base = Path(folder.environment().get(_BASE) or Path.cwd())
+    stages = [folder.stage(i, name) for i, name in enumerate(config.stages, 1)]
+    if not any(s.done() or newest_sealed(s.checkpoints).path or s.partial.is_dir() for s in stages):
+        raise DataError(
+            "nothing to resume: no stage is finished and no checkpoint is whole",
+            where=str(path),
+            todo="start it again with `mtkd run FILE`",
+        )
+    return config
+
+
+def own_config(folder: RunDir) -> RunConfig:
+    """The configuration in run.yaml, which is as the run wrote it.
+
+    Raises:
+        UserError: it is not valid. DataError: it is damaged, or was changed by hand.
+    """
+    file, todo = folder.config_file, "`mtkd run FILE` writes it anew; a changed configuration is a FILE of its own"
+    if not folder.config_is_whole():
+        raise DataError(
+            "the run's copy of its configuration is damaged, or was changed: its digest differs (sha256)",
+            where=str(file),
+            todo=todo,
+        )
+    return load_config(file)
+
+
+def remember(config: RunConfig, folder: RunDir) -> str:
+    """Keep run.yaml and the folder that its relative paths start from up to date; damaged ones are written anew.
+
+    Returns:
+        The run's id: by the clock of this, the main rank, when it was first started.
+    """
+    try:
+        known = config_digest(own_config(folder)) == config_digest(config)
+    except UserError as error:
+        say(f"written anew: {error.where}: {error.message}")
+        known = False
+    if not known or not folder.config_is_whole(must=True):
+        folder.write_config(config)  # finished stages are compared with it one by one
+    try:
+        found = folder.environment()
+    except DataError as error:
+        say(f"written anew: {error.where}: {error.message}")
+        found = environment(sys.argv)
+    run_id = str(found.get(_RUN_ID) or new_run_id())
+    write_record(folder.environment_file, {**found, _BASE: str(config.base.resolve()), _RUN_ID: run_id})
+    return run_id

@@ -1,0 +1,241 @@
+"""`mtkd.run`: the stages of a run one after the other, then the judgement and the report."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import socket
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mtkd.blame import plugin_errors
+from mtkd.config import RunConfig
+from mtkd.config.read import fingerprint
+from mtkd.data.vocabulary import compress_tokenizer
+from mtkd.engine.dist import Dist, on_main
+from mtkd.engine.folder import RunDir, StageDir
+from mtkd.engine.make import start_processes
+from mtkd.engine.seal import fault_point
+from mtkd.engine.watch import note, watched
+from mtkd.errors import UserError
+from mtkd.evaluate.report import is_current, write_report
+from mtkd.models.load import quiet
+from mtkd.planning.checks import check
+from mtkd.planning.data import DataReader
+from mtkd.planning.labels import with_teachers_classes
+from mtkd.planning.places import in_file, placed
+from mtkd.planning.plan import plan, resolve
+from mtkd.planning.stages import changed_stages, finished, member_of, stage_of, to_redo
+from mtkd.planning.teaching import heads_read
+from mtkd.running.agreement import agree, agree_on_precision, agree_on_run, check_shared
+from mtkd.running.build import Workshop
+from mtkd.running.built import BuiltStage
+from mtkd.running.capture import capture, restore_notes
+from mtkd.running.chance import warn_below_chance
+from mtkd.running.console import say
+from mtkd.running.exports import check_finished, manifests, open_export
+from mtkd.running.judge import judge
+from mtkd.running.redo import drop_replaced, pending, set_aside, undone_on_error
+from mtkd.running.remember import remember
+from mtkd.running.train import train
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run made.
+
+    Attributes:
+        folder: the run folder. report: its HTML page.
+        stages: per stage its DONE record (steps, seconds, parameters, fingerprint, ...).
+        results: task, metrics of every scored model, comparisons; see `mtkd.running.judge`.
+    """
+
+    folder: Path
+    report: Path
+    stages: dict[str, dict[str, Any]]
+    results: dict[str, Any]
+
+    def export(self, stage: str) -> Path:
+        """Folder of the model STAGE, or STAGE/MEMBER, for plain `AutoModel*.from_pretrained`; or of a cache."""
+        name, _, member = stage.partition("/")
+        members = self.stages[name].get("members") or self.stages[name].get("caches") or {}
+        if members and member not in members:
+            raise UserError(
+                "this stage made several models or caches", found=stage, allowed=[f"{name}/{m}" for m in members]
+            )
+        return RunDir(self.folder).stage(list(self.stages).index(name) + 1, name).export / member
+
+
+def run(config: RunConfig, redo: Sequence[str] = ()) -> RunResult:
+    """Run every stage that is not done, evaluate, and write the report.
+
+    Called again on the same configuration it goes on where it stopped; finished stages are not redone.
+
+    Args:
+        redo: stages that are made anew first of all, with everything that depends on them.
+
+    Raises:
+        UserError: and its subclasses, whose `exit_code` is that of the command line.
+    """
+    dist, device = start_processes(config.engine)
+    # Everything is within it: what one rank refuses must reach the others, who would wait for it.
+    with watched(dist, config.engine.timeout_seconds, config.folder / "logs"), plugin_errors(), in_file(config):
+        agree_on_run(dist, config, redo)
+        config = agree_on_precision(dist, config)
+        return _run(config, redo, dist, device)
+
+
+def _run(config: RunConfig, redo: Sequence[str], dist: Dist, device: torch.device) -> RunResult:
+    config = resolve(config)
+    check(config)
+    reader = DataReader(config.base)
+    config = with_teachers_classes(config, reader)
+    begun = on_main(dist, lambda: pending(RunDir(config.folder)))
+    again = to_redo(config, [*redo, *(name for name in begun if name in config.stages)])
+    on_main(dist, lambda: _plan_unfinished(config, reader, again))
+    folder = on_main(dist, lambda: RunDir.create(config, base=Path(config.output)))
+    check_shared(dist, folder.path)
+    with ExitStack() as held:
+        # On the main rank alone, and told to the others: they would wait for it in their first collective.
+        on_main(dist, lambda: held.enter_context(folder.lock()))
+        on_main(dist, lambda: set_aside(folder, again))
+        if dist.is_main:
+            held.enter_context(undone_on_error(folder, config))
+        run_id = on_main(dist, lambda: remember(config, folder))
+        _pathrank(folder, dist, run_id)
+        shop = Workshop(config, folder, dist, device, reader)
+        on_main(dist, lambda: _check_needed(shop))
+        for name in config.stages:
+            shop.records[name] = _stage(shop, name, folder)
+        results = judge(shop)
+        report = on_main(dist, lambda: _report(folder))
+    return RunResult(folder.path, report, shop.records, results)
+
+
+def _plan_unfinished(config: RunConfig, reader: DataReader, again: Sequence[str]) -> None:
+    """Plan the run as it would be, unless all of it is done and stays so.
+
+    A mistake in the last stage must not wait for the first ones, and none may cost a stage that is to be redone.
+
+    Args: again: the stages that are to be redone.
+    """
+    folder = RunDir(Path(config.output) / config.name)
+    known = folder.config_file.is_file()
+    if not known or again or not all(folder.stage(i, name).done() for i, name in enumerate(config.stages, 1)):
+        missing = plan(config, reader=reader, redo=again).missing
+        if missing:
+            raise UserError(
+                "models or data of this run are not here", where="stages", found="\n           ".join(missing)
+            )
+
+
+def _check_needed(shop: Workshop) -> None:
+    """Check what finished stages made: damage must not wait for hours of training, nor for whoever loads it."""
+    done = {name: record for name in shop.config.stages if (record := shop.folder(name).done())}
+    to_do = [stage for name, stage in shop.config.stages.items() if name not in done]
+    models = [model for s in to_do for model in (*s.trained.values(), *(t.model for t in s.teachers))]
+    for model in models:
+        name = stage_of(model.path)
+        if name in done:
+            open_export(name, shop.folder(name), done[name], member_of(model.path))
+    for name, record in done.items():
+        for path in check_finished(name, shop.folder(name), record):
+            say(f"stage {name}: what it made is gone, nothing needs it: {path}")
+
+
+def _report(folder: RunDir) -> Path:
+    """The report, written again unless it shows what the run is now."""
+    return folder.report_file if is_current(folder.path) else write_report(folder.path)
+
+
+def _pathrank(folder: RunDir, dist: Dist, run_id: str) -> None:
+    """Where each of several ranks runs, in its log; `mtkd.engine.watch` adds how it ended."""
+    if dist.world_size > 1:
+        note(
+            folder.rank_log(dist.rank),
+            f"run {run_id}: rank {dist.rank} of {dist.world_size}, pid {os.getpid()} on {socket.gethostname()}",
+        )
+
+
+def _stage(shop: Workshop, name: str, run: RunDir) -> dict[str, Any]:
+    """Make a stage, or find it made."""
+    folder, main = shop.folder(name), shop.dist.is_main
+    wanted = shop.identity(name)
+    agree(shop.dist, wanted, f"stage '{name}': data, tokenizer and models", "give every node the same files")
+    folders = {other: shop.folder(other) for other in shop.config.stages}
+
+    def made() -> dict[str, Any] | None:
+        return finished(folder, name, wanted, list(dict.fromkeys([name, *changed_stages(shop.config, folders)])))
+
+    record = on_main(shop.dist, made)
+    if record is not None:
+        if record.get("caches"):
+            for path in on_main(shop.dist, partial(restore_notes, folder, record)):
+                say(f"  a note of stage '{name}' was damaged, written again: {path}", main=main)
+        work = f"{len(record['caches'])} caches" if record.get("caches") else f"{record['steps']} steps"
+        say(f"stage {name}: done ({work}, {record['seconds']:.0f} s), skipped", main=main)
+        return record
+    say(f"stage {name}: {shop.config.stages[name].kind}", main=main)
+    if shop.config.stages[name].kind == "cache":
+        with placed(stage=f"stages.{name}"):
+            made_caches = capture(shop, name, wanted)
+        cached = {**made_caches, "fingerprint": fingerprint(wanted), "identity": wanted}
+        fault_point("before-done", cached["steps"])
+        on_main(shop.dist, lambda: _mark_done(run, folder, cached))
+        return cached
+    built = shop.build(name)
+    if "logits" in heads_read(shop.config, name):
+        read = {f"stages.{name}.teachers[{i}]": teacher for i, teacher in enumerate(built.pool.teachers)}
+        warn_below_chance(read, built.data, built.stage.batch, shop.device, shop.dist)
+    with placed(stage=f"stages.{name}"):
+        facts = train(built, shop.config, run, folder)
+    record = {
+        "stage": name,
+        "kind": built.stage.kind,
+        "parameters": built.num_parameters(),
+        "members": {member: built.num_parameters(member) for member in built.stage.members},
+        "teachers": [t.name for t in built.stage.teachers],
+        **facts,
+        "fingerprint": fingerprint(wanted),
+        "identity": wanted,
+    }
+    _export(shop, built, folder)
+    record["manifests"] = on_main(shop.dist, lambda: manifests(folder.export, [""]))
+    fault_point("before-done", facts["steps"])
+    on_main(shop.dist, lambda: _mark_done(run, folder, record))
+    built.close()
+    del built
+    gc.collect()
+    return record
+
+
+def _mark_done(run: RunDir, folder: StageDir, record: dict[str, Any]) -> None:
+    folder.mark_done(record)
+    drop_replaced(run)
+
+
+def _export(shop: Workshop, built: BuiltStage, folder: StageDir) -> None:
+    """Write every model so that plain transformers loads it, tokenizer included; members in folders of their own."""
+    states = {name: built.engine.model_state(name) for name in built.objective.models}
+
+    def write(path: Path) -> None:
+        for name, model in built.objective.models.items():
+            state = states[name]
+            assert state is not None
+            folder = path / name if built.stage.members else path
+            with quiet():
+                model.model.save_pretrained(folder, state_dict=state)
+            shop.tokenizer.save_pretrained(folder)
+            if model.vocabulary is not None:
+                compress_tokenizer(folder, model.vocabulary.kept.tolist(), model.vocabulary.to_kept.tolist())
+                model.vocabulary.save(folder)
+
+    facts = {"stage": built.name, "identity": built.identity}
+    on_main(shop.dist, lambda: folder.sealed_export(write, json.loads(json.dumps(facts))))

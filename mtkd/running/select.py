@@ -1,0 +1,171 @@
+"""What a stage's own validation scores decide: when it ends, and which of its steps becomes its model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from mtkd.data.batch import Batch
+from mtkd.data.sampler import evaluation_batches
+from mtkd.engine.folder import RunDir, StageDir
+from mtkd.engine.jsonlines import append_jsonl
+from mtkd.engine.seal import check_seal
+from mtkd.errors import DataError, UserError
+from mtkd.evaluate.metrics import LOWER_IS_BETTER, summarise
+from mtkd.evaluate.score import mean_loss, score
+from mtkd.running.built import BuiltStage
+
+
+@dataclass
+class TrainState:
+    """What the loop itself must remember; parameters, optimizer and random states are the engine's.
+
+    Attributes:
+        step: optimizer steps done.
+        stream: position in the data, two integers.
+        seconds: spent training over all sessions.
+        targets: positions with a target seen so far.
+        meters: per rank the metrics of the steps since the last log line; without them the first line after a resume
+            would be the mean of fewer steps.
+        best_step: step of the best validation score so far, 0 before the first; best_value: that score.
+        waited: evaluations since then.
+        ended: why training ends before the last step; empty while it goes on.
+    """
+
+    step: int = 0
+    stream: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    targets: int = 0
+    meters: list[dict[str, Any]] = field(default_factory=list)
+    best_step: int = 0
+    best_value: float | None = None
+    waited: int = 0
+    ended: str = ""
+
+
+def regrouped(meters: list[dict[str, Any]], ranks: int) -> list[dict[str, Any]]:
+    """`TrainState.meters` for another number of processes: the sums of all stand with the first one."""
+    if not meters or len(meters) == ranks:
+        return meters
+    sums = {name: sum(meter["sums"].get(name, 0.0) for meter in meters) for name in meters[0]["sums"]}
+    seen = meters[0]["seen"]
+    others = [{"sums": dict.fromkeys(sums, 0.0), "seen": seen} for _ in range(ranks - 1)]
+    return [{"sums": sums, "seen": seen}, *others]
+
+
+def check_selection(built: BuiltStage) -> None:
+    """What the plan could not see without the data: the split and the metric by which the stage selects.
+
+    Raises:
+        UserError: one of them is not there.
+    """
+    metric, data = built.stage.selects, built.data
+    if not metric:
+        return
+    if data.splits.get("validation") is None:
+        raise DataError(
+            "there is no validation split to choose by",
+            where=f"stages.{built.name}",
+            found=", ".join(data.splits),
+            todo="set data.validation_share, or drop early_stop and export: best",
+        )
+    allowed = ("loss", *data.task.metrics_for(data.num_labels))
+    if metric not in allowed:
+        raise UserError("these data have no such metric", where=f"stages.{built.name}", found=metric, allowed=allowed)
+
+
+def validate(built: BuiltStage, run: RunDir, step: int) -> float:
+    """Write the scores on the validation split to metrics.jsonl; the student's random state is untouched.
+
+    Always the label loss (nats per target), and the metric by which the stage selects. A collective.
+
+    Returns:
+        That metric, the same on every rank; the loss when the stage selects by nothing, NaN without a split.
+    """
+    split = built.data.splits.get("validation")
+    if split is None or not split.has_targets:
+        return float("nan")
+    engine, objective, dist = built.engine, built.objective, built.engine.dist
+    models, metric = list(objective.models.values()), built.stage.selects or "loss"
+    objective.eval()
+
+    def batches() -> Iterable[Batch]:
+        return evaluation_batches(split, built.stage.batch, dist.rank, dist.world_size)
+
+    how = (engine.device, objective.dtype, dist, objective.tile, engine.whole_head)
+    values = {"loss": _mean([mean_loss(model, batches(), *how) for model in models])}
+    if metric != "loss":
+        task = built.data.config.task
+        records = [score([model], built.data, split, batches(), *how) for model in models]
+        values |= {metric: _mean([summarise(task, found)[metric] for found in records if found is not None])}
+    objective.train()
+    if dist.is_main:
+        named = {f"validation/{name}": value for name, value in values.items()}
+        append_jsonl(run.metrics_file, {"stage": built.name, "step": step, "time": time.time(), **named})
+    return dist.broadcast_object(values[metric])
+
+
+def note_score(built: BuiltStage, state: TrainState, value: float) -> bool:
+    """Remember a validation score in the state; whether this step must be kept because it is the best so far.
+
+    An equal score is not better, NaN never is. After `patience` scores in a row that are not, `state.ended` says so.
+    """
+    stage = built.stage
+    if not stage.selects:
+        return False
+    sign = 1 if stage.selects in LOWER_IS_BETTER else -1
+    if value == value and (state.best_value is None or sign * value < sign * state.best_value):
+        state.best_step, state.best_value, state.waited = state.step, value, 0
+        return stage.export == "best"
+    state.waited += 1
+    if stage.early_stop is not None and state.waited >= stage.early_stop.patience and state.step < built.steps:
+        state.ended = (
+            f"early stop: {stage.selects} was not better than {_told(state.best_value)} of step {state.best_step} "
+            f"in {state.waited} evaluations"
+        )
+    return False
+
+
+def take_best(built: BuiltStage, folder: StageDir, state: TrainState) -> int:
+    """Load the step that is exported into the engine, if it is not the last one; returns it. A collective.
+
+    Raises:
+        DataError: no score was a number, or the checkpoint of the best one is not whole.
+    """
+    if built.stage.export == "last" or state.best_step == state.step:
+        return state.step
+    if state.best_step == 0:
+        raise DataError(
+            "no validation score was a number, so none of them is the best",
+            where=f"stages.{built.name}",
+            found=built.stage.selects,
+            todo="choose another export_metric, or export: last",
+        )
+    best = folder.checkpoints / f"step-{state.best_step:06d}"
+    problem = ""
+    if built.engine.dist.is_main:
+        try:
+            check_seal(best)
+        except DataError as error:
+            problem = str(error)
+    problem = built.engine.dist.broadcast_object(problem)
+    if problem:
+        raise DataError(
+            "the checkpoint of the best step is not whole",
+            where=f"stages.{built.name}",
+            found=problem,
+            todo=f"train the stage again: --redo {built.name}",
+        )
+    built.engine.load(best)
+    return state.best_step
+
+
+def _mean(values: list[float]) -> float:
+    """NaN of none: only the main rank has scores, and tells the others."""
+    return sum(values) / len(values) if values else float("nan")
+
+
+def _told(value: float | None) -> str:
+    return "nothing" if value is None else f"{value:.6g}"

@@ -1,0 +1,82 @@
+"""Where a run stands, read from its folder alone: the facts behind `mtkd status`."""
+
+from __future__ import annotations
+
+import fcntl
+from pathlib import Path
+from typing import Any
+
+from mtkd.config import RunConfig
+from mtkd.engine.folder import RunDir, StageDir
+from mtkd.engine.jsonlines import readable_jsonl
+from mtkd.engine.seal import newest_sealed
+from mtkd.running.remember import own_config
+
+
+def status(path: Path) -> dict[str, Any]:
+    """Stages with their state (done, started, waiting), last step, newest sealed checkpoint; who holds the run.
+
+    A step of a cache stage is a shard; in the place of its checkpoint stands what it made.
+    """
+    run = RunDir.open(path)
+    config = own_config(run)
+    logged: dict[str, dict[str, Any]] = {}
+    for line in readable_jsonl(run.metrics_file)[0]:
+        if "loss" in line or "examples" in line:  # of training, and of a cache
+            logged[str(line.get("stage"))] = line
+    stages = [
+        _stage(name, run.stage(position, name), logged.get(name, {})) for position, name in enumerate(config.stages, 1)
+    ]
+    return {"run": str(path), "held_by": _holder(run), "stages": stages}
+
+
+def is_finished(config: RunConfig, before: int) -> bool:
+    """Whether a call of `run` that began after `mark_of` said `before` has done everything."""
+    folder = RunDir(config.folder)
+    stages = [folder.stage(i, name) for i, name in enumerate(config.stages, 1)]
+    return mark_of(config) != before and all(stage.done() for stage in stages) and folder.report_file.is_file()
+
+
+def mark_of(config: RunConfig) -> int:
+    """A number that changes when a run starts."""
+    file = RunDir(config.folder).environment_file
+    return file.stat().st_mtime_ns if file.exists() else 0
+
+
+def _holder(run: RunDir) -> str:
+    """What the lock file says, if its lock is really held: the text outlives a killed process, the lock does not."""
+    if not run.lock_file.is_file():  # a fifo would be waited for
+        return "nobody"
+    with run.lock_file.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return file.read().strip()
+        fcntl.flock(file, fcntl.LOCK_UN)
+    return "nobody"
+
+
+def _stage(name: str, folder: StageDir, line: dict[str, Any]) -> dict[str, Any]:
+    record = folder.done()
+    if record is not None:
+        return {
+            "stage": name,
+            "state": "done",
+            "step": record["steps"],
+            "seconds": round(record["seconds"], 1),
+            "checkpoint": _caches(record) or "-",
+        }
+    found = newest_sealed(folder.checkpoints)
+    return {
+        "stage": name,
+        "state": "started" if line or found.path or folder.partial.is_dir() else "waiting",
+        "step": line.get("step", 0),
+        "seconds": line.get("seconds", 0.0),
+        "checkpoint": found.path.name if found.path else "none",
+    }
+
+
+def _caches(record: dict[str, Any]) -> str:
+    """What a cache stage made, in a few words; "" for another stage."""
+    made = record.get("caches") or {}
+    return "; ".join(f"{n}: {f['bytes'] / 1e6:,.1f} MB, {f['bytes_per_position']:.0f} B each" for n, f in made.items())

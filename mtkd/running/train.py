@@ -1,0 +1,268 @@
+"""THE loop: every stage that trains runs it, under either engine."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mtkd.config import RunConfig
+from mtkd.data.batch import Batch, position_counts
+from mtkd.engine.base import all_finite, learning_rate
+from mtkd.engine.dist import Dist, on_main
+from mtkd.engine.folder import RunDir, StageDir
+from mtkd.engine.jsonlines import append_jsonl, rewind, sync_jsonl, to_json
+from mtkd.engine.seal import Found, newest_sealed, save_sealed
+from mtkd.engine.stopping import stop_flag
+from mtkd.errors import DataError, NonFiniteError, Preempted, UserError, on_every_rank
+from mtkd.objective.looks import after_step, before_step
+from mtkd.objective.objective import Objective
+from mtkd.running.built import BuiltStage
+from mtkd.running.console import StageProgress, say
+from mtkd.running.overflow import check_teachers
+from mtkd.running.select import TrainState, check_selection, note_score, regrouped, take_best, validate
+from mtkd.weightings.faults import FAULTS, check_faults
+
+_STATE = "state.json"
+
+
+def train(built: BuiltStage, config: RunConfig, run: RunDir, folder: StageDir) -> dict[str, Any]:
+    """Train a stage to its last step, resuming from its newest sealed checkpoint if there is one.
+
+    Returns:
+        Facts for the stage's DONE record: steps, seconds, targets, peak memory of the process; the step whose model
+        the engine now holds, and why training ended.
+    Raises:
+        NonFiniteError: a loss or gradient is NaN or infinite; nothing after the last finite step is saved.
+        Preempted: SIGTERM or SIGINT arrived; a checkpoint was sealed.
+        DataError: a checkpoint belongs to another configuration, teacher, data set or tokenizer.
+    """
+    stage, engine, dist = built.stage, built.engine, built.engine.dist
+    check_selection(built)
+    state = _restore(built, folder)
+    on_main(dist, lambda: rewind(run.metrics_file, built.name, state.step))
+    meter = _Meter(built, run, dist, state)
+    with stop_flag() as stopped, StageProgress(built.name, built.steps, state.step, dist.is_main) as progress:
+        built.objective.train()
+        begun = time.monotonic() - state.seconds
+        for step in range(state.step, state.step if state.ended else built.steps):
+            micro_batches = [batch.to(engine.device) for batch in next(built.stream)]
+            counts, stop = global_counts(micro_batches, dist, stopped(), built.objective.step_counts)
+            for batch, teachers in before_step(built, step, micro_batches, counts):
+                loss, metrics = engine.forward(batch, teachers, counts)
+                engine.backward(loss)
+                meter.add(metrics)
+            norm = engine.step(step)
+            if not math.isfinite(norm):
+                check_teachers(built, micro_batches, torch.bfloat16 if config.engine.in_bf16 else torch.float32)
+                raise on_every_rank(_non_finite(built, step, meter.flush()))
+            after_step(built, micro_batches)
+            state.step, state.stream = step + 1, built.stream.state()
+            state.seconds, state.targets = time.monotonic() - begun, state.targets + counts["targets"]
+            last = state.step == built.steps
+            due = last or bool(stage.evaluate_every and state.step % stage.evaluate_every == 0)
+            logged, better = None, False
+            if last or state.step % config.log_every == 0 or state.step == 1 or (due and stage.early_stop):
+                logged = meter.log(state, {"lr": learning_rate(stage.optimizer, step, built.steps), "grad_norm": norm})
+                if not math.isfinite(logged):
+                    raise on_every_rank(_non_finite(built, step, {"loss": logged}))
+            progress.update(state.step, logged)
+            if due:
+                better = note_score(built, state, validate(built, run, state.step))
+                begun = time.monotonic() - state.seconds  # validation is not training time
+            done = last or bool(state.ended)
+            if stop or done or better or (stage.save_every and state.step % stage.save_every == 0):
+                on_main(dist, lambda: sync_jsonl(run.metrics_file))
+                with stopped.writing():
+                    _save(built, folder, state, meter)
+                begun = time.monotonic() - state.seconds
+            if stop:
+                raise on_every_rank(_preempted(built, state))
+            if done:
+                break
+        if not dist.all_ok(not stopped()):  # during the last step: saved, but nobody looked at the flag any more
+            raise on_every_rank(_preempted(built, state))
+    return {
+        "steps": state.step,
+        "exported_step": take_best(built, folder, state),
+        "ended": state.ended or "all steps",
+        "seconds": state.seconds,
+        "tokens": state.targets,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def global_counts(
+    micro_batches: list[Batch], dist: Dist, stop: bool = False, more: Callable[[Batch], Mapping[str, int]] | None = None
+) -> tuple[dict[str, int], bool]:
+    """Valid positions over all ranks and micro-batches of a step, and whether any rank wants to stop.
+
+    One small all-reduce: what divides every row, so that 8x1, 4x2 and 2 ranks give the same gradient.
+
+    Args: more: further numbers of a micro-batch, under the same names on every rank.
+    """
+    counts = position_counts(micro_batches)
+    for batch in micro_batches:
+        for name, number in (more(batch) if more else {}).items():
+            counts[name] = counts.get(name, 0) + number
+    *sums, stops = dist.sum([*counts.values(), int(stop)])
+    return dict(zip(counts, map(int, sums), strict=True)), stops > 0
+
+
+class _Meter:
+    """Metrics of the steps since the last log line, summed on this rank, reduced over ranks when they are written."""
+
+    def __init__(self, built: BuiltStage, run: RunDir, dist: Dist, state: TrainState) -> None:
+        self._name, self._run, self._dist = built.name, run, dist
+        self._objective, self._weighting = built.objective, built.stage.weighting.name
+        self._micro_batches = built.stage.batch.accumulate
+        before: dict[str, Any] = state.meters[dist.rank] if state.meters else {"sums": {}, "seen": 0}
+        self._sums = {
+            name: torch.tensor(
+                float("nan") if value is None else value, dtype=torch.float64, device=built.engine.device
+            )
+            for name, value in before["sums"].items()
+        }
+        self._seen: int = before["seen"]
+
+    def add(self, metrics: dict[str, torch.Tensor]) -> None:
+        for name, value in metrics.items():
+            self._sums[name] = self._sums[name] + value.double() if name in self._sums else value.double()
+        self._seen += 1
+
+    def finite_loss(self) -> bool:
+        """Whether the losses of this rank since the last log line are finite: NaN and infinity stay in a sum."""
+        return "loss" not in self._sums or math.isfinite(self._sums["loss"])
+
+    def states(self) -> list[dict[str, Any]]:
+        """What `TrainState.meters` keeps, on the main rank; empty elsewhere. A collective."""
+        mine = {"sums": {name: float(value) for name, value in self._sums.items()}, "seen": self._seen}
+        return self._dist.gather_objects(mine) or []
+
+    def flush(self) -> dict[str, float]:
+        """Means per step since the last flush, over all ranks.
+
+        Raises:
+            UserError: weights of the teachers that no stage can train with, on every rank.
+        """
+        steps = max(self._seen // self._micro_batches, 1)
+        values = torch.stack(list(self._sums.values())).tolist() if self._sums else []
+        sums = self._dist.sum(values)
+        means = {name: value / steps for name, value in zip(self._sums, sums, strict=True)}
+        self._sums, self._seen = {}, 0
+        if isinstance(self._objective, Objective):
+            try:
+                where, negative = f"stages.{self._name}.weighting", self._objective.weighting.negative
+                check_faults(means, self._weighting, where, negative=negative)
+            except UserError as error:
+                raise on_every_rank(error) from None
+        return {name: value for name, value in means.items() if name not in FAULTS}
+
+    def log(self, state: TrainState, extra: dict[str, float]) -> float:
+        """Write one line of metrics.jsonl; returns the mean loss."""
+        means = self.flush()
+        line = {
+            "stage": self._name,
+            "step": state.step,
+            "time": time.time(),
+            "seconds": round(state.seconds, 3),
+            "tokens": state.targets,
+            **extra,
+            **means,
+        }
+        if self._dist.is_main:
+            append_jsonl(self._run.metrics_file, line)
+            _tensorboard(self._run, self._name, state.step, {**extra, **means})
+        return means["loss"]
+
+
+_writers: dict[str, Any] = {}
+
+
+def _tensorboard(run: RunDir, stage: str, step: int, values: dict[str, float]) -> None:
+    """The same numbers for TensorBoard, when it is installed."""
+    key = str(run.path / "tensorboard" / stage)
+    if key not in _writers:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            _writers[key] = SummaryWriter(key, purge_step=step)  # what a killed session drew beyond is done again
+        except ImportError:
+            _writers[key] = None
+    if _writers[key] is not None:
+        for name, value in values.items():
+            _writers[key].add_scalar(name, value, step)
+
+
+def _save(built: BuiltStage, folder: StageDir, state: TrainState, meter: _Meter) -> None:
+    """Seal a checkpoint.
+
+    Raises:
+        NonFiniteError: the parameters, or a loss since the last log line, are not finite: nothing is written then, so
+            that a run whose cause is removed goes on from what was good.
+    """
+    engine = built.engine
+    if not engine.dist.all_ok(all_finite(built.objective) and meter.finite_loss()):
+        raise on_every_rank(_non_finite(built, state.step - 1, meter.flush(), "a parameter"))
+    state.meters = meter.states()
+
+    def write(path: Path) -> None:
+        built.engine.save(path)
+        if built.engine.dist.is_main:
+            (path / _STATE).write_text(to_json(asdict(state)))
+
+    facts = {"step": state.step, "identity": built.identity, **built.layout}
+    if built.stage.export == "best":
+        facts["best"] = state.best_step
+    save_sealed(folder.checkpoints, state.step, write, facts, dist=built.engine.dist, keep=built.stage.keep)
+
+
+def _restore(built: BuiltStage, folder: StageDir) -> TrainState:
+    """The state of the newest sealed checkpoint, loaded into engine and stream; a fresh state when there is none."""
+    dist = built.engine.dist
+    found = dist.broadcast_object(newest_sealed(folder.checkpoints) if dist.is_main else Found(None, {}, []))
+    for reason in found.skipped:
+        say(f"  skipped a broken checkpoint: {reason}", main=dist.is_main)
+    if found.path is None:
+        if found.skipped:
+            raise DataError(
+                "checkpoints exist, but none of them is whole",
+                where=str(folder.checkpoints),
+                found="; ".join(found.skipped),
+                todo="remove this folder to train the stage from its beginning",
+            )
+        return TrainState()
+    built.check_layout(found.manifest)
+    state = TrainState(**json.loads((found.path / _STATE).read_text()))
+    state.meters = regrouped(state.meters, dist.world_size)
+    built.engine.load(found.path)
+    built.stream.load_state(state.stream)
+    say(f"  resumed at step {state.step} from {found.path.name}", main=dist.is_main)
+    return state
+
+
+def _non_finite(
+    built: BuiltStage, step: int, metrics: dict[str, float], else_found: str = "the gradient's norm"
+) -> NonFiniteError:
+    bad = sorted(name for name, value in metrics.items() if not math.isfinite(value))
+    return NonFiniteError(
+        f"a loss or gradient is not finite at step {step + 1}",
+        where=f"stages.{built.name}",
+        found=", ".join(bad) or else_found,
+        todo="lower optimizer.lr, or set optimizer.clip; the last sealed checkpoint is finite",
+    )
+
+
+def _preempted(built: BuiltStage, state: TrainState) -> Preempted:
+    return Preempted(
+        f"stopped and saved at step {state.step} of {built.steps}",
+        where=f"stages.{built.name}",
+        todo="run it again (without --redo) to go on from there",
+    )

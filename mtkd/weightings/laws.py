@@ -1,0 +1,299 @@
+"""Laws of weightings: shape, sign, sum, one teacher, order of teachers, labels, positions without a target, detachment,
+state, the cut into micro-batches, penalty.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtkd.broken import TOLERANCE, LawBroken, difference
+from mtkd.data.batch import Batch, position_counts
+from mtkd.models.features import NO_LABEL, DenseLogits
+from mtkd.registry import GIVEN, WEIGHTINGS, WeightingSpec
+from mtkd.weightings.base import StageFacts, Weighting
+from mtkd.weightings.traits import Around, Traits
+
+OptionsOf = Callable[[tuple[str, ...]], Mapping[str, Any]]
+"""A weighting's options, given its teachers' names."""
+
+LOSS_SCALES = (0.0, 1.0, 1e4, 1e15)  # factors of the teachers' logits: their cross entropy is up to 1e15
+
+_EVERY = slice(None)
+_CUTS = (slice(0, 1), slice(1, None))  # micro-batches of a step
+_ORDER = (0, 1, 2)
+_WIDTH = 5  # of the student's hidden states
+_MASK = torch.arange(6) < torch.tensor([[6], [2], [4]])  # three sequences of 6, 2 and 4 tokens
+_TEACHERS = ("t0", "t1", "t2")
+_NEEDED_OPTIONS: dict[str, OptionsOf] = {
+    "fixed": lambda teachers: {"weights": {name: 1.0 + _TEACHERS.index(name) for name in teachers}}
+}
+
+
+def check_weighting(weighting: str | WeightingSpec, options: OptionsOf | None = None) -> None:
+    """Every law of a weighting; `options` makes its options from the teachers' names where defaults are not enough.
+
+    Raises:
+        LawBroken: at the first law it does not keep.
+    """
+    spec = WEIGHTINGS.find(weighting) if isinstance(weighting, str) else weighting
+    make = options or _NEEDED_OPTIONS.get(spec.name, lambda teachers: {})
+    for law in WEIGHTING_LAWS:
+        for case in _teacher_bank():
+            if case.per == "example" or _made(spec, make, case).per_token:
+                law(spec, make, case)
+
+
+@dataclass(frozen=True)
+class Teachers:
+    """Logits of some teachers on one batch."""
+
+    what: str
+    logits: Tensor  # [T,B,V] or [T,B,L,V]
+    targets: Tensor
+    mask: Tensor
+    per: str
+    tokens: Tensor | None = None  # where weights are read, if that is more than the targets
+    alike: bool = False  # all positions of an example are the same
+
+    def traits(self, order: tuple[int, ...], of: Weighting, rows: slice = _EVERY) -> Traits:
+        """Fresh traits of the teachers in this order, and of what `of` reads; `rows` are one micro-batch of a step."""
+        logits = [DenseLogits(self.logits[k, rows]) for k in order]
+        return Traits(logits, self.targets[rows], self.mask[rows], self.per, 4, self._around(order, of, rows))
+
+    @property
+    def batch(self) -> Batch:
+        """The examples as a batch; the tokens mean nothing."""
+        tokens = torch.zeros((*self.targets.shape, 3)[:2], dtype=torch.int64)
+        return Batch(torch.arange(len(tokens)), tokens, torch.ones_like(tokens).bool(), self.targets)
+
+    def _around(self, order: tuple[int, ...], of: Weighting, rows: slice) -> Around:
+        """A student, routes by name and gradients, the same in every order; the counts are those of all examples."""
+        generator = torch.Generator().manual_seed(1)
+        batch = self.batch
+        student = torch.randn(self.logits.shape[1:], generator=generator)
+        student = student[:, :1].expand_as(student) if self.alike else student
+        pooled = torch.randn(len(batch.ids), _WIDTH, generator=generator)
+        routes = torch.tensor([order.index(i % len(order)) for i in range(len(batch.ids))])
+        gradients = (self.logits.detach() - student).flatten(1).double()[list(order)]
+        return Around(
+            batch.ids[rows],
+            {**position_counts([batch]), **of.counts(batch)},
+            step=3,
+            student=DenseLogits(student[rows]) if {"student_uncertainty", "student_loss"} & of.reads else None,
+            pooled=pooled[rows] if "pooled" in of.reads else None,
+            routes=routes[rows] if "route" in of.reads else None,
+            gram=gradients @ gradients.t() if "gram" in of.reads else None,
+            tokens=None if self.tokens is None else self.tokens[rows],
+        )
+
+
+def _teacher_bank() -> Iterator[Teachers]:
+    """Classes, one number per example, tokens (one example without targets), at every scale, and equal teachers.
+
+    Tokens also with every other one a target, while weights are read at all of them; once with equal positions.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tokens, classes = torch.randint(11, (3, 6), generator=generator), torch.tensor([0, 2, 1, 2, NO_LABEL])
+    tokens = tokens.masked_fill(~_MASK, NO_LABEL).index_fill(0, torch.tensor([1]), NO_LABEL)
+    numbers = torch.tensor([0.5, -1.0, torch.nan])
+    shapes = {"classes": (3, 5, 3), "numbers": (3, 3, 1), "tokens": (3, 3, 6, 11)}
+    targets = {"classes": classes, "numbers": numbers, "tokens": tokens}
+    for kind, shape in shapes.items():
+        held = targets[kind]
+        mask = ~held.isnan() if kind == "numbers" else held != NO_LABEL
+        drawn = torch.randn(shape, generator=generator)
+        scaled = {f"{kind} at scale {scale:g}": scale * drawn for scale in LOSS_SCALES}
+        scaled[f"{kind} of equal teachers"] = drawn[:1].expand_as(drawn)
+        for what, logits in scaled.items():
+            for per in ("example", "token") if kind == "tokens" else ("example",):
+                yield Teachers(f"{what} per {per}", logits, held, mask, per)
+    sparse = tokens.masked_fill(torch.arange(6) % 2 == 1, NO_LABEL)
+    drawn = 2 * torch.randn(3, 3, 6, 11, generator=generator)
+    same = drawn[:, :, :1].expand_as(drawn), torch.where(sparse == NO_LABEL, NO_LABEL, sparse[:, :1])
+    for per in ("example", "token"):
+        yield Teachers(f"all tokens per {per}", drawn, sparse, sparse != NO_LABEL, per, _MASK)
+        yield Teachers(f"equal tokens per {per}", same[0], same[1], same[1] != NO_LABEL, per, _MASK, alike=True)
+
+
+def _made(
+    spec: WeightingSpec, make: OptionsOf, case: Teachers, order: tuple[int, ...] = _ORDER, seed: int = 0
+) -> Weighting:
+    """A fresh weighting for the case; `seed` is of what its constructor draws."""
+    names = tuple(_TEACHERS[k] for k in order)
+    classes = 0 if case.targets.dim() == 2 else case.logits.shape[-1]
+    facts = StageFacts(names, tuple(10 + 10 * k for k in order), _WIDTH, classes, seed=0)
+    given = {"teachers": names, "facts": facts}
+    asked = [name for name in GIVEN if name in inspect.signature(spec.cls).parameters]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return spec.cls(**make(names), **{name: given[name] for name in asked})
+
+
+def _trained(spec: WeightingSpec, make: OptionsOf, case: Teachers) -> Weighting:
+    """A weighting as it is after some steps: other parameters than it began with, and two rewards."""
+    module = _made(spec, make, case)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    for _ in range(2 if module.rewarded else 0):
+        module(case.traits(_ORDER, module))
+        module.reward(module.judged([torch.rand(len(case.targets), generator=generator)]))
+    return module
+
+
+def _weights(spec: WeightingSpec, make: OptionsOf, case: Teachers, order: tuple[int, ...] = _ORDER) -> Tensor:
+    """What a fresh weighting gives."""
+    module = _made(spec, make, case, order)
+    weights: Tensor = module(case.traits(order, module))
+    return weights
+
+
+def _values_law(spec: WeightingSpec, make: OptionsOf, case: Teachers) -> None:
+    """[T,B,1] per example, [T,B,L] per token, float32; finite, non-negative, and of sum 1 where declared.
+
+    Negative ones must be declared.
+    """
+    module = _made(spec, make, case)
+    traits = case.traits(_ORDER, module)
+    weights = module(traits)
+    if weights.shape != traits.shape or weights.dtype != torch.float32:
+        found = f"{list(weights.shape)} {weights.dtype} instead of {list(traits.shape)} float32"
+        raise LawBroken("shape", spec.name, f"{found} for {case.what}")
+    if not bool(weights.isfinite().all()):
+        raise LawBroken("finite", spec.name, f"a weight is not finite for {case.what}")
+    if not spec.negative and not bool((weights >= 0).all()):
+        raise LawBroken("non-negative", spec.name, f"a weight of {float(weights.min())} for {case.what}")
+    sums = weights.sum(0)
+    if spec.sums_to_one and difference(sums, torch.ones_like(sums)) > TOLERANCE:
+        found = f"weights sum to {float(sums.min())} .. {float(sums.max())}"
+        raise LawBroken("sums to one", spec.name, f"{found} for {case.what}")
+
+
+def _one_teacher_law(spec: WeightingSpec, make: OptionsOf, case: Teachers) -> None:
+    """One teacher has weight 1 exactly: the path of several teachers is then bit-identical to that of one."""
+    if not spec.sums_to_one:
+        return
+    weights = _weights(spec, make, case, (0,))
+    if not torch.equal(weights, torch.ones_like(weights)):
+        raise LawBroken("one teacher", spec.name, f"weights {weights.flatten()[:3].tolist()} for {case.what}")
+
+
+def _order_law(spec: WeightingSpec, make: OptionsOf, case: Teachers) -> None:
+    """Teachers in another order have the same weights in that order."""
+    order = (2, 0, 1)
+    found, wanted = _weights(spec, make, case, order), _weights(spec, make, case)[list(order)]
+    if difference(found, wanted) > TOLERANCE:
+        raise LawBroken("order", spec.name, f"weights follow the teachers' positions for {case.what}")
+
+
+def _labels_law(spec: WeightingSpec, make: OptionsOf, case: Teachers) -> None:
+    """A weighting that does not declare `needs_labels` gives the same weights whatever the labels are."""
+    if spec.needs_labels:
+        return
+    other = case.targets.flip(-1) + 1 if case.targets.is_floating_point() else (case.targets + 1) % 3
+    relabelled = replace(case, targets=torch.where(case.mask, other, case.targets))
+    if not torch.equal(_weights(spec, make, relabelled), _weights(spec, make, case)):
+        raise LawBroken("labels", spec.name, f"labels change the weights for {case.what}, needs_labels is not declared")
+
+
+def _detached_law(spec: WeightingSpec, make: OptionsOf, case: Teachers) -> None:
+    """Weights require a gradient only of the weighting's own parameters, never of the teachers' logits."""
+    logits = case.logits.clone().requires_grad_()
+    module = _made(spec, make, case)
+    weights = module(replace(case, logits=logits).traits(_ORDER, module))
+    if not weights.requires_grad:
+        return
+    if not list(module.parameters()):
+        raise LawBroken("detached", spec.name, f"weights require a gradient, but there are no parameters ({case.what})")
+    if torch.autograd.grad(weights.sum(), logits, allow_unused=True)[0] is not None:
+        raise LawBroken("detached", spec.name, f"a gradient reaches the teachers for {case.what}")
+
+
+def _state_law(spec: WeightingSpec, make: OptionsOf, case: Teachers) -> None:
+    """A fresh weighting that loads the state of a used one gives its weights, bit by bit."""
+    used, fresh = _made(spec, make, case), _made(spec, make, case, seed=1)
+    for _ in range(2):
+        used(case.traits(_ORDER, used))
+    for value in fresh.state_dict().values():
+        if value.is_floating_point():
+            value.copy_(torch.rand_like(value))
+    fresh.load_state_dict(copy.deepcopy(used.state_dict()))
+    if not torch.equal(fresh(case.traits(_ORDER, fresh)), used(case.traits(_ORDER, used))):
+        raise LawBroken("state", spec.name, f"state_dict does not hold everything ({case.what})")
+
+
+def _cut_law(spec: WeightingSpec, make: OptionsOf, case: Teachers) -> None:
+    """An example has the same weights however the step is cut into micro-batches and ranks.
+
+    So nothing is decided by one rank alone, and a batch statistic must come from `traits.around.counts` or a Gram.
+    """
+    module = _trained(spec, make, case)
+    whole = module(case.traits(_ORDER, module)).detach()
+    parts = [module(case.traits(_ORDER, module, rows)).detach() for rows in _CUTS]
+    if difference(torch.cat(parts, 1), whole) > TOLERANCE:
+        raise LawBroken("cut", spec.name, f"weights depend on the other examples of a micro-batch for {case.what}")
+
+
+def _everywhere_law(spec: WeightingSpec, make: OptionsOf, case: Teachers) -> None:
+    """A position has its weights whether it is a target or not: weights are read outside the targets too.
+
+    Of an example whose positions are all the same, all have the same weights. Without `needs_labels` they are also
+    those that the position would have as a target.
+    """
+    if case.tokens is None or case.per != "token":
+        return
+    weights = _weights(spec, make, case)
+    if case.alike:
+        first = weights[..., :1].expand_as(weights)
+        if difference(weights.where(case.tokens, 0), first.where(case.tokens, 0)) > TOLERANCE:
+            text = f"equal positions have other weights where there is no target ({case.what})"
+            raise LawBroken("everywhere", spec.name, text)
+    elif not spec.needs_labels:
+        asked = replace(case, targets=case.targets.masked_fill(case.tokens, 1), mask=case.tokens)
+        if difference(_weights(spec, make, asked).where(case.tokens, 0), weights.where(case.tokens, 0)) > TOLERANCE:
+            text = f"a position has other weights when it is no target, and needs_labels is not declared ({case.what})"
+            raise LawBroken("everywhere", spec.name, text)
+
+
+def _penalty_law(spec: WeightingSpec, make: OptionsOf, case: Teachers) -> None:
+    """The penalty of a step is the sum over its micro-batches; finite; its gradient stays within the weighting."""
+    module = _trained(spec, make, case)
+    logits = case.logits.clone().requires_grad_()
+    found: list[Tensor | None] = []
+    for rows in (_EVERY, *_CUTS):
+        traits = replace(case, logits=logits).traits(_ORDER, module, rows)
+        module(traits)
+        found.append(module.penalty(traits))
+    if found[0] is None:
+        return
+    values = [float(value.detach()) for value in found if value is not None]
+    if not all(map(math.isfinite, values)):
+        raise LawBroken("finite", spec.name, f"a penalty of {values[0]} for {case.what}")
+    gap = abs(sum(values[1:]) - values[0])
+    if len(values) != len(found) or gap > TOLERANCE * max(abs(values[0]), 1):
+        text = f"{values[1:]} of the micro-batches do not add up to {values[0]} of the step for {case.what}"
+        raise LawBroken("penalty", spec.name, text)
+    if found[0].requires_grad and torch.autograd.grad(found[0], logits, allow_unused=True)[0] is not None:
+        raise LawBroken("detached", spec.name, f"the penalty's gradient reaches the teachers for {case.what}")
+
+
+WEIGHTING_LAWS = (
+    _values_law,
+    _one_teacher_law,
+    _order_law,
+    _labels_law,
+    _detached_law,
+    _state_law,
+    _cut_law,
+    _everywhere_law,
+    _penalty_law,
+)
