@@ -14,12 +14,12 @@ from torch import Tensor
 from mtkd.data.batch import Batch
 from mtkd.data.load import LoadedData, Split
 from mtkd.engine.dist import Dist, alive
-from mtkd.models.features import DenseLogits, Logits
+from mtkd.models.features import as_logits
+from mtkd.models.forward import LOGITS, features_of
 from mtkd.models.taps import TappedModel
 from mtkd.models.vocabulary import VocabularyMap
 from mtkd.pool import LiveModel
 
-WANTS = frozenset({"logits"})
 WholeHead = Callable[[], AbstractContextManager[None]]
 
 
@@ -38,14 +38,11 @@ def mixture_log_probs(
     Args:
         whole_head: gathers a sharded output head; entered after the forward pass, whose own end shards it again.
     """
-    values: list[Tensor | Logits] = []
-    for model in models:
-        with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            values.append(model(batch, WANTS)["logits"])
+    values = [as_logits(features_of(model, batch, LOGITS, dtype)["logits"]) for model in models]
     alive()
     index = batch.target_mask.reshape(-1).nonzero().squeeze(-1)
     with whole_head():
-        logits = [(DenseLogits(value) if isinstance(value, Tensor) else value).in_dtype(dtype) for value in values]
+        logits = [value.in_dtype(dtype) for value in values]
         for positions in index.split(tile):
             if batch.targets.is_floating_point():
                 yield positions, torch.stack([x.rows(positions) for x in logits]).mean(0)

@@ -243,3 +243,8 @@ class SparseLogits:
 
 
 Features = dict[str, Tensor | Logits]
+
+
+def as_logits(value: Tensor | Logits) -> Logits:
+    """Logits as the protocol: a tensor [..., C] exists already."""
+    return DenseLogits(value) if isinstance(value, Tensor) else value

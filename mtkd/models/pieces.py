@@ -1,35 +1,29 @@
-"""Work on many positions in equal pieces; a plan, which wants its memory and not its values, does three of them."""
+"""Work on many positions, cut into equal slices: tiles of positions, and on a CPU chunks of a tile."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 
-_planned: ContextVar[str] = ContextVar("mtkd_planned_tiles", default="")
+from torch import Tensor
 
-
-@contextmanager
-def planned_tiles(on_gpu: bool) -> Iterator[None]:
-    """Within it losses run for the memory they take, not for their values.
-
-    Of equal pieces of work the first two and the last are enough: the second meets what the first has left behind, and
-    those after it meet no more. For a GPU (there may be none here) tiles are not cut into chunks.
-    """
-    token = _planned.set("gpu" if on_gpu else "cpu")
-    try:
-        yield
-    finally:
-        _planned.reset(token)
+# On a CPU the elementwise work of a tile goes in chunks of about this many logits (2 MB in float32): its dozen
+# temporaries then stay in the cache, while the matrix products keep the size of the tile.
+_CHUNK_LOGITS = 2**19
 
 
-def planned_for_gpu() -> bool:
-    """Whether the work is only planned, for a GPU."""
-    return _planned.get() == "gpu"
+class Pieces:
+    """How work is cut. The plan has a subclass that makes fewer of them: it wants the memory and not the values."""
+
+    def of(self, count: int, size: int) -> Iterator[slice]:
+        """`count` positions in slices of `size`; one empty slice of none, because reading may be a collective."""
+        for start in range(0, max(count, 1), size):
+            yield slice(start, min(start + size, count))
+
+    def chunks(self, rows: int, logits: Tensor) -> Iterator[slice]:
+        """Slices of a tile's rows for elementwise work on its logits [m,V]: small ones on a CPU, else all of them."""
+        on_cpu = logits.device.type == "cpu"
+        yield from self.of(rows, max(1, _CHUNK_LOGITS // max(logits.shape[-1], 1)) if on_cpu else rows)
 
 
-def pieces(count: int, size: int) -> Iterator[slice]:
-    """`count` positions in slices of `size`; one empty slice of none, since reading may be a collective."""
-    starts = range(0, max(count, 1), size)
-    for start in (*starts[:2], starts[-1]) if _planned.get() and len(starts) > 3 else starts:
-        yield slice(start, min(start + size, count))
+EVERY_PIECE = Pieces()
+"""The way of everybody but the plan."""

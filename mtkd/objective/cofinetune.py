@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from mtkd.data.batch import Batch
 from mtkd.engine.base import Trainable
 from mtkd.errors import UserError
-from mtkd.models.features import Features
+from mtkd.models.features import Features, as_logits
+from mtkd.models.forward import LOGITS, features_of
 from mtkd.models.info import GLM, ModelInfo
 from mtkd.models.taps import TappedModel
 from mtkd.registry import LOSSES
@@ -126,9 +127,7 @@ class CoFinetuning(Trainable):
         metrics: dict[str, Tensor] = {}
         labels, mask = batch.targets, batch.target_mask
         for name, model in self.models.items():
-            with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-                logits = model(batch, frozenset({"logits"}))["logits"]
-            assert not isinstance(logits, Tensor)
+            logits = as_logits(features_of(model, batch, LOGITS, self.dtype)["logits"])
             scores = logits.rows(torch.arange(len(labels), device=labels.device))
             value = self._loss(scores, labels, mask).sum() / max(counts["targets"], 1)
             total = total + value

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from mtkd.data.batch import Batch
 from mtkd.errors import UserError
-from mtkd.models.features import Features, SparseRows
-from mtkd.models.pieces import pieces
+from mtkd.models.features import Features, SparseRows, as_logits
+from mtkd.models.forward import LOGITS, features_of
 from mtkd.objective.compile import Row
 from mtkd.objective.kept import completed, read
 from mtkd.objective.objective import Counts, Objective
-from mtkd.objective.targets import as_logits
+from mtkd.objective.targets import positions_of
 from mtkd.weightings.gradients import has_gradient
 
 _AT_ONCE = 2**18  # entries of a gradient that are multiplied in float64 at one time: 2 MB per teacher
@@ -38,22 +38,17 @@ def gram(
         counts: global numbers of positions of the step.
         whole_head: gathers a sharded output head; entered after the forward pass, whose own end shards it again.
     """
-    with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=objective.dtype == torch.bfloat16):
-        features = objective.student(batch, frozenset({"logits"}))
+    features = features_of(objective.student, batch, LOGITS, objective.dtype)
     rows = [row for row in objective.rows if has_gradient(row.match)]
-    everywhere = not objective.token_level or any(row.match.positions == "all" for row in rows)
-    at = batch.token_mask if objective.token_level else batch.real
-    index = (at if everywhere else batch.target_mask).reshape(-1).nonzero().squeeze(-1)
-    total = torch.zeros(len(teachers), len(teachers), dtype=torch.float64, device=index.device)
+    at = positions_of(rows, batch, objective.token_level)
+    total = torch.zeros(len(teachers), len(teachers), dtype=torch.float64, device=at.index.device)
     with whole_head():
         student, theirs = as_logits(features["logits"]).in_dtype(objective.dtype), objective.teacher_logits(teachers)
-        for piece in pieces(len(index), objective.tile):
-            tile = index[piece]
-            has_label, ours = batch.target_mask.reshape(-1)[tile], student.rows(tile)
-            stacked = torch.stack(
-                [_gradient(objective, rows, ours, read(logits, tile), has_label, counts) for logits in theirs]
-            )
-            total += _products(stacked)
+        for piece in objective.pieces.of(len(at.index), objective.tile):
+            index, has_label = at.index[piece], at.has_label[piece]  # [m]
+            ours = student.rows(index)  # [m,V]
+            gradients = [_gradient(objective, rows, ours, read(logits, index), has_label, counts) for logits in theirs]
+            total += _products(torch.stack(gradients))  # [T,m*V] -> [T,T]
     return total
 
 

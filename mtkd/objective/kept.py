@@ -199,9 +199,13 @@ class ReadOnce:
             self.keys |= {row.key for row in rows if row.spec.function is ce and not row.match.options.get("smoothing")}
         self.groups = _groups(known)
 
-    def at(self, student: Tensor, positions: slice) -> _OneTile | None:
-        """The rows' losses of a tile; None when no row is served."""
-        return _OneTile(self, student, positions) if self.groups else None
+    def serves(self, row: Row) -> bool:
+        """Whether the row's losses against the cached teachers are read here."""
+        return bool(self.groups) and row.key in self.keys
+
+    def at(self, student: Tensor, positions: slice) -> OneTile:
+        """The rows' losses of a tile."""
+        return OneTile(self, student, positions)
 
 
 def _is_linear(row: Row) -> bool:
@@ -244,22 +248,20 @@ def _negative_entropy(rows: SparseRows) -> Tensor:
     return value if rows.tail is None else value + rows.tail.exp() * rows.tail
 
 
-class _OneTile:
+class OneTile:
     """One tile's student against all cached teachers; each temperature's pass is made when a row first asks."""
 
     def __init__(self, once: ReadOnce, student: Tensor, positions: slice) -> None:
         self._once, self._student, self._positions = once, student, positions
         self._done: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def losses(self, row: Row, weights: Tensor) -> Tensor | None:
-        """Per-position loss of a row over all cached teachers, [m]; None for a row that has to see whole rows.
+    def losses(self, row: Row, weights: Tensor) -> Tensor:
+        """Per-position loss of a row that is served over all cached teachers, [m].
 
         Args:
             weights: [T,m].
         """
         once = self._once
-        if row.key not in once.keys:
-            return None
         if row.from_labels:
             number = next(i for i, group in enumerate(once.groups) if group.temperature == 1)
             return self._pass(number)[1]

@@ -13,7 +13,7 @@ from mtkd.config.match import Match
 from mtkd.losses.laws import NUMERIC_LABELS, Options
 from mtkd.models.features import HeadLogits
 from mtkd.objective.compile import Row
-from mtkd.objective.targets import ensemble_losses
+from mtkd.objective.ensembles import ensemble_losses
 from mtkd.objective.tiles import tiled
 from mtkd.registry import LOSSES, LossSpec
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from mtkd.data.batch import Batch
 from mtkd.engine.base import Engine
-from mtkd.models.features import Features
+from mtkd.models.features import Features, as_logits
+from mtkd.models.forward import LOGITS, features_of
 from mtkd.objective.gram import gram
 from mtkd.objective.objective import Objective
-from mtkd.objective.targets import as_logits
 from mtkd.running.built import BuiltStage
 from mtkd.weightings.traits import Around, Traits
 
@@ -65,8 +65,7 @@ def after_step(built: BuiltStage, micro_batches: list[Batch]) -> None:
 @torch.no_grad()
 def _losses(objective: Objective, batch: Batch, engine: Engine) -> Tensor:
     """The student's mean loss on each example's labels, [B]."""
-    with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=objective.dtype == torch.bfloat16):
-        features = objective.student(batch, frozenset({"logits"}))
+    features = features_of(objective.student, batch, LOGITS, objective.dtype)
     with engine.whole_head():
         logits = as_logits(features["logits"]).in_dtype(objective.dtype)
         around = Around(batch.ids, student=logits)

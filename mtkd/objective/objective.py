@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +16,14 @@ from torch import Tensor, nn
 from mtkd.data.batch import Batch
 from mtkd.engine.base import Trainable
 from mtkd.errors import UserError
-from mtkd.models.features import Features, HeadLogits, Logits, SparseLogits
+from mtkd.models.features import Features, HeadLogits, Logits, as_logits
+from mtkd.models.forward import features_of
+from mtkd.models.pieces import EVERY_PIECE, Pieces
 from mtkd.models.taps import TappedModel
 from mtkd.objective.compile import Row
-from mtkd.objective.kept import ReadOnce
+from mtkd.objective.ensembles import ensemble_losses
 from mtkd.objective.projection import projection_key
-from mtkd.objective.targets import TeacherMixture, TeacherTiles, as_logits, ensemble_losses
+from mtkd.objective.targets import passes_for, positions_of
 from mtkd.objective.tiles import tiled
 from mtkd.weightings.base import Weighting
 from mtkd.weightings.faults import weight_faults
@@ -44,6 +45,7 @@ class Objective(Trainable):
         token_level: targets are [B,L], logits are vocabulary-size.
         tile: positions per tile.
         dtype: of the matrix products: bfloat16 runs the student under autocast; losses stay float32.
+        pieces: how positions are cut into tiles; a plan makes fewer.
     """
 
     def __init__(
@@ -58,11 +60,13 @@ class Objective(Trainable):
         token_level: bool,
         tile: int = 256,
         dtype: torch.dtype = torch.float32,
+        pieces: Pieces = EVERY_PIECE,
     ) -> None:
         super().__init__()
         self.student, self.weighting, self.projections = student, weighting, projections
         self.rows, self.teacher_names = list(rows), tuple(teachers)
         self.per, self.token_level, self.tile, self.dtype = per, token_level, tile, dtype
+        self.pieces = pieces
         self.student_wants = frozenset().union(*(row.student_wants() for row in self.rows))
         self._pooled_key = f"hidden.{student.info.num_layers}"
         self._reads_student = bool({"student_uncertainty", "student_loss"} & weighting.reads)
@@ -118,8 +122,7 @@ class Objective(Trainable):
         Returns:
             (loss [], metrics): summed over the micro-batches and ranks of a step, both are the step's values.
         """
-        with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            features = self.student(batch, self.student_wants)
+        features = features_of(self.student, batch, self.student_wants, self.dtype)
         batch, logits = self.mapped(batch), self.teacher_logits(teachers)
         weights, penalty = self._weights(batch, logits, features, counts)
         metrics = {**self._weight_metrics(weights, batch, counts), **self._faults}
@@ -173,7 +176,7 @@ class Objective(Trainable):
         if not logits:
             return torch.zeros(0, len(batch.ids), 1, device=batch.input_ids.device), None
         around = self._around(batch, student, counts)
-        traits = Traits(logits, batch.targets, batch.target_mask, self.per, self.tile, around)
+        traits = Traits(logits, batch.targets, batch.target_mask, self.per, self.tile, around, self.pieces)
         weights = self.weighting(traits)
         if weights.shape == (*traits.shape[:2], 1):
             weights = weights.expand(traits.shape)  # one weight per example is the same at all its tokens
@@ -277,69 +280,22 @@ class Objective(Trainable):
         self, student: Tensor | Logits, logits: Sequence[Logits], weights: Tensor, batch: Batch, counts: Counts
     ) -> tuple[Tensor, Tensor]:
         """All logits rows in one pass: tiled over a vocabulary, whole over classes. (loss [], row values [R])."""
-        everywhere = not self.token_level or any(row.match.positions == "all" for row in self.logit_rows)
-        at = batch.token_mask if self.token_level else batch.real
-        index = (at if everywhere else batch.target_mask).reshape(-1).nonzero().squeeze(-1)
-        labels = batch.targets.reshape(-1)[index]
-        has_label = batch.target_mask.reshape(-1)[index]
-        spread = weights.expand(-1, -1, batch.targets.shape[1]) if self.token_level else weights
-        weights = spread.flatten(1)[:, index]
-        rows, divisors = self.logit_rows, [self._count(row, counts) for row in self.logit_rows]
-        read = TeacherTiles(logits, index, self.tile)
-        once = None if everywhere else ReadOnce(rows, logits, index, labels)
+        positions = positions_of(self.logit_rows, batch, self.token_level)
+        spread = weights.expand(-1, -1, batch.targets.shape[1]) if self.token_level else weights  # [T,B,L]
+        at_positions = spread.flatten(1)[:, positions.index]  # [T,n]
         head = as_logits(student)
-        turns = self._turns(logits, index, weights, everywhere) if isinstance(head, HeadLogits) else (None, 1)
-        mixture, passes = turns
-
-        def tile_loss(ours: Tensor, weights: Tensor, positions: slice, turn: int = 0) -> tuple[Tensor, Tensor]:
-            shared = None if once is None else once.at(ours, positions)
-            total, values = ours.new_zeros(()), []
-            for row, divisor in zip(rows, divisors, strict=True):
-                # where only targets were selected there is nothing left to mask
-                masked = everywhere and row.counted(self.token_level) == "targets"
-                mask = has_label[positions] if masked else None
-                losses = None if shared is None else shared.losses(row, weights)
-                if row.from_labels and turn > 0:  # the first pass had it
-                    losses = ours.new_zeros(len(ours))
-                elif losses is None and row.from_labels:
-                    losses = row.spec(ours, labels[positions], mask, row.match.options)
-                elif passes > 1:
-                    losses = ensemble_losses(row, ours, read(positions, only=turn), weights[turn : turn + 1], mask)
-                elif losses is None and mixture is not None:
-                    losses = mixture.losses(ours, positions)
-                elif losses is None:
-                    losses = ensemble_losses(row, ours, read(positions), weights, mask)
-                elif once is not None and once.rest and not row.from_labels:
-                    theirs = read(positions)
-                    live = [theirs[k] for k in once.rest]
-                    losses = losses + ensemble_losses(row, ours, live, weights[once.rest], mask)
-                value = losses.sum() / divisor
-                total = total + row.match.weight * value
-                values.append(value.detach())
-            return total, torch.stack(values)
-
-        if isinstance(head, HeadLogits):
-            more = [partial(tile_loss, turn=k) for k in range(1, passes)]
-            return tiled(head, index, weights, tile_loss, tile=self.tile, dtype=self.dtype, more=more)
-        return tile_loss(head.rows(index), weights, slice(0, len(index)))
-
-    def _turns(
-        self, logits: Sequence[Logits], index: Tensor, weights: Tensor, everywhere: bool
-    ) -> tuple[TeacherMixture | None, int]:
-        """How several teachers of a vocabulary take turns, so that one tile of logits exists whatever their number.
-
-        Returns:
-            (mixture, passes): what the one row of soft targets reads instead of the teachers, or None; 1, or T where
-            every row compares the student with each teacher by itself. None and 1 where all teachers meet in a row.
-        """
-        rows = [row for row in self.logit_rows if not row.from_labels]
-        cached = any(isinstance(x, SparseLogits) for x in logits)
-        if len(logits) < 2 or not rows or cached:
-            return None, 1
-        mixing = [row.match.ensemble == "losses" and row.spec.mixes(row.match.options) for row in rows]
-        learned = weights.requires_grad and torch.is_grad_enabled()
-        masked = everywhere and any(row.counted(self.token_level) == "targets" for row in rows)
-        if len(rows) == 1 and mixing[0] and not learned and not masked:
-            return TeacherMixture(rows[0], logits, index, weights, self.tile), 1
-        apart = not any(mixing) and all(row.match.ensemble == "losses" for row in rows)
-        return None, len(logits) if apart else 1
+        in_tiles = isinstance(head, HeadLogits)
+        first, *more = passes_for(
+            self.logit_rows,
+            [self._count(row, counts) for row in self.logit_rows],
+            logits,
+            positions,
+            at_positions,
+            token_level=self.token_level,
+            size=self.tile,
+            pieces=self.pieces if in_tiles else None,
+        )
+        if not isinstance(head, HeadLogits):
+            return first(head.rows(positions.index), at_positions, slice(0, len(positions.index)))
+        tile, dtype, pieces = self.tile, self.dtype, self.pieces
+        return tiled(head, positions.index, at_positions, first, tile=tile, dtype=dtype, more=more, pieces=pieces)

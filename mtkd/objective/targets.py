@@ -1,75 +1,160 @@
-"""How several teachers meet in a logits row: their logits a tile at a time, and the row's loss over all of them."""
+"""What the logits rows of a step are compared with, one tile of positions at a time.
+
+`passes_for` decides once per step who is read when; the tile function then only adds up. A step has one pass over the
+tiles, or one per teacher where teachers do not have to meet: memory then holds one teacher's tile of logits and not T.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from mtkd.losses.distributions import log_distribution
-from mtkd.models.features import DenseLogits, Logits, SparseRows
+from mtkd.data.batch import Batch
+from mtkd.models.features import Logits, SparseLogits, SparseRows
+from mtkd.models.pieces import Pieces
 from mtkd.objective.compile import Row
-from mtkd.objective.kept import completed, read
-from mtkd.objective.tiles import chunks
-from mtkd.registry import LossSpec
+from mtkd.objective.ensembles import ensemble_losses, soft_target_losses
+from mtkd.objective.kept import ReadOnce, read
 
 
-class TeacherTiles:
-    """Teachers' logits at slices of the selected positions: computed a tile at a time, read in smaller pieces."""
+@dataclass(frozen=True)
+class Positions:
+    """The positions of a micro-batch that logits rows read.
 
-    def __init__(self, logits: Sequence[Logits], index: Tensor, tile: int) -> None:
-        self._logits, self._index, self._tile = logits, index, tile
-        self._asked: tuple[int, int | None] = (-1, None)
-        self._held: list[Tensor | SparseRows] = []
+    Attributes:
+        index: flat positions, [n].
+        labels: the targets there, [n]; `has_label`: where there is one, [n] bool.
+        everywhere: positions without a target are among them.
+    """
 
-    def __call__(self, positions: slice, only: int | None = None) -> list[Tensor | SparseRows]:
-        """T of [m,V], or what is known of a cached one; `positions` lies within one tile, or is everything.
+    index: Tensor
+    labels: Tensor
+    has_label: Tensor
+    everywhere: bool
 
-        Args: only: the number of the one teacher that is read; the others' tiles then do not exist.
-        """
-        size = max(positions.stop - positions.start, self._tile)
-        start = positions.start - positions.start % size
-        # of what is there: a rank without positions must read as often as the others, for a head may be a collective
-        there = min(positions.stop, len(self._index)) - start
-        if (start, only) != self._asked or (self._held and len(self._held[0]) < there):
-            self._held = []  # the old tile's memory is free before there is a new one
-            asked = self._logits if only is None else [self._logits[only]]
-            self._asked, self._held = (start, only), [read(t, self._index[start : start + size]) for t in asked]
-        return [rows[positions.start - start : positions.stop - start] for rows in self._held]
+    def mask(self, row: Row, token_level: bool) -> Tensor | None:
+        """Where a row counts, [n] bool; None where it counts at all of them."""
+        return self.has_label if self.everywhere and row.counted(token_level) == "targets" else None
 
 
-class TeacherMixture:
+def positions_of(rows: Sequence[Row], batch: Batch, token_level: bool) -> Positions:
+    """The positions that these rows read: of targets alone, of every token, or of every example."""
+    everywhere = not token_level or any(row.match.positions == "all" for row in rows)
+    every = batch.token_mask if token_level else batch.real  # [B,L] or [B]
+    index = (every if everywhere else batch.target_mask).reshape(-1).nonzero().squeeze(-1)  # [n]
+    return Positions(index, batch.targets.reshape(-1)[index], batch.target_mask.reshape(-1)[index], everywhere)
+
+
+@dataclass
+class Tile:
+    """One tile of the student, as every row of a pass reads it.
+
+    Attributes:
+        student: its logits, [m,V]. weights: of the teachers, [T,m].
+        at: its place among the n positions.
+        shared: what several rows read off the student, by who made it; it lives as long as the tile.
+    """
+
+    student: Tensor
+    weights: Tensor
+    at: slice
+    shared: dict[Hashable, Any] = field(default_factory=dict)
+
+
+class Targets(Protocol):
+    """What one logits row is compared with."""
+
+    def losses(self, tile: Tile) -> Tensor:
+        """The row's loss at the tile's positions over all teachers that it reads, [m]."""
+        ...
+
+
+class Labels:
+    """The labels. `mask` [n] or None: where the row counts."""
+
+    def __init__(self, row: Row, labels: Tensor, mask: Tensor | None) -> None:
+        self._row, self._labels, self._mask = row, labels, mask
+
+    def losses(self, tile: Tile) -> Tensor:
+        return self._row.spec(tile.student, self._labels[tile.at], _part(self._mask, tile), self._row.match.options)
+
+
+class Together:
+    """Several teachers at the same time. `members`: their numbers; `teachers` are shared by the rows of a step."""
+
+    def __init__(self, row: Row, teachers: TeacherTiles, members: Sequence[int], mask: Tensor | None) -> None:
+        self._row, self._teachers, self._members, self._mask = row, teachers, list(members), mask
+
+    def losses(self, tile: Tile) -> Tensor:
+        theirs = self._teachers(tile.at)
+        members = [theirs[k] for k in self._members]
+        return ensemble_losses(self._row, tile.student, members, tile.weights[self._members], _part(self._mask, tile))
+
+
+class Alone:
+    """One teacher, whose tile of logits is the only one that exists."""
+
+    def __init__(self, row: Row, teachers: TeacherTiles, number: int, mask: Tensor | None) -> None:
+        self._row, self._teachers, self._number, self._mask = row, teachers, number, mask
+
+    def losses(self, tile: Tile) -> Tensor:
+        theirs, weights = self._teachers(tile.at, only=self._number), tile.weights[self._number, None]
+        return ensemble_losses(self._row, tile.student, theirs, weights, _part(self._mask, tile))
+
+
+class Kept:
+    """Cached teachers, compared at the columns that they keep; the label row may share their pass.
+
+    Args:
+        rest: the teachers that are not cached, or None.
+    """
+
+    def __init__(self, row: Row, once: ReadOnce, rest: Together | None) -> None:
+        self._row, self._once, self._rest = row, once, rest
+
+    def losses(self, tile: Tile) -> Tensor:
+        if self._once not in tile.shared:
+            tile.shared[self._once] = self._once.at(tile.student, tile.at)
+        losses: Tensor = tile.shared[self._once].losses(self._row, tile.weights)
+        return losses if self._rest is None else losses + self._rest.losses(tile)
+
+
+class Mixture:
     """The weighted teachers of a row of soft targets as one distribution, a tile at a time.
 
     The teachers take turns: whatever their number, one teacher's tile and the mixture's exist.
 
     Args:
         row: of several teachers, with a loss that `mixes`. logits: one per teacher, none of a cache.
-        index: flat positions, [n]. weights: at these positions, [T,n]; constants. tile: positions per tile.
+        index: flat positions, [n]. weights: at these positions, [T,n]; constants. size: positions per tile.
     """
 
-    def __init__(self, row: Row, logits: Sequence[Logits], index: Tensor, weights: Tensor, tile: int) -> None:
-        self._row, self._logits, self._index, self._tile = row, logits, index, tile
+    def __init__(
+        self, row: Row, logits: Sequence[Logits], index: Tensor, weights: Tensor, size: int, pieces: Pieces
+    ) -> None:
+        self._row, self._logits, self._index, self._size, self._pieces = row, logits, index, size, pieces
         self._weights = weights.detach() if row.match.weighted else torch.ones_like(weights)
         self._start = -1
         self._mixed, self._constant = torch.empty(0), torch.empty(0)
 
-    def losses(self, student: Tensor, positions: slice) -> Tensor:
-        """Per-position loss of the row, [m]; `student` [m,V] and `positions` within one tile."""
-        start = positions.start - positions.start % self._tile
+    def losses(self, tile: Tile) -> Tensor:
+        start = tile.at.start - tile.at.start % self._size
         if start != self._start:
-            self._mixed = self._constant = torch.empty(0)  # free before there are new ones
+            self._mixed = self._constant = torch.empty(0)  # the old mixture is freed before there is a new one
             self._start = start
-            self._mix(slice(start, min(start + self._tile, len(self._index))))
-        inside = slice(positions.start - start, positions.stop - start)
+            self._mix(slice(start, min(start + self._size, len(self._index))))
+        inside = slice(tile.at.start - start, tile.at.stop - start)
         spec, options = self._row.spec, self._row.match.options
-        return _soft_target_losses(spec, student, self._mixed[inside], self._constant[inside], None, options)
+        return soft_target_losses(spec, tile.student, self._mixed[inside], self._constant[inside], None, options)
 
     @torch.no_grad()
-    def _mix(self, tile: slice) -> None:
-        for k, weights in enumerate(self._weights[:, tile]):
-            self._add(self._logits[k].rows(self._index[tile]), weights, first=k == 0)
+    def _mix(self, whole: slice) -> None:
+        for k, weights in enumerate(self._weights[:, whole]):
+            self._add(self._logits[k].rows(self._index[whole]), weights, first=k == 0)
 
     def _add(self, logits: Tensor, weights: Tensor, *, first: bool) -> None:
         """One teacher's share; a function of its own, so that nothing of it is left when the next one is read."""
@@ -77,101 +162,121 @@ class TeacherMixture:
         temperature, _ = spec.temperature(self._row.match.options)
         assert spec.teacher_term is not None
         if first:
-            self._mixed, self._constant = torch.zeros_like(logits), torch.zeros_like(weights)
-        for part in chunks(len(logits), logits):
+            self._mixed, self._constant = torch.zeros_like(logits), torch.zeros_like(weights)  # [m,V], [m]
+        for part in self._pieces.chunks(len(logits), logits):
             scaled = logits[part] if temperature == 1 else logits[part] / temperature
             probs = torch.softmax(scaled, -1)  # cheaper than exp of the other on a CPU
             self._constant[part] += weights[part] * spec.teacher_term(torch.log_softmax(scaled, -1), probs)
             self._mixed[part].addcmul_(probs, weights[part, None])
 
 
-def ensemble_losses(
-    row: Row, student: Tensor, teachers: Sequence[Tensor | SparseRows], weights: Tensor, mask: Tensor | None
-) -> Tensor:
-    """Per-position loss of one logits row over all teachers.
+class TeacherTiles:
+    """Teachers' logits at slices of the selected positions: computed a tile at a time, read in smaller pieces."""
+
+    def __init__(self, logits: Sequence[Logits], index: Tensor, size: int) -> None:
+        self._logits, self._index, self._size = logits, index, size
+        self._asked: tuple[int, int | None] = (-1, None)
+        self._tiles: list[Tensor | SparseRows] = []
+
+    def __call__(self, at: slice, only: int | None = None) -> list[Tensor | SparseRows]:
+        """T of [m,V], or what is known of a cached one; `at` lies within one tile, or is everything.
+
+        Args:
+            only: the number of the one teacher that is read; the others' tiles then do not exist.
+        """
+        size = max(at.stop - at.start, self._size)
+        start = at.start - at.start % size
+        # Reading a head may be a collective: every rank reads equally often, even one without positions. So an empty
+        # tile counts as read as well.
+        length = min(at.stop, len(self._index)) - start
+        if (start, only) != self._asked or (self._tiles and len(self._tiles[0]) < length):
+            self._tiles = []  # the old tile is freed before there is a new one
+            asked = self._logits if only is None else [self._logits[only]]
+            self._asked = (start, only)
+            self._tiles = [read(teacher, self._index[start : start + size]) for teacher in asked]
+        return [rows[at.start - start : at.stop - start] for rows in self._tiles]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over the tiles. Callable as `mtkd.objective.tiles.TileLoss`.
+
+    Attributes:
+        members: (number of the row, row, its targets, its global number of positions).
+        num_rows: of the step; a row that is not a member has the value 0.
+    """
+
+    members: tuple[tuple[int, Row, Targets, int], ...]
+    num_rows: int
+
+    def __call__(self, student: Tensor, weights: Tensor, at: slice) -> tuple[Tensor, Tensor]:
+        """(weighted sum of the rows' values [], the values [R]) of a tile."""
+        tile = Tile(student, weights, at)
+        total, values = student.new_zeros(()), student.new_zeros(self.num_rows)
+        for number, row, targets, count in self.members:
+            value = targets.losses(tile).sum() / count
+            total = total + row.match.weight * value
+            values[number] = value.detach()
+        return total, values
+
+
+def passes_for(
+    rows: Sequence[Row],
+    counts: Sequence[int],
+    logits: Sequence[Logits],
+    positions: Positions,
+    weights: Tensor,
+    *,
+    token_level: bool,
+    size: int,
+    pieces: Pieces | None,
+) -> list[Pass]:
+    """Who is compared with the student, and when.
 
     Args:
-        student: [m,V]. teachers: T of [m,V], or sparse: then completed by the student. weights: [T,m]. mask: [m], or
-            None when every position counts.
-    Returns:
-        [m]. ``losses``: ``sum_k w_k l(s, t_k)``. ``probabilities`` and ``logits``: ``(sum_k w_k) l(s, mixture)``, the
-        mixture arithmetic (of softmax at the row's temperature) or geometric (of logits), with weights of sum 1.
+        rows: all logits rows of the stage. counts: their global numbers of positions.
+        logits: of the teachers, in pool order. weights: theirs at the positions, [T,n].
+        size: positions per tile. pieces: how a tile is cut; None where there are no tiles.
     """
-    if not row.match.weighted:
-        weights = torch.ones_like(weights)
-    spec, options, ensemble = row.spec, row.match.options, row.match.ensemble
-    pairs = [completed(row, student, teacher) for teacher in teachers]
-    wholes = [whole for whole, _ in pairs]
-    if len(teachers) == 1:
-        return weights[0] * spec(student, wholes[0], mask, pairs[0][1])
-    if ensemble == "losses" and spec.mixes(options):
-        assert spec.teacher_term is not None
-        mixed, constant = _mixture(spec.teacher_term, wholes, weights, mask, spec.temperature(options)[0])
-        return _soft_target_losses(spec, student, mixed, constant, mask, options)
-    if ensemble == "losses":
-        losses = [w * spec(student, t, mask, own) for w, (t, own) in zip(weights, pairs, strict=True)]
-        return torch.stack(losses).sum(0)
-    total = weights.sum(0)
-    shares = weights / total.clamp_min(1e-30)
-    if ensemble == "logits":
-        mixture = sum(w[:, None] * t for w, t in zip(shares, wholes, strict=True))
-    else:
-        temperature, _ = spec.temperature(options)
-        probs = sum(w[:, None] * torch.softmax(t / temperature, -1) for w, t in zip(shares, wholes, strict=True))
-        assert isinstance(probs, Tensor)
-        mixture = probs.clamp_min(torch.finfo(probs.dtype).tiny).log() * temperature
-    return total * spec(student, mixture, mask, options)
-
-
-def _soft_target_losses(
-    spec: LossSpec,
-    student: Tensor,
-    mixed: Tensor,
-    constant: Tensor,
-    mask: Tensor | None,
-    options: Mapping[str, object],
-) -> Tensor:
-    """``T^2 (sum_k w_k c(p_k) - <sum_k w_k p_k, log p_S>)``, [m]: the student is read once for any T.
-
-    Args: mixed, constant: the two sums over the teachers, [m,V] and [m].
-    """
-    temperature, factor = spec.temperature(options)
-    log_student = _log_probs(student, mask, temperature)
-    values = factor * (constant - (mixed * log_student).sum(-1))
-    return values if mask is None else values.masked_fill(~mask, 0)
-
-
-def _mixture(
-    teacher_term: Callable[[Tensor, Tensor], Tensor],
-    teachers: Sequence[Tensor],
-    weights: Tensor,
-    mask: Tensor | None,
-    temperature: float,
-) -> tuple[Tensor, Tensor]:
-    """``sum_k w_k p_k`` [m,V] and ``sum_k w_k c(p_k)`` [m]: each teacher's logits are read by one softmax."""
+    teachers = TeacherTiles(logits, positions.index, size)
+    once = None if positions.everywhere else ReadOnce(rows, logits, positions.index, positions.labels)
+    soft = [row for row in rows if not row.from_labels]
+    several = len(logits) > 1 and pieces is not None and not any(isinstance(x, SparseLogits) for x in logits)
+    apart = several and all(_alone(row) for row in soft) and bool(soft)
     learned = weights.requires_grad and torch.is_grad_enabled()
-    mixed = torch.zeros_like(teachers[0], dtype=torch.float32)
-    constant = mixed.new_zeros(len(mixed))
-    for weight, teacher in zip(weights, teachers, strict=True):
-        log_probs = _log_probs(teacher, mask, temperature)
-        probs = log_probs.exp()
-        constant = constant + weight * teacher_term(log_probs, probs)
-        if learned:  # the weights' gradients need every teacher's own probabilities
-            mixed = mixed + weight[:, None] * probs
-        else:
-            mixed.addcmul_(probs, weight[:, None])
-    return mixed, constant
+
+    def targets(row: Row, turn: int) -> Targets:
+        mask = positions.mask(row, token_level)
+        if once is not None and once.serves(row):
+            rest = Together(row, teachers, once.rest, mask) if once.rest and not row.from_labels else None
+            return Kept(row, once, rest)
+        if row.from_labels:
+            return Labels(row, positions.labels, mask)
+        if apart:
+            return Alone(row, teachers, turn, mask)
+        if several and len(soft) == 1 and _mixes(row) and mask is None and not learned:
+            assert pieces is not None
+            return Mixture(row, logits, positions.index, weights, size, pieces)
+        return Together(row, teachers, range(len(logits)), mask)
+
+    passes = []
+    for turn in range(len(logits) if apart else 1):
+        # labels are compared in the first pass alone
+        numbers = [i for i, row in enumerate(rows) if turn == 0 or not row.from_labels]
+        members = tuple((i, rows[i], targets(rows[i], turn), counts[i]) for i in numbers)
+        passes.append(Pass(members, len(rows)))
+    return passes
 
 
-def _log_probs(logits: Tensor, mask: Tensor | None, temperature: float) -> Tensor:
-    return log_distribution(_keep(logits, mask), temperature)
+def _mixes(row: Row) -> bool:
+    """The row's teachers may meet in one distribution before the student is read."""
+    return row.match.ensemble == "losses" and row.spec.mixes(row.match.options)
 
 
-def _keep(logits: Tensor, mask: Tensor | None) -> Tensor:
-    """Logits with 0 in the rows that do not count."""
-    return logits if mask is None else logits.masked_fill(~mask[:, None], 0)
+def _alone(row: Row) -> bool:
+    """The row's loss is a sum over teachers, each compared with the student by itself."""
+    return row.match.ensemble == "losses" and not row.spec.mixes(row.match.options)
 
 
-def as_logits(value: Tensor | Logits) -> Logits:
-    """Logits as the protocol: a tensor [..., C] exists already."""
-    return DenseLogits(value) if isinstance(value, Tensor) else value
+def _part(mask: Tensor | None, tile: Tile) -> Tensor | None:
+    return None if mask is None else mask[tile.at]

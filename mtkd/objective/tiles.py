@@ -8,7 +8,7 @@ Memory: tile * V per live temporary, plus the head's own gradient, whatever the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,22 +16,11 @@ import torch
 from torch import Tensor
 
 from mtkd.models.features import HeadLogits
-from mtkd.models.pieces import pieces, planned_for_gpu
+from mtkd.models.pieces import EVERY_PIECE, Pieces
 from mtkd.models.products import product
 
 TileLoss = Callable[[Tensor, Tensor, slice], tuple[Tensor, Tensor]]
 """(student logits [m,V], teacher weights [T,m], their positions) -> (scalar loss, metrics [M])."""
-
-
-# On a CPU the elementwise work of a tile goes in chunks of about this many logits (2 MB in float32): its dozen
-# temporaries then stay in the cache, while the matrix products keep the size of the tile.
-_CHUNK_LOGITS = 2**19
-
-
-def chunks(rows: int, logits: Tensor) -> Iterator[slice]:
-    """Slices of a tile's rows for elementwise work on its logits [m,V]: on a CPU small ones, else all of them."""
-    cut = logits.device.type == "cpu" and not planned_for_gpu()
-    yield from pieces(rows, max(1, _CHUNK_LOGITS // max(logits.shape[-1], 1) if cut else rows))
 
 
 @dataclass
@@ -43,6 +32,7 @@ class _Plan:
     dtype: torch.dtype
     tile: int
     passes: Sequence[TileLoss]
+    pieces: Pieces
     differentiate: bool
 
 
@@ -55,6 +45,7 @@ def tiled(
     tile: int,
     dtype: torch.dtype,
     more: Sequence[TileLoss] = (),
+    pieces: Pieces = EVERY_PIECE,
 ) -> tuple[Tensor, Tensor]:
     """The sum of `tile_loss` over tiles of the positions `index`, differentiable in the head's parts and the weights.
 
@@ -66,12 +57,13 @@ def tiled(
         tile: positions per tile.
         dtype: of the head's matrix products (bfloat16 under autocast); losses and sums are float32.
         more: further passes over every tile, whose values add up: what one reads need not be there for the next.
+        pieces: how positions are cut into tiles, and tiles into chunks.
     Returns:
         (loss, metrics): scalars [] and [M].
     """
     hidden = head.hidden.reshape(-1, head.hidden.shape[-1])[index]
     # Read here: inside an autograd function the grad mode is always off.
-    plan = _Plan(head.columns, head.transform, dtype, tile, (tile_loss, *more), torch.is_grad_enabled())
+    plan = _Plan(head.columns, head.transform, dtype, tile, (tile_loss, *more), pieces, torch.is_grad_enabled())
     return _Tiled.apply(hidden, head.weight, head.bias, weights, plan)
 
 
@@ -83,7 +75,7 @@ class _Tiled(torch.autograd.Function):
         needs = tuple(plan.differentiate and need for need in ctx.needs_input_grad)
         folded = _Folded(hidden, weight, bias, weights, plan, needs)
         # An empty set of positions still goes through once, so that every gradient exists on every rank.
-        tiles = pieces(max(hidden.shape[0], 1), plan.tile)
+        tiles = plan.pieces.of(max(hidden.shape[0], 1), plan.tile)
         total, metrics = _sum_pairs([folded.step(positions, any(needs[:4])) for positions in tiles])
         ctx.folded = folded
         ctx.mark_non_differentiable(metrics)
@@ -144,7 +136,7 @@ class _Folded:
         total = logits if once or not differentiate else torch.zeros_like(logits)
         parts = []
         for tile_loss in self.plan.passes:
-            for inside in chunks(max(len(hidden), 1), logits):
+            for inside in self.plan.pieces.chunks(max(len(hidden), 1), logits):
                 whole = slice(positions.start + inside.start, positions.start + inside.stop)
                 if differentiate:
                     loss, metrics, grad = self._differentiate(tile_loss, logits[inside], whole)

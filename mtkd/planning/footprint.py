@@ -9,7 +9,7 @@ formula has to know of it. Where the code asks what a value is, it hears that ev
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,9 +23,10 @@ from transformers import PretrainedConfig
 from mtkd.data.batch import Batch
 from mtkd.engine.base import Trainable
 from mtkd.models.features import DenseLogits, Features, SparseLogits, SparseRows
+from mtkd.models.forward import LOGITS, features_of
 from mtkd.models.info import ModelInfo, attention_implementation, model_info
 from mtkd.models.linear import speed_up_linears
-from mtkd.models.pieces import planned_tiles
+from mtkd.models.pieces import Pieces
 from mtkd.models.taps import TappedModel
 from mtkd.models.vocabulary import VocabularyMap
 from mtkd.objective.cofinetune import CoFinetuning
@@ -246,7 +247,7 @@ def measure(step: Step, device: str = "cpu") -> Footprint:
     Raises:
         Exception: whatever the models or losses do that needs values; nothing can be known then.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device), planned_tiles(step.on_gpu):
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
         if not step.trained:
             return _captured(step)
         try:
@@ -294,12 +295,10 @@ def _captured(step: Step) -> Footprint:
     ((_, shape),) = step.teachers.items()
     teacher, batch, meter = _teacher(shape), _batch(step), _Meter(())
     assert isinstance(teacher, TappedModel)
-    kind = batch.input_ids.device.type
     with meter, torch.no_grad():
         meter.follow([*teacher.parameters(), *teacher.buffers(), batch.input_ids])
         meter.begin()
-        with torch.autocast(kind, torch.bfloat16, enabled=step.dtype == torch.bfloat16):
-            features = teacher(batch, frozenset({"logits"}))
+        features = features_of(teacher, batch, LOGITS, step.dtype)
         meter.teachers, meter.at = meter.live - meter.base, "loss"
         logits = features["logits"]
         assert not isinstance(logits, Tensor)
@@ -335,7 +334,28 @@ def _trainable(step: Step, weighting: Weighting | None) -> Trainable:
         token_level=step.token_level,
         tile=step.tile,
         dtype=step.dtype,
+        pieces=_FewPieces(step.on_gpu),
     )
+
+
+class _FewPieces(Pieces):
+    """Of equal pieces of work the first two and the last.
+
+    The second meets what the first has left behind, and those after it meet no more.
+
+    Args:
+        on_gpu: tiles are not cut into chunks, also where the plan is made on a machine without a GPU.
+    """
+
+    def __init__(self, on_gpu: bool) -> None:
+        self._on_gpu = on_gpu
+
+    def of(self, count: int, size: int) -> Iterator[slice]:
+        every = list(super().of(count, size))
+        yield from (*every[:2], every[-1]) if len(every) > 3 else every
+
+    def chunks(self, rows: int, logits: Tensor) -> Iterator[slice]:
+        yield from self.of(rows, rows) if self._on_gpu else super().chunks(rows, logits)
 
 
 def _model(shape: Shape) -> TappedModel:
@@ -365,10 +385,8 @@ def _features(step: Step, k: int, teacher: TappedModel | CachedShape, objective:
     wants = objective.teacher_wants(k)
     if isinstance(teacher, CachedShape):
         return _cached(teacher, wants, batch)
-    kind = batch.input_ids.device.type
-    with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=step.dtype == torch.bfloat16):
-        features: Features = teacher(batch, wants)
-    return features
+    with torch.no_grad():
+        return features_of(teacher, batch, wants, step.dtype)
 
 
 def _cached(shape: CachedShape, wants: frozenset[str], batch: Batch) -> Features:

@@ -33,8 +33,8 @@ from mtkd.engine.record import read_record, write_record
 from mtkd.engine.seal import MANIFEST, fault_point, remove
 from mtkd.engine.stopping import StopFlag, stop_flag
 from mtkd.errors import DataError, NonFiniteError, Preempted, UserError, on_every_rank
+from mtkd.models.features import as_logits
 from mtkd.models.taps import TappedModel
-from mtkd.objective.targets import as_logits
 from mtkd.planning.cachefolder import model_values, open_cache, origin_of
 from mtkd.planning.caches import check_layers, content_of
 from mtkd.planning.stages import as_known, redo_command

@@ -12,7 +12,7 @@ from mtkd.data.batch import Batch
 from mtkd.data.load import LoadedData
 from mtkd.data.sampler import length_batches, slots
 from mtkd.engine.dist import Dist, alive
-from mtkd.objective.targets import as_logits
+from mtkd.models.features import as_logits
 from mtkd.pool import Teacher
 from mtkd.running.console import say
 

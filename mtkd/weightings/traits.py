@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mtkd.models.features import Logits, SparseLogits
-from mtkd.models.pieces import pieces
+from mtkd.models.pieces import EVERY_PIECE, Pieces
 from mtkd.registry import note_everywhere
 
 TraitFunction = Callable[[Tensor, Tensor | None], Tensor]
@@ -125,6 +125,7 @@ class Traits:
         per: "example" or "token".
         tile: positions whose logits exist at one time.
         around: what else there is to know; by default the numbers of the rows.
+        pieces: how positions are cut into tiles.
     """
 
     def __init__(
@@ -135,10 +136,12 @@ class Traits:
         per: str,
         tile: int,
         around: Around | None = None,
+        pieces: Pieces = EVERY_PIECE,
     ) -> None:
         self.around = around or Around(torch.arange(len(mask), device=mask.device))
         self.per = per
         self.tile = tile
+        self._pieces = pieces
         self._logits = logits
         self._targets = targets
         self._mask = mask
@@ -303,7 +306,7 @@ class Traits:
         if isinstance(logits, SparseLogits):
             values[index] = logits.trait(name, index).float()
             return values.reshape(self._mask.shape)
-        for piece in pieces(len(index), self.tile):
+        for piece in self._pieces.of(len(index), self.tile):
             tile = index[piece]
             values[tile] = function(logits.rows(tile), labels[tile]).float()
         return values.reshape(self._mask.shape)

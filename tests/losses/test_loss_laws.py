@@ -43,7 +43,7 @@ def test_every_loss_on_logits_is_the_same_in_tiles(
     name: str, options: dict[str, object], chunk: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if chunk is not None:
-        monkeypatch.setattr("mtkd.objective.tiles._CHUNK_LOGITS", chunk)
+        monkeypatch.setattr("mtkd.models.pieces._CHUNK_LOGITS", chunk)
     check_tiled(name, options)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mtkd.config.match import Match
 from mtkd.objective.compile import Row
-from mtkd.objective.targets import ensemble_losses
+from mtkd.objective.ensembles import ensemble_losses
 from mtkd.registry import LOSSES
 
 POSITIONS, COLUMNS = 6, 8

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from mtkd.config.match import Match
+from mtkd.data.batch import Batch
 from mtkd.errors import DataError, UserError
 from mtkd.models.features import DenseLogits, HeadLogits, Logits, SparseLogits, SparseRows
+from mtkd.models.pieces import EVERY_PIECE
 from mtkd.objective.compile import Row
+from mtkd.objective.ensembles import ensemble_losses
 from mtkd.objective.kept import ReadOnce, check_cached_row, check_cached_rows, completed, densify
-from mtkd.objective.targets import ensemble_losses
+from mtkd.objective.targets import passes_for, positions_of
 from mtkd.objective.tiles import tiled
 from mtkd.pool.cache import CacheContent
 from mtkd.pool.cache.codec import FLOOR, SampledCodec
@@ -244,21 +247,15 @@ def test_every_divergence_takes_cached_teachers_beside_live_ones(loss: str) -> N
 
 
 def objective_loss(hidden: Tensor, weight: Tensor, teachers: Sequence[Logits], rows: list[Row]) -> tuple[Tensor, ...]:
-    """(loss, gradients) through the objective's own pass over its logits rows."""
-    from mtkd.data.batch import Batch
-    from mtkd.objective.objective import Objective
-
+    """(loss, gradients) of logits rows in tiles, as the objective compares them."""
     leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     mask = torch.ones(1, POSITIONS, dtype=torch.bool)
     batch = Batch(torch.zeros(1).long(), mask.long(), mask, 2 * torch.arange(POSITIONS)[None])
-    objective = Objective.__new__(Objective)
-    torch.nn.Module.__init__(objective)
-    objective.rows = objective.logit_rows = rows
-    objective.token_level, objective.tile, objective.dtype = True, 3, torch.float32
-    weights = torch.tensor([0.3, 0.7]).view(2, 1, 1)
-    counts = {"tokens": POSITIONS, "targets": POSITIONS, "sequences": 1}
+    weights, at = torch.tensor([[0.3], [0.7]]).expand(2, POSITIONS), positions_of(rows, batch, True)
+    counts, size = [POSITIONS] * len(rows), 3
+    first, *more = passes_for(rows, counts, teachers, at, weights, token_level=True, size=size, pieces=EVERY_PIECE)
     head = HeadLogits(*leaves, None, COLUMNS)
-    loss, _ = objective._logit_rows(head, list(teachers), weights, batch, counts)
+    loss, _ = tiled(head, at.index, weights, first, tile=size, dtype=torch.float32, more=more)
     return loss.detach(), *torch.autograd.grad(loss, leaves)
 
 

@@ -80,7 +80,7 @@ def test_chunks_inside_a_tile(logits: int, monkeypatch: pytest.MonkeyPatch) -> N
     wanted_loss, wanted_metrics = problem.whole()
     wanted = torch.autograd.grad(wanted_loss, problem.parts)
     problem.sizes.clear()
-    monkeypatch.setattr("mtkd.objective.tiles._CHUNK_LOGITS", logits)
+    monkeypatch.setattr("mtkd.models.pieces._CHUNK_LOGITS", logits)
     loss, metrics = problem.in_tiles(5)
     assert max(problem.sizes) == max(1, logits // COLUMNS)
     close(loss, wanted_loss)

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from mtkd.config.match import Match
 from mtkd.data.batch import Batch, position_counts
-from mtkd.models.features import NO_LABEL
+from mtkd.models.features import NO_LABEL, as_logits
 from mtkd.objective.objective import Objective
-from mtkd.objective.targets import as_logits
 from mtkd.pool import TeacherPool
 from mtkd.registry import WEIGHTINGS, WeightingSpec
 from mtkd.weightings import Traits, Weighting
