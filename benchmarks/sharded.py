@@ -161,7 +161,7 @@ def train(backend: str, count: int, folder: str) -> dict[str, float]:
     from mtkd.models.taps import TappedModel
     from mtkd.objective.compile import compile_rows
     from mtkd.objective.objective import Objective
-    from mtkd.pool import TeacherPool, pooled
+    from mtkd.pool import LiveTeacher, TeacherPool
     from mtkd.running.train import global_counts
     from mtkd.weightings.simple import Uniform
 
@@ -182,7 +182,7 @@ def train(backend: str, count: int, folder: str) -> dict[str, float]:
     infos = {name: model.info for name, model in zip(names, models, strict=True)}
     rows = compile_rows([match], student.info, infos, token_level=True, regression=False, where="benchmark")
     objective = Objective(student, rows, Uniform(), torch.nn.ModuleDict(), names, token_level=True)
-    teachers = [pooled(name, model, device, torch.float32) for name, model in zip(names, models, strict=True)]
+    teachers = [LiveTeacher(name, model, device, torch.float32) for name, model in zip(names, models, strict=True)]
     pool = TeacherPool(teachers, [objective.teacher_wants(k) for k in range(count)])
     config = OptimizerConfig(lr=1e-4, warmup=0, schedule="constant", weight_decay=0)
     engine = DeepSpeedEngine(objective.train(), config, 1_000, device, zero_stage=2, accumulate=1, dist=dist)

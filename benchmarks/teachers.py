@@ -45,7 +45,7 @@ def make_teachers(count: int, backend: str, folder: Path, dtype):
     from mtkd.engine.dist import Dist
     from mtkd.models import attention  # noqa: F401  registers the tap
     from mtkd.models.taps import TappedModel
-    from mtkd.pool import OffloadTeacher, ResidentTeacher, offload
+    from mtkd.pool import LiveTeacher, offload
 
     device, teachers = torch.device("cpu"), []
     for k in range(count):
@@ -53,9 +53,9 @@ def make_teachers(count: int, backend: str, folder: Path, dtype):
         model = TappedModel(loaded, "AutoModelForCausalLM", VOCABULARY)
         if backend == "offload":
             held = offload(model, device, folder / f"offload-{os.getpid()}", Dist())
-            teachers.append(OffloadTeacher(str(k), held, device, dtype))
+            teachers.append(LiveTeacher(str(k), held, device, dtype))
         else:
-            teachers.append(ResidentTeacher(str(k), model, device, dtype))
+            teachers.append(LiveTeacher(str(k), model, device, dtype))
     return teachers
 
 

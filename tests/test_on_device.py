@@ -23,7 +23,7 @@ from mtkd.engine.torch_engine import TorchEngine
 from mtkd.models.attention import use_attention
 from mtkd.models.features import HeadLogits
 from mtkd.objective.tiles import tiled
-from mtkd.pool import OffloadTeacher, ResidentTeacher, Teacher, TeacherPool, offload
+from mtkd.pool import LiveTeacher, Teacher, TeacherPool, offload
 from mtkd.registry import LOSSES
 
 POSITIONS, COLUMNS, WIDTH, TILE = 70, 1_000, 64, 16
@@ -103,9 +103,9 @@ def test_an_offloaded_teacher_is_the_resident_one(dtype: torch.dtype, device: to
     """Two of them, each brought while the other runs; bit-equal, whatever stream copied the weights."""
     rows, wants = causal_batch([5, 4, 6]).to(device), frozenset({"logits", "hidden.1"})
     models = [causal_model(32, 2, seed) for seed in (1, 2)]
-    resident: list[Teacher] = [ResidentTeacher("r", copy.deepcopy(m), device, dtype) for m in models]
+    resident: list[Teacher] = [LiveTeacher("r", copy.deepcopy(m), device, dtype) for m in models]
     waiting: list[Teacher] = [
-        OffloadTeacher("w", offload(m, device, tmp_path / f"{k}", Dist()), device, dtype) for k, m in enumerate(models)
+        LiveTeacher("w", offload(m, device, tmp_path / f"{k}", Dist()), device, dtype) for k, m in enumerate(models)
     ]
     pools = [TeacherPool(teachers, [wants] * 2) for teachers in (resident, waiting)]
     index = torch.arange(9, device=device)
@@ -131,7 +131,7 @@ def test_steps_are_those_of_a_cpu(weighting: str, precision: str, device: torch.
             student.enable_activation_checkpointing()
         objective, _ = make_objective(student, teachers, rows, weighting, tile=tile)
         objective.dtype = dtype
-        held: list[Teacher] = [ResidentTeacher(f"t{k}", t, where, dtype) for k, t in enumerate(teachers)]
+        held: list[Teacher] = [LiveTeacher(f"t{k}", t, where, dtype) for k, t in enumerate(teachers)]
         pool = TeacherPool(held, [objective.teacher_wants(k) for k in range(2)])
         engine = TorchEngine(objective.train(), OptimizerConfig(lr=1e-2, warmup=0), 3, where)
         found = []

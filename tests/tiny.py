@@ -15,7 +15,7 @@ from mtkd.models.taps import TappedModel
 from mtkd.objective.compile import compile_rows
 from mtkd.objective.objective import Objective
 from mtkd.objective.projection import make_projections
-from mtkd.pool import ResidentTeacher, TeacherPool
+from mtkd.pool import LiveTeacher, TeacherPool
 from mtkd.weightings.make import make_weighting, stage_facts
 
 NUM_IDS = 61
@@ -132,5 +132,5 @@ def make_objective(
         token_level=token_level,
         tile=tile,
     )
-    held = [ResidentTeacher(n, t, CPU, torch.float32) for n, t in zip(names, teachers, strict=True)]
+    held = [LiveTeacher(n, t, CPU, torch.float32) for n, t in zip(names, teachers, strict=True)]
     return objective, TeacherPool(held, [objective.teacher_wants(k) for k in range(len(held))])

@@ -28,7 +28,7 @@ from mtkd.models.taps import TappedModel
 from mtkd.objective.compile import compile_rows
 from mtkd.objective.tiles import tiled
 from mtkd.planning.footprint import Shape, Step, measure
-from mtkd.pool import ResidentTeacher, TeacherPool
+from mtkd.pool import LiveTeacher, TeacherPool
 from mtkd.registry import LOSSES
 from sides import ours
 from sides.setting import BATCH, LENGTH, forget_peak, peak_mb, resident_mb
@@ -225,7 +225,7 @@ def _build(shapes: Target, device: str) -> tuple[TorchEngine, TeacherPool, tuple
     student = _model(shapes.student, device, torch.float32)
     objective = ours.objective(student, {"glm-10b": teacher}, [mtkd.Match(loss="kl")])
     objective.tile, objective.dtype = shapes.tile, torch.bfloat16
-    held = ResidentTeacher("glm-10b", teacher, torch.device(device), torch.bfloat16)
+    held = LiveTeacher("glm-10b", teacher, torch.device(device), torch.bfloat16)
     engine = TorchEngine(objective.train(), OptimizerConfig(), 100, torch.device(device))
     sizes = sum(p.numel() for p in student.parameters()), held.num_parameters
     return engine, TeacherPool([held], [objective.teacher_wants(0)]), sizes

@@ -17,7 +17,7 @@ from mtkd.models.taps import TappedModel
 from mtkd.objective.compile import compile_rows
 from mtkd.objective.objective import Objective
 from mtkd.objective.projection import make_projections
-from mtkd.pool import ResidentTeacher, TeacherPool
+from mtkd.pool import LiveTeacher, TeacherPool
 from mtkd.weightings.simple import Uniform
 from sides.setting import BATCH, BETA, LEARNING_RATE, LENGTH, STUDENT, TEACHER, VOCABULARY, bert, llama, token_ids
 
@@ -76,7 +76,7 @@ def distil(
     named = {f"t{k}": teacher for k, teacher in enumerate(teachers)}
     whole = objective(student, named, matches, token_level=student.token_level)
     whole.dtype, batch = dtype, batch.to(device)
-    residents = [ResidentTeacher(name, model, device, dtype) for name, model in named.items()]
+    residents = [LiveTeacher(name, model, device, dtype) for name, model in named.items()]
     pool = TeacherPool(residents, [whole.teacher_wants(k) for k in range(len(named))])
     config = OptimizerConfig(lr=LEARNING_RATE, warmup=0, schedule="constant", weight_decay=0)
     engine = TorchEngine(whole.train(), config, 1_000, device)

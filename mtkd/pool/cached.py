@@ -25,6 +25,9 @@ class CachedTeacher:
     def provides(self) -> frozenset[str]:
         return self._provides
 
+    def ahead(self, batch: Batch) -> None:
+        pass
+
     def forward(self, batch: Batch, wants: frozenset[str]) -> Features:
         """The wanted features of the batch's examples, looked up by number.
 

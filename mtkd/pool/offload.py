@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from mtkd.models.broken import Overflow
 from mtkd.models.features import Features, HeadLogits
 from mtkd.models.taps import TappedModel
 from mtkd.models.weights import find_weights
-from mtkd.pool.resident import ResidentTeacher
+from mtkd.pool.base import ElsewhereModel, move_buffers
 from mtkd.pool.streaming import StreamedParameters
 from mtkd.pool.waiting import MappedParameters, PinnedParameters, Waiting
 
@@ -67,8 +67,8 @@ class MappedLogits:
         return replace(self, head=replace(self.head, hidden=self.head.hidden.to(dtype)), dtype=dtype)
 
 
-class OffloadedModel(nn.Module):
-    """A frozen `TappedModel` whose parameters are on the device only while it runs.
+class OffloadedModel(ElsewhereModel):
+    """A frozen `TappedModel` that takes its turn on the device.
 
     Args:
         model: its parameters lose `requires_grad`.
@@ -76,30 +76,23 @@ class OffloadedModel(nn.Module):
     """
 
     def __init__(self, model: TappedModel, waiting: Waiting) -> None:
-        super().__init__()
-        self.model, self.waiting = model.eval().requires_grad_(False), waiting
-        self.info, self.vocabulary = model.info, model.vocabulary
-
-    @property
-    def num_columns(self) -> int:
-        """As `TappedModel` has it."""
-        return self.model.num_columns
+        super().__init__(model)
+        self.waiting = waiting
 
     def enable_packing(self, where: str) -> None:
-        """As `TappedModel` has it, in a turn: two forward passes compare packed with padded rows."""
+        # Two forward passes compare packed with padded rows.
         with self._turn():
             self.model.enable_packing(where)
 
     @property
     def embedding_table(self) -> Tensor:
-        """As `TappedModel` has it; a copy, which does not keep the parameters."""
         table = self.model.model.get_input_embeddings().weight
         assert isinstance(table, nn.Parameter)
         with self._turn(), self.waiting.hold([table]):
             return self.model.embedding_table.detach().clone()
 
     def verify(self, dtype: torch.dtype) -> None:
-        """As `TappedModel` has it, for a model whose weights were never whole in memory: the first turn.
+        """Check a model whose weights were never whole in memory, in its first turn; see `TappedModel.verify`.
 
         Raises:
             DataError: weights that are not finite.
@@ -147,13 +140,12 @@ class OffloadedModel(nn.Module):
             return head
         return MappedLogits(head, self.waiting.drop, dtype=None if weight.dtype == torch.float32 else torch.float32)
 
-    def close(self) -> None:
-        """End the reading thread and free what waits; the model must not run any more."""
-        self.waiting.close()
+    def ahead(self) -> None:
+        self.waiting.prefetch()
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """`to`, `cuda`, `float`: where the parameters are is decided here alone."""
-        return self
+    def close(self) -> None:
+        # Ends the reading thread too.
+        self.waiting.close()
 
 
 def offload(model: TappedModel, device: torch.device, file: Path, dist: Dist) -> OffloadedModel:
@@ -195,30 +187,3 @@ def stream(model: TappedModel, folder: Path, device: torch.device, dtype: torch.
         streamed.close()
         raise
     return streamed
-
-
-class OffloadTeacher(ResidentTeacher):
-    """An `OffloadedModel` in the pool.
-
-    Args: name, model, device, dtype: as for a resident teacher.
-    """
-
-    def __init__(self, name: str, model: OffloadedModel, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__(name, model, device, dtype)
-        self._offloaded = model
-
-    def prefetch(self) -> None:
-        """Its turn is the next but one: begin to bring its weights."""
-        self._offloaded.waiting.prefetch()
-
-    def close(self) -> None:
-        super().close()
-        self._offloaded.close()
-
-
-def move_buffers(model: nn.Module, device: torch.device) -> None:
-    """Buffers (position tables) are small: they stay on the device."""
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)

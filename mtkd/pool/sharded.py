@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,14 @@ from mtkd.config import ShardedConfig, TeacherConfig
 from mtkd.data.batch import Batch
 from mtkd.engine.dist import Dist
 from mtkd.models.features import Features
+from mtkd.models.forward import number_format
 from mtkd.models.taps import LOW_TOLERANCE, VERIFY_TOLERANCE, TappedModel
 from mtkd.models.weights import find_weights
-from mtkd.pool.offload import move_buffers
+from mtkd.pool.base import ElsewhereModel, move_buffers
 from mtkd.pool.partition import engine_settings, largest_part, partition
-from mtkd.pool.resident import ResidentTeacher
 
 
-class ShardedModel(nn.Module):
+class ShardedModel(ElsewhereModel):
     """A frozen `TappedModel` under its own ZeRO-3 engine.
 
     Logits it gives hold the whole output head, gathered once by the forward pass; its memory is free when nobody holds
@@ -40,11 +40,10 @@ class ShardedModel(nn.Module):
     """
 
     def __init__(self, model: TappedModel, settings: Mapping[str, Any], low: str | None) -> None:
-        super().__init__()
+        super().__init__(model)
         import deepspeed
 
-        self.model, self._low = model.eval().requires_grad_(False), low
-        self.info, self.vocabulary = model.info, model.vocabulary
+        self._low = low
         for module in model.modules():
             if isinstance(module, nn.Embedding):
                 # Stored in bfloat16 or not, the residual stream is what a resident teacher's is: float32.
@@ -53,25 +52,20 @@ class ShardedModel(nn.Module):
         self._engine = [engine]  # in a list: it is a module itself, around the same model
         self._files: str | None = settings["zero_optimization"].get("offload_param", {}).get("nvme_path")
 
-    @property
-    def num_columns(self) -> int:
-        """As `TappedModel` has it."""
-        return self.model.num_columns
-
     def verify(self) -> None:
-        """As `TappedModel` has it. A collective."""
+        """See `TappedModel.verify`. A collective."""
         with self._out_of_turn():
             self.model.verify(torch.bfloat16 if self._low else torch.float32)
 
     def enable_packing(self, where: str) -> None:
-        """As `TappedModel` has it. A collective."""
-        low = torch.autocast(self._low or "cpu", torch.bfloat16, enabled=self._low is not None)
+        # A collective.
+        low = number_format(self._low or "cpu", torch.bfloat16 if self._low else torch.float32)
         with self._out_of_turn(), low:
             self.model.enable_packing(where, LOW_TOLERANCE if self._low else VERIFY_TOLERANCE)
 
     @property
     def embedding_table(self) -> Tensor:
-        """As `TappedModel` has it; a whole copy on every rank. A collective."""
+        """A whole copy on every rank, [V,H] float32. A collective."""
         import deepspeed
 
         table = self.model.model.get_input_embeddings().weight
@@ -109,10 +103,6 @@ class ShardedModel(nn.Module):
         if self._files is not None:
             shutil.rmtree(self._files, ignore_errors=True)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """`to`, `cuda`, `float`: where the parameters are is decided here alone."""
-        return self
-
 
 def shard(
     model: TappedModel,
@@ -141,21 +131,6 @@ def shard(
     sharded = ShardedModel(model, settings, device.type if half else None)
     sharded.verify()
     return sharded
-
-
-class ShardedTeacher(ResidentTeacher):
-    """A `ShardedModel` in the pool.
-
-    Args: name, model, device, dtype: as for a resident teacher.
-    """
-
-    def __init__(self, name: str, model: ShardedModel, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__(name, model, device, dtype)
-        self._sharded = model
-
-    def close(self) -> None:
-        super().close()
-        self._sharded.close()
 
 
 def _in_float32(module: nn.Module, inputs: object, output: Tensor) -> Tensor:

@@ -42,8 +42,8 @@ from mtkd.planning.locate import compare_tokenizer, given_tokenizer, resolve_pat
 from mtkd.planning.places import placed
 from mtkd.planning.stages import identity, member_of, stage_of, stage_seed
 from mtkd.planning.teaching import heads_read
-from mtkd.pool import CachedTeacher, LiveModel, Teacher, TeacherPool, offload, pooled, shard, stream
-from mtkd.pool.resident import check_finite
+from mtkd.pool import CachedTeacher, LiveModel, LiveTeacher, Teacher, TeacherPool, offload, shard, stream
+from mtkd.pool.live import check_finite
 from mtkd.running.built import BuiltStage
 from mtkd.running.console import say
 from mtkd.running.exports import check_foreign, open_export
@@ -341,7 +341,7 @@ class Workshop:
             for model in (student, *live.values()):
                 model.enable_packing(f"{where}.batch.packing")
         teachers: list[Teacher] = [
-            pooled(t.name, live[t.name], self.device, self.dtype, self.config.engine.compile)
+            LiveTeacher(t.name, live[t.name], self.device, self.dtype, self.config.engine.compile)
             if t.name in live
             else self._cached(t, data, f"{where}.teachers[{i}].model")
             for i, t in enumerate(stage.teachers)

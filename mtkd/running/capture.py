@@ -39,7 +39,7 @@ from mtkd.planning.cachefolder import model_values, open_cache, origin_of
 from mtkd.planning.caches import check_layers, content_of
 from mtkd.planning.stages import as_known, redo_command
 from mtkd.planning.teaching import heads_read
-from mtkd.pool import Teacher, pooled
+from mtkd.pool import LiveTeacher, Teacher
 from mtkd.pool.cache import CacheContent, CacheReader, CacheWriter, Record, make_records
 from mtkd.running.build import Workshop
 from mtkd.running.chance import warn_below_chance
@@ -214,7 +214,7 @@ def _cache(job: _Job, config: TeacherConfig, where: str, stopped: StopFlag, prog
     job.examples += origin.num_examples - sum(len(examples) for _, examples in missing)
     progress.skip(job.examples)
     on_main(dist, lambda: _catch_up(job))
-    teacher = pooled(config.name, model, shop.device, shop.dtype)
+    teacher = LiveTeacher(config.name, model, shop.device, shop.dtype)
     if missing:
         warn_below_chance({where: teacher}, job.data, job.stage.batch, shop.device, dist)
     for start in range(0, len(missing), dist.world_size):

@@ -14,8 +14,7 @@ from torch import Tensor
 from mtkd.data.batch import Batch
 from mtkd.errors import NonFiniteError
 from mtkd.models.broken import remedy
-from mtkd.models.features import ATTENTION, Features, SparseLogits, split_key
-from mtkd.objective.targets import as_logits
+from mtkd.models.features import ATTENTION, Features, SparseLogits, as_logits, split_key
 from mtkd.running.built import BuiltStage
 
 _TILE = 256  # rows of logits at a time: at 150,000 columns 150 MB in float32

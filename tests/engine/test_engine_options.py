@@ -25,7 +25,7 @@ from mtkd.errors import UserError
 from mtkd.models.attention import use_attention
 from mtkd.models.taps import TappedModel
 from mtkd.planning.stages import identity
-from mtkd.pool import OffloadTeacher, ResidentTeacher, offload, pooled
+from mtkd.pool import LiveTeacher, offload
 
 
 @pytest.fixture
@@ -129,8 +129,7 @@ def test_a_resident_teacher_is_compiled_where_the_run_asks_for_it(
     seen: list[int] = []
     monkeypatch.setattr(TappedModel, "compile_model", lambda self: seen.append(self.info.width))
     models = [causal_model(16, 1, 1), offload(causal_model(24, 1, 1), CPU, tmp_path / "x", Dist())]
-    teachers = [pooled("t", model, CPU, torch.float32, compiled=True) for model in models]
-    assert [type(t) for t in teachers] == [ResidentTeacher, OffloadTeacher]
+    teachers = [LiveTeacher("t", model, CPU, torch.float32, compiled=True) for model in models]
     assert seen == [16]
     teachers[1].close()
 

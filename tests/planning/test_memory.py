@@ -25,7 +25,7 @@ from mtkd.objective.projection import make_projections
 from mtkd.planning.budget import Limits, Sketch, StageMemory, stage_memory
 from mtkd.planning.footprint import CachedShape, Shape
 from mtkd.planning.memory import TeacherSize
-from mtkd.pool import OffloadTeacher, ResidentTeacher, Teacher, TeacherPool, offload
+from mtkd.pool import LiveTeacher, Teacher, TeacherPool, offload
 from mtkd.weightings.make import make_weighting, stage_facts
 
 IDS, SEQUENCES, LENGTH = 8_000, 4, 128
@@ -127,9 +127,9 @@ class Case:
         held: list[Teacher] = []
         for name, model, backend in zip(self.names, teachers, self.backends, strict=True):
             if backend == "offload":
-                held.append(OffloadTeacher(name, offload(model, CPU, folder / name, Dist()), CPU, dtype))
+                held.append(LiveTeacher(name, offload(model, CPU, folder / name, Dist()), CPU, dtype))
             else:
-                held.append(ResidentTeacher(name, model, CPU, dtype))
+                held.append(LiveTeacher(name, model, CPU, dtype))
         return objective, TeacherPool(held, [objective.teacher_wants(k) for k in range(len(held))])
 
     def run(self, folder: Path) -> None:

@@ -27,7 +27,7 @@ from mtkd.engine.torch_engine import TorchEngine
 from mtkd.errors import DataError
 from mtkd.models.features import Features
 from mtkd.models.taps import TappedModel
-from mtkd.pool import OffloadedModel, OffloadTeacher, ResidentTeacher, TeacherPool, offload
+from mtkd.pool import LiveTeacher, OffloadedModel, TeacherPool, offload
 from mtkd.pool.waiting import MappedParameters, PinnedParameters
 
 ALL = frozenset({"logits", "hidden.0", "hidden.2", "query.1", "probs.2"})
@@ -69,8 +69,8 @@ def test_values_are_bit_equal(make: Make, dtype: torch.dtype, shape: str, tmp_pa
     if shape != "classes":
         model = causal_model(16, 2, 3, tied=shape == "tied", padded=7 if shape == "padded" else 0)
         batch = causal_batch([5, 4, 6])
-    resident = ResidentTeacher("t", copy.deepcopy(model), CPU, dtype)
-    offloaded = OffloadTeacher("t", make(model, tmp_path), CPU, dtype)
+    resident = LiveTeacher("t", copy.deepcopy(model), CPU, dtype)
+    offloaded = LiveTeacher("t", make(model, tmp_path), CPU, dtype)
     chosen = None if shape == "classes" else torch.tensor([3, 9, 12])
     for columns in (None, chosen):
         wanted = values(resident.forward(batch, ALL), dtype, columns)
@@ -105,7 +105,7 @@ def test_training_is_bit_equal(weighting: str, tmp_path: Path) -> None:
         objective, pool = make_objective(causal_model(8, 1, 0), teachers, rows, Named(name=weighting))
         if make is not None:
             first = pool.teachers[0]
-            others = [OffloadTeacher(f"t{k}", make(teachers[k], tmp_path, f"t{k}"), CPU, torch.float32) for k in (1, 2)]
+            others = [LiveTeacher(f"t{k}", make(teachers[k], tmp_path, f"t{k}"), CPU, torch.float32) for k in (1, 2)]
             pool = TeacherPool([first, *others], pool.wants)
         engine = TorchEngine(objective, OptimizerConfig(lr=1e-2), 3, CPU)
         for step in range(3):
@@ -126,7 +126,7 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
     """No file while it runs, so that nobody can change it; no thread and no descriptor after close."""
     before, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
     batch = causal_batch([5])
-    teachers = [OffloadTeacher(n, mapped(causal_model(16, 2, 3), tmp_path, n), CPU, torch.float32) for n in ("a", "b")]
+    teachers = [LiveTeacher(n, mapped(causal_model(16, 2, 3), tmp_path, n), CPU, torch.float32) for n in ("a", "b")]
     assert list(tmp_path.iterdir()) == []
     pool = TeacherPool(teachers, [ALL, ALL])
     pool.forward(batch)
@@ -140,15 +140,15 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
 def test_prefetch_is_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next offloaded teacher is announced before the one ahead of it runs, unless that is switched off."""
     order: list[str] = []
-    monkeypatch.setattr(OffloadTeacher, "prefetch", lambda self: order.append(f"prefetch {self.name}"))
-    forward = ResidentTeacher.forward
+    monkeypatch.setattr(LiveTeacher, "ahead", lambda self, batch: order.append(f"prefetch {self.name}"))
+    forward = LiveTeacher.forward
 
-    def noted(self: ResidentTeacher, batch: Batch, wants: frozenset[str]) -> Features:
+    def noted(self: LiveTeacher, batch: Batch, wants: frozenset[str]) -> Features:
         order.append(self.name)
         return forward(self, batch, wants)
 
-    monkeypatch.setattr(ResidentTeacher, "forward", noted)
-    teachers = [OffloadTeacher(n, pinned(causal_model(16, 2, 3), tmp_path), CPU, torch.float32) for n in "ab"]
+    monkeypatch.setattr(LiveTeacher, "forward", noted)
+    teachers = [LiveTeacher(n, pinned(causal_model(16, 2, 3), tmp_path), CPU, torch.float32) for n in "ab"]
     TeacherPool(teachers, [ALL, ALL]).forward(causal_batch([5]))
     TeacherPool(teachers, [ALL, ALL], prefetch=False).forward(causal_batch([5]))
     assert order == ["prefetch b", "a", "b", "a", "b"]
@@ -276,7 +276,7 @@ from mtkd.data.batch import Batch
 from mtkd.engine.dist import Dist
 from mtkd.models import attention
 from mtkd.models.taps import TappedModel
-from mtkd.pool import OffloadTeacher, ResidentTeacher, TeacherPool, offload
+from mtkd.pool import LiveTeacher, TeacherPool, offload
 
 CPU, V = torch.device("cpu"), 8_000
 config = LlamaConfig(vocab_size=V, hidden_size=512, num_hidden_layers=4, num_attention_heads=4,
@@ -291,8 +291,8 @@ def teacher(k):
     torch.manual_seed(k)
     model = TappedModel(LlamaForCausalLM(config), "AutoModelForCausalLM", V)
     if sys.argv[1] == "offload":
-        return OffloadTeacher(str(k), offload(model, CPU, Path(sys.argv[2]) / str(k), Dist()), CPU, torch.float32)
-    return ResidentTeacher(str(k), model, CPU, torch.float32)
+        return LiveTeacher(str(k), offload(model, CPU, Path(sys.argv[2]) / str(k), Dist()), CPU, torch.float32)
+    return LiveTeacher(str(k), model, CPU, torch.float32)
 
 ids = torch.randint(1, V, (1, 16), generator=torch.Generator().manual_seed(0))
 batch = Batch(torch.arange(1), ids, torch.ones_like(ids).bool(), torch.full_like(ids, -100))

@@ -30,7 +30,7 @@ from mtkd.models.packing import make_layout
 from mtkd.models.stored import read_weights
 from mtkd.objective.looks import after_step, before_step
 from mtkd.planning.stages import stage_values
-from mtkd.pool import TeacherPool, pooled
+from mtkd.pool import LiveTeacher, TeacherPool
 from mtkd.pool.partition import engine_settings, part_of, read_numbers
 from mtkd.running.train import global_counts
 
@@ -106,7 +106,7 @@ def _features(folder: Path) -> dict[str, Any]:
         # whole_parameters and prefetch change what is where, and no number
         ours = small.sharded(folder, name, dist, whole_parameters=40, prefetch_parameters=500)
         read = watch.told()
-        teacher, judge = (pooled(name, model, CPU, torch.float32) for model in (ours, theirs))
+        teacher, judge = (LiveTeacher(name, model, CPU, torch.float32) for model in (ours, theirs))
         keys, batch = small.wants(ours), small.batch_of(name, dist.rank)
         if name == "padded":
             for model in (ours, theirs):
@@ -200,7 +200,8 @@ class _Stage:
         teachers = _pool(folder, backends if kind == "deepspeed" else ("resident",) * 3, dist)
         self.objective, pool = make_objective(causal_model(16, 2, 0, tied=tied), teachers, ROWS, weighting)
         self.pool = TeacherPool(
-            [pooled(t.name, m, CPU, torch.float32) for t, m in zip(pool.teachers, teachers, strict=True)], pool.wants
+            [LiveTeacher(t.name, m, CPU, torch.float32) for t, m in zip(pool.teachers, teachers, strict=True)],
+            pool.wants,
         )
         self.engine: Engine = TorchEngine(self.objective, OPTIMIZER, STEPS, CPU)
         if kind == "deepspeed":
@@ -266,14 +267,14 @@ def _faults(folder: Path) -> list[Any]:
             told.append(str(error))
     # stored in bfloat16: kept so where the run computes in it, and read into float32 where it does not
     small.HEADS["half"] = small.CAUSAL
-    exact = pooled("r", small.resident(folder, "half"), CPU, torch.float32)
-    rounded = pooled("r", small.resident(folder, "half"), CPU, torch.bfloat16)
+    exact = LiveTeacher("r", small.resident(folder, "half"), CPU, torch.float32)
+    rounded = LiveTeacher("r", small.resident(folder, "half"), CPU, torch.bfloat16)
     batch = small.batch_of("half", dist.rank)
     for half, judge in ((False, exact), (True, rounded)):
         ours = small.sharded(folder, "half", dist, half=half)
         types = {p.ds_tensor.dtype for p in ours.parameters() if p.ds_numel > 100}
         dtype = torch.bfloat16 if half else torch.float32
-        teacher = pooled("s", ours, CPU, dtype)
+        teacher = LiveTeacher("s", ours, CPU, dtype)
         pair = (small.values(x.forward(batch, small.wants(ours)), len(batch.ids), dtype) for x in (teacher, judge))
         told.append((sorted(map(str, types)), small.largest_difference(*pair)))
         ours.enable_packing("packing")  # outside of the teacher's autocast

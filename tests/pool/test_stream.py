@@ -29,7 +29,7 @@ from mtkd.models.folder import INDEX
 from mtkd.models.load import empty_model
 from mtkd.models.stored import read_weights
 from mtkd.models.taps import TappedModel
-from mtkd.pool import OffloadedModel, OffloadTeacher, ResidentTeacher, TeacherPool, stream
+from mtkd.pool import LiveTeacher, OffloadedModel, TeacherPool, stream
 
 CAUSAL, MASKED, CLASSES = (
     "AutoModelForCausalLM",
@@ -74,8 +74,8 @@ def values(features: Features, dtype: torch.dtype, columns: Tensor | None = None
 def assert_equal(folder: Path, auto_class: str, batch: Batch, dtype: torch.dtype, wants: frozenset[str] = ALL) -> None:
     """A streamed teacher's features are the resident one's to the bit, in two turns."""
     model = streamed(folder, auto_class, dtype)
-    one = ResidentTeacher("t", resident(folder, auto_class), CPU, dtype)
-    other = OffloadTeacher("t", model, CPU, dtype)
+    one = LiveTeacher("t", resident(folder, auto_class), CPU, dtype)
+    other = LiveTeacher("t", model, CPU, dtype)
     assert one.num_parameters == other.num_parameters
     wants = frozenset(key for key in wants if key.split(".")[0] in one.provides())
     for columns in (None, torch.tensor([2, 1])):
@@ -187,7 +187,7 @@ def test_only_the_layer_that_runs_is_in_memory(tmp_path: Path) -> None:
         layer.mlp.register_forward_hook(lambda *_: seen.append(pages(folder)))
     for dtype in (torch.float32, torch.bfloat16):
         seen.clear()
-        teacher = OffloadTeacher("t", model, CPU, dtype)
+        teacher = LiveTeacher("t", model, CPU, dtype)
         features = teacher.forward(causal_batch([5, 4, 6]), ALL)
         assert len(seen) == 6
         assert all(held < size + slack for held in seen), (seen, size)
@@ -230,7 +230,7 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
     folder = saved(causal_model(16, 2, 3).model, tmp_path, shard="3KB")
     before, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
     content = {file: file.read_bytes() for file in folder.iterdir()}
-    teachers = [OffloadTeacher(name, streamed(folder), CPU, torch.bfloat16) for name in "ab"]
+    teachers = [LiveTeacher(name, streamed(folder), CPU, torch.bfloat16) for name in "ab"]
     pool = TeacherPool(teachers, [ALL, ALL])
     pool.forward(causal_batch([5]))
     pool.close()

@@ -1,20 +1,16 @@
-"""The resident backend: the teacher's weights stay in memory beside the student's."""
+"""A teacher that runs: resident, offloaded, streamed or sharded, as its model is."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 
 from mtkd.data.batch import Batch
 from mtkd.models.broken import broken_weights
 from mtkd.models.features import Features
+from mtkd.models.forward import features_of
 from mtkd.models.linear import speed_up_linears
 from mtkd.models.taps import TappedModel
-
-if TYPE_CHECKING:
-    from mtkd.pool.offload import OffloadedModel
-    from mtkd.pool.sharded import ShardedModel
+from mtkd.pool.base import ElsewhereModel, LiveModel
 
 
 def check_finite(model: TappedModel, where: str) -> None:
@@ -28,7 +24,7 @@ def check_finite(model: TappedModel, where: str) -> None:
         raise broken_weights(where, ", ".join(broken[:5]))
 
 
-class ResidentTeacher:
+class LiveTeacher:
     """A model frozen for good.
 
     Args:
@@ -36,33 +32,36 @@ class ResidentTeacher:
         model: its parameters lose `requires_grad` here.
         device: where it runs.
         dtype: bfloat16 runs it under autocast.
+        compiled: run a resident model through torch.compile; the others' parameters change their place at every turn.
     """
 
     def __init__(
-        self,
-        name: str,
-        model: TappedModel | OffloadedModel | ShardedModel,
-        device: torch.device,
-        dtype: torch.dtype,
+        self, name: str, model: LiveModel, device: torch.device, dtype: torch.dtype, compiled: bool = False
     ) -> None:
+        if compiled and isinstance(model, TappedModel):
+            model.compile_model()
         self.name, self.info = name, model.info
-        # of a sharded one there is a part here; `ds_numel` is the whole
+        # A rank has a part of a sharded one; `ds_numel` is the whole.
         self.num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         self._dtype = dtype
-        self._model: TappedModel | OffloadedModel | ShardedModel | None = model.to(device).eval().requires_grad_(False)
+        self._model: LiveModel | None = model.to(device).eval().requires_grad_(False)
         speed_up_linears(self._model)
 
     def provides(self) -> frozenset[str]:
         return self.info.taps
 
+    def ahead(self, batch: Batch) -> None:
+        if isinstance(self._model, ElsewhereModel):
+            self._model.ahead()
+
     def forward(self, batch: Batch, wants: frozenset[str]) -> Features:
         assert self._model is not None
         # Set again at every call: a `train()` on anything that holds the teacher would turn dropout on.
         self._model.eval()
-        device = batch.input_ids.device.type
-        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
-            features: Features = self._model(batch, wants)
-        return features
+        with torch.no_grad():
+            return features_of(self._model, batch, wants, self._dtype)
 
     def close(self) -> None:
+        if isinstance(self._model, ElsewhereModel):
+            self._model.close()
         self._model = None
