@@ -155,9 +155,8 @@ def train(backend: str, count: int, folder: str) -> dict[str, float]:
 
     import mtkd
     from mtkd.config import OptimizerConfig
-    from mtkd.data.batch import Batch
+    from mtkd.data.batch import NO_LABEL, Batch
     from mtkd.engine.deepspeed_engine import DeepSpeedEngine, init_distributed
-    from mtkd.models.features import NO_LABEL
     from mtkd.models.taps import TappedModel
     from mtkd.objective.compile import compile_rows
     from mtkd.objective.objective import Objective

@@ -15,12 +15,15 @@ if TYPE_CHECKING:
     from mtkd.config import RunConfig
     from mtkd.config.match import Match
     from mtkd.config.read import load_config
-    from mtkd.errors import UserError
+    from mtkd.errors import LawBroken, UserError
+    from mtkd.losses.laws import check_loss
+    from mtkd.objective.laws import check_tiled
     from mtkd.planning.plan import plan
     from mtkd.planning.table import Plan
     from mtkd.registry import LOSSES, METHODS, WEIGHTINGS, loss, method, weighting
     from mtkd.running.run import RunResult, run
     from mtkd.weightings import StageFacts, Traits, Weighting, trait
+    from mtkd.weightings.laws import check_weighting
 
 __version__ = "0.1.0"
 
@@ -28,6 +31,7 @@ _HOMES = {
     "LOSSES": "mtkd.registry",
     "METHODS": "mtkd.registry",
     "WEIGHTINGS": "mtkd.registry",
+    "LawBroken": "mtkd.errors",
     "Match": "mtkd.config.match",
     "Plan": "mtkd.planning.table",
     "RunConfig": "mtkd.config",
@@ -36,6 +40,9 @@ _HOMES = {
     "Traits": "mtkd.weightings",
     "UserError": "mtkd.errors",
     "Weighting": "mtkd.weightings",
+    "check_loss": "mtkd.losses.laws",
+    "check_tiled": "mtkd.objective.laws",
+    "check_weighting": "mtkd.weightings.laws",
     "load_config": "mtkd.config.read",
     "loss": "mtkd.registry",
     "method": "mtkd.registry",
@@ -49,6 +56,7 @@ __all__ = [
     "LOSSES",
     "METHODS",
     "WEIGHTINGS",
+    "LawBroken",
     "Match",
     "Plan",
     "RunConfig",
@@ -57,6 +65,9 @@ __all__ = [
     "Traits",
     "UserError",
     "Weighting",
+    "check_loss",
+    "check_tiled",
+    "check_weighting",
     "load_config",
     "loss",
     "method",

@@ -127,3 +127,15 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 
 def _listed(value: object) -> list[object]:
     return list(value) if isinstance(value, Iterable) else [value]
+
+
+class LawBroken(AssertionError):
+    """A loss or weighting does not keep a law.
+
+    Attributes:
+        law: the law's name, e.g. "padding". name: of the loss or weighting. found: what was found instead.
+    """
+
+    def __init__(self, law: str, name: str, found: str) -> None:
+        super().__init__(f"'{name}' breaks the law '{law}': {found}")
+        self.law, self.name, self.found = law, name, found

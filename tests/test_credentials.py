@@ -10,9 +10,9 @@ import pytest
 from tiny_run import NAME, tiny_config, write_yaml
 
 import mtkd
+from mtkd.data.progress import console, say
 from mtkd.errors import UserError, tell
 from mtkd.evaluate.report.read import read_run
-from mtkd.running.console import console, say
 from mtkd.secret import in_url, masked
 
 SECRET = "s3cr3tmark"

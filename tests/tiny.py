@@ -9,8 +9,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from mtkd.config import Named
 from mtkd.config.match import Match
-from mtkd.data.batch import Batch
-from mtkd.models.features import NO_LABEL
+from mtkd.data.batch import NO_LABEL, Batch
 from mtkd.models.taps import TappedModel
 from mtkd.objective.compile import compile_rows
 from mtkd.objective.objective import Objective

@@ -9,10 +9,9 @@ from torch import nn
 
 import mtkd
 from mtkd.config import OptimizerConfig
-from mtkd.data.batch import Batch, position_counts
+from mtkd.data.batch import NO_LABEL, Batch, position_counts
 from mtkd.engine.torch_engine import TorchEngine
 from mtkd.models.attention import TAP
-from mtkd.models.features import NO_LABEL
 from mtkd.models.taps import TappedModel
 from mtkd.objective.compile import compile_rows
 from mtkd.objective.objective import Objective

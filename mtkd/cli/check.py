@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mtkd.broken import LawBroken
-from mtkd.errors import UserError
+from mtkd.errors import LawBroken, UserError
 from mtkd.losses.laws import LOSS_LAWS, check_loss
 from mtkd.models.features import ATTENTION, FEATURE_NAMES
 from mtkd.models.info import ModelInfo
@@ -85,13 +84,15 @@ def _checked(check: Callable[[], None], where: str) -> None:
             f"breaks the law '{error.law}'",
             where=where,
             found=error.found,
-            todo="mtkd/laws says what the law asks; mtkd.laws runs it in a test of yours",
+            todo="laws.py of mtkd says what the law asks; mtkd.check_loss and the like run it in a test of yours",
         ) from error
     except UserError:
         raise
     except Exception as error:
         raise UserError(
-            f"cannot be run: {type(error).__name__}: {error}", where=where, todo="a traceback: mtkd.laws in a test"
+            f"cannot be run: {type(error).__name__}: {error}",
+            where=where,
+            todo="a traceback: mtkd.check_loss and the like in a test",
         ) from error
 
 
@@ -109,7 +110,7 @@ def _defaults(options: dict[str, inspect.Parameter], where: str, how: str) -> No
 
 def _check_loss(name: str, where: str) -> Families:
     spec = LOSSES[name]
-    _defaults(spec.options(), where, f'mtkd.laws.check_loss("{name}", {{...}})')
+    _defaults(spec.options(), where, f'mtkd.check_loss("{name}", {{...}})')
     _checked(lambda: check_loss(spec), where)
     yield "loss", _names(LOSS_LAWS)
     if "logits" in spec.inputs:
@@ -119,7 +120,7 @@ def _check_loss(name: str, where: str) -> Families:
 
 def _check_weighting(name: str, where: str) -> Families:
     spec = WEIGHTINGS[name]
-    _defaults(spec.options(), where, f'mtkd.laws.check_weighting("{name}", lambda teachers: {{...}})')
+    _defaults(spec.options(), where, f'mtkd.check_weighting("{name}", lambda teachers: {{...}})')
     _checked(lambda: check_weighting(spec), where)
     yield "weighting", _names(WEIGHTING_LAWS)
 

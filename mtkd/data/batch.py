@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtkd.models.features import NO_LABEL
+NO_LABEL = -100
+"""A target with this id is not a target (the convention of torch's cross entropy)."""
 
 
 @dataclass

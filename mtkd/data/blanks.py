@@ -15,8 +15,8 @@ from mtkd.data.infilling import Infilling, LaidOut
 from mtkd.data.labels import read_labels
 from mtkd.data.load import Split
 from mtkd.data.marks import marks_of
+from mtkd.data.progress import counted
 from mtkd.errors import DataError, UserError
-from mtkd.running.console import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,9 +10,9 @@ import numpy as np
 from mtkd.data.files import read_texts, values_of
 from mtkd.data.load import Documents
 from mtkd.data.marks import without_marks
+from mtkd.data.progress import counted
 from mtkd.data.transfer import transfer_tokens
 from mtkd.errors import DataError
-from mtkd.running.console import counted
 
 if TYPE_CHECKING:
     from datasets import Dataset

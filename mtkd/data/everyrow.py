@@ -17,9 +17,9 @@ from mtkd.config import BLANK, DataConfig
 from mtkd.data.encode import check_names, teachers_of
 from mtkd.data.files import Origin, read_texts, require_column
 from mtkd.data.load import Split, load_data
+from mtkd.data.progress import Working
 from mtkd.errors import DataError, nearest
 from mtkd.registry import TASKS
-from mtkd.running.console import Working
 
 if TYPE_CHECKING:
     from datasets import Dataset

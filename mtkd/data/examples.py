@@ -12,10 +12,10 @@ from mtkd.data.load import Split
 from mtkd.data.marks import without_marks
 from mtkd.data.masking import Masking
 from mtkd.data.pairs import PairExamples, around_pair
+from mtkd.data.progress import counted
 from mtkd.data.prompts import prepare_prompted
 from mtkd.data.transfer import transfer_tokens
 from mtkd.errors import DataError, UserError
-from mtkd.running.console import counted
 
 if TYPE_CHECKING:
     from mtkd.data.tasks import PrepareRequest

@@ -31,10 +31,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mtkd.data.batch import NO_LABEL
 from mtkd.data.glm_tokens import BLANKS, END, HIDDEN, START, command_ids
 from mtkd.data.tokenizers import num_real_ids
 from mtkd.errors import UserError
-from mtkd.models.features import NO_LABEL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mtkd.config import RANDOM_TOKENS
+from mtkd.data.batch import NO_LABEL
 from mtkd.data.files import require_column, values_of
 from mtkd.data.labelkinds import Kind, Value, in_order, kind_of, name_of, number_of
 from mtkd.errors import DataError, UserError, nearest
-from mtkd.models.features import NO_LABEL
 
 if TYPE_CHECKING:
     from datasets import Dataset

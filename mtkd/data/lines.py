@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from typing import IO, cast
 
 from mtkd.data.paths import DataFile
+from mtkd.data.progress import Working
 from mtkd.errors import DataError
-from mtkd.running.console import Working
 
 _TOLD_EVERY = 2_000
 """Lines between looks at the clock."""

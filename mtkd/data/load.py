@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from mtkd.data.batch import Batch
+from mtkd.data.batch import NO_LABEL, Batch
 from mtkd.data.chat import check_chat_template
 from mtkd.data.tasks import PrepareRequest, TaskSpec, check_task
 from mtkd.data.tokenizers import tokenizer_fingerprint
 from mtkd.errors import DataError, nearest
-from mtkd.models.features import NO_LABEL
 from mtkd.registry import TASKS
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from mtkd.data.progress import Working
 from mtkd.errors import DataError, UserError, what_is
-from mtkd.running.console import Working
 
 if TYPE_CHECKING:
     from mtkd.config import DataConfig

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mtkd.config import prompt_parts
+from mtkd.data.batch import NO_LABEL
 from mtkd.data.chat import write_turns
 from mtkd.data.encode import described, pad_id, texts_of, tokenize
 from mtkd.data.files import read_texts
 from mtkd.data.load import Split
 from mtkd.data.marks import without_marks
+from mtkd.data.progress import counted
 from mtkd.errors import DataError
-from mtkd.models.features import NO_LABEL
-from mtkd.running.console import counted
 
 if TYPE_CHECKING:
     from datasets import Dataset

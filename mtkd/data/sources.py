@@ -20,12 +20,12 @@ from mtkd.data.choice import SPLITS, hold_out, limit, two_validations
 from mtkd.data.files import Origin, columns_of, nearest_column, read_files, read_texts
 from mtkd.data.labels import FoundLabels, class_codes, find_labels
 from mtkd.data.paths import DataFile, file_digest, find_files
+from mtkd.data.progress import Working
 from mtkd.data.stdlib import DOMAINS, stdlib_documents
 from mtkd.data.tables import missing_column_hint
 from mtkd.data.tasks import check_task
 from mtkd.errors import DataError, UserError, nearest
 from mtkd.registry import SOURCES, TASKS
-from mtkd.running.console import Working
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -55,6 +55,9 @@ _STAGE_FOLDER = re.compile(r"\d{2,}-(.+)")
 SEAL_LINE = "# sha256 of the lines above: "
 """The last line of run.yaml begins so."""
 _OFFLOADED = ".offload-"
+BEFORE = ".before-"
+"""What a stage made before it is redone lies beside it under its name with this prefix."""
+_ASIDE = re.compile(re.escape(BEFORE) + r"(\d{2,}-(.+))")
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,14 @@ class RunDir:
         for path in parent.iterdir() if parent.is_dir() else ():
             if match := _STAGE_FOLDER.fullmatch(path.name):
                 found.setdefault(match[1], []).append(path)
+        return found
+
+    def set_aside(self) -> dict[str, Path]:
+        """Stages whose earlier work is kept aside while they are redone -> its folder; see `mtkd.running.redo`."""
+        parent, found = self.path / "stages", dict[str, Path]()
+        for path in sorted(parent.iterdir()) if parent.is_dir() else ():
+            if (match := _ASIDE.fullmatch(path.name)) and path.is_dir():
+                found[match[2]] = path
         return found
 
     def sweep_offloaded(self) -> None:

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtkd.broken import TOLERANCE, LawBroken, difference
-from mtkd.models.features import NO_LABEL
+from mtkd.data.batch import NO_LABEL
+from mtkd.errors import LawBroken
 from mtkd.registry import LOSSES, LossSpec
 
 Options = Mapping[str, Any]
+
+TOLERANCE = 1e-5
+"""Of float32 values near 1: some 160 roundings of 2**-24, more than any case has operations on one number."""
 
 EXTREME = 1e4  # size of the largest inputs a loss must survive
 NUMERIC_LABELS = ("label_mse",)  # losses whose labels are numbers, not classes
@@ -226,3 +229,11 @@ def _gradient_law(spec: LossSpec, case: Case, options: Options) -> None:
 
 
 LOSS_LAWS = (_shape_law, _non_negative_law, _equality_law, _padding_law, _finite_law, _gradient_law)
+
+
+def difference(found: Tensor, wanted: Tensor) -> float:
+    """Largest difference, in units of the largest entry wanted; infinite where not a number."""
+    if wanted.numel() == 0:
+        return 0.0
+    gap = (found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)
+    return float(gap.nan_to_num(torch.inf))

@@ -29,9 +29,6 @@ from torch import Tensor
 from mtkd.errors import DataError, UserError
 from mtkd.models.products import product
 
-NO_LABEL = -100
-"""A target with this id is not a target (the convention of torch's cross entropy)."""
-
 LAYERED = ("hidden", "cls", "query", "key", "value", "scores", "probs")
 UNLAYERED = ("logits", "nsp_logits", "embedding")
 ATTENTION = ("query", "key", "value", "scores", "probs")

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from mtkd.data.batch import Batch
+from mtkd.data.batch import NO_LABEL, Batch
 from mtkd.errors import UserError, nearest
 from mtkd.models.attention import AttentionCall, Recorder, recording
 from mtkd.models.broken import overflowing_model
-from mtkd.models.features import ATTENTION, NO_LABEL, DenseLogits, Features, HeadLogits, split_key
+from mtkd.models.features import ATTENTION, DenseLogits, Features, HeadLogits, split_key
 from mtkd.models.headcalls import head_forward, last_position, pooled_forward
 from mtkd.models.heads import output_layer, stand_in_pad
 from mtkd.models.info import GLM, PRE_TRAINING, TAP, TOKEN_LEVEL, check_packing, model_info

@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mtkd.data.batch import NO_LABEL
 from mtkd.data.prompts import written_texts
 from mtkd.data.tasks import PrepareRequest
 from mtkd.data.tokenizers import num_real_ids, tokenizer_fingerprint
 from mtkd.data.vocabulary import count_ids, shareable_ids
 from mtkd.errors import DataError, UserError
-from mtkd.models.features import NO_LABEL
 from mtkd.models.folder import MAP_FILE, check_folder
 from mtkd.models.info import OFFSET_POSITIONS
 from mtkd.registry import TASKS

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mtkd.broken import TOLERANCE, LawBroken, difference
 from mtkd.config.match import Match
-from mtkd.losses.laws import NUMERIC_LABELS, Options
+from mtkd.errors import LawBroken
+from mtkd.losses.laws import NUMERIC_LABELS, TOLERANCE, Options, difference
 from mtkd.models.features import HeadLogits
 from mtkd.objective.compile import Row
 from mtkd.objective.ensembles import ensemble_losses

@@ -1,5 +1,6 @@
-"""What some weightings need around a step: a look at the whole of it before, and its reward after.
+"""What a weighting may ask for around an optimizer step.
 
+Before it: the Gram matrix of the teachers' gradients over all micro-batches. After it: the student's loss, as a reward.
 Both run the student without gradients, in eval mode and outside the engine's forward, as validation does.
 """
 
@@ -11,24 +12,28 @@ import torch
 from torch import Tensor
 
 from mtkd.data.batch import Batch
-from mtkd.engine.base import Engine
+from mtkd.engine.base import Engine, Trainable
 from mtkd.models.features import Features, as_logits
 from mtkd.models.forward import LOGITS, features_of
 from mtkd.objective.gram import gram
 from mtkd.objective.objective import Objective
-from mtkd.running.built import BuiltStage
+from mtkd.pool import TeacherPool
 from mtkd.weightings.traits import Around, Traits
 
 
 def before_step(
-    built: BuiltStage, step: int, micro_batches: list[Batch], counts: dict[str, int]
+    objective: Trainable,
+    pool: TeacherPool,
+    engine: Engine,
+    step: int,
+    micro_batches: list[Batch],
+    counts: dict[str, int],
 ) -> Iterable[tuple[Batch, list[Features]]]:
     """The step's micro-batches with their teachers' features; tells the objective what they have in common.
 
     Teachers are asked one micro-batch at a time, unless the weighting reads the Gram matrix of the whole step: then
     their features of all micro-batches are held, so that no teacher runs twice.
     """
-    objective, pool = built.objective, built.pool
     if not isinstance(objective, Objective):
         return ((batch, pool.forward(batch)) for batch in micro_batches)
     if "gram" not in objective.weighting.reads or len(objective.teacher_names) < 2:
@@ -40,16 +45,15 @@ def before_step(
     with torch.no_grad():
         parts = []
         for batch, features in zip(micro_batches, held, strict=True):
-            parts.append(gram(objective, batch, features, counts, built.engine.whole_head))
+            parts.append(gram(objective, batch, features, counts, engine.whole_head))
     objective.train()
-    total = built.engine.dist.sum(torch.stack(parts).sum(0).reshape(-1).tolist())
+    total = engine.dist.sum(torch.stack(parts).sum(0).reshape(-1).tolist())
     objective.begin_step(step, torch.tensor(total, dtype=torch.float64).reshape(count, count))
     return list(zip(micro_batches, held, strict=True))
 
 
-def after_step(built: BuiltStage, micro_batches: list[Batch]) -> None:
+def after_step(objective: Trainable, engine: Engine, micro_batches: list[Batch]) -> None:
     """The reward of a weighting that wants one: the student's loss on each of the same examples, after the step."""
-    objective, engine = built.objective, built.engine
     if not isinstance(objective, Objective):
         return
     weighting = objective.weighting

@@ -20,14 +20,14 @@ from pathlib import Path
 import numpy as np
 
 from mtkd.config import DataConfig
+from mtkd.data.batch import NO_LABEL
 from mtkd.data.files import read_texts
 from mtkd.data.labels import label_values, read_labels
+from mtkd.data.progress import Working
 from mtkd.data.sources import NotReached, Raw, choose_rows, read_source
 from mtkd.errors import DataError
-from mtkd.models.features import NO_LABEL
 from mtkd.planning.places import placed
 from mtkd.registry import TASKS
-from mtkd.running.console import Working
 
 
 @dataclass(frozen=True)

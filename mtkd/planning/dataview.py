@@ -9,10 +9,10 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from mtkd.config import DataConfig
+from mtkd.data.batch import NO_LABEL
 from mtkd.data.everyrow import look_at_rows
 from mtkd.data.load import Split
 from mtkd.data.sources import Raw
-from mtkd.models.features import NO_LABEL
 from mtkd.planning.data import DataFacts
 
 _SHOWN = 2  # examples

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from mtkd.config import ModelConfig, RunConfig
+from mtkd.data.progress import Working, say
 from mtkd.data.segmentation import check_certain
 from mtkd.data.sources import Raw
 from mtkd.data.tokenizers import check_same_tokenizer, load_tokenizer, train_tokenizer
@@ -19,9 +20,8 @@ from mtkd.engine.seal import write_sealed
 from mtkd.errors import DataError, UserError
 from mtkd.models.cards import Card, how_to_get, load_cards, missing_glm
 from mtkd.models.folder import check_tokenizer_folder, has_tokenizer
+from mtkd.planning.exports import SMALL, check_foreign
 from mtkd.planning.stages import stage_of
-from mtkd.running.console import Working, say
-from mtkd.running.exports import SMALL, check_foreign
 
 _ORIGIN, _ORIGIN_FILE = "trained_on", "trained_on.json"
 

@@ -14,11 +14,11 @@ from typing import Any
 
 from mtkd.config import RunConfig
 from mtkd.config.read import differences, fingerprint
+from mtkd.data.progress import say
 from mtkd.engine.dist import Dist, on_main
 from mtkd.engine.folder import versions
 from mtkd.engine.precision import choose, decided, warning
 from mtkd.errors import UserError, on_every_rank
-from mtkd.running.console import say
 
 _SHOWN = 12  # differing keys in one message
 # Seconds until a file that the main rank wrote must be seen by all: network file systems look again after a few.

@@ -16,6 +16,7 @@ from mtkd.config import ModelConfig, RunConfig, StageConfig, TeacherConfig
 from mtkd.config.read import fingerprint
 from mtkd.data.blanks import answer_ids
 from mtkd.data.load import LoadedData, Split, load_data
+from mtkd.data.progress import say
 from mtkd.data.sampler import Order, TrainStream
 from mtkd.data.segmentation import segmentation_digest
 from mtkd.data.sources import Raw
@@ -38,6 +39,7 @@ from mtkd.objective.objective import Objective
 from mtkd.objective.projection import make_projections
 from mtkd.planning.cachefolder import cache_digest, cache_folder, cached_teacher
 from mtkd.planning.data import DataReader
+from mtkd.planning.exports import check_foreign, open_export
 from mtkd.planning.locate import compare_tokenizer, given_tokenizer, resolve_path, revision_of, trained_tokenizer
 from mtkd.planning.places import placed
 from mtkd.planning.stages import identity, member_of, stage_of, stage_seed
@@ -45,8 +47,6 @@ from mtkd.planning.teaching import heads_read
 from mtkd.pool import CachedTeacher, LiveModel, LiveTeacher, Teacher, TeacherPool, offload, shard, stream
 from mtkd.pool.live import check_finite
 from mtkd.running.built import BuiltStage
-from mtkd.running.console import say
-from mtkd.running.exports import check_foreign, open_export
 from mtkd.weightings.base import StageFacts
 from mtkd.weightings.make import make_weighting, stage_facts
 

@@ -23,6 +23,7 @@ import torch
 from mtkd.config import BatchConfig, StageConfig, TeacherConfig
 from mtkd.config.read import differences
 from mtkd.data.load import LoadedData, Split
+from mtkd.data.progress import say
 from mtkd.data.sampler import length_batches
 from mtkd.data.tokenizers import num_real_ids
 from mtkd.engine.dist import alive, on_main, together
@@ -37,14 +38,14 @@ from mtkd.models.features import as_logits
 from mtkd.models.taps import TappedModel
 from mtkd.planning.cachefolder import model_values, open_cache, origin_of
 from mtkd.planning.caches import check_layers, content_of
+from mtkd.planning.exports import manifests
 from mtkd.planning.stages import as_known, redo_command
 from mtkd.planning.teaching import heads_read
 from mtkd.pool import LiveTeacher, Teacher
 from mtkd.pool.cache import CacheContent, CacheReader, CacheWriter, Record, make_records
 from mtkd.running.build import Workshop
 from mtkd.running.chance import warn_below_chance
-from mtkd.running.console import StageProgress, say
-from mtkd.running.exports import manifests
+from mtkd.running.console import StageProgress
 from mtkd.running.overflow import overflowing
 
 _IDENTITY, _SECONDS = "identity.json", "seconds.json"

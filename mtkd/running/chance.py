@@ -10,11 +10,11 @@ import torch
 from mtkd.config import BatchConfig
 from mtkd.data.batch import Batch
 from mtkd.data.load import LoadedData
+from mtkd.data.progress import say
 from mtkd.data.sampler import length_batches, slots
 from mtkd.engine.dist import Dist, alive
 from mtkd.models.features import as_logits
 from mtkd.pool import Teacher
-from mtkd.running.console import say
 
 # Texts and batches that are looked at, at most: seconds before a stage of hours. 256 texts tell 40% from 50% at three
 # standard errors.

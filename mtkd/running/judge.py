@@ -8,6 +8,7 @@ from typing import Any
 from mtkd.config import STAGE_PREFIX, EvaluateConfig, ModelConfig
 from mtkd.config.read import fingerprint
 from mtkd.data.load import LoadedData
+from mtkd.data.progress import say
 from mtkd.data.sampler import evaluation_batches
 from mtkd.data.tokenizers import tokenizer_fingerprint
 from mtkd.engine.dist import on_main
@@ -22,7 +23,6 @@ from mtkd.models.taps import TappedModel
 from mtkd.planning.stages import scored_models, stage_of
 from mtkd.pool import LiveModel
 from mtkd.running.build import Workshop
-from mtkd.running.console import say
 
 ENSEMBLE = "ensemble:"
 

@@ -8,23 +8,21 @@ was saved is undone: the folders are renamed back. Results and report stay until
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mtkd.config import RunConfig
-from mtkd.engine.folder import RunDir, StageDir
+from mtkd.data.progress import say
+from mtkd.engine.folder import BEFORE, RunDir, StageDir
 from mtkd.engine.jsonlines import readable_jsonl, to_json
 from mtkd.engine.record import Checked, read_record, write_atomic, write_record
 from mtkd.engine.seal import fault_point, newest_sealed, sweep_left
 from mtkd.errors import DataError, Preempted
 from mtkd.planning.stages import needed_stages
-from mtkd.running.console import say
 
-_BEFORE, _GOING = ".before-", ".forgotten-"
-_ASIDE = re.compile(r"\.before-(\d{2,}-(.+))")
+_GOING = ".forgotten-"
 _METRICS, _CURVES = "metrics.jsonl", "tensorboard"
 
 
@@ -57,7 +55,7 @@ def set_aside(run: RunDir, names: Sequence[str]) -> None:
     drop_replaced(run)
     if names and parent.is_dir():
         write_record(_note(run), {"stages": list(names)})
-        saved = parent / f"{_BEFORE}run.yaml"
+        saved = parent / f"{BEFORE}run.yaml"
         if run.config_file.is_file() and not saved.exists():
             write_atomic(saved, run.config_file.read_bytes())
         lines, _ = readable_jsonl(run.metrics_file)
@@ -82,8 +80,8 @@ def undone_on_error(run: RunDir, config: RunConfig) -> Iterator[None]:
         with suppress(OSError, DataError):  # what ended the run is told, not this
             if names := put_back(run, config):
                 say(f"put back as they were before --redo: {', '.join(names)}")
-            if left := being_redone(run):
-                say(f"kept until they are made again, in {run.path / 'stages'}/{_BEFORE}*: {', '.join(left)}")
+            if left := sorted(run.set_aside()):
+                say(f"kept until they are made again, in {run.path / 'stages'}/{BEFORE}*: {', '.join(left)}")
         raise
 
 
@@ -95,14 +93,14 @@ def put_back(run: RunDir, config: RunConfig) -> list[str]:
     Returns:
         Their names.
     """
-    old = dict(_asides(run))
+    old = run.set_aside()
     done: list[str] = []
     for name, stage in config.stages.items():
         if name in old and not (set(needed_stages(stage)) & old.keys()) - set(done) and not _has_new(run, name):
             _put_back(run, name, old[name])
             done.append(name)
-    if old and not dict(_asides(run)):
-        saved = run.path / "stages" / f"{_BEFORE}run.yaml"
+    if old and not run.set_aside():
+        saved = run.path / "stages" / f"{BEFORE}run.yaml"
         if saved.exists():
             saved.replace(run.config_file)
     return done
@@ -110,40 +108,27 @@ def put_back(run: RunDir, config: RunConfig) -> list[str]:
 
 def drop_replaced(run: RunDir) -> None:
     """Remove what was set aside of stages that are done again; under the lock."""
-    for name, path in list(_asides(run)):
+    for name, path in run.set_aside().items():
         with suppress(DataError):
             if any(StageDir(new).done() for new in run.stage_folders().get(name, [])):
                 _remove(path)
-    if not dict(_asides(run)):
-        (run.path / "stages" / f"{_BEFORE}run.yaml").unlink(missing_ok=True)
-
-
-def being_redone(run: RunDir) -> list[str]:
-    """The stages whose earlier work is still kept aside."""
-    return sorted(dict(_asides(run)))
+    if not run.set_aside():
+        (run.path / "stages" / f"{BEFORE}run.yaml").unlink(missing_ok=True)
 
 
 def _note(run: RunDir) -> Path:
     return run.path / "stages" / ".redo"
 
 
-def _asides(run: RunDir) -> Iterator[tuple[str, Path]]:
-    """(stage, folder) of what was set aside."""
-    parent = run.path / "stages"
-    for path in sorted(parent.iterdir()) if parent.is_dir() else ():
-        if (match := _ASIDE.fullmatch(path.name)) and path.is_dir():
-            yield match[2], path
-
-
 def _set_aside(run: RunDir, name: str, path: Path, lines: list[dict[str, object]]) -> None:
-    if name in dict(_asides(run)):  # of an earlier redo that was not finished: what that had begun goes
+    if name in run.set_aside():  # of an earlier redo that was not finished: what that had begun goes
         _remove(path)
         return
     write_atomic(path / _METRICS, "".join(to_json(line) + "\n" for line in lines))
     curves = run.path / _CURVES / name
     if curves.is_dir() and not (path / _CURVES).exists():
         curves.rename(path / _CURVES)
-    path.rename(path.with_name(f"{_BEFORE}{path.name}"))
+    path.rename(path.with_name(f"{BEFORE}{path.name}"))
 
 
 def _put_back(run: RunDir, name: str, old: Path) -> None:
@@ -158,7 +143,7 @@ def _put_back(run: RunDir, name: str, old: Path) -> None:
         (old / _METRICS).unlink()
     if (old / _CURVES).is_dir():
         (old / _CURVES).rename(run.path / _CURVES / name)
-    old.rename(old.with_name(old.name.removeprefix(_BEFORE)))
+    old.rename(old.with_name(old.name.removeprefix(BEFORE)))
 
 
 def _has_new(run: RunDir, name: str) -> bool:

@@ -6,13 +6,14 @@ import sys
 from pathlib import Path
 
 from mtkd.config import RunConfig
-from mtkd.config.read import config_digest, load_config
+from mtkd.config.read import config_digest
+from mtkd.data.progress import say
 from mtkd.engine.folder import RunDir, environment
 from mtkd.engine.record import write_record
+from mtkd.engine.runyaml import own_config
 from mtkd.engine.seal import newest_sealed
 from mtkd.errors import DataError, UserError
 from mtkd.running.agreement import new_run_id
-from mtkd.running.console import say
 
 _BASE, _RUN_ID = "configuration_folder", "run_id"
 
@@ -37,22 +38,6 @@ def reopen(path: Path) -> RunConfig:
             todo="start it again with `mtkd run FILE`",
         )
     return config
-
-
-def own_config(folder: RunDir) -> RunConfig:
-    """The configuration in run.yaml, which is as the run wrote it.
-
-    Raises:
-        UserError: it is not valid. DataError: it is damaged, or was changed by hand.
-    """
-    file, todo = folder.config_file, "`mtkd run FILE` writes it anew; a changed configuration is a FILE of its own"
-    if not folder.config_is_whole():
-        raise DataError(
-            "the run's copy of its configuration is damaged, or was changed: its digest differs (sha256)",
-            where=str(file),
-            todo=todo,
-        )
-    return load_config(file)
 
 
 def remember(config: RunConfig, folder: RunDir) -> str:

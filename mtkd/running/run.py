@@ -18,6 +18,7 @@ import torch
 from mtkd.blame import plugin_errors
 from mtkd.config import RunConfig
 from mtkd.config.read import fingerprint
+from mtkd.data.progress import say
 from mtkd.data.vocabulary import compress_tokenizer
 from mtkd.engine.dist import Dist, on_main
 from mtkd.engine.folder import RunDir, StageDir
@@ -29,6 +30,7 @@ from mtkd.evaluate.report import is_current, write_report
 from mtkd.models.load import quiet
 from mtkd.planning.checks import check
 from mtkd.planning.data import DataReader
+from mtkd.planning.exports import check_finished, manifests, open_export
 from mtkd.planning.labels import with_teachers_classes
 from mtkd.planning.places import in_file, placed
 from mtkd.planning.plan import plan, resolve
@@ -39,8 +41,6 @@ from mtkd.running.build import Workshop
 from mtkd.running.built import BuiltStage
 from mtkd.running.capture import capture, restore_notes
 from mtkd.running.chance import warn_below_chance
-from mtkd.running.console import say
-from mtkd.running.exports import check_finished, manifests, open_export
 from mtkd.running.judge import judge
 from mtkd.running.redo import drop_replaced, pending, set_aside, undone_on_error
 from mtkd.running.remember import remember

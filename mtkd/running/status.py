@@ -9,8 +9,8 @@ from typing import Any
 from mtkd.config import RunConfig
 from mtkd.engine.folder import RunDir, StageDir
 from mtkd.engine.jsonlines import readable_jsonl
+from mtkd.engine.runyaml import own_config
 from mtkd.engine.seal import newest_sealed
-from mtkd.running.remember import own_config
 
 
 def status(path: Path) -> dict[str, Any]:

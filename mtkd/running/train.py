@@ -15,6 +15,7 @@ import torch
 
 from mtkd.config import RunConfig
 from mtkd.data.batch import Batch, position_counts
+from mtkd.data.progress import say
 from mtkd.engine.base import all_finite, learning_rate
 from mtkd.engine.dist import Dist, on_main
 from mtkd.engine.folder import RunDir, StageDir
@@ -25,7 +26,7 @@ from mtkd.errors import DataError, NonFiniteError, Preempted, UserError, on_ever
 from mtkd.objective.looks import after_step, before_step
 from mtkd.objective.objective import Objective
 from mtkd.running.built import BuiltStage
-from mtkd.running.console import StageProgress, say
+from mtkd.running.console import StageProgress
 from mtkd.running.overflow import check_teachers
 from mtkd.running.select import TrainState, check_selection, note_score, regrouped, take_best, validate
 from mtkd.weightings.faults import FAULTS, check_faults
@@ -55,7 +56,7 @@ def train(built: BuiltStage, config: RunConfig, run: RunDir, folder: StageDir) -
         for step in range(state.step, state.step if state.ended else built.steps):
             micro_batches = [batch.to(engine.device) for batch in next(built.stream)]
             counts, stop = global_counts(micro_batches, dist, stopped(), built.objective.step_counts)
-            for batch, teachers in before_step(built, step, micro_batches, counts):
+            for batch, teachers in before_step(built.objective, built.pool, engine, step, micro_batches, counts):
                 loss, metrics = engine.forward(batch, teachers, counts)
                 engine.backward(loss)
                 meter.add(metrics)
@@ -63,7 +64,7 @@ def train(built: BuiltStage, config: RunConfig, run: RunDir, folder: StageDir) -
             if not math.isfinite(norm):
                 check_teachers(built, micro_batches, torch.bfloat16 if config.engine.in_bf16 else torch.float32)
                 raise on_every_rank(_non_finite(built, step, meter.flush()))
-            after_step(built, micro_batches)
+            after_step(built.objective, engine, micro_batches)
             state.step, state.stream = step + 1, built.stream.state()
             state.seconds, state.targets = time.monotonic() - begun, state.targets + counts["targets"]
             last = state.step == built.steps

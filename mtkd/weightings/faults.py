@@ -12,9 +12,9 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from mtkd.data.batch import Batch, position_counts
+from mtkd.data.batch import NO_LABEL, Batch, position_counts
 from mtkd.errors import UserError
-from mtkd.models.features import NO_LABEL, DenseLogits
+from mtkd.models.features import DenseLogits
 from mtkd.weightings.base import Weighting
 from mtkd.weightings.traits import Around, Traits
 

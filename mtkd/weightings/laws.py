@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtkd.broken import TOLERANCE, LawBroken, difference
-from mtkd.data.batch import Batch, position_counts
-from mtkd.models.features import NO_LABEL, DenseLogits
+from mtkd.data.batch import NO_LABEL, Batch, position_counts
+from mtkd.errors import LawBroken
+from mtkd.losses.laws import TOLERANCE, difference
+from mtkd.models.features import DenseLogits
 from mtkd.registry import GIVEN, WEIGHTINGS, WeightingSpec
 from mtkd.weightings.base import StageFacts, Weighting
 from mtkd.weightings.traits import Around, Traits

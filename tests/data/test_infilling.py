@@ -19,13 +19,12 @@ from scipy.stats import chisquare
 from transformers import PreTrainedTokenizerFast
 
 from mtkd.config import DataConfig
-from mtkd.data.batch import Batch, position_counts
+from mtkd.data.batch import NO_LABEL, Batch, position_counts
 from mtkd.data.glm_tokens import trained_tokenizer
 from mtkd.data.infilling import Infilling
 from mtkd.data.load import LoadedData, Split
 from mtkd.data.tokenizers import train_tokenizer
 from mtkd.errors import DataError, UserError
-from mtkd.models.features import NO_LABEL
 
 Loader = Callable[..., LoadedData]
 

@@ -13,12 +13,12 @@ from datasets import ClassLabel, Dataset, Features
 from datasets import Value as Column
 
 from mtkd.config import DataConfig
+from mtkd.data.batch import NO_LABEL
 from mtkd.data.choice import by_class
 from mtkd.data.labels import FoundLabels, find_labels, label_values, read_labels
 from mtkd.data.load import LoadedData
 from mtkd.data.sources import Raw, load_raw
 from mtkd.errors import DataError, UserError
-from mtkd.models.features import NO_LABEL
 
 Loader = Callable[..., LoadedData]
 

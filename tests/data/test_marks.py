@@ -11,10 +11,10 @@ from tiny_glm import tokenizer as glm_tokenizer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from mtkd.data.batch import NO_LABEL
 from mtkd.data.load import LoadedData
 from mtkd.data.marks import Marks
 from mtkd.data.tokenizers import train_tokenizer
-from mtkd.models.features import NO_LABEL
 
 Loader = Callable[..., LoadedData]
 CHAT = (

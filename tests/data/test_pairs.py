@@ -11,10 +11,10 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from mtkd.data.batch import NO_LABEL
 from mtkd.data.load import LoadedData
 from mtkd.data.pairs import around_pair
 from mtkd.errors import DataError, UserError
-from mtkd.models.features import NO_LABEL
 
 Loader = Callable[..., LoadedData]
 # Every document is a run of letters of its own, in an order that shows what follows what.

@@ -5,17 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from mtkd.data import progress
 from mtkd.data.files import values_of
-from mtkd.running import console
-from mtkd.running.console import Working, counted
+from mtkd.data.progress import Working, counted
 
 
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The plain lines, of work that takes a second from one look at the clock to the next."""
     lines, clock = list[str](), iter(range(10_000))
-    monkeypatch.setattr(console, "say", lines.append)
-    monkeypatch.setattr(console.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(progress, "say", lines.append)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
     monkeypatch.setenv("RANK", "0")
     return lines
 

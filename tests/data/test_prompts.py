@@ -15,12 +15,13 @@ from tiny import causal_model, make_objective
 from transformers import PreTrainedTokenizerFast
 
 from mtkd.config import DataConfig, prompt_parts
+from mtkd.data.batch import NO_LABEL
 from mtkd.data.load import LoadedData, load_data
 from mtkd.data.sources import check_source, load_raw
 from mtkd.data.tokenizers import train_tokenizer
 from mtkd.errors import DataError, UserError
 from mtkd.methods.papers import kd
-from mtkd.models.features import NO_LABEL, HeadLogits
+from mtkd.models.features import HeadLogits
 from mtkd.planning.data import DataReader
 
 Loader = Callable[..., LoadedData]

@@ -10,10 +10,9 @@ import torch
 from data_examples import sentences
 from transformers import PreTrainedTokenizerFast
 
-from mtkd.data.batch import position_counts
+from mtkd.data.batch import NO_LABEL, position_counts
 from mtkd.data.load import LoadedData
 from mtkd.errors import DataError, UserError
-from mtkd.models.features import NO_LABEL
 from mtkd.registry import TASKS
 
 Loader = Callable[..., LoadedData]

@@ -14,12 +14,12 @@ from transformers import PreTrainedTokenizerFast
 
 import mtkd
 from mtkd.config import DataConfig, RunConfig
+from mtkd.data.batch import NO_LABEL
 from mtkd.data.load import LoadedData, load_data
 from mtkd.data.sources import load_raw
 from mtkd.data.tokenizers import num_real_ids
 from mtkd.data.transfer import transfer_tokens
 from mtkd.errors import UserError
-from mtkd.models.features import NO_LABEL
 
 Load = Callable[..., LoadedData]
 TEXTS = sentences(60)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import mtkd.objective.laws
+from mtkd import LawBroken, check_loss, check_tiled
 from mtkd.errors import UserError
-from mtkd.laws import LawBroken, check_loss, check_tiled
 from mtkd.losses.distributions import negative_entropy, no_term
 from mtkd.registry import LOSSES, LossSpec, load_plugins
 

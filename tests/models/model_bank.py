@@ -12,8 +12,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from mtkd.config import ModelConfig
-from mtkd.data.batch import Batch
-from mtkd.models.features import NO_LABEL
+from mtkd.data.batch import NO_LABEL, Batch
 from mtkd.models.info import CAUSAL_LM, CLASSIFIER, MASKED_LM
 from mtkd.models.load import build_model
 from mtkd.models.taps import TappedModel

@@ -36,9 +36,9 @@ from transformers import (
     StaticCache,
 )
 
-from mtkd.data.batch import Batch
+from mtkd.data.batch import NO_LABEL, Batch
 from mtkd.errors import UserError
-from mtkd.models.features import NO_LABEL, HeadLogits
+from mtkd.models.features import HeadLogits
 from mtkd.models.glm import GLMConfig, GLMForConditionalGeneration, GLMForSequenceClassification, GLMModel
 from mtkd.models.info import CAUSAL_LM, CLASSIFIER, model_info
 from mtkd.models.load import answer_with

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from mtkd.config import EngineConfig
 from mtkd.config.match import Match
-from mtkd.data.batch import Batch
-from mtkd.models.features import NO_LABEL, Features, HeadLogits
+from mtkd.data.batch import NO_LABEL, Batch
+from mtkd.models.features import Features, HeadLogits
 from mtkd.objective.compile import Row
 from mtkd.objective.objective import Objective
 from mtkd.registry import LOSSES

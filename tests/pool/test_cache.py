@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import torch
 
-from mtkd.data.batch import Batch
+from mtkd.data.batch import NO_LABEL, Batch
 from mtkd.engine.record import record_text
 from mtkd.errors import DataError, UserError
-from mtkd.models.features import NO_LABEL, DenseLogits, Features, SparseLogits
+from mtkd.models.features import DenseLogits, Features, SparseLogits
 from mtkd.pool.cache import CacheContent, CacheOrigin, CacheReader, CacheWriter, Record, make_records, verify
 from mtkd.pool.cache.shard import shard_name
 from mtkd.weightings.traits import TRAITS

@@ -224,13 +224,13 @@ def _losses(folder: Path, case: int, kind: str = "torch") -> list[list[float]]:
         micro_batches = [rows_of(batch, list(rows)) for rows in mine]
         counts, _ = global_counts(micro_batches, dist, more=stage.objective.weighting.counts)
         sums: dict[str, float] = {}
-        for part, features in before_step(stage, step, micro_batches, counts):  # type: ignore[arg-type]
+        for part, features in before_step(stage.objective, stage.pool, stage.engine, step, micro_batches, counts):
             loss, metrics = stage.engine.forward(part, features, counts)
             stage.engine.backward(loss)
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         stage.engine.step(step)
-        after_step(stage, micro_batches)  # type: ignore[arg-type]
+        after_step(stage.objective, stage.engine, micro_batches)
         told.append(dist.sum([sums[name] for name in sorted(sums)]))
     stage.pool.close()
     stage.engine.close()

@@ -111,13 +111,13 @@ def distil(task: Task, weighting: str, seed: int, hard: float = 0.5, steps: int 
             epoch = torch.randperm(TRAIN, generator=order).split(BATCH)
         micro_batches = [task.batch(epoch[step % (TRAIN // BATCH)])]
         counts, _ = global_counts(micro_batches, stage.engine.dist, more=objective.weighting.counts)
-        for batch, teachers in before_step(stage, step, micro_batches, counts):
+        for batch, teachers in before_step(stage.objective, stage.pool, stage.engine, step, micro_batches, counts):
             loss, metrics = stage.engine.forward(batch, teachers, counts)
             stage.engine.backward(loss)
             if step >= steps * 3 // 4:
                 weights += torch.stack([metrics[f"weight/t{k}"] for k in range(3)]) / (steps - steps * 3 // 4)
         stage.engine.step(step)
-        after_step(stage, micro_batches)
+        after_step(stage.objective, stage.engine, micro_batches)
     held_out = task.batch(torch.arange(TRAIN, TRAIN + TEST))
     with torch.no_grad():
         logits = student.eval()(held_out, frozenset({"logits"}))["logits"].values

@@ -10,8 +10,8 @@ from tiny import causal_batch, causal_model, make_objective
 from torch import Tensor
 
 from mtkd.config.match import Match
-from mtkd.data.batch import Batch, position_counts
-from mtkd.models.features import NO_LABEL, as_logits
+from mtkd.data.batch import NO_LABEL, Batch, position_counts
+from mtkd.models.features import as_logits
 from mtkd.objective.objective import Objective
 from mtkd.pool import TeacherPool
 from mtkd.registry import WEIGHTINGS, WeightingSpec

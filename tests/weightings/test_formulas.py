@@ -12,8 +12,8 @@ import torch
 from test_weightings import LOGITS, TARGETS, by_hand
 from torch import Tensor
 
-from mtkd.data.batch import Batch
-from mtkd.models.features import NO_LABEL, DenseLogits
+from mtkd.data.batch import NO_LABEL, Batch
+from mtkd.models.features import DenseLogits
 from mtkd.registry import WEIGHTINGS
 from mtkd.weightings import Around, StageFacts, Traits
 from mtkd.weightings.draws import uniform, uniform_of

@@ -38,7 +38,7 @@ def loss_and_gradient(weighting: str, order: tuple[str, ...]) -> tuple[Tensor, T
     batch = class_batch(LENGTHS)
     batch.routes = torch.tensor([order.index("abc"[i % len(order)]) for i in range(len(LENGTHS))])
     counts, _ = global_counts([batch], stage.engine.dist, more=objective.weighting.counts)
-    ((batch, features),) = before_step(stage, 3, [batch], counts)
+    ((batch, features),) = before_step(stage.objective, stage.pool, stage.engine, 3, [batch], counts)
     loss, _ = objective(batch, features, counts)
     loss.backward()
     student = [p.grad.reshape(-1) for p in objective.student.parameters() if p.grad is not None]

@@ -79,13 +79,13 @@ def take_step(stage: Stage, step: int, micro_batches: list[Batch]) -> dict[str, 
     dist = stage.engine.dist
     counts, _ = global_counts(micro_batches, dist, more=stage.objective.weighting.counts)
     sums: dict[str, float] = {}
-    for batch, teachers in before_step(stage, step, micro_batches, counts):
+    for batch, teachers in before_step(stage.objective, stage.pool, stage.engine, step, micro_batches, counts):
         loss, metrics = stage.engine.forward(batch, teachers, counts)
         stage.engine.backward(loss)
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0.0) + float(value)
     stage.engine.step(step)
-    after_step(stage, micro_batches)
+    after_step(stage.objective, stage.engine, micro_batches)
     return dict(zip(sums, dist.sum(list(sums.values())), strict=True))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mtkd.laws import LawBroken, check_weighting
+from mtkd import LawBroken, check_weighting
 from mtkd.registry import WEIGHTINGS, WeightingSpec
 from mtkd.weightings import Traits, Weighting
 

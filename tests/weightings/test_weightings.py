@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mtkd.data.batch import NO_LABEL
 from mtkd.errors import UserError
-from mtkd.models.features import NO_LABEL, DenseLogits
+from mtkd.models.features import DenseLogits
 from mtkd.registry import WEIGHTINGS
 from mtkd.weightings import TRAITS, Traits, trait
 from mtkd.weightings.simple import Fixed

@@ -15,9 +15,8 @@ import yaml
 from mtkd.engine.folder import RunDir
 from mtkd.engine.notes import Environment, Results, read_done
 from mtkd.engine.record import check_digest, read_record
+from mtkd.engine.runyaml import own_config
 from mtkd.errors import DataError
-from mtkd.running.redo import being_redone
-from mtkd.running.remember import own_config
 from mtkd.secret import masked
 
 # What the values of a metrics line are indexed by, rather than a curve of their own.
@@ -134,7 +133,7 @@ def read_run(run_dir: Path) -> RunData:
             config = _mapping(yaml.safe_load(text))
         except yaml.YAMLError:
             problems.append("run.yaml is not valid YAML")
-    redone = being_redone(RunDir(run_dir))
+    redone = sorted(RunDir(run_dir).set_aside())
     if redone:
         problems.append(f"being made again, the results are those before: {', '.join(redone)}")
     return RunData(
