@@ -24,8 +24,8 @@ from transformers import PreTrainedTokenizerBase
 from mtkd.config import BatchConfig, DataConfig, ModelConfig, Named
 from mtkd.config.match import Match
 from mtkd.data.load import LoadedData, load_data
+from mtkd.data.raw import Raw
 from mtkd.data.sampler import Order, TrainStream
-from mtkd.data.sources import Raw
 from mtkd.data.tokenizers import num_real_ids, train_tokenizer
 from mtkd.engine.dist import Dist
 from mtkd.models.load import build_model

@@ -13,16 +13,16 @@ from mtkd.data.examples import ClassifyExamples
 from mtkd.data.files import read_texts
 from mtkd.data.infilling import Infilling, LaidOut
 from mtkd.data.labels import read_labels
-from mtkd.data.load import Split
 from mtkd.data.marks import marks_of
 from mtkd.data.progress import counted
+from mtkd.data.split import Split
 from mtkd.errors import DataError, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from mtkd.config import DataConfig
-    from mtkd.data.tasks import PrepareRequest
+    from mtkd.data.split import PrepareRequest
 
 
 class InfillExamples:

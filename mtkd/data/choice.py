@@ -16,7 +16,7 @@ from mtkd.errors import DataError, UserError
 
 if TYPE_CHECKING:
     from mtkd.config import DataConfig
-    from mtkd.data.sources import Raw
+    from mtkd.data.raw import Raw
 
 SPLITS = ("train", "validation", "test")
 

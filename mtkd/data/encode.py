@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mtkd.data.files import read_texts, values_of
-from mtkd.data.load import Documents
 from mtkd.data.marks import without_marks
 from mtkd.data.progress import counted
+from mtkd.data.split import Documents
 from mtkd.data.transfer import transfer_tokens
 from mtkd.errors import DataError
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from mtkd.data.files import Origin
-    from mtkd.data.tasks import PrepareRequest
+    from mtkd.data.split import PrepareRequest
 
 TOKENIZED_AT_ONCE = 1_000
 """Texts."""

@@ -16,8 +16,9 @@ import numpy as np
 from mtkd.config import BLANK, DataConfig
 from mtkd.data.encode import check_names, teachers_of
 from mtkd.data.files import Origin, read_texts, require_column
-from mtkd.data.load import Split, load_data
+from mtkd.data.load import load_data
 from mtkd.data.progress import Working
+from mtkd.data.split import Split
 from mtkd.errors import DataError, nearest
 from mtkd.registry import TASKS
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-    from mtkd.data.sources import Raw
+    from mtkd.data.raw import Raw
 
 _MOST_ROWS, _MOST_CHARACTERS = 50_000, 5_000_000
 """Of a split: a few seconds, most of them for chat templates (16,000 rows a second)."""

@@ -8,17 +8,17 @@ import numpy as np
 
 from mtkd.data.encode import TOKENIZED_AT_ONCE, around_text, column_of, described, pad_id, texts_of, tokenized
 from mtkd.data.labels import read_labels
-from mtkd.data.load import Split
 from mtkd.data.marks import without_marks
 from mtkd.data.masking import Masking
 from mtkd.data.pairs import PairExamples, around_pair
 from mtkd.data.progress import counted
 from mtkd.data.prompts import prepare_prompted
+from mtkd.data.split import Split
 from mtkd.data.transfer import transfer_tokens
 from mtkd.errors import DataError, UserError
 
 if TYPE_CHECKING:
-    from mtkd.data.tasks import PrepareRequest
+    from mtkd.data.split import PrepareRequest
 
 
 class CausalExamples:

@@ -15,7 +15,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mtkd.data.tokenizers import byte_pairs
+from mtkd.data.bytepairs import byte_pairs
 from mtkd.errors import DataError, UserError
 
 END_OF_TEXT = "<|endoftext|>"

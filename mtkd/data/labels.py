@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from mtkd.config import RANDOM_TOKENS
 from mtkd.data.batch import NO_LABEL
 from mtkd.data.files import require_column, values_of
 from mtkd.data.labelkinds import Kind, Value, in_order, kind_of, name_of, number_of
+from mtkd.data.raw import FoundLabels
 from mtkd.errors import DataError, UserError, nearest
 
 if TYPE_CHECKING:
@@ -20,35 +20,13 @@ if TYPE_CHECKING:
 
     from mtkd.config import DataConfig
     from mtkd.data.files import Origin
-    from mtkd.data.sources import Raw
+    from mtkd.data.raw import Raw
 
 UNLABELLED = -1
 """How the hub marks a row without a label, where the source declares its classes."""
 
 LARGEST = 1e18
 """A regression's largest number: its square, and the sum of a batch's, must stay below float32's 3.4e38."""
-
-
-@dataclass(frozen=True)
-class FoundLabels:
-    """What the labels of a source are.
-
-    Attributes:
-        kind: "class", "number" (a regression), or "" where no row has a label and nothing names the classes.
-        names: of the classes, in order; () for numbers.
-        why: one line.
-        by_values: the values say otherwise than the type of the column: an earlier release may have.
-    """
-
-    kind: str
-    names: tuple[str, ...]
-    why: str
-    by_values: bool = False
-
-    @property
-    def num_outputs(self) -> int:
-        """Of a classifier: 1 for numbers; 0 while the classes are not known."""
-        return 1 if self.kind == "number" else len(self.names)
 
 
 def find_labels(config: DataConfig, raw: Raw) -> FoundLabels:

@@ -15,7 +15,7 @@ from mtkd.registry import TASKS
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from mtkd.data.tasks import PrepareRequest
+    from mtkd.data.split import PrepareRequest
 
 
 @dataclass(frozen=True)

@@ -18,16 +18,16 @@ from mtkd.data.batch import NO_LABEL
 from mtkd.data.chat import write_turns
 from mtkd.data.encode import described, pad_id, texts_of, tokenize
 from mtkd.data.files import read_texts
-from mtkd.data.load import Split
 from mtkd.data.marks import without_marks
 from mtkd.data.progress import counted
+from mtkd.data.split import Split
 from mtkd.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from mtkd.data.files import Origin
-    from mtkd.data.tasks import PrepareRequest
+    from mtkd.data.split import PrepareRequest
 
 
 class PromptedExamples:

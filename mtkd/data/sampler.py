@@ -15,7 +15,7 @@ from mtkd.errors import DataError
 if TYPE_CHECKING:
     from mtkd.config import BatchConfig, ScoringBatchConfig
     from mtkd.data.batch import Batch
-    from mtkd.data.load import Split
+    from mtkd.data.split import Split
 
 # Examples are sorted by length within shuffled groups of about this many batches: long enough that a batch wastes
 # little padding, short enough that which examples meet is still random.

@@ -8,8 +8,7 @@ validation split and the choice of at most `limit` rows, both by the seed of the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,10 +16,11 @@ import numpy as np
 
 from mtkd.config import RANDOM_TOKENS, DataConfig
 from mtkd.data.choice import SPLITS, hold_out, limit, two_validations
-from mtkd.data.files import Origin, columns_of, nearest_column, read_files, read_texts
-from mtkd.data.labels import FoundLabels, class_codes, find_labels
+from mtkd.data.files import Origin, columns_of, nearest_column, read_files
+from mtkd.data.labels import class_codes, find_labels
 from mtkd.data.paths import DataFile, file_digest, find_files
 from mtkd.data.progress import Working
+from mtkd.data.raw import Raw
 from mtkd.data.stdlib import DOMAINS, stdlib_documents
 from mtkd.data.tables import missing_column_hint
 from mtkd.data.tasks import check_task
@@ -28,7 +28,7 @@ from mtkd.errors import DataError, UserError, nearest
 from mtkd.registry import SOURCES, TASKS
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    pass
 
 # The fields of a `data` block that only some sources read.
 _SOURCE_FIELDS = ("path", "subset", "revision", "files", "separator", "columns", "splits", "domains", "documents")
@@ -42,41 +42,6 @@ _READ_BY: dict[str, tuple[str, ...]] = {
 
 class NotReached(DataError):
     """A data set that is neither on this machine nor on a hub that answers; its id may be right."""
-
-
-@dataclass(frozen=True)
-class Raw:
-    """The rows of a source, before a tokenizer sees them.
-
-    Attributes:
-        splits: train, validation, test (those that exist) -> the source's columns; for python-stdlib `text`,
-            `domain` and `name`.
-        fingerprint: sha256 (hexadecimal) over the source's content in order, and over hold-out and limit if there are.
-        description: one line for logs and the report.
-        origins: per split, where its rows come from, for error messages.
-        labels: what the labels of the whole source are, of a task that reads labels; set by `choose_rows`.
-        names, domains: columns of the source's own that name its rows and their domains; "" for none.
-        notes: what of the source is not read, in words.
-    """
-
-    splits: Mapping[str, Dataset]
-    fingerprint: str
-    description: str
-    origins: Mapping[str, Origin] = field(default_factory=dict)
-    labels: FoundLabels | None = None
-    names: str = ""
-    domains: str = ""
-    notes: tuple[str, ...] = ()
-
-    def origin(self, split: str) -> Origin:
-        """Where the rows of a split come from."""
-        return self.origins.get(split) or Origin(split, np.arange(len(self.splits[split])))
-
-    def texts(self, split: str, column: str) -> list[str]:
-        """The texts of a split, e.g. to train a tokenizer on; a DataError names a missing split, column or row."""
-        if split not in self.splits:
-            raise DataError(f"there is no {split} split", where="@data", allowed=list(self.splits))
-        return read_texts(self.splits[split], column, self.origin(split), "text")
 
 
 def load_raw(config: DataConfig, base: Path) -> Raw:

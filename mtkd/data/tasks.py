@@ -2,45 +2,26 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mtkd.config import DataConfig
+from mtkd.data.blanks import prepare_cloze, prepare_infill
+from mtkd.data.examples import prepare_causal, prepare_classify, prepare_masked
+from mtkd.data.labels import find_labels
+from mtkd.data.raw import Raw
+from mtkd.data.split import PrepareRequest, Split
 from mtkd.errors import DataError, UserError
 from mtkd.registry import TASKS
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
-
-    from mtkd.data.files import Origin
-    from mtkd.data.load import Split
-    from mtkd.data.sources import Raw
+    from mtkd.data.raw import Raw
+    from mtkd.data.split import Split
 
 
-@dataclass(frozen=True)
-class PrepareRequest:
-    """All that a task needs to make a split: rows, where they come from, how, the classes, and columns of names.
-
-    `seen` counts what is found on the way: "marked", texts that brought their own beginning or end token.
-    """
-
-    split: str
-    rows: Dataset
-    origin: Origin
-    config: DataConfig
-    tokenizer: PreTrainedTokenizerBase
-    label_names: tuple[str, ...] = ()
-    num_labels: int = 0
-    names: str = ""
-    domains: str = ""
-    seen: Counter[str] = field(default_factory=Counter)
-
-
-Prepare = Callable[[PrepareRequest], "Split"]
-Labels = Callable[[DataConfig, "Raw"], tuple[tuple[str, ...], int]]
+Prepare = Callable[[PrepareRequest], Split]
+Labels = Callable[[DataConfig, Raw], tuple[tuple[str, ...], int]]
 
 
 @dataclass(frozen=True)
@@ -180,12 +161,7 @@ def _no_labels(config: DataConfig, raw: Raw) -> tuple[tuple[str, ...], int]:
     return (), 0
 
 
-# The makers of splits need torch; the table of tasks is read without it.
-
-
 def _class_labels(config: DataConfig, raw: Raw) -> tuple[tuple[str, ...], int]:
-    from mtkd.data.labels import find_labels
-
     found = raw.labels or find_labels(config, raw)
     if not found.kind:
         raise DataError(
@@ -201,36 +177,6 @@ def _cloze_labels(config: DataConfig, raw: Raw) -> tuple[tuple[str, ...], int]:
     return config.classes, len(config.classes)
 
 
-def _causal(request: PrepareRequest) -> Split:
-    from mtkd.data.examples import prepare_causal
-
-    return prepare_causal(request)
-
-
-def _masked(request: PrepareRequest) -> Split:
-    from mtkd.data.examples import prepare_masked
-
-    return prepare_masked(request)
-
-
-def _classify(request: PrepareRequest) -> Split:
-    from mtkd.data.examples import prepare_classify
-
-    return prepare_classify(request)
-
-
-def _infill(request: PrepareRequest) -> Split:
-    from mtkd.data.blanks import prepare_infill
-
-    return prepare_infill(request)
-
-
-def _cloze(request: PrepareRequest) -> Split:
-    from mtkd.data.blanks import prepare_cloze
-
-    return prepare_cloze(request)
-
-
 _GLM = ("glm_blocklm",)
 
 TASKS.add(
@@ -240,7 +186,7 @@ TASKS.add(
         "AutoModelForCausalLM",
         True,
         ("bits_per_byte", "perplexity"),
-        _causal,
+        prepare_causal,
         _no_labels,
         fields=("prompt", "chat"),
     ),
@@ -252,7 +198,7 @@ TASKS.add(
         "AutoModelForMaskedLM",
         True,
         ("perplexity", "accuracy"),
-        _masked,
+        prepare_masked,
         _no_labels,
         fields=("mask_share", "next_sentence", "redraw"),
         varies=True,
@@ -265,7 +211,7 @@ TASKS.add(
         "AutoModelForCausalLM",
         True,
         ("perplexity", "accuracy"),
-        _infill,
+        prepare_infill,
         _no_labels,
         fields=("infill", "mask_share", "redraw"),
         architectures=_GLM,
@@ -280,7 +226,7 @@ TASKS.add(
         "AutoModelForSequenceClassification",
         False,
         ("accuracy", "f1", "matthews"),
-        _cloze,
+        prepare_cloze,
         _cloze_labels,
         fields=("cloze", "verbalizers", "label", "labels"),
         architectures=_GLM,
@@ -294,7 +240,7 @@ TASKS.add(
         "AutoModelForSequenceClassification",
         False,
         ("accuracy", "f1", "matthews"),
-        _classify,
+        prepare_classify,
         _class_labels,
         regression_metrics=("pearson", "spearman"),
         fields=("label", "labels", "label_kind", "text_pair"),

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mtkd.data.batch import Batch
-from mtkd.data.load import LoadedData, Split
+from mtkd.data.load import LoadedData
+from mtkd.data.split import Split
 from mtkd.engine.dist import Dist, alive
 from mtkd.models.features import as_logits
 from mtkd.models.forward import LOGITS, features_of

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from mtkd.data.batch import NO_LABEL
 from mtkd.data.prompts import written_texts
-from mtkd.data.tasks import PrepareRequest
+from mtkd.data.split import PrepareRequest
 from mtkd.data.tokenizers import num_real_ids, tokenizer_fingerprint
 from mtkd.data.vocabulary import count_ids, shareable_ids
 from mtkd.errors import DataError, UserError
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from mtkd.config import DataConfig, VocabularyConfig
-    from mtkd.data.sources import Raw
+    from mtkd.data.raw import Raw
 
 _ROWS = 1024  # embeddings of removed ids that are compared with all kept ones at a time
 

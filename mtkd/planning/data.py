@@ -24,7 +24,8 @@ from mtkd.data.batch import NO_LABEL
 from mtkd.data.files import read_texts
 from mtkd.data.labels import label_values, read_labels
 from mtkd.data.progress import Working
-from mtkd.data.sources import NotReached, Raw, choose_rows, read_source
+from mtkd.data.raw import Raw
+from mtkd.data.sources import NotReached, choose_rows, read_source
 from mtkd.errors import DataError
 from mtkd.planning.places import placed
 from mtkd.registry import TASKS

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from mtkd.config import DataConfig
 from mtkd.data.batch import NO_LABEL
 from mtkd.data.everyrow import look_at_rows
-from mtkd.data.load import Split
-from mtkd.data.sources import Raw
+from mtkd.data.raw import Raw
+from mtkd.data.split import Split
 from mtkd.planning.data import DataFacts
 
 _SHOWN = 2  # examples

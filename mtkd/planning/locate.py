@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from mtkd.config import ModelConfig, RunConfig
 from mtkd.data.progress import Working, say
+from mtkd.data.raw import Raw
 from mtkd.data.segmentation import check_certain
-from mtkd.data.sources import Raw
 from mtkd.data.tokenizers import check_same_tokenizer, load_tokenizer, train_tokenizer
 from mtkd.engine.dist import Dist
 from mtkd.engine.manifest import MANIFEST, check_seal

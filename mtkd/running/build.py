@@ -15,11 +15,12 @@ from transformers import PreTrainedTokenizerBase
 from mtkd.config import ModelConfig, RunConfig, StageConfig, TeacherConfig
 from mtkd.config.read import fingerprint
 from mtkd.data.blanks import answer_ids
-from mtkd.data.load import LoadedData, Split, load_data
+from mtkd.data.load import LoadedData, load_data
 from mtkd.data.progress import say
+from mtkd.data.raw import Raw
 from mtkd.data.sampler import Order, TrainStream
 from mtkd.data.segmentation import segmentation_digest
-from mtkd.data.sources import Raw
+from mtkd.data.split import Split
 from mtkd.data.tokenizers import num_real_ids, tokenizer_fingerprint
 from mtkd.engine.base import Trainable, seed_everything
 from mtkd.engine.dist import Dist

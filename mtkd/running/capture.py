@@ -22,9 +22,10 @@ import torch
 
 from mtkd.config import BatchConfig, StageConfig, TeacherConfig
 from mtkd.config.read import differences
-from mtkd.data.load import LoadedData, Split
+from mtkd.data.load import LoadedData
 from mtkd.data.progress import say
 from mtkd.data.sampler import length_batches
+from mtkd.data.split import Split
 from mtkd.data.tokenizers import num_real_ids
 from mtkd.engine.dist import alive, on_main, together
 from mtkd.engine.folder import RunDir, StageDir

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mtkd.config import DataConfig
 from mtkd.data.load import LoadedData, load_data
-from mtkd.data.sources import Raw
+from mtkd.data.raw import Raw
 from mtkd.data.tokenizers import train_tokenizer
 
 

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 from mtkd.config import DataConfig
 from mtkd.data.blanks import answer_ids
 from mtkd.data.glm_tokens import trained_tokenizer
-from mtkd.data.load import LoadedData, Split
+from mtkd.data.load import LoadedData
+from mtkd.data.split import Split
 from mtkd.data.tokenizers import train_tokenizer
 from mtkd.errors import DataError, UserError
 

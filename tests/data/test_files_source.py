@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from mtkd.config import DataConfig
 from mtkd.data.load import load_data
-from mtkd.data.sources import Raw, check_source, load_raw
+from mtkd.data.raw import Raw
+from mtkd.data.sources import check_source, load_raw
 from mtkd.errors import DataError, UserError
 
 Write = Callable[..., DataConfig]

@@ -22,7 +22,8 @@ from mtkd.config import DataConfig
 from mtkd.data.batch import NO_LABEL, Batch, position_counts
 from mtkd.data.glm_tokens import trained_tokenizer
 from mtkd.data.infilling import Infilling
-from mtkd.data.load import LoadedData, Split
+from mtkd.data.load import LoadedData
+from mtkd.data.split import Split
 from mtkd.data.tokenizers import train_tokenizer
 from mtkd.errors import DataError, UserError
 

@@ -15,9 +15,10 @@ from datasets import Value as Column
 from mtkd.config import DataConfig
 from mtkd.data.batch import NO_LABEL
 from mtkd.data.choice import by_class
-from mtkd.data.labels import FoundLabels, find_labels, label_values, read_labels
+from mtkd.data.labels import find_labels, label_values, read_labels
 from mtkd.data.load import LoadedData
-from mtkd.data.sources import Raw, load_raw
+from mtkd.data.raw import FoundLabels, Raw
+from mtkd.data.sources import load_raw
 from mtkd.errors import DataError, UserError
 
 Loader = Callable[..., LoadedData]

@@ -13,8 +13,9 @@ from data_examples import sentences
 
 from mtkd.config import BatchConfig
 from mtkd.data.batch import Batch
-from mtkd.data.load import LoadedData, Split
+from mtkd.data.load import LoadedData
 from mtkd.data.sampler import Order, TrainStream, evaluation_batches, packed_slots, slots
+from mtkd.data.split import Split
 from mtkd.errors import DataError
 
 Loader = Callable[..., LoadedData]

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mtkd.config import DataConfig, ModelConfig, TeacherConfig, VocabularyConfig
-from mtkd.data.sources import Raw
+from mtkd.data.raw import Raw
 from mtkd.data.tokenizers import num_real_ids, tokenizer_fingerprint, train_tokenizer
 from mtkd.data.vocabulary import compress_tokenizer, count_ids, shareable_ids
 from mtkd.errors import DataError, UserError

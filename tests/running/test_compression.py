@@ -23,8 +23,9 @@ from mtkd.config import ModelConfig
 from mtkd.config.match import Match
 from mtkd.data.batch import position_counts
 from mtkd.data.examples import CausalExamples
-from mtkd.data.load import Documents, LoadedData, Split
+from mtkd.data.load import LoadedData
 from mtkd.data.sampler import TrainStream
+from mtkd.data.split import Documents, Split
 from mtkd.data.tasks import TASKS
 from mtkd.engine.dist import Dist
 from mtkd.engine.folder import RunDir
