@@ -17,20 +17,22 @@ if TYPE_CHECKING:
     from mtkd.config.read import load_config
     from mtkd.errors import LawBroken, UserError
     from mtkd.losses.laws import check_loss
+    from mtkd.losses.spec import LOSSES, loss
+    from mtkd.methods.spec import METHODS, method
     from mtkd.objective.laws import check_tiled
     from mtkd.planning.plan import plan
     from mtkd.planning.table import Plan
-    from mtkd.registry import LOSSES, METHODS, WEIGHTINGS, loss, method, weighting
     from mtkd.running.run import RunResult, run
     from mtkd.weightings import StageFacts, Traits, Weighting, trait
     from mtkd.weightings.laws import check_weighting
+    from mtkd.weightings.spec import WEIGHTINGS, weighting
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "LOSSES": "mtkd.registry",
-    "METHODS": "mtkd.registry",
-    "WEIGHTINGS": "mtkd.registry",
+    "LOSSES": "mtkd.losses.spec",
+    "METHODS": "mtkd.methods.spec",
+    "WEIGHTINGS": "mtkd.weightings.spec",
     "LawBroken": "mtkd.errors",
     "Match": "mtkd.config.match",
     "Plan": "mtkd.planning.table",
@@ -44,12 +46,12 @@ _HOMES = {
     "check_tiled": "mtkd.objective.laws",
     "check_weighting": "mtkd.weightings.laws",
     "load_config": "mtkd.config.read",
-    "loss": "mtkd.registry",
-    "method": "mtkd.registry",
+    "loss": "mtkd.losses.spec",
+    "method": "mtkd.methods.spec",
     "plan": "mtkd.planning.plan",
     "run": "mtkd.running.run",
     "trait": "mtkd.weightings",
-    "weighting": "mtkd.registry",
+    "weighting": "mtkd.weightings.spec",
 }
 
 __all__ = [

@@ -1,6 +1,6 @@
 """The registries of losses, weightings, methods, tasks and data sources, and how plug-ins add to them.
 
-Nothing heavy is imported here: built-ins register when a registry is first read, plug-ins when a run names them
+Nothing heavy is imported here. Built-ins register when a registry is first read, plug-ins when a run names them
 (``plugins: [path/to/file.py]``) or when their package declares the entry-point group ``mtkd.plugins``.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
@@ -18,31 +19,6 @@ from typing import Any, Generic, TypeVar
 
 from mtkd.config.plugincode import depends_on
 from mtkd.errors import UserError, nearest
-from mtkd.specs import GIVEN, STEPS, LossSpec, MethodSpec, WeightingSpec, check_options, keyword_parameters
-
-__all__ = [
-    "BUILT_IN",
-    "ENTRY_POINT_GROUP",
-    "GIVEN",
-    "LOSSES",
-    "METHODS",
-    "SOURCES",
-    "STEPS",
-    "TASKS",
-    "TOKEN_VECTORS",
-    "WEIGHTINGS",
-    "LossSpec",
-    "MethodSpec",
-    "Registry",
-    "WeightingSpec",
-    "check_options",
-    "keyword_parameters",
-    "load_plugins",
-    "loss",
-    "method",
-    "plugin_origin",
-    "weighting",
-]
 
 Value = TypeVar("Value")
 
@@ -53,6 +29,10 @@ ENTRY_POINT_GROUP = "mtkd.plugins"
 _origin = BUILT_IN
 
 
+_ALL: list[Registry[Any]] = []
+_BUILT_IN_MODULES = ("mtkd.losses", "mtkd.weightings", "mtkd.methods.papers", "mtkd.data.sources", "mtkd.data.tasks")
+
+
 class Registry(Mapping[str, Value], Generic[Value]):
     """Names to values of one kind. Reading it imports the module that holds the built-ins."""
 
@@ -60,6 +40,7 @@ class Registry(Mapping[str, Value], Generic[Value]):
         self.kind = kind
         self._module = module
         self._values: dict[str, Value] = {}
+        _ALL.append(self)
         self._origins: dict[str, str] = {}
 
     def add(self, name: str, value: Value) -> None:
@@ -121,72 +102,11 @@ class Registry(Mapping[str, Value], Generic[Value]):
         return len(self._values)
 
 
-LOSSES: Registry[LossSpec] = Registry("loss", "mtkd.losses")
-WEIGHTINGS: Registry[WeightingSpec] = Registry("weighting", "mtkd.weightings")
-METHODS: Registry[MethodSpec] = Registry("method", "mtkd.methods.papers")
 SOURCES: Registry[Callable[..., Any]] = Registry("data source", "mtkd.data.sources")
 TASKS: Registry[Any] = Registry("task", "mtkd.data.tasks")
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
-
-TOKEN_VECTORS = ("logits", "hidden", "embedding", "cls")
-
-
-def loss(
-    name: str,
-    *,
-    inputs: tuple[str, ...] = TOKEN_VECTORS,
-    labels: bool = False,
-    zero_at_equality: bool = True,
-    teacher_term: Callable[..., Any] | None = None,
-    constant_weights: bool = False,
-) -> Callable[[Decorated], Decorated]:
-    """Register a loss function under `name`; see `LossSpec` for the flags."""
-
-    def decorate(function: Decorated) -> Decorated:
-        spec = LossSpec(name, function, inputs, labels, zero_at_equality, teacher_term, constant_weights)
-        LOSSES.add(name, spec)
-        return function
-
-    return decorate
-
-
-def weighting(
-    name: str, *, sums_to_one: bool = True, needs_labels: bool = False, negative: bool = False
-) -> Callable[[Decorated], Decorated]:
-    """Register a `Weighting` class under `name`; see `WeightingSpec` for the flags."""
-
-    def decorate(cls: Decorated) -> Decorated:
-        WEIGHTINGS.add(name, WeightingSpec(name, cls, sums_to_one, needs_labels, negative))  # type: ignore[arg-type]
-        return cls
-
-    return decorate
-
-
-def method(
-    name: str,
-    *,
-    steps: tuple[str, ...],
-    source: str,
-    must_be_equal: tuple[str, ...] = (),
-    variants: tuple[Mapping[str, Any], ...] = ({},),
-) -> Callable[[Decorated], Decorated]:
-    """Register a function ``(**options) -> {label: Match}`` as a method; see `MethodSpec`.
-
-    Raises:
-        ValueError: steps that are none of `STEPS`, or several of them and no option ``step`` to choose one by.
-    """
-
-    def decorate(function: Decorated) -> Decorated:
-        spec = MethodSpec(name, function, steps, source, must_be_equal, variants)
-        if not steps or not set(steps) <= set(STEPS) or (len(steps) > 1 and "step" not in spec.options()):
-            raise ValueError(
-                f"method '{name}': steps are of {', '.join(STEPS)}, and several need an option `step`; found {steps}"
-            )
-        METHODS.add(name, spec)
-        return function
-
-    return decorate
+"""What a decorator registers and gives back."""
 
 
 _loaded_plugins: dict[str, str] = {}  # file or entry point -> the origin its names are registered under
@@ -262,9 +182,7 @@ def _remember(key: str, origin: str, file: Path | None, own: Path | None = None,
     if file is None:
         return
     now = {"": hashlib.sha256(file.read_bytes()).hexdigest(), **depends_on(file, own, package)}
-    if key == str(file.resolve()) and not any(
-        origin in registry._origins.values() for registry in (LOSSES, WEIGHTINGS, METHODS, SOURCES, TASKS)
-    ):
+    if key == str(file.resolve()) and not any(origin in registry._origins.values() for registry in _registries()):
         _everywhere.add(origin)
     before = _code.setdefault(key, now)
     if changed := sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)):
@@ -301,15 +219,14 @@ def _import_plugin(origin: str, load: Callable[[], object], key: str = "") -> No
     key = key or f"entry point {origin}"
     if key in _loaded_plugins:
         return
-    for registry in (LOSSES, WEIGHTINGS, METHODS, SOURCES, TASKS):
-        registry._load()  # a plug-in's own import of a built-in module must not make that module's names the plug-in's
+    _registries()
     _origin = origin
     try:
         load()
         _loaded_plugins[key] = origin
         _code.pop(key, None)
     except (Exception, SystemExit) as error:
-        for registry in (LOSSES, WEIGHTINGS, METHODS, SOURCES, TASKS):
+        for registry in _registries():
             registry.forget(origin)
         if isinstance(error, UserError):
             raise
@@ -320,3 +237,65 @@ def _import_plugin(origin: str, load: Callable[[], object], key: str = "") -> No
         ) from error
     finally:
         _origin = BUILT_IN
+
+
+def _registries() -> list[Registry[Any]]:
+    """All of them with their built-ins. A plug-in's import of a built-in module must not claim that module's names."""
+    for module in _BUILT_IN_MODULES:
+        importlib.import_module(module)
+    return _ALL
+
+
+def keyword_parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The keyword-only parameters of a function, by name."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def check_options(given: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter], where: str) -> None:
+    """Refuse an option nobody reads, a missing one, and one whose type differs from its default's.
+
+    Raises:
+        UserError: naming the option, the known ones and the nearest of them.
+    """
+    for name, value in given.items():
+        if name not in parameters:
+            raise UserError(
+                "unknown option",
+                where=f"{where}.options",
+                found=name,
+                allowed=sorted(parameters) or "none",
+                todo=nearest(name, parameters),
+            )
+        _check_numbers(value, f"{where}.options.{name}")
+        default = parameters[name].default
+        if default is inspect.Parameter.empty or default is None:
+            continue
+        accepted = (int, float) if isinstance(default, float) else type(default)
+        swapped = isinstance(value, bool) != isinstance(default, bool)  # bool is an int in Python, not here
+        if isinstance(default, tuple):
+            accepted = (tuple, list)  # type: ignore[assignment]
+        if swapped or not isinstance(value, accepted):
+            raise UserError(
+                "an option has the wrong type",
+                where=f"{where}.options.{name}",
+                found=value,
+                allowed=f"a value like the default {default!r}",
+            )
+    for name, parameter in parameters.items():
+        if parameter.default is inspect.Parameter.empty and name not in given:
+            raise UserError("a required option is missing", where=f"{where}.options", found="nothing", allowed=name)
+
+
+def _check_numbers(value: Any, where: str) -> None:
+    """Refuse numbers, in lists and mappings too, that overflow where they are used, whatever they mean."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_numbers(item, f"{where}.{key}")
+    elif isinstance(value, list | tuple):
+        for position, item in enumerate(value):
+            _check_numbers(item, f"{where}[{position}]")
+    elif isinstance(value, int | float):
+        largest = 1e38 if isinstance(value, float) else 1_000_000_000
+        if not abs(value) <= largest:  # true for NaN too
+            raise UserError("a number out of range", where=where, found=value, allowed=f"-{largest:g} to {largest:g}")

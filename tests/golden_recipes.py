@@ -23,7 +23,10 @@ import mtkd
 from mtkd.config import RunConfig
 from mtkd.data.stdlib import Document
 from mtkd.errors import UserError
-from mtkd.registry import BUILT_IN, LOSSES, METHODS, SOURCES, TASKS, WEIGHTINGS
+from mtkd.losses.spec import LOSSES
+from mtkd.methods.spec import METHODS
+from mtkd.registry import BUILT_IN, SOURCES, TASKS
+from mtkd.weightings.spec import WEIGHTINGS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STEPS = 4

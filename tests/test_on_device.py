@@ -20,11 +20,11 @@ from mtkd.config.match import Match
 from mtkd.data.batch import Batch, position_counts
 from mtkd.engine.dist import Dist
 from mtkd.engine.torch_engine import TorchEngine
+from mtkd.losses.spec import LOSSES
 from mtkd.models.attention import use_attention
 from mtkd.models.features import HeadLogits
 from mtkd.objective.tiles import tiled
 from mtkd.pool import LiveTeacher, Teacher, TeacherPool, offload
-from mtkd.registry import LOSSES
 
 POSITIONS, COLUMNS, WIDTH, TILE = 70, 1_000, 64, 16
 ON_LOGITS = sorted(name for name, spec in LOSSES.items() if "logits" in spec.inputs and not spec.labels)

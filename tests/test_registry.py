@@ -15,20 +15,15 @@ import mtkd
 from mtkd import registry
 from mtkd.errors import UserError
 from mtkd.losses.distributions import kl
-from mtkd.registry import (
-    BUILT_IN,
-    LOSSES,
-    METHODS,
-    WEIGHTINGS,
-    Registry,
-    check_options,
-    keyword_parameters,
-    load_plugins,
-)
+from mtkd.losses.spec import LOSSES
+from mtkd.methods.spec import METHODS
+from mtkd.registry import BUILT_IN, Registry, check_options, keyword_parameters, load_plugins
+from mtkd.weightings.spec import WEIGHTINGS
 
 GOOD = """
 import torch
-from mtkd.registry import loss, method
+from mtkd.methods.spec import method
+from mtkd.losses.spec import loss
 
 @loss("test-absolute", inputs=("hidden",))
 def absolute(student, teacher, mask, *, power: float = 1.0):
@@ -105,7 +100,7 @@ def test_shadowing_is_refused_before_the_built_ins_were_read(tmp_path: Path) -> 
     code = (
         "from pathlib import Path\n"
         "from mtkd.errors import UserError\n"
-        "from mtkd.registry import LOSSES, load_plugins\n"
+        "from mtkd import LOSSES\nfrom mtkd.registry import load_plugins\n"
         f"try: load_plugins(('mine.py',), Path({str(tmp_path)!r}))\n"
         "except UserError as error: assert 'registered by mtkd' in str(error)\n"
         "else: raise SystemExit('the plug-in replaced kl')\n"

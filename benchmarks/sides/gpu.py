@@ -19,6 +19,7 @@ import mtkd
 from mtkd.config import Named, OptimizerConfig
 from mtkd.data.batch import Batch, position_counts
 from mtkd.engine.torch_engine import TorchEngine
+from mtkd.losses.spec import LOSSES
 from mtkd.models.attention import TAP
 from mtkd.models.cards import load_cards
 from mtkd.models.features import HeadLogits
@@ -29,7 +30,6 @@ from mtkd.objective.compile import compile_rows
 from mtkd.objective.tiles import tiled
 from mtkd.planning.footprint import Shape, Step, measure
 from mtkd.pool import LiveTeacher, TeacherPool
-from mtkd.registry import LOSSES
 from sides import ours
 from sides.setting import BATCH, LENGTH, forget_peak, peak_mb, resident_mb
 

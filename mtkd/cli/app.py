@@ -358,7 +358,7 @@ def main() -> None:
 
 def _exit_code() -> int:
     """Run the command and tell its exit code; errors become a line on the error stream."""
-    from mtkd.blame import plugin_errors
+    from mtkd.running.blame import plugin_errors
 
     try:
         with plugin_errors():

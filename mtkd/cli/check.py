@@ -10,22 +10,15 @@ from typing import Any
 
 from mtkd.errors import LawBroken, UserError
 from mtkd.losses.laws import LOSS_LAWS, check_loss
+from mtkd.losses.spec import LOSSES
+from mtkd.methods.spec import METHODS, MethodSpec
 from mtkd.models.features import ATTENTION, FEATURE_NAMES
 from mtkd.models.info import ModelInfo
 from mtkd.objective.compile import compile_rows
 from mtkd.objective.laws import TILED_LAWS, check_tiled
-from mtkd.registry import (
-    LOSSES,
-    METHODS,
-    SOURCES,
-    TASKS,
-    WEIGHTINGS,
-    MethodSpec,
-    Registry,
-    load_plugins,
-    plugin_origin,
-)
+from mtkd.registry import SOURCES, TASKS, Registry, load_plugins, plugin_origin
 from mtkd.weightings.laws import WEIGHTING_LAWS, check_weighting
+from mtkd.weightings.spec import WEIGHTINGS
 
 
 @dataclass(frozen=True)

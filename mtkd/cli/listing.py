@@ -9,8 +9,11 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from mtkd.losses.spec import LOSSES
+from mtkd.methods.spec import METHODS
 from mtkd.methods.table import COLUMNS, FEATURES, method_table
-from mtkd.registry import LOSSES, METHODS, SOURCES, TASKS, WEIGHTINGS, load_plugins
+from mtkd.registry import SOURCES, TASKS, load_plugins
+from mtkd.weightings.spec import WEIGHTINGS
 
 
 def listing(what: str, plugins: tuple[str, ...] = ()) -> list[dict[str, Any]]:

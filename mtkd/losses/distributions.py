@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mtkd.registry import loss
+from mtkd.losses.spec import loss
 
 LOGITS = ("logits", "nsp_logits")
 

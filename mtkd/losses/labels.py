@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mtkd.registry import loss
+from mtkd.losses.spec import loss
 
 
 @loss("ce", inputs=("logits", "nsp_logits"), labels=True, zero_at_equality=False)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mtkd.data.batch import NO_LABEL
 from mtkd.errors import LawBroken
-from mtkd.registry import LOSSES, LossSpec
+from mtkd.losses.spec import LOSSES, LossSpec
 
 Options = Mapping[str, Any]
 

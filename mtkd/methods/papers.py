@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mtkd.config.match import ATTENTION_FEATURES, Layer, Match
-from mtkd.registry import method
+from mtkd.methods.spec import method
 
 Rows = dict[str, Match]
 

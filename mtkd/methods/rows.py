@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from mtkd.config import DataConfig, Named, StageConfig
 from mtkd.config.match import Match
 from mtkd.errors import UserError, nearest
-from mtkd.registry import METHODS, TASKS, MethodSpec, check_options
+from mtkd.methods.spec import METHODS, MethodSpec
+from mtkd.registry import TASKS, check_options
 
 _ORDER = {True: ("pre-train", "fine-tune", "prediction"), False: ("fine-tune", "prediction", "pre-train")}
 

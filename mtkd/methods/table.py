@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mtkd.config.match import Match
-from mtkd.registry import METHODS, MethodSpec
+from mtkd.methods.spec import METHODS, MethodSpec
 
 FEATURES = (
     *("embedding", "A-scores", "A-probs", "query", "key", "value", "layers", "last layer"),

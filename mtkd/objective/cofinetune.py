@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from mtkd.data.batch import Batch
 from mtkd.engine.base import Trainable
 from mtkd.errors import UserError
+from mtkd.losses.spec import LOSSES
 from mtkd.models.features import Features, as_logits
 from mtkd.models.forward import LOGITS, features_of
 from mtkd.models.info import GLM, ModelInfo
 from mtkd.models.taps import TappedModel
-from mtkd.registry import LOSSES
 
 # The linear layers after the encoder, in order: pooling (where the architecture has one), then prediction.
 _HEADS: dict[str, tuple[str, ...]] = {

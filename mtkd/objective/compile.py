@@ -10,9 +10,10 @@ import torch
 
 from mtkd.config.match import UNLAYERED_FEATURES, Match
 from mtkd.errors import UserError
+from mtkd.losses.spec import LOSSES, LossSpec
 from mtkd.models.features import ATTENTION
 from mtkd.models.info import ModelInfo
-from mtkd.registry import LOSSES, LossSpec, check_options
+from mtkd.registry import check_options
 
 PROJECTED = ("hidden", "cls", "embedding")
 

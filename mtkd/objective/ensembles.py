@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from mtkd.losses.distributions import log_distribution
+from mtkd.losses.spec import LossSpec
 from mtkd.models.features import SparseRows
 from mtkd.objective.compile import Row
 from mtkd.objective.kept import completed
-from mtkd.registry import LossSpec
 
 
 def ensemble_losses(

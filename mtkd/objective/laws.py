@@ -11,11 +11,11 @@ from torch import Tensor
 from mtkd.config.match import Match
 from mtkd.errors import LawBroken
 from mtkd.losses.laws import NUMERIC_LABELS, TOLERANCE, Options, difference
+from mtkd.losses.spec import LOSSES, LossSpec
 from mtkd.models.features import HeadLogits
 from mtkd.objective.compile import Row
 from mtkd.objective.ensembles import ensemble_losses
 from mtkd.objective.tiles import tiled
-from mtkd.registry import LOSSES, LossSpec
 
 
 def check_tiled(loss: str | LossSpec, options: Options | None = None) -> None:

@@ -11,6 +11,7 @@ from mtkd.data.paths import find_files
 from mtkd.data.sources import check_source
 from mtkd.data.tasks import TaskSpec
 from mtkd.errors import UserError
+from mtkd.losses.spec import LOSSES
 from mtkd.methods.rows import placed_rows, stage_rows
 from mtkd.models.info import PRE_TRAINING
 from mtkd.models.vocabulary import compressed_teacher, compressed_twice
@@ -27,10 +28,11 @@ from mtkd.planning.stages import (
     stage_of,
 )
 from mtkd.planning.teaching import heads_read
-from mtkd.registry import LOSSES, TASKS, WEIGHTINGS, check_options, load_plugins
+from mtkd.registry import TASKS, check_options, load_plugins
 from mtkd.secret import in_url, masked
 from mtkd.weightings.base import StageFacts
 from mtkd.weightings.make import check_weighting, make_weighting
+from mtkd.weightings.spec import WEIGHTINGS
 
 
 def check(config: RunConfig) -> None:

@@ -15,7 +15,7 @@ from mtkd.planning.data import DataFacts, DataReader
 from mtkd.planning.locate import missing, resolve_path, revision_of
 from mtkd.planning.places import placed
 from mtkd.planning.stages import scored_models, stage_of
-from mtkd.registry import WEIGHTINGS
+from mtkd.weightings.spec import WEIGHTINGS
 
 
 def with_teachers_classes(config: RunConfig, reader: DataReader) -> RunConfig:

@@ -9,9 +9,12 @@ from mtkd.config import STAGE_PREFIX, RunConfig, StageConfig
 from mtkd.config.read import differences, fingerprint
 from mtkd.engine.folder import StageDir
 from mtkd.errors import DataError, UserError, nearest
+from mtkd.losses.spec import LOSSES
 from mtkd.methods.rows import stage_rows
+from mtkd.methods.spec import METHODS
 from mtkd.models.info import CAUSAL_LM, MASKED_LM, PRE_TRAINING
-from mtkd.registry import LOSSES, METHODS, SOURCES, TASKS, WEIGHTINGS, Registry, plugin_code
+from mtkd.registry import SOURCES, TASKS, Registry, plugin_code
+from mtkd.weightings.spec import WEIGHTINGS
 
 CLOZE = "cloze"
 """The head of a model that scores classes by their words: that of the language model (GLM)."""

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from mtkd.blame import plugin_errors
 from mtkd.config import RunConfig
 from mtkd.config.read import fingerprint
 from mtkd.data.progress import say
@@ -37,6 +36,7 @@ from mtkd.planning.plan import plan, resolve
 from mtkd.planning.stages import changed_stages, finished, member_of, stage_of, to_redo
 from mtkd.planning.teaching import heads_read
 from mtkd.running.agreement import agree, agree_on_precision, agree_on_run, check_shared
+from mtkd.running.blame import plugin_errors
 from mtkd.running.build import Workshop
 from mtkd.running.built import BuiltStage
 from mtkd.running.capture import capture, restore_notes

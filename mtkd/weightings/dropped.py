@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtkd.registry import weighting
 from mtkd.weightings.base import StageFacts, Weighting
 from mtkd.weightings.draws import uniform_of
+from mtkd.weightings.spec import weighting
 from mtkd.weightings.traits import Traits
 
 

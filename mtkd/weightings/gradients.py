@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from mtkd.config.match import Match
-from mtkd.registry import weighting
 from mtkd.weightings.base import Weighting
 from mtkd.weightings.hull import smallest_norm
+from mtkd.weightings.spec import weighting
 from mtkd.weightings.traits import Traits
 
 

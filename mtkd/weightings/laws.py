@@ -18,8 +18,8 @@ from mtkd.data.batch import NO_LABEL, Batch, position_counts
 from mtkd.errors import LawBroken
 from mtkd.losses.laws import TOLERANCE, difference
 from mtkd.models.features import DenseLogits
-from mtkd.registry import GIVEN, WEIGHTINGS, WeightingSpec
 from mtkd.weightings.base import StageFacts, Weighting
+from mtkd.weightings.spec import GIVEN, WEIGHTINGS, WeightingSpec
 from mtkd.weightings.traits import Around, Traits
 
 OptionsOf = Callable[[tuple[str, ...]], Mapping[str, Any]]

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from mtkd.data.batch import Batch
-from mtkd.registry import weighting
 from mtkd.weightings.base import StageFacts, Weighting
 from mtkd.weightings.draws import uniform
+from mtkd.weightings.spec import weighting
 from mtkd.weightings.traits import Traits
 
 _GATES = ("none", "pooled")

@@ -9,10 +9,11 @@ from mtkd.config import Named, StageConfig
 from mtkd.config.match import Match
 from mtkd.errors import UserError
 from mtkd.models.taps import TappedModel
-from mtkd.registry import GIVEN, WEIGHTINGS, check_options
+from mtkd.registry import check_options
 from mtkd.weightings.base import READABLE, StageFacts, Weighting
 from mtkd.weightings.faults import try_weighting
 from mtkd.weightings.gradients import has_gradient
+from mtkd.weightings.spec import GIVEN, WEIGHTINGS
 
 
 def stage_facts(teachers: tuple[str, ...], sizes: Sequence[int], student: TappedModel, seed: int) -> StageFacts:

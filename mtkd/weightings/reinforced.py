@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mtkd.registry import weighting
 from mtkd.weightings.base import StageFacts, Weighting
 from mtkd.weightings.draws import uniform_of
 from mtkd.weightings.learned import gate_state
+from mtkd.weightings.spec import weighting
 from mtkd.weightings.traits import Traits
 
 _CREDITS = ("example", "batch")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mtkd.registry import weighting
 from mtkd.weightings.base import Weighting
+from mtkd.weightings.spec import weighting
 from mtkd.weightings.traits import Traits
 
 

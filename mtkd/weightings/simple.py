@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mtkd.errors import UserError
-from mtkd.registry import weighting
 from mtkd.weightings.base import Weighting
+from mtkd.weightings.spec import weighting
 from mtkd.weightings.traits import Traits
 
 

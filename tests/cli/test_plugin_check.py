@@ -25,7 +25,7 @@ def _forget_plugins() -> object:
     yield
     for key in set(mtkd.registry._loaded_plugins) - set(before):
         origin = mtkd.registry._loaded_plugins.pop(key)
-        for kind in (mtkd.registry.LOSSES, mtkd.registry.WEIGHTINGS, mtkd.registry.METHODS):
+        for kind in (mtkd.LOSSES, mtkd.WEIGHTINGS, mtkd.METHODS):
             kind.forget(origin)
 
 

@@ -14,7 +14,8 @@ import mtkd.objective.laws
 from mtkd import LawBroken, check_loss, check_tiled
 from mtkd.errors import UserError
 from mtkd.losses.distributions import negative_entropy, no_term
-from mtkd.registry import LOSSES, LossSpec, load_plugins
+from mtkd.losses.spec import LOSSES, LossSpec
+from mtkd.registry import load_plugins
 
 OPTIONS = {
     "kl": [{"temperature": 3.0}, {"temperature": 0.5, "scale": False}, {"top": 3, "temperature": 2.0}],
@@ -245,7 +246,7 @@ def test_each_tiled_law_can_fail(law: str, change: object, monkeypatch: pytest.M
 def test_a_plug_ins_loss_is_checked_by_its_name(tmp_path: Path) -> None:
     file = tmp_path / "losses.py"
     file.write_text(
-        "from mtkd.registry import loss\n"
+        "from mtkd.losses.spec import loss\n"
         "@loss('absolute')\n"
         "def absolute(student, teacher, mask):\n    return (student - teacher).abs().mean(-1)\n"
         "@loss('reduced')\n"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mtkd.registry import LOSSES
+from mtkd.losses.spec import LOSSES
 
 
 def rand(*shape: int, seed: int = 0, scale: float = 2.0) -> Tensor:

@@ -18,13 +18,15 @@ from mtkd.config import Named
 from mtkd.config.match import Match
 from mtkd.data.batch import Batch, position_counts
 from mtkd.errors import UserError
+from mtkd.losses.spec import LOSSES
 from mtkd.methods.rows import default_step
+from mtkd.methods.spec import METHODS
 from mtkd.models.features import ATTENTION, Features
 from mtkd.models.info import ModelInfo
 from mtkd.objective.compile import compile_rows
 from mtkd.objective.objective import Objective
 from mtkd.objective.projection import make_projections
-from mtkd.registry import LOSSES, METHODS, check_options
+from mtkd.registry import check_options
 from mtkd.weightings.base import StageFacts
 from mtkd.weightings.make import make_weighting
 

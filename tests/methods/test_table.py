@@ -11,8 +11,8 @@ from rich.console import Console
 
 from mtkd.cli.listing import listing, tables
 from mtkd.config.match import Match
+from mtkd.methods.spec import METHODS, MethodSpec
 from mtkd.methods.table import COLUMNS, FEATURES, method_table
-from mtkd.registry import METHODS, MethodSpec
 
 # name | stages | embedding | A-scores | A-probs | query | key | value | layers | last layer | logits | MLM | NSP |
 # soft | hard | must be equal. The deck writes CE for KD's soft labels; our KL has the same gradient.

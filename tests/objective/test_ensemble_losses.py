@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from mtkd.config.match import Match
+from mtkd.losses.spec import LOSSES
 from mtkd.objective.compile import Row
 from mtkd.objective.ensembles import ensemble_losses
-from mtkd.registry import LOSSES
 
 POSITIONS, COLUMNS = 6, 8
 MASK = torch.arange(POSITIONS) != 4

@@ -7,11 +7,11 @@ import dataclasses
 import torch
 
 from mtkd.config.match import Match
+from mtkd.methods.spec import METHODS
 from mtkd.models.features import ATTENTION
 from mtkd.models.info import ModelInfo
 from mtkd.objective.compile import compile_rows
 from mtkd.objective.projection import make_projections, projection_key
-from mtkd.registry import METHODS
 
 STUDENT = ModelInfo(
     architecture="bert",

@@ -14,6 +14,7 @@ from torch import Tensor
 from mtkd.config.match import Match
 from mtkd.data.batch import Batch
 from mtkd.errors import DataError, UserError
+from mtkd.losses.spec import LOSSES, LossSpec
 from mtkd.models.features import DenseLogits, HeadLogits, Logits, SparseLogits, SparseRows
 from mtkd.models.pieces import EVERY_PIECE
 from mtkd.objective.compile import Row
@@ -24,7 +25,6 @@ from mtkd.objective.tiles import tiled
 from mtkd.pool.cache import CacheContent
 from mtkd.pool.cache.codec import FLOOR, SampledCodec
 from mtkd.pool.cache.records import _sampled
-from mtkd.registry import LOSSES, LossSpec
 from mtkd.weightings.traits import TRAITS, Traits
 
 POSITIONS, COLUMNS, KEPT = 7, 30, 5

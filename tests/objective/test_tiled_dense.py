@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from mtkd.config import EngineConfig
 from mtkd.config.match import Match
 from mtkd.data.batch import NO_LABEL, Batch
+from mtkd.losses.spec import LOSSES
 from mtkd.models.features import Features, HeadLogits
 from mtkd.objective.compile import Row
 from mtkd.objective.objective import Objective
-from mtkd.registry import LOSSES
 
 COLUMNS, WIDTH, BATCH, LENGTH = 13, 6, 3, 5
 ON_VECTORS = ("mse", "normalized_mse", "cosine")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mtkd.losses.spec import LOSSES
 from mtkd.models.features import HeadLogits
 from mtkd.objective.tiles import tiled
-from mtkd.registry import LOSSES
 
 POSITIONS, WIDTH, COLUMNS = 11, 6, 13
 KL, CE = LOSSES["kl"], LOSSES["ce"]

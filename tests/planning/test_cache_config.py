@@ -20,9 +20,9 @@ from mtkd.planning.cachefolder import CacheFacts
 from mtkd.planning.caches import bytes_per_token, content_of, read_traits
 from mtkd.planning.plan import plan
 from mtkd.pool.cache import CacheContent
-from mtkd.registry import WEIGHTINGS
 from mtkd.weightings.base import StageFacts
 from mtkd.weightings.make import make_weighting
+from mtkd.weightings.spec import WEIGHTINGS
 
 
 def message(folder: Path, *overrides: str, cache: dict[str, Any] | None = None, **student: Any) -> str:

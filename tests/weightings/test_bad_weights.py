@@ -18,9 +18,9 @@ from mtkd.config.match import Match
 from mtkd.config.read import load_config
 from mtkd.data.batch import position_counts
 from mtkd.errors import UserError
-from mtkd.registry import WEIGHTINGS, WeightingSpec
 from mtkd.weightings import Traits, Weighting
 from mtkd.weightings.faults import FAULTS, check_faults, try_weighting
+from mtkd.weightings.spec import WEIGHTINGS, WeightingSpec
 
 ROWS = (Match(loss="kl"),)
 

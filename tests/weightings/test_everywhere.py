@@ -14,8 +14,8 @@ from mtkd.data.batch import NO_LABEL, Batch, position_counts
 from mtkd.models.features import as_logits
 from mtkd.objective.objective import Objective
 from mtkd.pool import TeacherPool
-from mtkd.registry import WEIGHTINGS, WeightingSpec
 from mtkd.weightings import Traits, Weighting
+from mtkd.weightings.spec import WEIGHTINGS, WeightingSpec
 
 ALL = Match(feature="logits", loss="kl", positions="all")
 HIDDEN = Match(feature="hidden", loss="mse", teacher_layer=1)

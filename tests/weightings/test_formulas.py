@@ -14,12 +14,12 @@ from torch import Tensor
 
 from mtkd.data.batch import NO_LABEL, Batch
 from mtkd.models.features import DenseLogits
-from mtkd.registry import WEIGHTINGS
 from mtkd.weightings import Around, StageFacts, Traits
 from mtkd.weightings.draws import uniform, uniform_of
 from mtkd.weightings.hull import smallest_norm
 from mtkd.weightings.learned import Learned
 from mtkd.weightings.reinforced import RLKD, log_probability, some_chosen
+from mtkd.weightings.spec import WEIGHTINGS
 from mtkd.weightings.uncertainty import Uncertainty
 
 NAMES = ("a", "b", "c")

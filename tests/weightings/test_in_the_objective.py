@@ -15,10 +15,10 @@ from mtkd.engine.torch_engine import TorchEngine
 from mtkd.errors import UserError
 from mtkd.methods.papers import kd
 from mtkd.objective.looks import before_step
-from mtkd.registry import WEIGHTINGS
 from mtkd.running.train import global_counts
 from mtkd.weightings import StageFacts
 from mtkd.weightings.make import make_weighting
+from mtkd.weightings.spec import WEIGHTINGS
 
 ROWS = [*kd(temperature=2.0).values(), Match(feature="hidden", loss="mse")]
 SHAPES = {"a": (8, 1), "b": (24, 2), "c": (16, 1)}

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from mtkd import LawBroken, check_weighting
-from mtkd.registry import WEIGHTINGS, WeightingSpec
 from mtkd.weightings import Traits, Weighting
+from mtkd.weightings.spec import WEIGHTINGS, WeightingSpec
 
 
 @pytest.mark.parametrize("name", list(WEIGHTINGS))

@@ -11,9 +11,9 @@ from torch import Tensor
 from mtkd.data.batch import NO_LABEL
 from mtkd.errors import UserError
 from mtkd.models.features import DenseLogits
-from mtkd.registry import WEIGHTINGS
 from mtkd.weightings import TRAITS, Traits, trait
 from mtkd.weightings.simple import Fixed
+from mtkd.weightings.spec import WEIGHTINGS
 
 NAMES = ("ce", "entropy", "confidence", "margin", "agreement")
 
