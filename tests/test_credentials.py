@@ -11,9 +11,8 @@ from tiny_run import NAME, tiny_config, write_yaml
 
 import mtkd
 from mtkd.data.progress import console, say
-from mtkd.errors import UserError, tell
+from mtkd.errors import UserError, in_url, masked, tell
 from mtkd.evaluate.report.read import read_run
-from mtkd.secret import in_url, masked
 
 SECRET = "s3cr3tmark"
 URL = f"https://user:{SECRET}@host.invalid/x"

@@ -11,7 +11,7 @@ from typing import ClassVar, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mtkd.secret import masked
+from mtkd.errors import masked
 
 console = Console(stderr=True)
 

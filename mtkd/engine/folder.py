@@ -34,8 +34,7 @@ from mtkd.engine.seal import (
     write_atomic,
     write_sealed,
 )
-from mtkd.errors import DataError, UserError
-from mtkd.secret import without_secrets
+from mtkd.errors import DataError, UserError, without_secrets
 
 __all__ = [
     "Found",

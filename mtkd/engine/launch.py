@@ -25,8 +25,7 @@ from mtkd.config import EngineConfig
 from mtkd.engine.hostfile import read_hostfile
 from mtkd.engine.orphans import adopting, end_session, end_with_parent
 from mtkd.engine.stopping import stop_signals
-from mtkd.errors import EXIT_LOST, UserError, tell
-from mtkd.secret import is_secret
+from mtkd.errors import EXIT_LOST, UserError, is_secret, tell
 
 # Set by the launcher in each process it starts.
 _RANK = "RANK"

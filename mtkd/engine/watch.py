@@ -27,8 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from mtkd.engine.dist import Dist, alive, seconds_still
-from mtkd.errors import EXIT_INTERNAL, EXIT_LOST, LostRank, Stopped, UserError, tell
-from mtkd.secret import masked
+from mtkd.errors import EXIT_INTERNAL, EXIT_LOST, LostRank, Stopped, UserError, masked, tell
 
 _TICK = 0.5  # seconds between two looks
 _ANSWER = 2.5  # seconds in which a rank must answer the main one, and half of what the main one has

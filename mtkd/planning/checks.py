@@ -10,7 +10,7 @@ from mtkd.data.files import columns_of
 from mtkd.data.paths import find_files
 from mtkd.data.sources import check_source
 from mtkd.data.tasks import TaskSpec
-from mtkd.errors import UserError
+from mtkd.errors import UserError, in_url, masked
 from mtkd.losses.spec import LOSSES
 from mtkd.methods.rows import placed_rows, stage_rows
 from mtkd.models.info import PRE_TRAINING
@@ -29,7 +29,6 @@ from mtkd.planning.stages import (
 )
 from mtkd.planning.teaching import heads_read
 from mtkd.registry import TASKS, check_options, load_plugins
-from mtkd.secret import in_url, masked
 from mtkd.weightings.base import StageFacts
 from mtkd.weightings.make import check_weighting, make_weighting
 from mtkd.weightings.spec import WEIGHTINGS

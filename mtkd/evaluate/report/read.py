@@ -16,8 +16,7 @@ from mtkd.engine.folder import RunDir
 from mtkd.engine.notes import Environment, Results, read_done
 from mtkd.engine.record import check_digest, read_record
 from mtkd.engine.runyaml import own_config
-from mtkd.errors import DataError
-from mtkd.secret import masked
+from mtkd.errors import DataError, masked
 
 # What the values of a metrics line are indexed by, rather than a curve of their own.
 _INDEX = frozenset({"stage", "step", "time"})
