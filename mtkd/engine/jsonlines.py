@@ -16,6 +16,10 @@ from mtkd.errors import DataError
 _ASIDE = "move aside what stands there: the file is written again as far as there is anything to write"
 
 
+ROW, WEIGHT, VALIDATION = "row/", "weight/", "validation/"
+"""What names in metrics.jsonl begin with: of a row's loss, of a teacher's mean weight, of a validation score."""
+
+
 def to_json(value: Any, *, indent: int | None = None) -> str:
     """`value` as JSON; NaN and infinity become null."""
     return json.dumps(finite(value), indent=indent, allow_nan=False)
@@ -72,7 +76,7 @@ def rewind(path: Path, stage: str, step: int) -> int:
         record = json_object(line) or {}
         at = record.get("step")
         if record.get("stage") == stage and isinstance(at, int):
-            kind = (at, any(key.startswith("validation/") for key in record))
+            kind = (at, any(key.startswith(VALIDATION) for key in record))
             if at > earliest or kind in seen:
                 continue
             earliest, last = at, max(last, at)

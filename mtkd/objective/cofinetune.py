@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mtkd.data.batch import Batch
 from mtkd.engine.base import Trainable
+from mtkd.engine.jsonlines import ROW
 from mtkd.errors import UserError
 from mtkd.losses.spec import LOSSES
 from mtkd.models.features import Features, as_logits
@@ -131,6 +132,6 @@ class CoFinetuning(Trainable):
             scores = logits.rows(torch.arange(len(labels), device=labels.device))
             value = self._loss(scores, labels, mask).sum() / max(counts["targets"], 1)
             total = total + value
-            metrics[f"row/{name}"] = value.detach()
+            metrics[ROW + name] = value.detach()
         metrics["loss"] = total.detach()
         return total, metrics

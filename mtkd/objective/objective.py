@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mtkd.data.batch import Batch
 from mtkd.engine.base import Trainable
+from mtkd.engine.jsonlines import ROW, WEIGHT
 from mtkd.errors import UserError
 from mtkd.models.features import Features, HeadLogits, Logits, as_logits
 from mtkd.models.forward import features_of
@@ -135,12 +136,12 @@ class Objective(Trainable):
                     found = self._dense_row(row, position, features, teachers, weights, batch)
                 value = found / self._count(row, counts)
                 total = total + row.match.weight * value
-                metrics[f"row/{row.key}"] = value.detach()
+                metrics[ROW + row.key] = value.detach()
         if self.logit_rows:
             loss, values = self._logit_rows(features["logits"], logits, weights, batch, counts)
             total = total + loss
             for row, value in zip(self.logit_rows, values.unbind(), strict=True):
-                metrics[f"row/{row.key}"] = value
+                metrics[ROW + row.key] = value
         if penalty is not None:
             total = total + penalty
             metrics["penalty"] = penalty.detach()
@@ -223,7 +224,7 @@ class Objective(Trainable):
         shares = held.abs() / held.abs().sum(0).clamp_min(1e-30)
         entropy = -torch.special.xlogy(shares, shares).sum()
         means = held.sum((1, 2)) / count
-        metrics = {f"weight/{n}": m for n, m in zip(self.teacher_names, means.unbind(), strict=True)}
+        metrics = {WEIGHT + n: m for n, m in zip(self.teacher_names, means.unbind(), strict=True)}
         return {**metrics, "weight_entropy": entropy / count}
 
     def _dense_row(

@@ -2,57 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any
 
 from mtkd.data.batch import Batch
 from mtkd.data.sampler import evaluation_batches
-from mtkd.engine.folder import RunDir, StageDir
-from mtkd.engine.jsonlines import append_jsonl
+from mtkd.engine.folder import StageDir
+from mtkd.engine.jsonlines import VALIDATION
 from mtkd.engine.seal import check_seal
 from mtkd.errors import DataError, UserError
 from mtkd.evaluate.metrics import LOWER_IS_BETTER, summarise
 from mtkd.evaluate.score import mean_loss, score
 from mtkd.running.built import BuiltStage
-
-
-@dataclass
-class TrainState:
-    """What the loop itself must remember; parameters, optimizer and random states are the engine's.
-
-    Attributes:
-        step: optimizer steps done.
-        stream: position in the data, two integers.
-        seconds: spent training over all sessions.
-        targets: positions with a target seen so far.
-        meters: per rank the metrics of the steps since the last log line; without them the first line after a resume
-            would be the mean of fewer steps.
-        best_step: step of the best validation score so far, 0 before the first; best_value: that score.
-        waited: evaluations since then.
-        ended: why training ends before the last step; empty while it goes on.
-    """
-
-    step: int = 0
-    stream: dict[str, int] = field(default_factory=dict)
-    seconds: float = 0.0
-    targets: int = 0
-    meters: list[dict[str, Any]] = field(default_factory=list)
-    best_step: int = 0
-    best_value: float | None = None
-    waited: int = 0
-    ended: str = ""
-
-
-def regrouped(meters: list[dict[str, Any]], ranks: int) -> list[dict[str, Any]]:
-    """`TrainState.meters` for another number of processes: the sums of all stand with the first one."""
-    if not meters or len(meters) == ranks:
-        return meters
-    sums = {name: sum(meter["sums"].get(name, 0.0) for meter in meters) for name in meters[0]["sums"]}
-    seen = meters[0]["seen"]
-    others = [{"sums": dict.fromkeys(sums, 0.0), "seen": seen} for _ in range(ranks - 1)]
-    return [{"sums": sums, "seen": seen}, *others]
+from mtkd.running.metrics import MetricsLog
+from mtkd.running.state import TrainState
 
 
 def check_selection(built: BuiltStage) -> None:
@@ -76,8 +38,8 @@ def check_selection(built: BuiltStage) -> None:
         raise UserError("these data have no such metric", where=f"stages.{built.name}", found=metric, allowed=allowed)
 
 
-def validate(built: BuiltStage, run: RunDir, step: int) -> float:
-    """Write the scores on the validation split to metrics.jsonl; the student's random state is untouched.
+def validate(built: BuiltStage, log: MetricsLog, step: int) -> float:
+    """Log the scores on the validation split; the student's random state is untouched.
 
     Always the label loss (nats per target), and the metric by which the stage selects. A collective.
 
@@ -101,9 +63,7 @@ def validate(built: BuiltStage, run: RunDir, step: int) -> float:
         records = [score([model], built.data, split, batches(), *how) for model in models]
         values |= {metric: _mean([summarise(task, found)[metric] for found in records if found is not None])}
     objective.train()
-    if dist.is_main:
-        named = {f"validation/{name}": value for name, value in values.items()}
-        append_jsonl(run.metrics_file, {"stage": built.name, "step": step, "time": time.time(), **named})
+    log.log(step, {VALIDATION + name: value for name, value in values.items()})
     return dist.broadcast_object(values[metric])
 
 

@@ -17,19 +17,19 @@ from mtkd.config import RunConfig
 from mtkd.data.batch import Batch, position_counts
 from mtkd.data.progress import say
 from mtkd.engine.base import all_finite, learning_rate
-from mtkd.engine.dist import Dist, on_main
+from mtkd.engine.dist import Dist
 from mtkd.engine.folder import RunDir, StageDir
-from mtkd.engine.jsonlines import append_jsonl, rewind, sync_jsonl, to_json
+from mtkd.engine.jsonlines import to_json
 from mtkd.engine.seal import Found, newest_sealed, save_sealed
 from mtkd.engine.stopping import stop_flag
-from mtkd.errors import DataError, NonFiniteError, Preempted, UserError, on_every_rank
+from mtkd.errors import DataError, NonFiniteError, Preempted, on_every_rank
 from mtkd.objective.looks import after_step, before_step
-from mtkd.objective.objective import Objective
 from mtkd.running.built import BuiltStage
 from mtkd.running.console import StageProgress
+from mtkd.running.metrics import Meter, MetricsLog
 from mtkd.running.overflow import check_teachers
-from mtkd.running.select import TrainState, check_selection, note_score, regrouped, take_best, validate
-from mtkd.weightings.faults import FAULTS, check_faults
+from mtkd.running.select import check_selection, note_score, take_best, validate
+from mtkd.running.state import TrainState, regrouped
 
 _STATE = "state.json"
 
@@ -48,9 +48,12 @@ def train(built: BuiltStage, config: RunConfig, run: RunDir, folder: StageDir) -
     stage, engine, dist = built.stage, built.engine, built.engine.dist
     check_selection(built)
     state = _restore(built, folder)
-    on_main(dist, lambda: rewind(run.metrics_file, built.name, state.step))
-    meter = _Meter(built, run, dist, state)
-    with stop_flag() as stopped, StageProgress(built.name, built.steps, state.step, dist.is_main) as progress:
+    meter = Meter(built, dist, state)
+    with (
+        stop_flag() as stopped,
+        MetricsLog(run, built.name, dist, state.step) as log,
+        StageProgress(built.name, built.steps, state.step, dist.is_main) as progress,
+    ):
         built.objective.train()
         begun = time.monotonic() - state.seconds
         for step in range(state.step, state.step if state.ended else built.steps):
@@ -71,16 +74,19 @@ def train(built: BuiltStage, config: RunConfig, run: RunDir, folder: StageDir) -
             due = last or bool(stage.evaluate_every and state.step % stage.evaluate_every == 0)
             logged, better = None, False
             if last or state.step % config.log_every == 0 or state.step == 1 or (due and stage.early_stop):
-                logged = meter.log(state, {"lr": learning_rate(stage.optimizer, step, built.steps), "grad_norm": norm})
+                rate, means = learning_rate(stage.optimizer, step, built.steps), meter.flush()
+                facts = {"seconds": round(state.seconds, 3), "tokens": state.targets}
+                log.log(state.step, {"lr": rate, "grad_norm": norm, **means}, facts)
+                logged = means["loss"]
                 if not math.isfinite(logged):
                     raise on_every_rank(_non_finite(built, step, {"loss": logged}))
             progress.update(state.step, logged)
             if due:
-                better = note_score(built, state, validate(built, run, state.step))
+                better = note_score(built, state, validate(built, log, state.step))
                 begun = time.monotonic() - state.seconds  # validation is not training time
             done = last or bool(state.ended)
             if stop or done or better or (stage.save_every and state.step % stage.save_every == 0):
-                on_main(dist, lambda: sync_jsonl(run.metrics_file))
+                log.sync()
                 with stopped.writing():
                     _save(built, folder, state, meter)
                 begun = time.monotonic() - state.seconds
@@ -117,92 +123,7 @@ def global_counts(
     return dict(zip(counts, map(int, sums), strict=True)), stops > 0
 
 
-class _Meter:
-    """Metrics of the steps since the last log line, summed on this rank, reduced over ranks when they are written."""
-
-    def __init__(self, built: BuiltStage, run: RunDir, dist: Dist, state: TrainState) -> None:
-        self._name, self._run, self._dist = built.name, run, dist
-        self._objective, self._weighting = built.objective, built.stage.weighting.name
-        self._micro_batches = built.stage.batch.accumulate
-        before: dict[str, Any] = state.meters[dist.rank] if state.meters else {"sums": {}, "seen": 0}
-        self._sums = {
-            name: torch.tensor(
-                float("nan") if value is None else value, dtype=torch.float64, device=built.engine.device
-            )
-            for name, value in before["sums"].items()
-        }
-        self._seen: int = before["seen"]
-
-    def add(self, metrics: dict[str, torch.Tensor]) -> None:
-        for name, value in metrics.items():
-            self._sums[name] = self._sums[name] + value.double() if name in self._sums else value.double()
-        self._seen += 1
-
-    def finite_loss(self) -> bool:
-        """Whether the losses of this rank since the last log line are finite: NaN and infinity stay in a sum."""
-        return "loss" not in self._sums or math.isfinite(self._sums["loss"])
-
-    def states(self) -> list[dict[str, Any]]:
-        """What `TrainState.meters` keeps, on the main rank; empty elsewhere. A collective."""
-        mine = {"sums": {name: float(value) for name, value in self._sums.items()}, "seen": self._seen}
-        return self._dist.gather_objects(mine) or []
-
-    def flush(self) -> dict[str, float]:
-        """Means per step since the last flush, over all ranks.
-
-        Raises:
-            UserError: weights of the teachers that no stage can train with, on every rank.
-        """
-        steps = max(self._seen // self._micro_batches, 1)
-        values = torch.stack(list(self._sums.values())).tolist() if self._sums else []
-        sums = self._dist.sum(values)
-        means = {name: value / steps for name, value in zip(self._sums, sums, strict=True)}
-        self._sums, self._seen = {}, 0
-        if isinstance(self._objective, Objective):
-            try:
-                where, negative = f"stages.{self._name}.weighting", self._objective.weighting.negative
-                check_faults(means, self._weighting, where, negative=negative)
-            except UserError as error:
-                raise on_every_rank(error) from None
-        return {name: value for name, value in means.items() if name not in FAULTS}
-
-    def log(self, state: TrainState, extra: dict[str, float]) -> float:
-        """Write one line of metrics.jsonl; returns the mean loss."""
-        means = self.flush()
-        line = {
-            "stage": self._name,
-            "step": state.step,
-            "time": time.time(),
-            "seconds": round(state.seconds, 3),
-            "tokens": state.targets,
-            **extra,
-            **means,
-        }
-        if self._dist.is_main:
-            append_jsonl(self._run.metrics_file, line)
-            _tensorboard(self._run, self._name, state.step, {**extra, **means})
-        return means["loss"]
-
-
-_writers: dict[str, Any] = {}
-
-
-def _tensorboard(run: RunDir, stage: str, step: int, values: dict[str, float]) -> None:
-    """The same numbers for TensorBoard, when it is installed."""
-    key = str(run.path / "tensorboard" / stage)
-    if key not in _writers:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            _writers[key] = SummaryWriter(key, purge_step=step)  # what a killed session drew beyond is done again
-        except ImportError:
-            _writers[key] = None
-    if _writers[key] is not None:
-        for name, value in values.items():
-            _writers[key].add_scalar(name, value, step)
-
-
-def _save(built: BuiltStage, folder: StageDir, state: TrainState, meter: _Meter) -> None:
+def _save(built: BuiltStage, folder: StageDir, state: TrainState, meter: Meter) -> None:
     """Seal a checkpoint.
 
     Raises:

@@ -20,7 +20,7 @@ from mtkd.config.read import load_config
 from mtkd.engine.jsonlines import read_jsonl
 from mtkd.engine.testing import run_distributed
 from mtkd.errors import Preempted
-from mtkd.running.select import regrouped
+from mtkd.running.state import regrouped
 
 STOP = 5  # steps before the stop
 # Without dropout, whose noise depends on which process sees a sequence.

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mtkd.engine.jsonlines import VALIDATION
 from mtkd.engine.notes import file_digest
 from mtkd.engine.record import Checked, read_record, write_atomic, write_record
 from mtkd.errors import DataError, UserError
@@ -264,7 +265,7 @@ def _non_finite(stages: Sequence[StageRecord]) -> list[str]:
     return [
         f"stage {stage.name}: {bad} logged values of {metric} are not finite"
         for stage in stages
-        for metric, curve in (stage.curves | {f"validation/{k}": v for k, v in stage.validation.items()}).items()
+        for metric, curve in (stage.curves | {VALIDATION + k: v for k, v in stage.validation.items()}).items()
         if (bad := curve.num_non_finite)
     ]
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mtkd.engine.jsonlines import WEIGHT
 from mtkd.engine.record import write_atomic
 from mtkd.evaluate.report.read import Curve, RunData, StageRecord, number
 from mtkd.evaluate.report.wording import metric_name
@@ -89,7 +90,7 @@ def _figures(run: RunData) -> list[tuple[str, str, Figure]]:
         )
         found.append(("training", caption, _training(trained)))
     for position, stage in enumerate(run.stages):
-        weights = stage.per_teacher("weight")
+        weights = stage.per_teacher(WEIGHT)
         if weights:
             caption = "Mean weight of each teacher, and the entropy of the weights (dashed: all teachers alike)."
             found.append(

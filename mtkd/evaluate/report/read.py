@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from mtkd.engine.folder import RunDir
+from mtkd.engine.jsonlines import VALIDATION
 from mtkd.engine.notes import Environment, Results, read_done
 from mtkd.engine.record import check_digest, read_record
 from mtkd.engine.runyaml import own_config
@@ -73,9 +74,8 @@ class StageRecord:
     validation: dict[str, Curve] = field(default_factory=dict)
 
     def per_teacher(self, prefix: str) -> dict[str, Curve]:
-        """The curves ``prefix/<teacher>``, by teacher."""
-        start = prefix + "/"
-        return {name.removeprefix(start): curve for name, curve in self.curves.items() if name.startswith(start)}
+        """The curves ``prefix<teacher>``, by teacher."""
+        return {name.removeprefix(prefix): curve for name, curve in self.curves.items() if name.startswith(prefix)}
 
 
 @dataclass
@@ -215,8 +215,8 @@ def _read_metrics(path: Path, records: dict[str, StageRecord], problems: list[st
             continue
         record = records.setdefault(name, StageRecord(name))
         given = {key: value for key, value in line.items() if key not in _INDEX}
-        validation = {k.removeprefix("validation/"): v for k, v in given.items() if k.startswith("validation/")}
-        training = {k: v for k, v in given.items() if not k.startswith("validation/")}
+        validation = {k.removeprefix(VALIDATION): v for k, v in given.items() if k.startswith(VALIDATION)}
+        training = {k: v for k, v in given.items() if not k.startswith(VALIDATION)}
         if training:
             if record.steps is not None and step <= record.steps:
                 # A resumed run does these steps again. What an earlier session logged beyond them is void too.

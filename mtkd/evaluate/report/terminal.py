@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mtkd.engine.jsonlines import WEIGHT
 from mtkd.evaluate.report.html import caches_table, comparison_table, results_table, stages_table
 from mtkd.evaluate.report.ladder import ladder_table, read_ladder
 from mtkd.evaluate.report.read import Curve, RunData, StageRecord, read_run
@@ -116,7 +117,7 @@ def _stage(stage: StageRecord) -> dict[str, Any]:
         "caches": stage.caches,
         "loss": stage.curves.get("loss", Curve()).last,
         "validation_loss": stage.validation.get("loss", Curve()).last,
-        "weights": {name: curve.last for name, curve in stage.per_teacher("weight").items()},
+        "weights": {name: curve.last for name, curve in stage.per_teacher(WEIGHT).items()},
     }
 
 
