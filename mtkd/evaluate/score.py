@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,160 +22,134 @@ from mtkd.models.taps import TappedModel
 from mtkd.models.vocabulary import VocabularyMap
 from mtkd.pool import LiveModel
 
-WholeHead = Callable[[], AbstractContextManager[None]]
+Records = list[dict[str, Any]]
 
 
-@torch.no_grad()
-def mixture_log_probs(
-    models: Sequence[LiveModel],
-    batch: Batch,
-    dtype: torch.dtype,
-    tile: int,
-    whole_head: WholeHead = nullcontext,
-) -> Iterable[tuple[Tensor, Tensor]]:
-    """Tiles (flat positions [m], log of the models' mean probability [m,V]) over the batch's targets.
+@dataclass(frozen=True)
+class Scorer:
+    """Scores models on one rank.
 
-    A regression model (one column) gives its mean output instead of a log-probability.
-
-    Args:
+    Attributes:
+        device, dtype: where models run, and in what (bfloat16: under autocast).
+        tile: positions whose logits exist at one time.
         whole_head: gathers a sharded output head; entered after the forward pass, whose own end shards it again.
     """
-    values = [as_logits(features_of(model, batch, LOGITS, dtype)["logits"]) for model in models]
-    alive()
-    index = batch.target_mask.reshape(-1).nonzero().squeeze(-1)
-    with whole_head():
-        logits = [value.in_dtype(dtype) for value in values]
-        for positions in index.split(tile):
-            if batch.targets.is_floating_point():
-                yield positions, torch.stack([x.rows(positions) for x in logits]).mean(0)
-            else:
-                logs = [torch.log_softmax(x.rows(positions), -1) for x in logits]
-                mixed = logs[0] if len(logs) == 1 else torch.stack(logs).logsumexp(0) - math.log(len(logs))
-                yield positions, mixed
 
+    device: torch.device
+    dtype: torch.dtype
+    dist: Dist
+    tile: int
+    whole_head: Callable[[], AbstractContextManager[None]] = nullcontext
 
-def mean_loss(
-    model: TappedModel,
-    batches: Iterable[Batch],
-    device: torch.device,
-    dtype: torch.dtype,
-    dist: Dist,
-    tile: int,
-    whole_head: WholeHead = nullcontext,
-) -> float:
-    """Mean negative log-likelihood (nats per target) or squared error over all ranks' batches."""
-    total, count = 0.0, 0.0
-    vocabulary = model.vocabulary if model.token_level else None
-    for batch in batches:
-        batch = batch.to(device)
-        targets = batch.targets.reshape(-1)
-        for positions, values in mixture_log_probs([model], batch, dtype, tile, whole_head):
-            total += float(_losses(values, targets[positions], vocabulary).sum())
-            count += len(positions)
-    total, count = dist.sum([total, count])
-    return total / max(count, 1)
+    @torch.no_grad()
+    def log_probs(self, models: Sequence[LiveModel], batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+        """Tiles (flat positions [m], log of the models' mean probability [m,V]) over the batch's targets.
 
-
-def score(
-    models: Sequence[LiveModel],
-    data: LoadedData,
-    split: Split,
-    batches: Iterable[Batch],
-    device: torch.device,
-    dtype: torch.dtype,
-    dist: Dist,
-    tile: int,
-    whole_head: WholeHead = nullcontext,
-) -> list[dict[str, Any]] | None:
-    """One record per document (token tasks) or example (classification), in the split's order, on the main rank.
-
-    Token tasks: {document, domain, nll (nats, summed), tokens (targets), bytes, correct (argmax hits)}; of a model with
-    a compressed vocabulary also removed (targets without a column of their own), and its nll is that of the ids
-    themselves: class by the model, id within the class by its share of the counts (see `mtkd.models.vocabulary`).
-    Classification: {document, label, prediction, probabilities}; regression: {document, label, prediction}.
-    """
-    if data.task.token_level:
-        return _score_documents(models, split, batches, device, dtype, dist, tile, whole_head)
-    return _score_examples(models, split, batches, device, dtype, dist, tile, whole_head)
-
-
-def _score_documents(
-    models: Sequence[LiveModel],
-    split: Split,
-    batches: Iterable[Batch],
-    device: torch.device,
-    dtype: torch.dtype,
-    dist: Dist,
-    tile: int,
-    whole_head: WholeHead = nullcontext,
-) -> list[dict[str, Any]] | None:
-    sums = np.zeros((4, len(split.document_names)))  # nll, targets, correct, removed
-    vocabulary = _common_vocabulary(models)
-    for batch in batches:
-        batch = batch.to(device)
-        targets = batch.targets.reshape(-1)
-        examples = batch.ids.cpu().numpy()
-        for positions, log_probs in mixture_log_probs(models, batch, dtype, tile, whole_head):
-            labels = targets[positions]
-            rows = (positions // batch.targets.shape[1]).cpu().numpy()
-            documents = split.documents[examples[rows]]
-            np.add.at(sums[0], documents, _losses(log_probs, labels, vocabulary).double().cpu().numpy())
-            np.add.at(sums[1], documents, 1)
-            best = log_probs.argmax(-1)
-            if vocabulary is not None:  # a column speaks for its kept id: a removed one is never right
-                best = vocabulary.kept[best]
-                np.add.at(sums[3], documents, vocabulary.is_removed(labels).double().cpu().numpy())
-            np.add.at(sums[2], documents, (best == labels).double().cpu().numpy())
-    nll, tokens, correct, removed = np.array(dist.sum(sums.reshape(-1).tolist())).reshape(4, -1)
-    if not dist.is_main:
-        return None
-    return [
-        {
-            "document": name,
-            "domain": split.document_domains[i],
-            "nll": float(nll[i]),
-            "tokens": int(tokens[i]),
-            "bytes": int(split.document_bytes[i]),
-            "correct": int(correct[i]),
-            **({} if vocabulary is None else {"removed": int(removed[i])}),
-        }
-        for i, name in enumerate(split.document_names)
-        if tokens[i] > 0
-    ]
-
-
-def _score_examples(
-    models: Sequence[LiveModel],
-    split: Split,
-    batches: Iterable[Batch],
-    device: torch.device,
-    dtype: torch.dtype,
-    dist: Dist,
-    tile: int,
-    whole_head: WholeHead = nullcontext,
-) -> list[dict[str, Any]] | None:
-    records: dict[int, dict[str, Any]] = {}
-    for batch in batches:
-        batch = batch.to(device)
-        for positions, values in mixture_log_probs(models, batch, dtype, tile, whole_head):
-            for row, value in zip(positions.tolist(), values.cpu(), strict=True):
-                example = int(batch.ids[row])
-                document = split.documents[example]
-                record: dict[str, Any] = {"document": split.document_names[document]}
-                if split.document_domains[document]:  # names may be unique within a domain only
-                    record["domain"] = split.document_domains[document]
-                record["label"] = batch.targets[row].item()
+        A regression model (one column) gives its mean output instead of a log-probability.
+        """
+        values = [as_logits(features_of(model, batch, LOGITS, self.dtype)["logits"]) for model in models]
+        alive()
+        index = batch.target_mask.reshape(-1).nonzero().squeeze(-1)  # [n]
+        with self.whole_head():
+            logits = [value.in_dtype(self.dtype) for value in values]
+            for positions in index.split(self.tile):
                 if batch.targets.is_floating_point():
-                    record["prediction"] = float(value[0])
+                    yield positions, torch.stack([x.rows(positions) for x in logits]).mean(0)
                 else:
-                    record["prediction"] = int(value.argmax())
-                    record["probabilities"] = [round(p, 6) for p in value.exp().tolist()]
-                records[example] = record
-    gathered = dist.gather_objects(records)
-    if gathered is None:
-        return None
-    merged = {example: record for part in gathered for example, record in part.items()}
-    return [merged[example] for example in sorted(merged)]
+                    logs = [torch.log_softmax(x.rows(positions), -1) for x in logits]  # T of [m,V]
+                    mixed = logs[0] if len(logs) == 1 else torch.stack(logs).logsumexp(0) - math.log(len(logs))
+                    yield positions, mixed
+
+    def mean_loss(self, model: TappedModel, batches: Iterable[Batch]) -> float:
+        """Mean negative log-likelihood (nats per target) or squared error over all ranks' batches. A collective."""
+        total, count = 0.0, 0.0
+        vocabulary = model.vocabulary if model.token_level else None
+        for batch in batches:
+            batch = batch.to(self.device)
+            targets = batch.targets.reshape(-1)
+            for positions, values in self.log_probs([model], batch):
+                total += float(_losses(values, targets[positions], vocabulary).sum())
+                count += len(positions)
+        total, count = self.dist.sum([total, count])
+        return total / max(count, 1)
+
+    def records(
+        self, models: Sequence[LiveModel], data: LoadedData, split: Split, batches: Iterable[Batch]
+    ) -> Records | None:
+        """A record per document (token tasks) or example (classification), in the split's order, on the main rank.
+
+        Several models are scored as one uniform mixture. Token tasks: {document, domain, nll (nats, summed), tokens
+        (targets), bytes, correct (argmax hits)}. A model with a compressed vocabulary has `removed` too (targets
+        without a column of their own), and its nll is that of the ids themselves: class by the model, id within the
+        class by its share of the counts (see `mtkd.models.vocabulary`). Classification: {document, label, prediction,
+        probabilities}; regression: {document, label, prediction}. A collective.
+        """
+        score = self._documents if data.task.token_level else self._examples
+        return score(models, split, batches)
+
+    def _documents(self, models: Sequence[LiveModel], split: Split, batches: Iterable[Batch]) -> Records | None:
+        sums = np.zeros((4, len(split.document_names)))  # nll, targets, correct, removed
+        vocabulary = _common_vocabulary(models)
+        for batch in batches:
+            batch = batch.to(self.device)
+            targets = batch.targets.reshape(-1)
+            examples = batch.ids.cpu().numpy()
+            for positions, log_probs in self.log_probs(models, batch):
+                labels = targets[positions]
+                rows = (positions // batch.targets.shape[1]).cpu().numpy()
+                documents = split.documents[examples[rows]]
+                np.add.at(sums[0], documents, _losses(log_probs, labels, vocabulary).double().cpu().numpy())
+                np.add.at(sums[1], documents, 1)
+                best = log_probs.argmax(-1)
+                if vocabulary is not None:  # a column speaks for its kept id: a removed one is never right
+                    best = vocabulary.kept[best]
+                    np.add.at(sums[3], documents, vocabulary.is_removed(labels).double().cpu().numpy())
+                np.add.at(sums[2], documents, (best == labels).double().cpu().numpy())
+        nll, tokens, correct, removed = np.array(self.dist.sum(sums.reshape(-1).tolist())).reshape(4, -1)
+        if not self.dist.is_main:
+            return None
+        return [
+            {
+                "document": name,
+                "domain": split.document_domains[i],
+                "nll": float(nll[i]),
+                "tokens": int(tokens[i]),
+                "bytes": int(split.document_bytes[i]),
+                "correct": int(correct[i]),
+                **({} if vocabulary is None else {"removed": int(removed[i])}),
+            }
+            for i, name in enumerate(split.document_names)
+            if tokens[i] > 0
+        ]
+
+    def _examples(self, models: Sequence[LiveModel], split: Split, batches: Iterable[Batch]) -> Records | None:
+        records: dict[int, dict[str, Any]] = {}
+        for batch in batches:
+            batch = batch.to(self.device)
+            for positions, values in self.log_probs(models, batch):
+                for row, value in zip(positions.tolist(), values.cpu(), strict=True):
+                    example = int(batch.ids[row])
+                    records[example] = _example_record(split, split.documents[example], batch.targets[row], value)
+        gathered = self.dist.gather_objects(records)
+        if gathered is None:
+            return None
+        merged = {example: record for part in gathered for example, record in part.items()}
+        return [merged[example] for example in sorted(merged)]
+
+
+def _example_record(split: Split, document: int, label: Tensor, value: Tensor) -> dict[str, Any]:
+    """Args: label: [] of any kind. value: log-probabilities of the classes [C], or the output of a regression [1]."""
+    record: dict[str, Any] = {"document": split.document_names[document]}
+    if split.document_domains[document]:  # names may be unique within a domain only
+        record["domain"] = split.document_domains[document]
+    record["label"] = label.item()
+    if label.is_floating_point():
+        return {**record, "prediction": float(value[0])}
+    return {
+        **record,
+        "prediction": int(value.argmax()),
+        "probabilities": [round(p, 6) for p in value.exp().tolist()],
+    }
 
 
 def _common_vocabulary(models: Sequence[LiveModel]) -> VocabularyMap | None:

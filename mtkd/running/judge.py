@@ -17,7 +17,7 @@ from mtkd.engine.notes import Results, file_digest, read_scores_note, write_scor
 from mtkd.engine.record import read_record, write_atomic, write_record
 from mtkd.errors import DataError
 from mtkd.evaluate.metrics import by_domain, summarise
-from mtkd.evaluate.score import score
+from mtkd.evaluate.score import Scorer
 from mtkd.evaluate.significance import compare, correct, num_rows
 from mtkd.models.taps import TappedModel
 from mtkd.planning.stages import scored_models, stage_of
@@ -110,7 +110,8 @@ def _scores(shop: Workshop, model: str, key: str, data_name: str) -> Scores | No
         )
     models = [m.to(shop.device).eval() for m in _models(shop, model, data)]
     batches = evaluation_batches(split, shop.config.evaluate.batch, shop.dist.rank, shop.dist.world_size)
-    records = score(models, data, split, batches, shop.device, shop.dtype, shop.dist, shop.tile(models))
+    scorer = Scorer(shop.device, shop.dtype, shop.dist, shop.tile(models))
+    records = scorer.records(models, data, split, batches)
     for each in models:
         if not isinstance(each, TappedModel):
             each.close()

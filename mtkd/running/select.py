@@ -11,7 +11,7 @@ from mtkd.engine.jsonlines import VALIDATION
 from mtkd.engine.seal import check_seal
 from mtkd.errors import DataError, UserError
 from mtkd.evaluate.metrics import LOWER_IS_BETTER, summarise
-from mtkd.evaluate.score import mean_loss, score
+from mtkd.evaluate.score import Scorer
 from mtkd.running.built import BuiltStage
 from mtkd.running.metrics import MetricsLog
 from mtkd.running.state import TrainState
@@ -56,11 +56,11 @@ def validate(built: BuiltStage, log: MetricsLog, step: int) -> float:
     def batches() -> Iterable[Batch]:
         return evaluation_batches(split, built.stage.batch, dist.rank, dist.world_size)
 
-    how = (engine.device, objective.dtype, dist, objective.tile, engine.whole_head)
-    values = {"loss": _mean([mean_loss(model, batches(), *how) for model in models])}
+    scorer = Scorer(engine.device, objective.dtype, dist, objective.tile, engine.whole_head)
+    values = {"loss": _mean([scorer.mean_loss(model, batches()) for model in models])}
     if metric != "loss":
         task = built.data.config.task
-        records = [score([model], built.data, split, batches(), *how) for model in models]
+        records = [scorer.records([model], built.data, split, batches()) for model in models]
         values |= {metric: _mean([summarise(task, found)[metric] for found in records if found is not None])}
     objective.train()
     log.log(step, {VALIDATION + name: value for name, value in values.items()})

@@ -32,7 +32,7 @@ from mtkd.engine.folder import RunDir
 from mtkd.engine.testing import run_distributed
 from mtkd.errors import DataError, Preempted, UserError
 from mtkd.evaluate.metrics import summarise
-from mtkd.evaluate.score import mean_loss, score
+from mtkd.evaluate.score import Scorer
 from mtkd.models.info import CAUSAL_LM
 from mtkd.models.load import compress_model
 from mtkd.models.taps import TappedModel
@@ -116,7 +116,7 @@ def test_scores_are_of_the_ids_themselves() -> None:
     split = Split(examples, Documents(np.arange(2), ["a", "b"], ["", ""], np.array([40, 50])))
     own = split.collate([0, 1])
     data = LoadedData("text", tiny_data(), TASKS["causal-lm"], {"test": split})
-    records = score([student], data, split, [own], CPU, torch.float32, Dist(), 7)
+    records = Scorer(CPU, torch.float32, Dist(), 7).records([student], data, split, [own])
     assert records is not None
     logits = student(own, frozenset({"logits"}))["logits"].rows(torch.arange(60)).reshape(2, 30, K)
     classes = torch.log_softmax(logits, -1)
@@ -135,7 +135,7 @@ def test_scores_are_of_the_ids_themselves() -> None:
         assert record["correct"] == int(right.sum())
         assert not bool((right & removed).any())
     total = sum(r["nll"] for r in records)
-    assert mean_loss(student, [own], CPU, torch.float32, Dist(), 7) == pytest.approx(total / 55, rel=1e-5)
+    assert Scorer(CPU, torch.float32, Dist(), 7).mean_loss(student, [own]) == pytest.approx(total / 55, rel=1e-5)
     summary = summarise("causal-lm", records)
     assert summary["bits_per_byte"] == pytest.approx(total / math.log(2) / 90)
     assert summary["removed_share"] == pytest.approx(sum(r["removed"] for r in records) / 55)
