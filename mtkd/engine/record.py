@@ -32,7 +32,11 @@ class Checked(BaseModel):
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
-    """Replace `path` by `data` so that after a kill it holds either the old or the new content, whole."""
+    """Replace `path` by `data` so that after a kill it holds either the old or the new content, whole.
+
+    Raises:
+        OSError: with the name of `path`, also where writing aside was refused.
+    """
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
     try:
         with temporary.open("wb") as file:
@@ -40,8 +44,10 @@ def write_atomic(path: Path, data: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = str(path), None
         raise
     sync_folder(path.parent)
 

@@ -354,6 +354,16 @@ def test_seal_covers_exactly_what_is_there(tmp_path: Path) -> None:
 # ---- single files
 
 
+def test_write_atomic_names_the_file_that_cannot_be_written(tmp_path: Path) -> None:
+    """Not the one written aside, of which nobody has heard."""
+    with pytest.raises(IsADirectoryError) as folder:
+        write_atomic(tmp_path, "text")
+    with pytest.raises(FileNotFoundError) as missing:
+        write_atomic(tmp_path / "nowhere" / "file", "text")
+    assert folder.value.filename == str(tmp_path)
+    assert missing.value.filename == str(tmp_path / "nowhere" / "file")
+
+
 def test_write_atomic_replaces_and_leaves_nothing_behind(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     write_atomic(file, "é")
