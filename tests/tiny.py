@@ -13,7 +13,7 @@ from mtkd.data.batch import NO_LABEL, Batch
 from mtkd.models.taps import TappedModel
 from mtkd.objective.compile import compile_rows
 from mtkd.objective.objective import Objective
-from mtkd.objective.projection import make_projections
+from mtkd.objective.wire import Wiring, wire
 from mtkd.pool import LiveTeacher, TeacherPool
 from mtkd.weightings.make import make_weighting, stage_facts
 
@@ -108,28 +108,14 @@ def make_objective(
     tile: int = 5,
     names: Sequence[str] = (),
 ) -> tuple[Objective, TeacherPool]:
-    """An objective and its pool, wired as `mtkd.running.build` does it."""
+    """An objective and its pool."""
     names = names or [f"t{k}" for k in range(len(teachers))]
     named = Named(name=weighting) if isinstance(weighting, str) else weighting
     token_level = student.info.num_labels == 0
-    rows = compile_rows(
-        matches,
-        student.info,
-        {n: t.info for n, t in zip(names, teachers, strict=True)},
-        token_level=token_level,
-        regression=False,
-        where="match",
-    )
+    infos = {n: t.info for n, t in zip(names, teachers, strict=True)}
+    rows = compile_rows(matches, student.info, infos, token_level=token_level, regression=False, where="match")
     sizes = [sum(p.numel() for p in t.parameters()) for t in teachers]
-    objective = Objective(
-        student,
-        rows,
-        make_weighting(named, stage_facts(tuple(names), sizes, student, seed=0), "weighting"),
-        make_projections(rows, student.info, [t.info for t in teachers], seed=0),
-        names,
-        per=per,
-        token_level=token_level,
-        tile=tile,
-    )
+    made = make_weighting(named, stage_facts(tuple(names), sizes, student, seed=0), "weighting")
+    objective = wire(student, infos, rows, made, Wiring(per, token_level, tile))
     held = [LiveTeacher(n, t, CPU, torch.float32) for n, t in zip(names, teachers, strict=True)]
     return objective, TeacherPool(held, [objective.teacher_wants(k) for k in range(len(held))])

@@ -32,7 +32,7 @@ from mtkd.models.vocabulary import VocabularyMap
 from mtkd.objective.cofinetune import CoFinetuning
 from mtkd.objective.compile import Row
 from mtkd.objective.objective import Objective
-from mtkd.objective.projection import make_projections
+from mtkd.objective.wire import Wiring, wire
 from mtkd.pool.cache import CacheContent
 from mtkd.weightings.base import StageFacts, Weighting
 from mtkd.weightings.make import make_weighting
@@ -309,7 +309,7 @@ def _captured(step: Step) -> Footprint:
 
 
 def _trainable(step: Step, weighting: Weighting | None) -> Trainable:
-    """The stage's objective as `mtkd.running.build` wires it, without values."""
+    """The stage's objective without values."""
     models = {name: _model(shape) for name, shape in step.trained.items()}
     for model in models.values():
         speed_up_linears(model)
@@ -318,24 +318,14 @@ def _trainable(step: Step, weighting: Weighting | None) -> Trainable:
     if len(models) > 1:
         return CoFinetuning(models, regression=step.regression, tile=step.tile, dtype=step.dtype)
     (student,) = models.values()
-    names = tuple(step.teachers)
-    infos = [
-        shape.info if isinstance(shape, CachedShape) else model_info(shape.config, shape.auto_class)
-        for shape in step.teachers.values()
-    ]
-    facts = StageFacts(names, (1,) * len(names), student.info.width, student.info.num_labels, 0)
-    return Objective(
-        student,
-        step.rows,
-        weighting or make_weighting(step.weighting, facts, "weighting"),
-        make_projections(step.rows, student.info, infos, 0),
-        names,
-        per=step.per,
-        token_level=step.token_level,
-        tile=step.tile,
-        dtype=step.dtype,
-        pieces=_FewPieces(step.on_gpu),
-    )
+    infos = {
+        name: shape.info if isinstance(shape, CachedShape) else model_info(shape.config, shape.auto_class)
+        for name, shape in step.teachers.items()
+    }
+    facts = StageFacts(tuple(infos), (1,) * len(infos), student.info.width, student.info.num_labels, 0)
+    made = weighting or make_weighting(step.weighting, facts, "weighting")
+    how = Wiring(step.per, step.token_level, step.tile, step.dtype)
+    return wire(student, infos, step.rows, made, how, _FewPieces(step.on_gpu))
 
 
 class _FewPieces(Pieces):

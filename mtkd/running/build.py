@@ -36,8 +36,7 @@ from mtkd.models.taps import TappedModel, input_table
 from mtkd.models.vocabulary import VocabularyMap, compressed_teacher, compressed_twice, make_vocabulary, read_vocabulary
 from mtkd.objective.cofinetune import CoFinetuning, check_members
 from mtkd.objective.compile import compile_rows
-from mtkd.objective.objective import Objective
-from mtkd.objective.projection import make_projections
+from mtkd.objective.wire import Wiring, wire
 from mtkd.planning.cachefolder import cache_digest, cache_folder, cached_teacher
 from mtkd.planning.data import DataReader
 from mtkd.planning.exports import check_foreign, open_export
@@ -347,28 +346,19 @@ class Workshop:
             else self._cached(t, data, f"{where}.teachers[{i}].model")
             for i, t in enumerate(stage.teachers)
         ]
+        infos = {teacher.name: teacher.info for teacher in teachers}
         rows = compile_rows(
             placed_rows(stage, data.config, where, data.num_labels == 1),
             student.info,
-            {teacher.name: teacher.info for teacher in teachers},
+            infos,
             token_level=data.task.token_level,
             regression=not data.task.token_level and data.num_labels == 1,
         )
-        objective = Objective(
-            student,
-            rows,
-            make_weighting(
-                stage.weighting,
-                stage_facts(names, [t.num_parameters for t in teachers], student, seed),
-                f"{where}.weighting",
-            ),
-            make_projections(rows, student.info, [t.info for t in teachers], seed),
-            names,
-            per=stage.per,
-            token_level=data.task.token_level,
-            tile=self.tile([student, *live.values()]),
-            dtype=self.dtype,
-        )
+        facts = stage_facts(names, [t.num_parameters for t in teachers], student, seed)
+        weighting = make_weighting(stage.weighting, facts, f"{where}.weighting")
+        tile = self.tile([student, *live.values()])
+        how = Wiring(stage.per, data.task.token_level, tile, self.dtype, seed)
+        objective = wire(student, infos, rows, weighting, how)
         wants = [objective.teacher_wants(k) for k in range(len(teachers))]
         return objective, TeacherPool(teachers, wants, self.config.engine.prefetch)
 

@@ -21,7 +21,7 @@ from mtkd.engine.torch_engine import TorchEngine
 from mtkd.models.taps import TappedModel
 from mtkd.objective.compile import compile_rows
 from mtkd.objective.objective import Objective
-from mtkd.objective.projection import make_projections
+from mtkd.objective.wire import Wiring, wire
 from mtkd.planning.budget import Limits, Sketch, StageMemory, stage_memory
 from mtkd.planning.footprint import CachedShape, Shape
 from mtkd.planning.memory import TeacherSize
@@ -113,17 +113,12 @@ class Case:
         student, teachers = tapped(STUDENT, 0), [tapped(self.teacher, k + 1) for k in range(len(self.names))]
         if self.engine.activation_checkpointing:
             student.enable_activation_checkpointing()
-        rows = self._rows(student, teachers)
-        objective = Objective(
-            student,
-            rows,
-            make_weighting(self.stage.weighting, stage_facts(tuple(self.names), [1] * len(teachers), student, 0), "w"),
-            make_projections(rows, student.info, [t.info for t in teachers], 0),
-            self.names,
-            token_level=True,
-            tile=self.engine.tile_for(IDS, "cpu"),
-            dtype=dtype,
-        ).train()
+        infos = {name: teacher.info for name, teacher in zip(self.names, teachers, strict=True)}
+        facts = stage_facts(tuple(self.names), [1] * len(teachers), student, 0)
+        made = make_weighting(self.stage.weighting, facts, "w")
+        how = Wiring("example", True, self.engine.tile_for(IDS, "cpu"), dtype)
+        objective = wire(student, infos, self._rows(student, teachers), made, how)
+        objective.train()
         held: list[Teacher] = []
         for name, model, backend in zip(self.names, teachers, self.backends, strict=True):
             if backend == "offload":
