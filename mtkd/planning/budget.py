@@ -20,16 +20,10 @@ from mtkd.engine.precision import here
 from mtkd.errors import UserError
 from mtkd.objective.compile import Row
 from mtkd.planning.footprint import CachedShape, Footprint, Shape, Step, measure
-from mtkd.planning.memory import (
-    FLOAT,
-    Place,
-    Share,
-    TeacherSize,
-    checkpoint_bytes,
-    free_disk,
-    teacher_share,
-    trained_share,
-)
+from mtkd.planning.memory import checkpoint_bytes, trained_share
+from mtkd.pool import BACKENDS
+from mtkd.pool.backends import teacher_share
+from mtkd.pool.sizes import FLOAT, Place, Share, TeacherSize, free_disk
 
 GB = 1e9
 _WORTH = 0.01  # a change that saves less than this share of what is needed is no advice
@@ -263,10 +257,9 @@ def _step(sketch: Sketch, engine: EngineConfig, on_gpu: bool) -> Step:
 
 def _loading(sketch: Sketch, on_gpu: bool) -> float:
     """Bytes of host memory that a rank takes while a stage is built: models are made there before they move."""
-    stay = [size.parameters for size in _at_one_time(sketch) if size.backend == "resident"]
-    passing = [size.parameters for size in sketch.sizes if size.backend == "offload"]
-    # an offloaded one is copied to where it waits before the next is loaded
-    return FLOAT * (sum(stay) + max(sketch.exported, max(passing, default=0) * (2 if on_gpu else 1)))
+    stay = sum(BACKENDS[size.backend].built(size) for size in _at_one_time(sketch))
+    passing = (BACKENDS[size.backend].passing(size, on_gpu) for size in sketch.sizes)
+    return FLOAT * (stay + max([sketch.exported, *passing]))
 
 
 def _disk(sketch: Sketch, engine: EngineConfig) -> dict[str, float]:
@@ -352,11 +345,13 @@ def _changes(sketch: Sketch, engine: EngineConfig, on_gpu: bool) -> Iterator[tup
             batch = stage.batch.model_copy(update={"accumulate": count})
             smaller_batch = replace(sketch, stage=stage.model_copy(update={"batch": batch}))
             yield f"{where}.batch.accumulate: {count}", smaller_batch, engine
-    resident = [size for size in sketch.sizes if size.backend == "resident"]
-    backends = ["offload"] if resident and stage.kind != "cache" else []
-    cut = any(teacher.backend == "resident" and teacher.model.is_cut for teacher in stage.teachers)
-    if backends and not cut and engine.kind == "deepspeed" and num_processes(engine) > 1:
-        backends.append("sharded")
-    for backend in backends:
-        sizes = [replace(s, backend=backend) if s.backend == "resident" else s for s in sketch.sizes]
-        yield f"{where}.teachers: backend: {backend}", replace(sketch, sizes=sizes), engine
+    if stage.kind == "cache":  # its teachers are in memory one after the other
+        return
+    heavy = [teacher for teacher in stage.teachers if BACKENDS[teacher.backend].lighter]
+    several = engine.kind == "deepspeed" and num_processes(engine) > 1
+    cut = any(teacher.model.is_cut for teacher in heavy)
+    for name in dict.fromkeys(lighter for teacher in heavy for lighter in BACKENDS[teacher.backend].lighter):
+        if (BACKENDS[name].several and not several) or (BACKENDS[name].in_files and cut):
+            continue
+        sizes = [replace(s, backend=name) if name in BACKENDS[s.backend].lighter else s for s in sketch.sizes]
+        yield f"{where}.teachers: backend: {name}", replace(sketch, sizes=sizes), engine

@@ -15,6 +15,7 @@ from mtkd.planning.data import DataFacts, DataReader
 from mtkd.planning.locate import missing, resolve_path, revision_of
 from mtkd.planning.places import placed
 from mtkd.planning.stages import scored_models, stage_of
+from mtkd.pool import BACKENDS
 from mtkd.weightings.spec import WEIGHTINGS
 
 
@@ -68,7 +69,7 @@ def _classes_of(
     if stage is not None:
         other = config.data_name(config.stages[stage].data)
         return () if other == name else reader.facts(other, config.data[other]).classes
-    if path is None or teacher.backend == "cached" or missing(path, config.base) is not None:
+    if path is None or not BACKENDS[teacher.backend].runs or missing(path, config.base) is not None:
         return ()
     with placed(model=f"{where}.model"):
         folder = find_folder(path, revision_of(teacher.model), lambda p: resolve_path(p, config.base), weights=False)

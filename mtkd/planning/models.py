@@ -36,6 +36,7 @@ from mtkd.planning.locate import (
 from mtkd.planning.places import placed
 from mtkd.planning.stages import model_of, scored_models, stage_of
 from mtkd.planning.table import PlannedModel, planned_model
+from mtkd.pool import BACKENDS
 from mtkd.registry import TASKS
 
 
@@ -157,7 +158,7 @@ class PlannedModels:
         """Of a teacher that runs; names and shapes in the files of a streamed or sharded one are compared with it."""
         made = self.of(stage, teacher.model, where, reads, teacher.classes)
         folder = resolve_path(teacher.model.path or "", self.config.base)
-        if teacher.backend in ("streamed", "sharded") and isinstance(folder, Path) and auto_class != CLASSIFIER:
+        if BACKENDS[teacher.backend].in_files and isinstance(folder, Path) and auto_class != CLASSIFIER:
             with placed(model=f"{where}.model"):
                 check_folder(folder)
                 check_weights(made, auto_class, folder)

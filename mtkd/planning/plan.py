@@ -40,13 +40,15 @@ from mtkd.planning.ladder import Look, complete
 from mtkd.planning.locate import (
     missing_models,
 )
-from mtkd.planning.memory import TeacherSize, check_offload
 from mtkd.planning.models import PlannedModels, with_open_labels
 from mtkd.planning.places import in_file
 from mtkd.planning.stages import model_name, model_of, needed_stages, never_trained, stage_of, stage_values
 from mtkd.planning.table import SKIPPED, Plan, PlannedModel, PlannedStage, of_cache, row_text, with_consequences
 from mtkd.planning.teaching import heads_read
+from mtkd.pool import BACKENDS
+from mtkd.pool.offload import check_offload
 from mtkd.pool.partition import check_nvme
+from mtkd.pool.sizes import TeacherSize
 from mtkd.registry import TASKS, load_plugins
 from mtkd.weightings.base import StageFacts
 from mtkd.weightings.make import make_weighting
@@ -259,10 +261,8 @@ class _Planner:
             shapes[teacher.name] = self.models.shape(made, auto_class, teacher.model)
             size += bytes_per_token(content, info)
             text = f"{teacher.name}: {describe(content, info, tokens)}"
-            if teacher.backend == "streamed":
-                sweep = stage.batch.tokens or (stage.batch.sequences or 0) * data.max_length
-                text += f"; all its weights are read from disk for every batch of <= {sweep:,} tokens"
-            texts.append(text)
+            remark = BACKENDS[teacher.backend].remark(_per_step(stage, data.max_length))
+            texts.append("; ".join(filter(None, (text, remark))))
         self._sketches[name] = Sketch(
             name,
             stage,
@@ -292,7 +292,7 @@ class _Planner:
         """What is known of the caches that a stage reads, by teacher; those of earlier stages need not exist yet."""
         found = {}
         for i, teacher in enumerate(stage.teachers):
-            if teacher.backend != "cached":
+            if BACKENDS[teacher.backend].runs:
                 continue
             place, made = f"{where}.teachers[{i}].model", model_of(teacher.model.path)
             if made is None:
@@ -324,10 +324,7 @@ class _Planner:
         return SKIPPED if same else "done, but differs"
 
     def _tokens(self, stage: StageConfig, max_length: int) -> int | None:
-        if stage.steps is None:
-            return None
-        per_step = stage.batch.tokens or (stage.batch.sequences or 0) * max_length
-        return stage.steps * per_step
+        return None if stage.steps is None else stage.steps * _per_step(stage, max_length)
 
     def _sizes(self, teachers: list[PlannedModel], infos: list[ModelInfo], where: str) -> list[TeacherSize]:
         """What the teachers occupy; refuses to offload where there is no room for it."""
@@ -372,5 +369,10 @@ def _check_packed(task: TaskSpec, models: list[PlannedModel], infos: list[ModelI
             todo="drop packing",
         )
     for model, info in zip(models, infos, strict=True):
-        if model.backend != "cached":  # a cached teacher does not run
+        if not model.backend or BACKENDS[model.backend].runs:
             check_packing(info, where)
+
+
+def _per_step(stage: StageConfig, max_length: int) -> int:
+    """Tokens of a batch, at most."""
+    return stage.batch.tokens or (stage.batch.sequences or 0) * max_length

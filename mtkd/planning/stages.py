@@ -13,6 +13,7 @@ from mtkd.losses.spec import LOSSES
 from mtkd.methods.rows import stage_rows
 from mtkd.methods.spec import METHODS
 from mtkd.models.info import CAUSAL_LM, MASKED_LM, PRE_TRAINING
+from mtkd.pool import BACKENDS
 from mtkd.registry import SOURCES, TASKS, Registry, plugin_code
 from mtkd.weightings.spec import WEIGHTINGS
 
@@ -169,7 +170,7 @@ def _without_places(values: dict[str, Any]) -> dict[str, Any]:
     (A sharded teacher's are those of a resident one to rounding.)
     """
     for teacher in values["teachers"]:
-        teacher["backend"] = "cached" if teacher["backend"] == "cached" else "resident"
+        teacher["backend"] = teacher["backend"] if not BACKENDS[teacher["backend"]].runs else "resident"
         del teacher["sharded"]
         if teacher["classes"] is None:  # finished stages may not know the field
             del teacher["classes"]

@@ -12,9 +12,9 @@ from mtkd.models.info import ModelInfo
 from mtkd.planning.budget import StageMemory
 from mtkd.planning.cachefolder import CacheFacts
 from mtkd.planning.dataview import PlannedData, data_tables
+from mtkd.pool import BACKENDS
 
 SKIPPED = "done, skipped"
-_MOVING = ("offload", "streamed", "sharded")
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,11 @@ class Plan:
                 shape = f"{model.architecture} {model.layers}x{model.width}, {model.heads} heads"
                 first = (stage.name, stage.kind, stage.state) if i == 0 else ("", "", "")
                 work = (_number(stage.steps), _number(stage.tokens)) if i == 0 else ("", "")
-                origin = f"{model.origin} ({model.backend})" if model.backend in _MOVING else model.origin
+                origin = (
+                    f"{model.origin} ({model.backend})"
+                    if model.backend and BACKENDS[model.backend].shown
+                    else model.origin
+                )
                 table.add_row(*first, model.role, origin, shape, f"{model.parameters:,}", *work)
         rows = Table("stage", "row", title="rows of the objectives, and what caches keep")
         for stage in self.stages:

@@ -1,5 +1,7 @@
 """The teacher pool: teachers of any backend, one file each, behind one call."""
 
+from mtkd.pool.backend import Backend, Site
+from mtkd.pool.backends import BACKENDS
 from mtkd.pool.base import ElsewhereModel, LiveModel, Teacher
 from mtkd.pool.cached import CachedTeacher
 from mtkd.pool.live import LiveTeacher
@@ -8,12 +10,15 @@ from mtkd.pool.pool import TeacherPool
 from mtkd.pool.sharded import ShardedModel, shard
 
 __all__ = [
+    "BACKENDS",
+    "Backend",
     "CachedTeacher",
     "ElsewhereModel",
     "LiveModel",
     "LiveTeacher",
     "OffloadedModel",
     "ShardedModel",
+    "Site",
     "Teacher",
     "TeacherPool",
     "offload",

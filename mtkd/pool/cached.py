@@ -5,6 +5,7 @@ from __future__ import annotations
 from mtkd.data.batch import Batch
 from mtkd.models.features import Features, split_key
 from mtkd.models.info import ModelInfo
+from mtkd.pool.backend import Backend
 from mtkd.pool.cache import CacheReader
 
 
@@ -39,3 +40,9 @@ class CachedTeacher:
 
     def close(self) -> None:
         self._reader = None
+
+
+class Cached(Backend):
+    """What the teacher said once is read from disk; no memory; `mtkd.planning.cachefolder` opens it."""
+
+    runs = False

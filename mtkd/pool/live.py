@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from mtkd.config import TeacherConfig
 from mtkd.data.batch import Batch
 from mtkd.models.broken import broken_weights
 from mtkd.models.features import Features
 from mtkd.models.forward import features_of
 from mtkd.models.linear import speed_up_linears
 from mtkd.models.taps import TappedModel
+from mtkd.pool.backend import Backend, Site
 from mtkd.pool.base import ElsewhereModel, LiveModel
+from mtkd.pool.sizes import FLOAT, Place, Share, TeacherSize
 
 
 def check_finite(model: TappedModel, where: str) -> None:
@@ -65,3 +70,21 @@ class LiveTeacher:
         if isinstance(self._model, ElsewhereModel):
             self._model.close()
         self._model = None
+
+
+class Resident(Backend):
+    """The weights stay in memory beside the student's."""
+
+    lighter = ("offload", "sharded")
+
+    def share(self, teachers: Sequence[TeacherSize], place: Place) -> Share:
+        whole = FLOAT * sum(t.parameters for t in teachers)
+        return Share(whole, whole)
+
+    def built(self, teacher: TeacherSize) -> int:
+        return teacher.parameters
+
+    def open(self, teacher: TeacherConfig, model: TappedModel, site: Site, where: str) -> LiveModel:
+        check_finite(model, where)
+        model.verify()
+        return model

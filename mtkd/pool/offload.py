@@ -11,7 +11,9 @@ A streamed teacher's parameters stay in the safetensors files of its folder and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import mmap
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mtkd.config import TeacherConfig
 from mtkd.data.batch import Batch
 from mtkd.engine.dist import Dist
 from mtkd.errors import DataError, UserError
@@ -27,7 +30,10 @@ from mtkd.models.broken import Overflow
 from mtkd.models.features import Features, HeadLogits
 from mtkd.models.taps import TappedModel
 from mtkd.models.weights import find_weights
-from mtkd.pool.base import ElsewhereModel, move_buffers
+from mtkd.pool.backend import Backend, Site
+from mtkd.pool.base import ElsewhereModel, LiveModel, move_buffers
+from mtkd.pool.live import check_finite
+from mtkd.pool.sizes import FLOAT, Place, Share, TeacherSize, free_disk
 from mtkd.pool.streaming import StreamedParameters
 from mtkd.pool.waiting import MappedParameters, PinnedParameters, Waiting
 
@@ -187,3 +193,77 @@ def stream(model: TappedModel, folder: Path, device: torch.device, dtype: torch.
         streamed.close()
         raise
     return streamed
+
+
+class Offload(Backend):
+    """The weights wait outside the device's memory: on a CPU in a mapped file, for a GPU in pinned host memory."""
+
+    shown = True
+
+    def share(self, teachers: Sequence[TeacherSize], place: Place) -> Share:
+        """The largest one counts.
+
+        Of a GPU in pinned memory; the heads stay until a micro-batch is done. Of a CPU in a file, whose pages in the
+        kernel's cache are nobody's memory.
+        """
+        whole, heads = FLOAT * sum(t.parameters for t in teachers), FLOAT * sum(t.head for t in teachers)
+        if not place.on_gpu:
+            largest, head = max(t.parameters for t in teachers), max(t.head for t in teachers)
+            return Share(FLOAT * largest, FLOAT * head, disk=whole)
+        bodies = sorted((t.parameters - t.head for t in teachers), reverse=True)
+        return Share(FLOAT * sum(bodies[: 1 + place.prefetch]) + heads, heads, host=whole * place.local)
+
+    def passing(self, teacher: TeacherSize, on_gpu: bool) -> int:
+        # It is copied to where it waits before the next is loaded.
+        return teacher.parameters * (2 if on_gpu else 1)
+
+    def open(self, teacher: TeacherConfig, model: TappedModel, site: Site, where: str) -> LiveModel:
+        check_finite(model, where)
+        model.verify()
+        # Before the next one is loaded: there is never memory for two.
+        return offload(model, site.device, site.file, site.dist)
+
+
+class Streamed(Backend):
+    """The weights stay in the files of the model's folder and are in memory a layer at a time."""
+
+    in_files = shown = True
+
+    def share(self, teachers: Sequence[TeacherSize], place: Place) -> Share:
+        """The layer that runs; the heads, of a CPU one at a time. Weights stay in their own files."""
+        heads = FLOAT * (sum(t.head for t in teachers) if place.on_gpu else max(t.head for t in teachers))
+        return Share(FLOAT * max(t.layer for t in teachers) + heads, heads)
+
+    def remark(self, tokens: int) -> str:
+        return f"all its weights are read from disk for every batch of <= {tokens:,} tokens"
+
+    def open(self, teacher: TeacherConfig, model: TappedModel, site: Site, where: str) -> LiveModel:
+        return stream(model, site.folder(), site.device, site.dtype)
+
+
+def check_offload(teachers: Sequence[TeacherSize], folder: Path, *, on_gpu: bool, where: str) -> None:
+    """Refuse to offload where it cannot be done: no room on the disk, or a system that cannot give pages back.
+
+    Args: folder: of the run, which may not exist yet.
+    Raises:
+        UserError: naming the stage.
+    """
+    needed = 0 if on_gpu else FLOAT * sum(t.parameters for t in teachers if t.backend == "offload")
+    maps = needed or any(t.backend == "streamed" for t in teachers)
+    if maps and not (hasattr(mmap, "MADV_DONTNEED") and hasattr(os, "posix_fadvise")):
+        raise UserError(
+            "streamed teachers, and offloaded ones on a CPU, need Linux: this system cannot give mapped pages back",
+            where=where,
+            todo="use backend: resident",
+        )
+    if not needed:
+        return
+    there, free = free_disk(folder)
+    if needed > free:
+        raise UserError(
+            "the disk has no room for the offloaded teachers, which are written there in float32",
+            where=where,
+            found=f"{free / 1e9:.1f} GB free in {there}",
+            allowed=f"at least {needed / 1e9:.1f} GB",
+            todo="make room, put `output` on another disk, or use backend: resident",
+        )

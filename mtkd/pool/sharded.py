@@ -8,7 +8,7 @@ pool does: every teacher runs on every micro-batch, whatever its weights are and
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,10 @@ from mtkd.models.features import Features
 from mtkd.models.forward import number_format
 from mtkd.models.taps import LOW_TOLERANCE, VERIFY_TOLERANCE, TappedModel
 from mtkd.models.weights import find_weights
-from mtkd.pool.base import ElsewhereModel, move_buffers
+from mtkd.pool.backend import Backend, Site
+from mtkd.pool.base import ElsewhereModel, LiveModel, move_buffers
 from mtkd.pool.partition import engine_settings, largest_part, partition
+from mtkd.pool.sizes import FLOAT, Place, Share, TeacherSize
 
 
 class ShardedModel(ElsewhereModel):
@@ -131,6 +133,26 @@ def shard(
     sharded = ShardedModel(model, settings, device.type if half else None)
     sharded.verify()
     return sharded
+
+
+class Sharded(Backend):
+    """Every rank keeps a part of the weights."""
+
+    in_files = shown = several = True
+
+    def share(self, teachers: Sequence[TeacherSize], place: Place) -> Share:
+        """A part of each on every rank; the layer that runs and what is gathered ahead of it; each head once, whole."""
+        away = ("cpu", "nvme") if place.on_gpu else ("nvme",)  # a CPU's memory is the host's
+        parts = sum(t.parameters for t in teachers if t.waits not in away) / place.ranks
+        pinned = sum(t.parameters for t in teachers if t.waits == "cpu") if place.on_gpu else 0
+        files = sum(t.parameters for t in teachers if t.waits == "nvme")
+        gathered = max(min(t.layer + t.ahead, t.parameters) for t in teachers)
+        after = parts + sum(t.head for t in teachers)
+        here = place.local / place.ranks  # of all parts, on one host
+        return Share(FLOAT * (after + gathered), FLOAT * after, FLOAT * pinned * here, FLOAT * files * here)
+
+    def open(self, teacher: TeacherConfig, model: TappedModel, site: Site, where: str) -> LiveModel:
+        return shard(model, site.folder(), teacher, site.device, site.dtype, site.dist, where)
 
 
 def _in_float32(module: nn.Module, inputs: object, output: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,7 @@ from mtkd.planning.locate import compare_tokenizer, given_tokenizer, resolve_pat
 from mtkd.planning.places import placed
 from mtkd.planning.stages import identity, member_of, stage_of, stage_seed
 from mtkd.planning.teaching import heads_read
-from mtkd.pool import CachedTeacher, LiveModel, LiveTeacher, Teacher, TeacherPool, offload, shard, stream
-from mtkd.pool.live import check_finite
+from mtkd.pool import BACKENDS, CachedTeacher, LiveModel, LiveTeacher, Site, Teacher, TeacherPool
 from mtkd.running.built import BuiltStage
 from mtkd.weightings.base import StageFacts
 from mtkd.weightings.make import make_weighting, stage_facts
@@ -157,7 +156,7 @@ class Workshop:
                 models[f"{role} vocabulary"] = fingerprint(parts)
         for i, teacher in enumerate(stage.teachers):
             where = f"stages.{name}.teachers[{i}].model"
-            if teacher.backend == "cached" and stage_of(teacher.model.path) is None:
+            if not BACKENDS[teacher.backend].runs and stage_of(teacher.model.path) is None:
                 models[f"teacher {teacher.name}"] = cache_digest(
                     cache_folder(teacher.model.path or "", self.base, where)
                 )
@@ -280,20 +279,14 @@ class Workshop:
             assert teacher.model.path is not None
             if data.task.token_level and self.vocabulary(teacher.model, where) is not None:
                 raise compressed_teacher(teacher.model.path, where)
-            in_files = teacher.backend in ("streamed", "sharded")
+            backend = BACKENDS[teacher.backend]
             taught = Taught(reads, teacher.classes)
-            model = self.model(teacher.model, data, seed=0, where=where, empty=in_files, taught=taught)
-            if in_files:
-                found = find_folder(teacher.model.path, teacher.model.revision, self.resolve, weights=True)
-                if teacher.backend == "streamed":
-                    return stream(model, found, self.device, self.dtype)
-                return shard(model, found, teacher, self.device, self.dtype, self.dist, where)
-            check_finite(model, where)
-            model.verify()
-            if teacher.backend == "resident":
-                return model
-            # before the next one is loaded: there is never memory for two
-            return offload(model, self.device, self.run.offload_file(teacher.name), self.dist)
+            model = self.model(teacher.model, data, seed=0, where=where, empty=backend.in_files, taught=taught)
+            path, revision = teacher.model.path, teacher.model.revision
+            folder = partial(find_folder, path, revision, self.resolve, weights=True)
+            file = self.run.offload_file(teacher.name)
+            site = Site(self.device, self.dtype, self.dist, folder, file)
+            return backend.open(teacher, model, site, where)
 
     def build(self, name: str) -> BuiltStage:
         """Load and wire everything of a stage.
@@ -334,7 +327,7 @@ class Workshop:
         """Objective and pool of a stage with one student; without teachers it learns from the labels alone."""
         names, seed = tuple(t.name for t in stage.teachers), stage_seed(self.config, stage)
         live = {t.name: self.teacher(t, data, f"{where}.teachers[{i}]", reads)
-                for i, t in enumerate(stage.teachers) if t.backend != "cached"}  # fmt: skip
+                for i, t in enumerate(stage.teachers) if BACKENDS[t.backend].runs}  # fmt: skip
         first = live.get(names[0]) if names else None
         student = self.model(stage.trained["student"], data, seed, first, f"{where}.student")
         if stage.batch.packing:

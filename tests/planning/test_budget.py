@@ -16,7 +16,9 @@ import mtkd
 from mtkd.config import BatchConfig, EngineConfig, ModelConfig, StageConfig, TeacherConfig
 from mtkd.config.match import Match
 from mtkd.planning.budget import Limits, StageMemory, _changes, find_limits, stage_memory
-from mtkd.planning.memory import FLOAT, Place, Share, TeacherSize, teacher_share, trained_share
+from mtkd.planning.memory import trained_share
+from mtkd.pool.backends import teacher_share
+from mtkd.pool.sizes import FLOAT, Place, Share, TeacherSize
 
 HERE = {"GPU": "given", "host": "found", "disk": "found"}
 

@@ -24,8 +24,8 @@ from mtkd.objective.objective import Objective
 from mtkd.objective.wire import Wiring, wire
 from mtkd.planning.budget import Limits, Sketch, StageMemory, stage_memory
 from mtkd.planning.footprint import CachedShape, Shape
-from mtkd.planning.memory import TeacherSize
 from mtkd.pool import LiveTeacher, Teacher, TeacherPool, offload
+from mtkd.pool.sizes import TeacherSize
 from mtkd.weightings.make import make_weighting, stage_facts
 
 IDS, SEQUENCES, LENGTH = 8_000, 4, 128

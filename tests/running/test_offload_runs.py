@@ -16,9 +16,10 @@ from tiny_run import NAME, STUDENT_STEPS, ids_file, tiny_config, with_teacher, w
 import mtkd
 from mtkd.config import RunConfig
 from mtkd.errors import UserError
-from mtkd.planning.memory import FLOAT, Place, Share, TeacherSize, teacher_share
+from mtkd.pool.backends import teacher_share
+from mtkd.pool.sizes import FLOAT, Place, Share, TeacherSize
 
-DISK = "mtkd.planning.memory.shutil.disk_usage"
+DISK = "mtkd.pool.sizes.shutil.disk_usage"
 
 
 def pool(backend: str) -> dict[str, Any]:

@@ -18,7 +18,9 @@ import mtkd
 import mtkd.running.run
 from mtkd.data.tokenizers import train_tokenizer
 from mtkd.errors import DataError, UserError
-from mtkd.planning.memory import FLOAT, Place, TeacherSize, check_offload, teacher_share
+from mtkd.pool.backends import teacher_share
+from mtkd.pool.offload import check_offload
+from mtkd.pool.sizes import FLOAT, Place, TeacherSize
 
 STREAMED = [{**teacher, "backend": "streamed"} for teacher in LIVE]
 
@@ -114,6 +116,6 @@ def test_the_plan_counts_a_layer_and_the_heads() -> None:
 def test_a_system_that_cannot_give_pages_back_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     streamed = [TeacherSize(110, 30, "streamed")]
     check_offload(streamed, tmp_path, on_gpu=True, where="stages.s.teachers")
-    monkeypatch.delattr("mtkd.planning.memory.mmap.MADV_DONTNEED")
+    monkeypatch.delattr("mmap.MADV_DONTNEED")
     with pytest.raises(UserError, match="need Linux"):
         check_offload(streamed, tmp_path, on_gpu=True, where="stages.s.teachers")

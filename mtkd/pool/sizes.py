@@ -1,0 +1,66 @@
+"""What teachers take of memory, in numbers that every backend understands."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+FLOAT = 4
+"""Bytes of a float32: the weights of student and teachers, whatever their file holds."""
+
+
+@dataclass(frozen=True)
+class TeacherSize:
+    """Parameters of a teacher, those of its vocabulary-size output head among them, and where they live.
+
+    Attributes:
+        ahead: sharded: numbers that are gathered before their layer runs.
+        waits: sharded: where a rank's part is: "none" (on its device), "cpu" or "nvme".
+    """
+
+    parameters: int
+    head: int
+    backend: str
+    layers: int = 1
+    ahead: int = 20_000_000
+    waits: str = "none"
+
+    @property
+    def layer(self) -> int:
+        """Parameters of one layer, all being equal; other tables of embeddings count among them."""
+        return -(-(self.parameters - self.head) // self.layers)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a stage runs. Attributes: ranks: in all; local: of them on one host; prefetch: `engine.prefetch`."""
+
+    on_gpu: bool
+    prefetch: bool = True
+    ranks: int = 1
+    local: int = 1
+
+
+@dataclass(frozen=True)
+class Share:
+    """Bytes of the teachers' weights.
+
+    Attributes:
+        rank: on a rank's device while the teachers run. after: there while the student learns from what they said.
+        host: in the host's memory per host, beside what ranks on a CPU hold there. disk: in files.
+    """
+
+    rank: float = 0
+    after: float = 0
+    host: float = 0
+    disk: float = 0
+
+    def __add__(self, other: Share) -> Share:
+        return Share(self.rank + other.rank, self.after + other.after, self.host + other.host, self.disk + other.disk)
+
+
+def free_disk(folder: Path) -> tuple[Path, int]:
+    """(the nearest folder above that exists, bytes free there)."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
+    return there, shutil.disk_usage(there).free
