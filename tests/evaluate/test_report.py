@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -410,6 +411,28 @@ def test_an_empty_folder_and_none(tmp_path: Path):
     assert terminal_tables(tmp_path) == []
     with pytest.raises(DataError):
         write_report(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "results.json", "env.json"])
+def test_a_pipe_is_named_and_not_waited_for(tmp_path: Path, name: str):
+    run = write_run(tmp_path / "run")
+    (run / name).unlink()
+    os.mkfifo(run / name)
+    assert f"{name}: not a plain file" in read_run(run).problems
+
+
+def test_lines_of_no_stage_are_left_out(tmp_path: Path):
+    """A flipped bit in a name makes no stage of its own."""
+    run = write_run(tmp_path / "run")
+    whole = read_run(run)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "teache\ufffd", "step": 1, "loss": 1.0}\n')
+    damaged = read_run(run)
+    assert damaged.stages == whole.stages
+    assert damaged.problems == [
+        *whole.problems,
+        "metrics.jsonl: 1 lines are of no stage of this run, and were left out",
+    ]
 
 
 def test_broken_files_are_named(tmp_path: Path):

@@ -15,7 +15,7 @@ import yaml
 from mtkd.engine.folder import RunDir
 from mtkd.engine.jsonlines import VALIDATION
 from mtkd.engine.notes import Environment, Results, read_done
-from mtkd.engine.record import check_digest, read_record
+from mtkd.engine.record import check_digest, plain_bytes, read_record
 from mtkd.engine.runyaml import own_config
 from mtkd.errors import DataError, masked
 
@@ -209,9 +209,13 @@ def _finish(record: StageRecord, done: Mapping[str, Any]) -> None:
 
 
 def _read_metrics(path: Path, records: dict[str, StageRecord], problems: list[str]) -> None:
+    known, strange = frozenset(records), 0
     for line in _lines(path, problems):
         name, step = str(line.get("stage", "")), _integer(line.get("step"))
         if not name or step is None:
+            continue
+        if known and name not in known:  # a damaged name would be shown as a stage of its own
+            strange += 1
             continue
         record = records.setdefault(name, StageRecord(name))
         given = {key: value for key, value in line.items() if key not in _INDEX}
@@ -231,6 +235,8 @@ def _read_metrics(path: Path, records: dict[str, StageRecord], problems: list[st
             if key in record.validation:
                 record.validation[key].cut(step)
         _append(record.validation, step, validation)
+    if strange:
+        problems.append(f"{path.name}: {strange} lines are of no stage of this run, and were left out")
 
 
 def _append(curves: dict[str, Curve], step: int, values: Mapping[str, Any]) -> None:
@@ -278,11 +284,11 @@ def _json(path: Path, problems: list[str]) -> dict[str, Any]:
 
 def _text(path: Path, problems: list[str]) -> str | None:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return plain_bytes(path).decode(errors="replace")
     except FileNotFoundError:
         return None
-    except OSError as error:
-        problems.append(f"{path.name} cannot be read: {error.strerror}")
+    except DataError as error:
+        problems.append(f"{path.name}: {error.message}")
         return None
 
 
