@@ -5,7 +5,7 @@ its sibling, ...) is done to a copy of a finished or a stopped run: a classifica
 Then `mtkd status`, `plan`, `report`, `cache verify`, `resume` and `run`. It has to be detected (exit code 2 or 3, with
 the file and what to do), recovered from (results of the undamaged run, bit by bit), or without effect.
 
-    python benchmarks/damage.py                 # 200 damages, about 40 minutes on two cores
+    python benchmarks/damage.py                 # 200 damages, about 10 minutes on two cores
     python benchmarks/damage.py --count 20 --seed 3
 
 What was judged is kept with the digest of the code: stop it and call again, and it goes on. Exit code 1 after a fault.
