@@ -28,7 +28,6 @@ ENTRY_POINT_GROUP = "mtkd.plugins"
 # Where the names registered just now come from; `load_plugins` sets it while it imports a plug-in.
 _origin = BUILT_IN
 
-
 _ALL: list[Registry[Any]] = []
 _BUILT_IN_MODULES = ("mtkd.losses", "mtkd.weightings", "mtkd.methods.papers", "mtkd.data.sources", "mtkd.data.tasks")
 
@@ -40,8 +39,8 @@ class Registry(Mapping[str, Value], Generic[Value]):
         self.kind = kind
         self._module = module
         self._values: dict[str, Value] = {}
-        _ALL.append(self)
         self._origins: dict[str, str] = {}
+        _ALL.append(self)
 
     def add(self, name: str, value: Value) -> None:
         """Register `value`; raises UserError when the name is taken by somebody else."""
@@ -182,7 +181,7 @@ def _remember(key: str, origin: str, file: Path | None, own: Path | None = None,
     if file is None:
         return
     now = {"": hashlib.sha256(file.read_bytes()).hexdigest(), **depends_on(file, own, package)}
-    if key == str(file.resolve()) and not any(origin in registry._origins.values() for registry in _registries()):
+    if key == str(file.resolve()) and not any(origin in registry._origins.values() for registry in _ALL):
         _everywhere.add(origin)
     before = _code.setdefault(key, now)
     if changed := sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)):
@@ -219,14 +218,15 @@ def _import_plugin(origin: str, load: Callable[[], object], key: str = "") -> No
     key = key or f"entry point {origin}"
     if key in _loaded_plugins:
         return
-    _registries()
+    for module in _BUILT_IN_MODULES:  # a plug-in's own import of one must not make that module's names the plug-in's
+        importlib.import_module(module)
     _origin = origin
     try:
         load()
         _loaded_plugins[key] = origin
         _code.pop(key, None)
     except (Exception, SystemExit) as error:
-        for registry in _registries():
+        for registry in _ALL:
             registry.forget(origin)
         if isinstance(error, UserError):
             raise
@@ -237,13 +237,6 @@ def _import_plugin(origin: str, load: Callable[[], object], key: str = "") -> No
         ) from error
     finally:
         _origin = BUILT_IN
-
-
-def _registries() -> list[Registry[Any]]:
-    """All of them with their built-ins. A plug-in's import of a built-in module must not claim that module's names."""
-    for module in _BUILT_IN_MODULES:
-        importlib.import_module(module)
-    return _ALL
 
 
 def keyword_parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:

@@ -41,6 +41,12 @@ def full_disk(error: BaseException) -> UserError | None:
     return None
 
 
+def free_disk(folder: Path) -> tuple[Path, int]:
+    """(the nearest folder above that exists, bytes free there)."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
+    return there, shutil.disk_usage(there).free
+
+
 def _chain(error: BaseException) -> Iterator[BaseException]:
     seen: set[int] = set()
     following: BaseException | None = error

@@ -26,28 +26,10 @@ from mtkd.config import RunConfig, check_name, yamlfile
 from mtkd.engine.notes import Done, Environment, read_done
 from mtkd.engine.record import FORMAT, plain_bytes, read_object, read_record, write_record
 from mtkd.engine.seal import (
-    Found,
-    check_seal,
-    newest_sealed,
-    save_sealed,
-    seal,
     write_atomic,
     write_sealed,
 )
 from mtkd.errors import DataError, UserError, without_secrets
-
-__all__ = [
-    "Found",
-    "RunDir",
-    "StageDir",
-    "check_seal",
-    "environment",
-    "newest_sealed",
-    "save_sealed",
-    "seal",
-    "versions",
-    "write_atomic",
-]
 
 PACKAGES = ("mtkd", "torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors", "scipy", "pydantic")
 _STAGE_FOLDER = re.compile(r"\d{2,}-(.+)")

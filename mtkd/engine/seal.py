@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mtkd.engine.disk import free_disk
 from mtkd.engine.dist import Dist, together
 from mtkd.engine.manifest import MANIFEST, broken_files, check_seal, read_manifest, seal
 from mtkd.engine.record import TEMPORARY as _TEMPORARY
@@ -143,7 +144,7 @@ def _reason(error: Exception, temporary: Path) -> str:
     before = 0
     with suppress(DataError, StopIteration):
         before = sum(entry["size"] for entry in read_manifest(next(_checkpoints(temporary.parent)))["files"].values())
-    free = shutil.disk_usage(next(p for p in temporary.parents if p.exists())).free
+    _, free = free_disk(temporary.parent)
     return f"{text} (free: {free:,} bytes; needed: at least {max(before, written + 1):,} bytes)"
 
 

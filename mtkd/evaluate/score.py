@@ -16,8 +16,7 @@ from mtkd.data.batch import Batch
 from mtkd.data.load import LoadedData
 from mtkd.data.split import Split
 from mtkd.engine.dist import Dist, alive
-from mtkd.models.features import as_logits
-from mtkd.models.forward import LOGITS, features_of
+from mtkd.models.forward import logits_of
 from mtkd.models.taps import TappedModel
 from mtkd.models.vocabulary import VocabularyMap
 from mtkd.pool import LiveModel
@@ -47,7 +46,7 @@ class Scorer:
 
         A regression model (one column) gives its mean output instead of a log-probability.
         """
-        values = [as_logits(features_of(model, batch, LOGITS, self.dtype)["logits"]) for model in models]
+        values = [logits_of(model, batch, self.dtype) for model in models]
         alive()
         index = batch.target_mask.reshape(-1).nonzero().squeeze(-1)  # [n]
         with self.whole_head():

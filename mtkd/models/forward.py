@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from mtkd.data.batch import Batch
-from mtkd.models.features import Features
+from mtkd.models.features import Features, Logits, as_logits
 
 LOGITS = frozenset({"logits"})
 """What a reader of predictions wants of a model."""
@@ -24,3 +24,8 @@ def features_of(
     """The features of a batch, which is on the model's device, with matrix products in `dtype`."""
     with number_format(batch.input_ids.device.type, dtype):
         return model(batch, wants)
+
+
+def logits_of(model: Callable[[Batch, frozenset[str]], Features], batch: Batch, dtype: torch.dtype) -> Logits:
+    """The logits of a batch. Whoever reads a sharded head gathers it first, and casts (`Logits.in_dtype`) inside."""
+    return as_logits(features_of(model, batch, LOGITS, dtype)["logits"])

@@ -22,6 +22,7 @@ from mtkd.errors import UserError, nearest
 from mtkd.models.attention import AttentionCall, Recorder, recording
 from mtkd.models.broken import overflowing_model
 from mtkd.models.features import ATTENTION, DenseLogits, Features, HeadLogits, split_key
+from mtkd.models.forward import number_format
 from mtkd.models.headcalls import head_forward, last_position, pooled_forward
 from mtkd.models.heads import output_layer, stand_in_pad
 from mtkd.models.info import GLM, PRE_TRAINING, TAP, TOKEN_LEVEL, check_packing, model_info
@@ -250,10 +251,9 @@ class TappedModel(nn.Module):
             batch = self._few_tokens((2,))
             last = self.info.num_layers
             recorder = Recorder(frozenset({last} if "query" in self.info.taps else ()), whole_logits=True)
-            low = torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
             inputs = self._inputs(batch, None)
             recorder.last = last_position(inputs, self.model.config) if self._pools_last else None
-            with recording(recorder), low:  # one pass for both: it may read 20 GB from a disk
+            with recording(recorder), number_format(batch.input_ids.device.type, dtype):  # once: it may read 20 GB
                 output = self.model(**inputs, output_hidden_states=[last])
             self._check_calls(recorder)
             ours = self._logits(recorder, output).in_dtype(torch.float32)

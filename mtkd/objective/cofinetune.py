@@ -17,8 +17,8 @@ from mtkd.engine.base import Trainable
 from mtkd.engine.jsonlines import ROW
 from mtkd.errors import UserError
 from mtkd.losses.spec import LOSSES
-from mtkd.models.features import Features, as_logits
-from mtkd.models.forward import LOGITS, features_of
+from mtkd.models.features import Features
+from mtkd.models.forward import logits_of
 from mtkd.models.info import GLM, ModelInfo
 from mtkd.models.taps import TappedModel
 
@@ -128,7 +128,7 @@ class CoFinetuning(Trainable):
         metrics: dict[str, Tensor] = {}
         labels, mask = batch.targets, batch.target_mask
         for name, model in self.models.items():
-            logits = as_logits(features_of(model, batch, LOGITS, self.dtype)["logits"])
+            logits = logits_of(model, batch, self.dtype)
             scores = logits.rows(torch.arange(len(labels), device=labels.device))
             value = self._loss(scores, labels, mask).sum() / max(counts["targets"], 1)
             total = total + value

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mtkd.data.batch import Batch
 from mtkd.errors import UserError
-from mtkd.models.features import Features, SparseRows, as_logits
-from mtkd.models.forward import LOGITS, features_of
+from mtkd.models.features import Features, SparseRows
+from mtkd.models.forward import logits_of
 from mtkd.objective.compile import Row
 from mtkd.objective.kept import completed, read
 from mtkd.objective.objective import Counts, Objective
@@ -38,16 +38,16 @@ def gram(
         counts: global numbers of positions of the step.
         whole_head: gathers a sharded output head; entered after the forward pass, whose own end shards it again.
     """
-    features = features_of(objective.student, batch, LOGITS, objective.dtype)
+    logits = logits_of(objective.student, batch, objective.dtype)
     rows = [row for row in objective.rows if has_gradient(row.match)]
     at = positions_of(rows, batch, objective.token_level)
     total = torch.zeros(len(teachers), len(teachers), dtype=torch.float64, device=at.index.device)
     with whole_head():
-        student, theirs = as_logits(features["logits"]).in_dtype(objective.dtype), objective.teacher_logits(teachers)
+        student, theirs = logits.in_dtype(objective.dtype), objective.teacher_logits(teachers)
         for piece in objective.pieces.of(len(at.index), objective.tile):
             index, has_label = at.index[piece], at.has_label[piece]  # [m]
             ours = student.rows(index)  # [m,V]
-            gradients = [_gradient(objective, rows, ours, read(logits, index), has_label, counts) for logits in theirs]
+            gradients = [_gradient(objective, rows, ours, read(each, index), has_label, counts) for each in theirs]
             total += _products(torch.stack(gradients))  # [T,m*V] -> [T,T]
     return total
 

@@ -13,6 +13,7 @@ from mtkd.errors import LawBroken
 from mtkd.losses.laws import NUMERIC_LABELS, TOLERANCE, Options, difference
 from mtkd.losses.spec import LOSSES, LossSpec
 from mtkd.models.features import HeadLogits
+from mtkd.models.forward import number_format
 from mtkd.objective.compile import Row
 from mtkd.objective.ensembles import ensemble_losses
 from mtkd.objective.tiles import tiled
@@ -87,7 +88,7 @@ def _whole(head: _Head, dtype: torch.dtype) -> tuple[Tensor, ...]:
     exact = dtype == torch.float64
     parts = tuple(x.detach().double().requires_grad_() for x in head.parts) if exact else head.parts
     hidden, weight, bias, weights = parts
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+    with number_format("cpu", dtype):
         rows, columns = hidden.reshape(20, -1)[head.index], head.columns
         logits = torch.nn.functional.linear(rows, weight[:columns], bias[:columns])
     logits = logits if exact else logits.float()

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mtkd.data.batch import Batch
 from mtkd.engine.base import Engine, Trainable
-from mtkd.models.features import Features, as_logits
-from mtkd.models.forward import LOGITS, features_of
+from mtkd.models.features import Features
+from mtkd.models.forward import logits_of
 from mtkd.objective.gram import gram
 from mtkd.objective.objective import Objective
 from mtkd.pool import TeacherPool
@@ -69,9 +69,9 @@ def after_step(objective: Trainable, engine: Engine, micro_batches: list[Batch])
 @torch.no_grad()
 def _losses(objective: Objective, batch: Batch, engine: Engine) -> Tensor:
     """The student's mean loss on each example's labels, [B]."""
-    features = features_of(objective.student, batch, LOGITS, objective.dtype)
+    logits = logits_of(objective.student, batch, objective.dtype)
     with engine.whole_head():
-        logits = as_logits(features["logits"]).in_dtype(objective.dtype)
+        logits = logits.in_dtype(objective.dtype)
         around = Around(batch.ids, student=logits)
         targets = objective.mapped(batch).targets
         return Traits([logits], targets, batch.target_mask, "example", objective.tile, around).student_loss

@@ -18,7 +18,7 @@ from mtkd.engine.base import Trainable
 from mtkd.engine.jsonlines import ROW, WEIGHT
 from mtkd.errors import UserError
 from mtkd.models.features import Features, HeadLogits, Logits, as_logits
-from mtkd.models.forward import features_of
+from mtkd.models.forward import LOGITS, features_of
 from mtkd.models.pieces import EVERY_PIECE, Pieces
 from mtkd.models.taps import TappedModel
 from mtkd.objective.compile import Row
@@ -92,7 +92,7 @@ class Objective(Trainable):
 
     def teacher_wants(self, k: int) -> frozenset[str]:
         """Feature keys asked of teacher k. Its logits are always among them: they cost nothing until they are read."""
-        return frozenset({"logits"}).union(*(row.teacher_wants(k) for row in self.rows))
+        return LOGITS.union(*(row.teacher_wants(k) for row in self.rows))
 
     def outside_parameters(self) -> list[nn.Parameter]:
         return [*super().outside_parameters(), *self.weighting.parameters()]

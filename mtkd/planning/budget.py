@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from mtkd.config import EngineConfig, StageConfig
+from mtkd.engine.disk import free_disk
 from mtkd.engine.launch import largest_node, num_processes
 from mtkd.engine.precision import here
 from mtkd.errors import UserError
@@ -23,7 +24,7 @@ from mtkd.planning.footprint import CachedShape, Footprint, Shape, Step, measure
 from mtkd.planning.memory import checkpoint_bytes, trained_share
 from mtkd.pool import BACKENDS
 from mtkd.pool.backends import teacher_share
-from mtkd.pool.sizes import FLOAT, Place, Share, TeacherSize, free_disk
+from mtkd.pool.sizes import FLOAT, Place, Share, TeacherSize
 
 GB = 1e9
 _WORTH = 0.01  # a change that saves less than this share of what is needed is no advice

@@ -23,7 +23,7 @@ from transformers import PretrainedConfig
 from mtkd.data.batch import Batch
 from mtkd.engine.base import Trainable
 from mtkd.models.features import DenseLogits, Features, SparseLogits, SparseRows
-from mtkd.models.forward import LOGITS, features_of
+from mtkd.models.forward import features_of, logits_of
 from mtkd.models.info import ModelInfo, attention_implementation, model_info
 from mtkd.models.linear import speed_up_linears
 from mtkd.models.pieces import Pieces
@@ -298,10 +298,8 @@ def _captured(step: Step) -> Footprint:
     with meter, torch.no_grad():
         meter.follow([*teacher.parameters(), *teacher.buffers(), batch.input_ids])
         meter.begin()
-        features = features_of(teacher, batch, LOGITS, step.dtype)
+        logits = logits_of(teacher, batch, step.dtype)
         meter.teachers, meter.at = meter.live - meter.base, "loss"
-        logits = features["logits"]
-        assert not isinstance(logits, Tensor)
         count = min(step.tile, step.sequences * (step.length if step.token_level else 1))
         rows = logits.in_dtype(step.dtype).rows(torch.zeros(count, dtype=torch.int64))
         torch.log_softmax(rows, -1).topk(min(128, rows.shape[-1]), -1)

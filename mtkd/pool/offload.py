@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from mtkd.config import TeacherConfig
 from mtkd.data.batch import Batch
+from mtkd.engine.disk import free_disk
 from mtkd.engine.dist import Dist
 from mtkd.errors import DataError, UserError
 from mtkd.models.broken import Overflow
@@ -33,7 +34,7 @@ from mtkd.models.weights import find_weights
 from mtkd.pool.backend import Backend, Site
 from mtkd.pool.base import ElsewhereModel, LiveModel, move_buffers
 from mtkd.pool.live import check_finite
-from mtkd.pool.sizes import FLOAT, Place, Share, TeacherSize, free_disk
+from mtkd.pool.sizes import FLOAT, Place, Share, TeacherSize
 from mtkd.pool.streaming import StreamedParameters
 from mtkd.pool.waiting import MappedParameters, PinnedParameters, Waiting
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
 FLOAT = 4
 """Bytes of a float32: the weights of student and teachers, whatever their file holds."""
@@ -58,9 +56,3 @@ class Share:
 
     def __add__(self, other: Share) -> Share:
         return Share(self.rank + other.rank, self.after + other.after, self.host + other.host, self.disk + other.disk)
-
-
-def free_disk(folder: Path) -> tuple[Path, int]:
-    """(the nearest folder above that exists, bytes free there)."""
-    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
-    return there, shutil.disk_usage(there).free

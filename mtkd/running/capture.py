@@ -28,8 +28,8 @@ from mtkd.data.sampler import length_batches
 from mtkd.data.split import Split
 from mtkd.data.tokenizers import num_real_ids
 from mtkd.engine.dist import alive, on_main, together
-from mtkd.engine.folder import RunDir, StageDir
-from mtkd.engine.jsonlines import append_jsonl, rewind
+from mtkd.engine.folder import StageDir
+from mtkd.engine.jsonlines import rewind
 from mtkd.engine.notes import Identity, read_seconds, write_seconds
 from mtkd.engine.record import read_record, write_record
 from mtkd.engine.seal import MANIFEST, fault_point, remove
@@ -47,6 +47,7 @@ from mtkd.pool.cache import CacheContent, CacheReader, CacheWriter, Record, make
 from mtkd.running.build import Workshop
 from mtkd.running.chance import warn_below_chance
 from mtkd.running.console import StageProgress
+from mtkd.running.metrics import JsonLines
 from mtkd.running.overflow import overflowing
 
 _IDENTITY, _SECONDS = "identity.json", "seconds.json"
@@ -320,13 +321,13 @@ def _failed(folder: Path, message: str) -> UserError:
 def _log(job: _Job) -> None:
     """Where the stage stands, for `mtkd status`, and the seconds for a later session."""
     write_seconds(job.folder.partial / _SECONDS, job.seconds)
-    line = {"stage": job.name, "step": job.shards, "time": time.time(), "seconds": round(job.seconds, 3)}
-    append_jsonl(RunDir(job.shop.run.path).metrics_file, {**line, "examples": job.examples})
+    lines = JsonLines(job.shop.run.metrics_file, job.name)
+    lines.write(job.shards, {"examples": job.examples}, {"seconds": round(job.seconds, 3)})
 
 
 def _catch_up(job: _Job) -> None:
     """Log the shards that a killed session wrote and did not log; drop lines of shards that are no more."""
-    if rewind(RunDir(job.shop.run.path).metrics_file, job.name, job.shards) < job.shards:
+    if rewind(job.shop.run.metrics_file, job.name, job.shards) < job.shards:
         _log(job)
 
 

@@ -14,6 +14,7 @@ from mtkd.data.progress import say
 from mtkd.data.sampler import length_batches, slots
 from mtkd.engine.dist import Dist, alive
 from mtkd.models.features import as_logits
+from mtkd.models.forward import LOGITS
 from mtkd.pool import Teacher
 
 # Texts and batches that are looked at, at most: seconds before a stage of hours. 256 texts tell 40% from 50% at three
@@ -47,7 +48,7 @@ def warn_below_chance(
         for some in _batches(data, chosen, batch, dist):
             on_device = some.to(device)
             index = on_device.target_mask.nonzero().squeeze(-1)
-            logits = as_logits(teacher.forward(on_device, frozenset({"logits"}))["logits"]).rows(index)
+            logits = as_logits(teacher.forward(on_device, LOGITS)["logits"]).rows(index)
             right += float((logits.argmax(-1) == on_device.targets[index]).sum())
             count += len(index)
             alive()

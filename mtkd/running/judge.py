@@ -19,6 +19,7 @@ from mtkd.errors import DataError
 from mtkd.evaluate.metrics import by_domain, summarise
 from mtkd.evaluate.score import Scorer
 from mtkd.evaluate.significance import compare, correct, num_rows
+from mtkd.models.forward import LOGITS
 from mtkd.models.taps import TappedModel
 from mtkd.planning.stages import scored_models, stage_of
 from mtkd.pool import LiveModel
@@ -136,7 +137,7 @@ def _models(shop: Workshop, model: str, data: LoadedData) -> list[LiveModel]:
     if not model.startswith(ENSEMBLE):
         return [shop.model(ModelConfig(path=STAGE_PREFIX + model), data, seed=0)]
     stage = model.removeprefix(ENSEMBLE)
-    where, reads = f"stages.{stage}.teachers", frozenset({"logits"})
+    where, reads = f"stages.{stage}.teachers", LOGITS
     teachers = shop.config.stages[stage].teachers
     return [shop.teacher(t, data, f"{where}[{i}]", reads) for i, t in enumerate(teachers)]
 

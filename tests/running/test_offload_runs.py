@@ -19,7 +19,7 @@ from mtkd.errors import UserError
 from mtkd.pool.backends import teacher_share
 from mtkd.pool.sizes import FLOAT, Place, Share, TeacherSize
 
-DISK = "mtkd.pool.sizes.shutil.disk_usage"
+DISK = "mtkd.engine.disk.shutil.disk_usage"
 
 
 def pool(backend: str) -> dict[str, Any]:
