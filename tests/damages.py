@@ -33,7 +33,7 @@ STATES = {
 }
 """Name of a run folder -> what is run, and where it was killed: in the student's training, or in the cache."""
 
-_AGAIN = re.compile(r"(again|anew|passed over|left out|skipped a broken checkpoint): ")
+_AGAIN = re.compile(r"(again|passed over|left out|skipped a broken checkpoint): ")
 _CLOCK = re.compile(r'"(seconds|time|peak_memory_bytes|tokens_per_second|steps_per_second)": [^,}\n]*,? ?')
 
 

@@ -43,7 +43,7 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON instead of a tabl
 
 Redo = Annotated[
     list[str] | None,
-    typer.Option("--redo", help="make this stage anew, and all that depend on it", metavar="STAGE"),
+    typer.Option("--redo", help="make this stage again, and all that depend on it", metavar="STAGE"),
 ]
 
 NoSsh = Annotated[
@@ -228,7 +228,7 @@ def convert_glm(
         ),
     ] = None,
     no_tokenizer: Annotated[
-        bool, typer.Option("--no-tokenizer", help="leave the vocabulary beside SOURCE alone: it is not a plain one")
+        bool, typer.Option("--no-tokenizer", help="do not convert the vocabulary next to SOURCE: it is not a plain one")
     ] = False,
     as_json: Json = False,
 ) -> None:

@@ -116,7 +116,7 @@ class DataConfig(Config):
         (), description="files: the columns' names in order, for .csv and .tsv files without a header line"
     )
     splits: dict[Literal["train", "validation", "test"], str] = Field(
-        default_factory=dict, description="hub: the source's own split name per split of ours"
+        default_factory=dict, description="hub: the source's name of each split (train, validation, test)"
     )
     domains: tuple[str, ...] = Field((), description="python-stdlib: prose, code (default: both)")
     documents: Length | None = Field(
@@ -171,8 +171,8 @@ class DataConfig(Config):
     infill: InfillConfig = Field(InfillConfig(), description="glm-infill: the mixture of objectives")
     redraw: bool = Field(
         True,
-        description="masked-lm, glm-infill: draw anew in every epoch what is asked for; false: once for all epochs, so "
-        "that teachers can be cached",
+        description="masked-lm, glm-infill: draw again in every epoch what is asked for; false: once for all epochs, "
+        "so that teachers can be cached",
     )
     teacher: str = Field("teacher", description="column that names each row's teacher; read by weighting: route")
     max_length: Length = Field(

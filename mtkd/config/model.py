@@ -164,7 +164,7 @@ class TeacherConfig(Config):
     )
     backend: Literal["resident", "offload", "streamed", "sharded", "cached"] = Field(
         "resident",
-        description="where its weights live: resident = beside the student; offload = in host memory (GPU) or a mapped "
+        description="where its weights live: resident = with the student; offload = in host memory (GPU) or a mapped "
         "file in the run folder (CPU), on the device only while it runs; streamed = in its own safetensors files, one "
         "layer at a time in memory: a batch reads all of them once; sharded = a part on every process, gathered layer "
         "by layer (engine.kind: deepspeed); cached = nowhere: its outputs are read from a cache (kind: cache), and it "

@@ -111,7 +111,7 @@ def check_names(rows: Dataset, origin: Origin, names: str, domains: str, kept: n
                 "two rows have the same name",
                 where=origin.where(row),
                 found=f"{every[row]}, as in {origin.where(other)}",
-                todo="drop `name` from the data entry: rows are then told apart by their number",
+                todo="drop `name` from the data entry: rows are then named by their number",
             )
 
 

@@ -193,7 +193,7 @@ def _saved_splits(config: DataConfig, base: Path, where: str) -> dict[Split, tup
     splits = _splits_in(folder, config.path or "")
     if not set(splits) & set(SPLITS):
         raise DataError(
-            "none of the saved splits has a name of ours",
+            "none of the saved splits is called train, validation or test",
             where=f"{where}.path",
             found=", ".join(splits),
             allowed=SPLITS,

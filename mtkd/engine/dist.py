@@ -149,8 +149,8 @@ def on_main(dist: Dist, action: Callable[[], Object]) -> Object:
         except UserError as error:
             outcome = [error]
         except OSError as error:
-            told = UserError(f"{error.strerror or error}", where=error.filename or "", todo="mend it and try again")
-            outcome = [full_disk(error) or told]
+            failure = UserError(f"{error.strerror or error}", where=error.filename or "", todo="fix it and try again")
+            outcome = [full_disk(error) or failure]
         except Exception as error:
             bug = error
             outcome = [UserError(f"the main process failed: {type(error).__name__}: {error}")]

@@ -82,7 +82,7 @@ class RunDir:
         if not run.config_file.exists():
             raise UserError("not the folder of a run: it has no run.yaml", where=str(path))
         if not run.config_file.is_file():
-            todo = "remove it; `mtkd run FILE` writes it anew"
+            todo = "remove it; `mtkd run FILE` writes it again"
             raise DataError("not a plain file", where=str(run.config_file), todo=todo)
         return run
 
@@ -199,7 +199,7 @@ class RunDir:
         Raises:
             DataError: it is missing or damaged.
         """
-        todo = "`mtkd run FILE` writes it anew"
+        todo = "`mtkd run FILE` writes it again"
         try:
             return read_record(self.environment_file, Environment, todo)
         except FileNotFoundError:

@@ -14,7 +14,7 @@ def own_config(folder: RunDir) -> RunConfig:
     Raises:
         UserError: it is not valid. DataError: it is damaged, or was changed by hand.
     """
-    file, todo = folder.config_file, "`mtkd run FILE` writes it anew; a changed configuration is a FILE of its own"
+    file, todo = folder.config_file, "`mtkd run FILE` writes it again; a changed configuration is a FILE of its own"
     if not folder.config_is_whole():
         raise DataError(
             "the run's copy of its configuration is damaged, or was changed: its digest differs (sha256)",

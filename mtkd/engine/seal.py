@@ -124,7 +124,7 @@ def _together(dist: Dist, temporary: Path, job: Callable[[], None]) -> None:
         return UserError(
             f"the checkpoint could not be written: {message}",
             where=str(temporary.parent),
-            todo="mend the cause and resume; earlier checkpoints are untouched",
+            todo="fix the cause and resume; earlier checkpoints are untouched",
         )
 
     try:

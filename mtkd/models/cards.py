@@ -69,7 +69,7 @@ def how_to_get(card: Card) -> str:
     """What brings the weights of a published GLM to where `missing_glm` looks for them."""
     return (
         f"download {card.source}, then `mtkd convert-glm FOLDER {card.name}` (with --vocabulary where the "
-        f"plain vocabulary does not lie beside the weights); the folder '{card.name}' is looked for beside the "
+        f"plain vocabulary is not in the folder of the weights); the folder '{card.name}' is looked for next to the "
         "configuration and in the working directory"
     )
 

@@ -276,7 +276,7 @@ def check_checkpoint(
             "the checkpoint belongs to another configuration, teacher, data set or tokenizer",
             where=f"stages.{name}",
             found="\n           ".join(changed + cut),
-            todo="undo the change, give the run another name, or begin this stage anew: " + redo_command([name]),
+            todo="undo the change, give the run another name, or begin this stage again: " + redo_command([name]),
         )
     whole = [(values["engine"], values["zero_stage"]) == ("deepspeed", 0) for values in (saved, layout)]
     if cut and not all(whole):
@@ -285,7 +285,7 @@ def check_checkpoint(
             where=f"stages.{name}",
             found="\n           ".join(cut),
             todo=f"go on as it was begun: {_command_for(saved)}\n"
-            f"           or begin this stage anew (earlier ones stay): {redo_command([name])}",
+            f"           or begin this stage again (earlier ones stay): {redo_command([name])}",
         )
 
 

@@ -172,7 +172,7 @@ def _begun(job: _Job, identity: dict[str, Any]) -> bool:
                 "the caches begun here are of another configuration, teacher, data set or tokenizer",
                 where=f"stages.{job.name}",
                 found="\n           ".join(changed),
-                todo="undo the change, give the run another name, or begin this stage anew: "
+                todo="undo the change, give the run another name, or begin this stage again: "
                 + redo_command([job.name]),
             )
         if folder == job.folder.partial:
@@ -186,7 +186,7 @@ def _begun(job: _Job, identity: dict[str, Any]) -> bool:
 
 def _damaged(job: _Job) -> str:
     """What helps when a note about what was begun is damaged."""
-    return f"begin this stage anew: {redo_command([job.name])}"
+    return f"begin this stage again: {redo_command([job.name])}"
 
 
 def _cache(job: _Job, config: TeacherConfig, where: str, stopped: StopFlag, progress: StageProgress) -> None:
@@ -314,7 +314,7 @@ def _failed(folder: Path, message: str) -> UserError:
     return UserError(
         f"the caches could not be made: {message}",
         where=str(folder),
-        todo="mend the cause and run it again: the shards that are written stay",
+        todo="fix the cause and run it again: the shards that are written stay",
     )
 
 

@@ -49,14 +49,14 @@ def remember(config: RunConfig, folder: RunDir) -> str:
     try:
         known = config_digest(own_config(folder)) == config_digest(config)
     except UserError as error:
-        say(f"written anew: {error.where}: {error.message}")
+        say(f"written again: {error.where}: {error.message}")
         known = False
     if not known or not folder.config_is_whole(must=True):
         folder.write_config(config)  # finished stages are compared with it one by one
     try:
         found = folder.environment()
     except DataError as error:
-        say(f"written anew: {error.where}: {error.message}")
+        say(f"written again: {error.where}: {error.message}")
         found = environment(sys.argv)
     run_id = str(found.get(_RUN_ID) or new_run_id())
     write_record(folder.environment_file, {**found, _BASE: str(config.base.resolve()), _RUN_ID: run_id})

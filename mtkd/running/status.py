@@ -46,14 +46,14 @@ def mark_of(config: RunConfig) -> int:
 def _holder(run: RunDir) -> str:
     """What the lock file says, if its lock is really held: the text outlives a killed process, the lock does not."""
     if not run.lock_file.is_file():  # a fifo would be waited for
-        return "nobody"
+        return "no process"
     with run.lock_file.open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:
             return file.read().strip()
         fcntl.flock(file, fcntl.LOCK_UN)
-    return "nobody"
+    return "no process"
 
 
 def _stage(name: str, folder: StageDir, line: dict[str, Any]) -> dict[str, Any]:

@@ -126,7 +126,7 @@ def test_status_report_and_plan(made):
         ("teacher", "done", 3),
         ("student", "done", 8),
     ]
-    assert status["held_by"] == "nobody"
+    assert status["held_by"] == "no process"
     assert "student" in invoke("report", result.folder)
     plan = json.loads(invoke("plan", folder / "run.yaml", "--json"))
     assert [s["state"] for s in plan["stages"]] == ["done, skipped"] * 2

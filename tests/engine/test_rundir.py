@@ -371,4 +371,4 @@ def test_a_fifo_in_place_of_the_lock_is_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "LOCK")
     with pytest.raises(DataError, match="not a plain file"), RunDir(tmp_path).lock():
         pass
-    assert _holder(RunDir(tmp_path)) == "nobody"
+    assert _holder(RunDir(tmp_path)) == "no process"

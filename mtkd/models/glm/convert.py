@@ -241,7 +241,7 @@ def _activation(opened: Checkpoint) -> str:
         return HUB_ACTIVATION if opened.hub else ORIGINAL_ACTIVATION
     if beside not in (HUB_ACTIVATION, ORIGINAL_ACTIVATION):
         raise DataError(
-            "the configuration beside the weights has an activation that no published GLM has",
+            "the configuration next to the weights has an activation that no published GLM has",
             where=str(opened.source),
             found=beside,
             allowed=[ORIGINAL_ACTIVATION, HUB_ACTIVATION],
@@ -255,7 +255,7 @@ def _heads(opened: Checkpoint, sizes: Mapping[str, int], given: int | None) -> i
     beside = opened.settings.get("num_attention_heads")
     if given is not None and isinstance(beside, int) and beside != given:
         raise UserError(
-            "the configuration beside the weights has another number of heads",
+            "the configuration next to the weights has another number of heads",
             where="--heads",
             found=given,
             allowed=beside,
@@ -267,9 +267,9 @@ def _heads(opened: Checkpoint, sizes: Mapping[str, int], given: int | None) -> i
     found = given or beside or (cards.pop() if len(cards) == 1 else None)
     if not isinstance(found, int) or found < 1 or sizes["width"] % found:
         raise UserError(
-            "the number of attention heads cannot be told from the weights",
+            "the number of attention heads cannot be read from the weights",
             where="--heads",
-            found=found or "no configuration beside the weights, and no card of this shape",
+            found=found or "no configuration next to the weights, and no card of this shape",
             allowed=f"a divisor of the width {sizes['width']}",
             todo="give it with --heads; the published models have heads of 64",
         )

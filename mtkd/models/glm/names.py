@@ -71,7 +71,7 @@ def rename(published: Collection[str], where: str) -> dict[str, str]:
     for name in published:
         new = our_name(name)
         if new in ours:
-            unexpected.append(f"{name} (beside {ours[new]})")
+            unexpected.append(f"{name} (in addition to {ours[new]})")
         else:
             ours[new] = name
     # Counted, not read off the largest number: that is whatever somebody else wrote.

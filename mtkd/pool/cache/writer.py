@@ -54,7 +54,7 @@ class CacheWriter:
                 "the folder holds a cache of something else",
                 where=str(path),
                 found=_difference(path, plan),
-                todo="remove the folder to make the cache anew, or write to another one",
+                todo="remove the folder to make the cache again, or write to another one",
             )
 
     @property
