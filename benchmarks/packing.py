@@ -29,6 +29,7 @@ from mtkd.data.sampler import Order, TrainStream
 from mtkd.data.tokenizers import num_real_ids, train_tokenizer
 from mtkd.engine.dist import Dist
 from mtkd.models.load import build_model
+from mtkd.models.request import ModelRequest
 from mtkd.models.taps import TappedModel
 from mtkd.objective.compile import compile_rows
 from mtkd.objective.objective import Objective
@@ -78,17 +79,9 @@ def objective(
     """A fresh model (a Llama for tokens, a BERT for classes) that learns from the labels."""
     causal = data.task.token_level
     config = ModelConfig(architecture="llama" if causal else "bert", **shape)
-    model = build_model(
-        config,
-        data.task.auto_class,
-        num_ids=num_real_ids(tokenizer),
-        max_positions=data.config.max_length,
-        num_labels=data.num_labels,
-        label_names=data.label_names,
-        tokenizer=tokenizer,
-        seed=0,
-        resolve=Path,
-    )
+    labels = (data.num_labels, data.label_names)
+    request = ModelRequest.of_data(data.name, data.config, labels, tokenizer, num_real_ids(tokenizer), Path)
+    model = build_model(config, request)
     student = TappedModel(model, data.task.auto_class, num_real_ids(tokenizer))
     if packing:
         student.enable_packing("benchmark")

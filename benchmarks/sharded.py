@@ -70,12 +70,12 @@ def empty_teacher(folder: Path):
     """The model of a folder in our taps, its parameters on the meta device."""
     from mtkd.config import ModelConfig
     from mtkd.models.load import build_model
+    from mtkd.models.request import ModelRequest
     from mtkd.models.taps import TappedModel
 
     auto_class = "AutoModelForCausalLM"
-    about = {"num_ids": VOCABULARY, "max_positions": LENGTH, "num_labels": 0, "label_names": (), "tokenizer": None}
-    config = ModelConfig(path=str(folder))
-    model = build_model(config, auto_class, seed=0, resolve=Path, empty=True, **about)
+    request = ModelRequest(auto_class, VOCABULARY, max_positions=LENGTH, tokenizer=None)
+    model = build_model(ModelConfig(path=str(folder)), request, empty=True)
     return TappedModel(model, auto_class, VOCABULARY)
 
 

@@ -17,6 +17,7 @@ from mtkd.engine.dist import Dist
 from mtkd.models.features import Features
 from mtkd.models.glm import GLMConfig, GLMForConditionalGeneration
 from mtkd.models.load import build_model, seeded
+from mtkd.models.request import ModelRequest
 from mtkd.models.taps import TappedModel
 from mtkd.pool import ShardedModel, shard
 
@@ -61,30 +62,23 @@ def write_models(folder: Path) -> None:
 
 def resident(folder: Path, name: str) -> TappedModel:
     """A teacher as the resident backend loads it."""
-    model = build_model(ModelConfig(path=str(folder / name)), HEADS[name], seed=0, **_described(name))
+    model = build_model(ModelConfig(path=str(folder / name)), _request(name))
     return TappedModel(model, HEADS[name], NUM_IDS)
 
 
 def sharded(folder: Path, name: str, dist: Dist, half: bool = False, **config: Any) -> ShardedModel:
     """The same teacher with a part on every rank."""
     path = str(folder / name)
-    empty = build_model(ModelConfig(path=path), HEADS[name], seed=0, empty=True, **_described(name))
+    empty = build_model(ModelConfig(path=path), _request(name), empty=True)
     teacher = TeacherConfig(name=name, model=ModelConfig(path=path), backend="sharded", sharded=ShardedConfig(**config))
     dtype = torch.bfloat16 if half else torch.float32
     return shard(TappedModel(empty, HEADS[name], NUM_IDS), folder / name, teacher, CPU, dtype, dist, "teachers[0]")
 
 
-def _described(name: str) -> dict[str, Any]:
+def _request(name: str) -> ModelRequest:
     tokenizer = type("Tokenizer", (), {"pad_token_id": 0})()
     labels = 3 if HEADS[name] == CLASSES else 0
-    return {
-        "num_ids": NUM_IDS,
-        "max_positions": 16,
-        "num_labels": labels,
-        "label_names": (),
-        "tokenizer": tokenizer,
-        "resolve": Path,
-    }
+    return ModelRequest(HEADS[name], NUM_IDS, max_positions=16, tokenizer=tokenizer, num_labels=labels)
 
 
 def batch_of(name: str, rank: int) -> Batch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import (
     BertConfig,
@@ -21,9 +21,7 @@ from mtkd.data.glm_tokens import END, START
 from mtkd.errors import UserError, nearest
 from mtkd.models.glm import GLMConfig
 from mtkd.models.info import CLASSIFIER, GLM
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from mtkd.models.request import ModelRequest
 
 _ROUND = 32
 """Gated feed-forward widths are rounded up to a multiple of this: matrix units work in tiles of it."""
@@ -60,15 +58,13 @@ class _Shape:
         return self.intermediate or -(-8 * self.width // (3 * _ROUND)) * _ROUND
 
 
-def fresh_config(
-    config: ModelConfig, auto_class: str, *, num_ids: int, max_positions: int, tokenizer: PreTrainedTokenizerBase
-) -> PretrainedConfig:
+def fresh_config(config: ModelConfig, request: ModelRequest) -> PretrainedConfig:
     """The transformers configuration of a fresh model.
 
     Args:
         config: a description with `architecture`.
-        num_ids: token ids; the vocabulary is exactly that, without padding.
-        max_positions: tokens of the data's longest example; default of the description's own `max_positions`.
+        request: the vocabulary is exactly its ids, without padding; its longest example is the default of
+            `max_positions`.
 
     Raises:
         UserError: unknown architecture, too few positions, an option the architecture does not have, or RoBERTa without
@@ -86,14 +82,15 @@ def fresh_config(
         )
     if config.kv_heads and config.architecture not in ("llama", "qwen2"):
         raise UserError("key/value heads are for llama and qwen2", where="@model.kv_heads", found=config.kv_heads)
+    tokenizer = request.tokenizer
     shape = _Shape(
         layers=config.layers,
         width=config.width,
         heads=config.heads,
         kv_heads=config.kv_heads or config.heads,
         intermediate=config.intermediate,
-        positions=config.max_positions or max_positions,
-        vocabulary=num_ids,
+        positions=config.max_positions or request.max_positions,
+        vocabulary=request.num_ids,
         pad=tokenizer.pad_token_id,
         bos=tokenizer.bos_token_id,
         eos=tokenizer.eos_token_id,
@@ -101,7 +98,7 @@ def fresh_config(
         start=tokenizer.get_vocab().get(START),
         end=tokenizer.get_vocab().get(END),
         tie=config.tie_embeddings,
-        classifier=auto_class == CLASSIFIER,
+        classifier=request.auto_class == CLASSIFIER,
     )
     made = ARCHITECTURES[config.architecture](shape)
     set_dropout(made, config.dropout or 0.0)

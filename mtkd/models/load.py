@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mtkd.config import ModelConfig
 from mtkd.errors import DataError, UserError
 from mtkd.models import attention, glm  # noqa: F401  registers the tap that models are built with, and our own type
 from mtkd.models.cards import missing_glm
-from mtkd.models.classes import ClassMap, Given, match_classes, named_after, output_names, teacher_classes
+from mtkd.models.classes import ClassMap, match_classes, named_after, output_names, teacher_classes
 from mtkd.models.cut import cut_config, cut_weights
 from mtkd.models.folder import find_folder
 from mtkd.models.fresh import fresh_config, set_dropout
@@ -24,12 +24,8 @@ from mtkd.models.glm.published import config_of_card
 from mtkd.models.heads import check_heads, find_heads, reorder_outputs, stand_in_pad, unfitting
 from mtkd.models.info import CLASSIFIER, GLM, attention_implementation, check_head, model_info
 from mtkd.models.meta import parameters_on_meta
+from mtkd.models.request import ModelRequest
 from mtkd.models.vocabulary import VocabularyMap, compressed_config, compressed_weights, planned_config
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-Resolve = Callable[[str], Path | str]
 
 _log = logging.getLogger(__name__)
 
@@ -39,21 +35,6 @@ _OTHER_HEADS = (
     *("classifier", "pre_classifier", "score", "qa_outputs", "pooler"),
     *("generator_predictions", "generator_lm_head", "discriminator_predictions"),
 )
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What is asked of a model besides its own description."""
-
-    auto_class: str
-    num_ids: int
-    max_positions: int
-    num_labels: int
-    label_names: tuple[str, ...]
-    tokenizer: PreTrainedTokenizerBase
-    answers: list[list[int]] | None
-    reads: frozenset[str] | None
-    where: str
 
 
 @dataclass(frozen=True)
@@ -74,18 +55,8 @@ class _Full:
 
 def build_model(
     config: ModelConfig,
-    auto_class: str,
+    request: ModelRequest,
     *,
-    num_ids: int,
-    max_positions: int,
-    num_labels: int,
-    label_names: tuple[str, ...],
-    tokenizer: PreTrainedTokenizerBase,
-    seed: int,
-    resolve: Resolve,
-    answers: list[list[int]] | None = None,
-    reads: frozenset[str] | None = None,
-    where: str = "",
     on_loaded: Callable[[PreTrainedModel], None] | None = None,
     empty: bool = False,
 ) -> PreTrainedModel:
@@ -93,20 +64,7 @@ def build_model(
 
     Args:
         config: where it comes from.
-        auto_class: "AutoModelForCausalLM", "AutoModelForMaskedLM" or "AutoModelForSequenceClassification".
-        num_ids: real token ids of the tokenizer.
-        max_positions: tokens of the longest example.
-        num_labels: outputs of a classification model (1 = regression); 0 for token-level models, and at plan time
-            while the classes are to be found in the data.
-        label_names: class names in order, may be empty.
-        tokenizer: gives the special ids of a fresh model.
-        seed: of everything that is newly initialised; the global random state is neither read nor changed.
-        resolve: maps ``stage:NAME`` and relative folders to folders; returns anything else as it is.
-        answers: token ids of every class's words: makes a GLM classifier a cloze, whatever its own configuration says.
-        reads: of a frozen teacher: which of its predictions are read, "logits" and "nsp_logits"; it keeps its own
-            outputs (`mtkd.models.classes` says which of them are the data's classes). None: a model that is trained;
-            it gets the data's classes in their order, and a new classification head where it comes without one.
-        where: place in the configuration, for messages; default: the folder.
+        request: what the stage asks of it.
         on_loaded: sees a loaded model before anything is cut from it.
         empty: of a model that is loaded whole: as `empty_model` makes it, its weights are not read.
 
@@ -114,28 +72,27 @@ def build_model(
         UserError: the description does not fit the task, the tokenizer or the data.
         DataError: the folder is unsafe, or its weights are not those of the architecture.
     """
-    request = _Request(auto_class, num_ids, max_positions, num_labels, label_names, tokenizer, answers, reads, where)
-    full = _full_config(config, request, resolve, weights=True)
-    model = _whole_model(full, request, seed, empty)
+    full = _full_config(config, request, weights=True)
+    model = _whole_model(full, request, empty)
     if full.folder is not None and not empty and on_loaded is not None:
         on_loaded(model)
     if config.is_cut:
         weights = cut_weights(model, config)
-        # Built anew rather than by deleting modules: layer numbers inside the modules are then right by construction.
-        model = _from_config(cut_config(model.config, config), auto_class, seed)
+        # A new model rather than one with modules deleted: layer numbers inside the modules are right by construction.
+        model = _from_config(cut_config(model.config, config), request.auto_class, request.seed)
         model.load_state_dict(weights, strict=True)
-    if auto_class == CLASSIFIER:  # not before: the row of a padding id in an embedding gets no gradient
-        stand_in_pad(model.config, tokenizer)
+    if request.auto_class == CLASSIFIER:  # not before: the row of a padding id in an embedding gets no gradient
+        stand_in_pad(model.config, request.tokenizer)
     return model
 
 
-def _whole_model(full: _Full, request: _Request, seed: int, empty: bool) -> PreTrainedModel:
+def _whole_model(full: _Full, request: ModelRequest, empty: bool) -> PreTrainedModel:
     """A model before layers are cut; a student's outputs are in the data's order."""
     if full.folder is None:
-        return _from_config(full.config, request.auto_class, seed)
+        return _from_config(full.config, request.auto_class, request.seed)
     if empty:
         return empty_model(full.config, request.auto_class)
-    model = _load(full.folder, full.config, request, seed)
+    model = _load(full.folder, full.config, request)
     if full.classes is not None and not full.classes.in_order:
         reorder_outputs(model, full.classes.columns)
     return model
@@ -147,24 +104,9 @@ def empty_model(config: PretrainedConfig, auto_class: str) -> PreTrainedModel:
         return _from_config(config, auto_class, seed=0)
 
 
-def load_config(
-    config: ModelConfig,
-    auto_class: str,
-    *,
-    num_ids: int,
-    max_positions: int,
-    num_labels: int,
-    label_names: tuple[str, ...],
-    tokenizer: PreTrainedTokenizerBase,
-    resolve: Resolve,
-    answers: list[list[int]] | None = None,
-    reads: frozenset[str] | None = None,
-    classes: Given | None = None,
-    where: str = "",
-) -> tuple[PretrainedConfig, ClassMap | None]:
+def load_config(config: ModelConfig, request: ModelRequest) -> tuple[PretrainedConfig, ClassMap | None]:
     """The configuration that `build_model` would build, without weights; same arguments, same errors.
 
-    Args: classes: of a teacher: what its outputs stand for, where the user says it.
     Returns:
         (configuration, which output is which class of the data): None for a model without a classifier of its own. A
         teacher's configuration counts the data's classes alone.
@@ -173,15 +115,15 @@ def load_config(
         UserError: the description does not fit the task, the tokenizer or the data.
         DataError: the folder is unsafe or not a model.
     """
-    request = _Request(auto_class, num_ids, max_positions, num_labels, label_names, tokenizer, answers, reads, where)
-    full = _full_config(config, request, resolve, weights=False)
-    found = full.classes
-    if full.trained and num_labels and "logits" in (reads or ()):
-        found = teacher_classes(full.config, label_names, num_labels, where or str(full.folder), classes)
-    if auto_class == CLASSIFIER:
-        full.config.num_labels = num_labels or full.config.num_labels or 0
-        stand_in_pad(full.config, tokenizer)
-    return smaller_config(full.config, config, tokenizer, num_ids), found
+    full = _full_config(config, request, weights=False)
+    classes, taught = full.classes, request.taught
+    if full.trained and request.num_labels and taught is not None and "logits" in taught.reads:
+        where = request.where or str(full.folder)
+        classes = teacher_classes(full.config, request.label_names, request.num_labels, where, taught.classes)
+    if request.auto_class == CLASSIFIER:
+        full.config.num_labels = request.num_labels or full.config.num_labels or 0
+        stand_in_pad(full.config, request.tokenizer)
+    return smaller_config(full.config, config, request.tokenizer, request.num_ids), classes
 
 
 def smaller_config(
@@ -207,43 +149,40 @@ def compress_model(model: PreTrainedModel, auto_class: str, vocabulary: Vocabula
     return small
 
 
-def _full_config(config: ModelConfig, request: _Request, resolve: Resolve, *, weights: bool) -> _Full:
+def _full_config(config: ModelConfig, request: ModelRequest, *, weights: bool) -> _Full:
     """Configuration before layers are cut, and the folder of the weights."""
-    folder = None
-    if config.path is None:
-        full = fresh_config(
-            config,
-            request.auto_class,
-            num_ids=request.num_ids,
-            max_positions=request.max_positions,
-            tokenizer=request.tokenizer,
-        )
-    else:
-        card = None if weights else missing_glm(config.path, resolve)
-        if card is None:
-            folder = find_folder(config.path, config.revision, resolve, weights=weights)
-            full = _read_config(folder)
-        else:
-            full = config_of_card(card)
-        if config.dropout is not None:
-            set_dropout(full, config.dropout)
+    full, folder = _whole_config(config, request, weights)
     check_head(full, request.auto_class)
     if full.model_type == GLM:
         answer_with(full, request.auto_class, request.answers)
+    classifier, taught = request.auto_class == CLASSIFIER, request.taught
     heads = None if folder is None else find_heads(full, request.auto_class, folder)
     if folder is not None and heads is not None:
-        new = request.auto_class == CLASSIFIER
-        where = f"{request.where}.model" if request.where and request.reads is not None else str(folder)
-        check_heads(heads, folder, where, reads=request.reads, new=new)
-    # the data's cloze has no weights of its own: whatever the model answered before, it is a language model
-    trained = request.auto_class == CLASSIFIER and request.answers is None and heads is not None
-    trained = trained and heads is not None and heads["logits"].whole
+        where = f"{request.where}.model" if request.where and taught is not None else str(folder)
+        check_heads(heads, folder, where, reads=None if taught is None else taught.reads, new=classifier)
+    # the data's cloze has no weights of its own: its loaded model is a language model
+    trained = classifier and request.answers is None and heads is not None and heads["logits"].whole
     classes = None
-    if request.auto_class == CLASSIFIER and request.num_labels and not (trained and request.reads is not None):
+    if classifier and request.num_labels and not (trained and taught is not None):
         classes = _set_labels(full, request, trained, str(folder))
     _check_fits(full, request)
-    cut_config(full, config)  # found here, before weights are read
+    cut_config(full, config)  # refused here, before weights are read
     return _Full(full, folder, trained, classes)
+
+
+def _whole_config(config: ModelConfig, request: ModelRequest, weights: bool) -> tuple[PretrainedConfig, Path | None]:
+    """(configuration as the folder or the description has it, folder of the weights: None without one here)."""
+    if config.path is None:
+        return fresh_config(config, request), None
+    card, folder = None if weights else missing_glm(config.path, request.resolve), None
+    if card is None:
+        folder = find_folder(config.path, config.revision, request.resolve, weights=weights)
+        full = _read_config(folder)
+    else:
+        full = config_of_card(card)
+    if config.dropout is not None:
+        set_dropout(full, config.dropout)
+    return full, folder
 
 
 def _read_config(folder: Path) -> PretrainedConfig:
@@ -266,7 +205,7 @@ def answer_with(config: PretrainedConfig, auto_class: str, answers: list[list[in
         config.verbalizers = None
 
 
-def _set_labels(config: PretrainedConfig, request: _Request, trained: bool, folder: str) -> ClassMap | None:
+def _set_labels(config: PretrainedConfig, request: ModelRequest, trained: bool, folder: str) -> ClassMap | None:
     """Give a configuration the data's classes; a classifier's own outputs are matched with them first.
 
     Returns:
@@ -282,7 +221,7 @@ def _set_labels(config: PretrainedConfig, request: _Request, trained: bool, fold
     return found
 
 
-def _check_fits(config: PretrainedConfig, request: _Request) -> None:
+def _check_fits(config: PretrainedConfig, request: ModelRequest) -> None:
     info = model_info(config, request.auto_class)
     if info.vocabulary < request.num_ids:
         raise UserError(
@@ -311,11 +250,11 @@ def _from_config(config: PretrainedConfig, auto_class: str, seed: int) -> PreTra
     return model.eval()
 
 
-def _load(folder: Path, config: PretrainedConfig, request: _Request, seed: int) -> PreTrainedModel:
+def _load(folder: Path, config: PretrainedConfig, request: ModelRequest) -> PreTrainedModel:
     import transformers
 
     try:
-        with seeded(seed), quiet():
+        with seeded(request.seed), quiet():
             model, report = getattr(transformers, request.auto_class).from_pretrained(
                 folder,
                 config=config,

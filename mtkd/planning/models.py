@@ -21,6 +21,7 @@ from mtkd.models.folder import check_folder
 from mtkd.models.info import CLASSIFIER, GLM, ModelInfo, count_parameters, model_info
 from mtkd.models.load import answer_with, smaller_config
 from mtkd.models.load import load_config as load_model_config
+from mtkd.models.request import ModelRequest, Taught
 from mtkd.models.vocabulary import compressed_teacher, compressed_twice, read_vocabulary
 from mtkd.models.weights import check_weights
 from mtkd.planning.data import DataFacts, DataReader, unread
@@ -136,21 +137,17 @@ class PlannedModels:
             if reads is None or "logits" in reads:
                 found = self._classes_of(earlier, data, where, classes, "classes" if reads else "")
             return self._for_task(made, data, where), found
-        facts = self.facts(data)
-        return load_model_config(
-            model,
-            TASKS.find(data.task).class_for(data),
-            num_ids=vocabulary or self.num_ids,
-            max_positions=data.max_length,
-            num_labels=facts.num_labels,
-            label_names=facts.classes,
-            tokenizer=self.tokenizer,
-            resolve=lambda path: resolve_path(path, self.config.base),
-            answers=self._answers(data),
-            reads=reads,
-            classes=classes,
-            where=where,
+        facts, name = self.facts(data), self._name_of(data)
+        request = ModelRequest.of_data(
+            name,
+            data,
+            (facts.num_labels, facts.classes),
+            self.tokenizer,
+            vocabulary or self.num_ids,
+            lambda path: resolve_path(path, self.config.base),
         )
+        taught = None if reads is None else Taught(reads, classes)
+        return load_model_config(model, replace(request, taught=taught, where=where))
 
     def of_teacher(
         self, stage: StageConfig, teacher: TeacherConfig, auto_class: str, where: str, reads: frozenset[str]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerBase
 
 from mtkd.config import ModelConfig, RunConfig, StageConfig, TeacherConfig
 from mtkd.config.read import fingerprint
-from mtkd.data.blanks import answer_ids
 from mtkd.data.load import LoadedData, load_data
 from mtkd.data.progress import say
 from mtkd.data.raw import Raw
@@ -27,11 +26,12 @@ from mtkd.engine.dist import Dist
 from mtkd.engine.folder import RunDir, StageDir
 from mtkd.engine.make import make_engine
 from mtkd.methods.rows import placed_rows
-from mtkd.models.classes import Given, teacher_classes
+from mtkd.models.classes import teacher_classes
 from mtkd.models.digest import weights_digest
 from mtkd.models.folder import check_folder, find_folder
 from mtkd.models.info import CLASSIFIER
 from mtkd.models.load import build_model, compress_model
+from mtkd.models.request import ModelRequest, Taught
 from mtkd.models.taps import TappedModel, input_table
 from mtkd.models.vocabulary import VocabularyMap, compressed_teacher, compressed_twice, make_vocabulary, read_vocabulary
 from mtkd.objective.cofinetune import CoFinetuning, check_members
@@ -48,14 +48,6 @@ from mtkd.pool import BACKENDS, CachedTeacher, LiveModel, LiveTeacher, Site, Tea
 from mtkd.running.built import BuiltStage
 from mtkd.weightings.base import StageFacts
 from mtkd.weightings.make import make_weighting, stage_facts
-
-
-@dataclass(frozen=True)
-class Taught:
-    """What a stage does with a teacher: which of its predictions it reads, and what its outputs stand for."""
-
-    reads: frozenset[str]
-    classes: Given | None = None
 
 
 class Workshop:
@@ -229,21 +221,18 @@ class Workshop:
             if model.path is not None and vocabulary is None:
                 folder, revision = self.resolve(model.path), revision_of(model)
                 compare_tokenizer(self.tokenizer, folder, revision, where, masked=data.task.masked)
-            answers = answer_ids(data.config, self.tokenizer, f"data.{data.name}") if data.task.cloze else None
+            request = ModelRequest.of_data(
+                data.name,
+                data.config,
+                (data.num_labels, data.label_names),
+                self.tokenizer,
+                num_ids if vocabulary is None else vocabulary.num_kept,
+                self.resolve,
+            )
             tables = [] if teacher is None else [teacher.embedding_table]
             built = build_model(
                 model,
-                task,
-                num_ids=num_ids if vocabulary is None else vocabulary.num_kept,
-                max_positions=data.config.max_length,
-                num_labels=data.num_labels,
-                label_names=data.label_names,
-                tokenizer=self.tokenizer,
-                seed=seed,
-                resolve=self.resolve,
-                answers=answers,
-                reads=None if taught is None else taught.reads,
-                where=where,
+                replace(request, taught=taught, seed=seed, where=where),
                 on_loaded=lambda whole: tables.insert(0, input_table(whole)),
                 empty=empty,
             )
@@ -263,7 +252,7 @@ class Workshop:
                 vocabulary = self.dist.broadcast_object(made)  # near ties could be rounded differently elsewhere
                 built = compress_model(built, task, vocabulary, seed)
             columns = None
-            if taught is not None and "logits" in taught.reads and task == CLASSIFIER and answers is None:
+            if taught is not None and "logits" in taught.reads and task == CLASSIFIER and request.answers is None:
                 found = teacher_classes(built.config, data.label_names, data.num_labels, where, taught.classes)
                 columns = None if found.in_order else found.columns
             return TappedModel(built, task, num_ids, vocabulary, columns)

@@ -15,6 +15,7 @@ from mtkd.config import ModelConfig
 from mtkd.data.batch import NO_LABEL, Batch
 from mtkd.models.info import CAUSAL_LM, CLASSIFIER, MASKED_LM
 from mtkd.models.load import build_model
+from mtkd.models.request import ModelRequest
 from mtkd.models.taps import TappedModel
 
 NUM_IDS = 61
@@ -59,17 +60,9 @@ def build(
     max_positions: int = 16,
 ) -> PreTrainedModel:
     """`build_model` with the bank's tokenizer and paths as they are."""
-    return build_model(
-        ModelConfig(path=config) if isinstance(config, str) else config,
-        auto_class,
-        num_ids=num_ids,
-        max_positions=max_positions,
-        num_labels=num_labels if auto_class == CLASSIFIER else 0,
-        label_names=label_names,
-        tokenizer=tokenizer(),
-        seed=seed,
-        resolve=Path,
-    )
+    labels = num_labels if auto_class == CLASSIFIER else 0
+    request = ModelRequest(auto_class, num_ids, max_positions, tokenizer(), Path, labels, label_names, seed=seed)
+    return build_model(ModelConfig(path=config) if isinstance(config, str) else config, request)
 
 
 def lively(model: PreTrainedModel, seed: int = 3) -> PreTrainedModel:

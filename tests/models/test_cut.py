@@ -17,6 +17,7 @@ from mtkd.errors import UserError
 from mtkd.models.cut import head_dimensions, spread
 from mtkd.models.info import CAUSAL_LM, CLASSIFIER, MASKED_LM, count_parameters
 from mtkd.models.load import load_config
+from mtkd.models.request import ModelRequest
 from mtkd.models.taps import TappedModel
 
 GROUPED = ("llama", "qwen2")
@@ -170,10 +171,7 @@ def test_layers_and_width_together_and_the_plan(tmp_path: Path) -> None:
         {"path": str(tmp_path / "model"), "keep_layers": [1, 3], "slice": {"width": 24, "heads": 4}}
     )
     student = build(config, CAUSAL_LM)
-    planned, _ = load_config(
-        config, CAUSAL_LM, num_ids=NUM_IDS, max_positions=16, num_labels=0, label_names=(), tokenizer=tokenizer(),
-        resolve=Path,
-    )  # fmt: skip
+    planned, _ = load_config(config, ModelRequest(CAUSAL_LM, NUM_IDS, max_positions=16, tokenizer=tokenizer()))
     assert count_parameters(planned, CAUSAL_LM) == sum(p.numel() for p in student.parameters())
     shape = student.config
     assert (shape.num_key_value_heads, shape.intermediate_size, shape.num_hidden_layers) == (2, 40, 2)

@@ -18,6 +18,7 @@ from mtkd.errors import DataError, UserError
 from mtkd.models import folder as folders
 from mtkd.models.info import CAUSAL_LM, CLASSIFIER, MASKED_LM
 from mtkd.models.load import build_model, load_config
+from mtkd.models.request import ModelRequest
 from mtkd.models.taps import TappedModel
 
 WANTS = frozenset({"logits", "hidden.1"})
@@ -74,10 +75,7 @@ def test_a_shared_pad_token_keeps_its_gradient() -> None:
     config = description("llama")
     shared = tokenizer()
     shared.pad_token = shared.eos_token
-    model = build_model(
-        config, CAUSAL_LM, num_ids=NUM_IDS, max_positions=8, num_labels=0, label_names=(), tokenizer=shared, seed=0,
-        resolve=Path,
-    )  # fmt: skip
+    model = build_model(config, ModelRequest(CAUSAL_LM, NUM_IDS, max_positions=8, tokenizer=shared))
     model.get_output_embeddings().weight.requires_grad_(False)
     embedding = model.get_input_embeddings()
     assert embedding.padding_idx is None
@@ -162,10 +160,8 @@ def test_a_stage_is_resolved(saved: Callable[..., Path]) -> None:
         asked.append(path)
         return folder
 
-    config, _ = load_config(
-        ModelConfig(path="stage:teacher", dropout=0.25), MASKED_LM, num_ids=NUM_IDS, max_positions=16, num_labels=0,
-        label_names=(), tokenizer=tokenizer(), resolve=resolve,
-    )  # fmt: skip
+    request = ModelRequest(MASKED_LM, NUM_IDS, max_positions=16, tokenizer=tokenizer(), resolve=resolve)
+    config, _ = load_config(ModelConfig(path="stage:teacher", dropout=0.25), request)
     assert asked == ["stage:teacher"]
     assert config.num_hidden_layers == 3
     assert config.hidden_dropout_prob == 0.25
@@ -174,10 +170,8 @@ def test_a_stage_is_resolved(saved: Callable[..., Path]) -> None:
 def test_a_configuration_needs_no_weights(saved: Callable[..., Path]) -> None:
     folder = saved("llama", CAUSAL_LM)
     (folder / "model.safetensors").unlink()
-    config, _ = load_config(
-        ModelConfig(path=str(folder), keep_layers=(1, 3)), CAUSAL_LM, num_ids=NUM_IDS, max_positions=16, num_labels=0,
-        label_names=(), tokenizer=tokenizer(), resolve=Path,
-    )  # fmt: skip
+    request = ModelRequest(CAUSAL_LM, NUM_IDS, max_positions=16, tokenizer=tokenizer())
+    config, _ = load_config(ModelConfig(path=str(folder), keep_layers=(1, 3)), request)
     assert config.num_hidden_layers == 2
     with pytest.raises(DataError, match="no weights"):
         build(str(folder), CAUSAL_LM)
