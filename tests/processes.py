@@ -133,7 +133,7 @@ def watch(ids: str, stop: int = 0, number: signal.Signals = signal.SIGTERM) -> N
     def follow(stream: TrainStream) -> list[Batch]:
         batches = draw(stream)
         with open(ids, "a") as file:
-            file.write(json.dumps([batch.ids.tolist() for batch in batches]) + "\n")
+            file.write(json.dumps([batch.keys.tolist() for batch in batches]) + "\n")
         state = stream.state()
         if state["epoch"] * EPOCH_STEPS + state["position"] == stop:
             os.kill(os.getpid(), number)

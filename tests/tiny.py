@@ -84,14 +84,14 @@ def rows_of(batch: Batch, rows: Sequence[int], *, trim: bool = True) -> Batch:
     """Some rows of a batch, trimmed to their longest sequence; no rows make one filler row."""
     if not rows:
         filler = rows_of(batch, [0], trim=False)
-        filler.ids = torch.tensor([-1])
+        filler.keys = torch.tensor([-1])
         filler.routes = None if batch.routes is None else torch.tensor([-1])
         return filler
     index = torch.tensor(rows)
     length = int(batch.attention_mask[index].sum(1).max()) if trim else batch.input_ids.shape[1]
     targets = batch.targets[index]
     return Batch(
-        batch.ids[index],
+        batch.keys[index],
         batch.input_ids[index, :length],
         batch.attention_mask[index, :length],
         targets[:, :length] if targets.dim() == 2 else targets,

@@ -66,7 +66,7 @@ def split_of(count: int = 16, **fields: Any) -> Split:
     """The train split of a `data` block, glm-infill by default."""
     config = DataConfig(source="files", **{"task": "glm-infill", "max_length": LONGEST, **fields})
     raw = Raw({"train": Dataset.from_dict(examples(count))}, "0" * 64, "test")
-    return load_data("text", config, raw, tokenizer()).split("train")
+    return load_data("text", config, raw, tokenizer()).splits["train"]
 
 
 def _config(width: int, layers: int, **fields: Any) -> GLMConfig:

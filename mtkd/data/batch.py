@@ -3,36 +3,65 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from mtkd.errors import UserError
+
 NO_LABEL = -100
 """A target with this id is not a target (the convention of torch's cross entropy)."""
 
+STUDENT = ""
+"""The view of every batch: its text in the run's tokenizer."""
 
-@dataclass
-class Batch:
-    """Token ids and what is asked of them.
+
+@dataclass(frozen=True)
+class View:
+    """The text of a batch in one tokenizer: what a model reads.
 
     Attributes:
-        ids: example numbers in the split, [B] int64; -1 for a filler row (all of its masks are empty).
         input_ids: [B,L] int64.
         attention_mask: [B,L] bool, True at real tokens. Filler rows keep one True so that attention stays finite.
-        targets: token tasks: [B,L] int64, the id that position l must predict, `NO_LABEL` where nothing is asked
-            (already shifted for causal models); classification: [B] int64; regression: [B] float32.
         token_type_ids: [B,L] int64 or None.
-        nsp_targets: 0 where the second segment follows the first, 1 where it is another document's, `NO_LABEL` in
-            filler rows; [B] int64, or None when nothing is asked.
-        routes: number of the teacher that the data names for each example, [B] int64 (-1 in filler rows), or None.
         position_ids: where examples bring their own, GLM's: row 0 index in part A, or of the blank that a piece fills;
             row 1 0 in part A, 1, 2, ... in a piece; [B,2,L] int64, 0 at padding. None: tokens are counted.
         sep: tokens of part A, which is seen in both directions, [B] int64; None where there are no parts.
     """
 
-    ids: Tensor  # [B]
+    input_ids: Tensor  # [B,L]
+    attention_mask: Tensor  # [B,L]
+    token_type_ids: Tensor | None = None  # [B,L]
+    position_ids: Tensor | None = None  # [B,2,L]
+    sep: Tensor | None = None  # [B]
+
+    def to(self, device: torch.device) -> View:
+        """The same view on `device`."""
+        return replace(self, **_moved(self, device))
+
+
+@dataclass
+class Batch:
+    """Rows of text, and what is asked of them.
+
+    Attributes:
+        keys: what the rows are called where something is looked up or drawn: the cache of a teacher, the draws of a
+            weighting. Example numbers in the split, unless a transform wrote other text; [B] int64, -1 for a filler
+            row (all of its masks are empty).
+        input_ids, attention_mask, token_type_ids, position_ids, sep: as `View` has them, in the run's tokenizer.
+        targets: token tasks: [B,L] int64, the id that position l must predict, `NO_LABEL` where nothing is asked
+            (already shifted for causal models); classification: [B] int64; regression: [B] float32.
+        nsp_targets: 0 where the second segment follows the first, 1 where it is another document's, `NO_LABEL` in
+            filler rows; [B] int64, or None when nothing is asked.
+        routes: number of the teacher that the data names for each example, [B] int64 (-1 in filler rows), or None.
+        origin: number of the document that each row is of, in its split, [B] int64 (-1 in filler rows); None for a
+            batch that no split made.
+        views: the same rows in other tokenizers, by a name of the tokenizer.
+    """
+
+    keys: Tensor  # [B]
     input_ids: Tensor  # [B,L]
     attention_mask: Tensor  # [B,L]
     targets: Tensor  # [B,L] or [B]
@@ -41,11 +70,13 @@ class Batch:
     routes: Tensor | None = None  # [B]
     position_ids: Tensor | None = None  # [B,2,L]
     sep: Tensor | None = None  # [B]
+    origin: Tensor | None = None  # [B]
+    views: Mapping[str, View] = field(default_factory=dict)
 
     @property
     def real(self) -> Tensor:
         """Rows that count, [B] bool."""
-        return self.ids >= 0
+        return self.keys >= 0
 
     @property
     def token_mask(self) -> Tensor:
@@ -60,11 +91,45 @@ class Batch:
         has = self.targets != NO_LABEL
         return has & (self.real[:, None] if self.targets.dim() == 2 else self.real)
 
+    def view(self, tokenizer: str = STUDENT) -> View:
+        """The text as a tokenizer cuts it.
+
+        Raises:
+            UserError: the batch has no such view.
+        """
+        if tokenizer == STUDENT:
+            return View(self.input_ids, self.attention_mask, self.token_type_ids, self.position_ids, self.sep)
+        if tokenizer not in self.views:
+            raise UserError(
+                "the batch has no view of this name",
+                found=tokenizer,
+                allowed=sorted(self.views) or "the student's alone",
+                todo="a transform of the stage adds it to `Batch.views`",
+            )
+        return self.views[tokenizer]
+
+    def read_by(self, tokenizer: str) -> Batch:
+        """The batch for a model with this tokenizer: the same rows, and its view in the place of the student's.
+
+        Targets of token tasks are ids and places of the student's text: in another view nothing is asked.
+        """
+        if tokenizer == STUDENT:
+            return self
+        view = self.view(tokenizer)
+        targets = torch.full_like(view.input_ids, NO_LABEL) if self.targets.dim() == 2 else self.targets
+        fields = {f.name: getattr(view, f.name) for f in dataclasses.fields(view)}
+        return replace(self, targets=targets, **fields)
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        moved: dict[str, Any] = {k: None if v is None else v.to(device, non_blocking=True) for k, v in values.items()}
-        return Batch(**moved)
+        views = {name: view.to(device) for name, view in self.views.items()}
+        return replace(self, views=views, **_moved(self, device))
+
+
+def _moved(tensors: View | Batch, device: torch.device) -> dict[str, Tensor]:
+    """The tensors among the fields, on `device`."""
+    values = {f.name: getattr(tensors, f.name) for f in dataclasses.fields(tensors)}
+    return {name: x.to(device, non_blocking=True) for name, x in values.items() if isinstance(x, Tensor)}
 
 
 def position_counts(batches: list[Batch]) -> dict[str, int]:

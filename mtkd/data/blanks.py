@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mtkd.config import BLANK, prompt_parts
+from mtkd.data.collate import collate_laid, collate_tokens
 from mtkd.data.encode import TOKENIZED_AT_ONCE, around_text, described, pad_id, texts_of, tokenize, tokenized
 from mtkd.data.examples import ClassifyExamples
 from mtkd.data.files import read_texts
@@ -39,11 +41,6 @@ class InfillExamples:
         most = (infilling.most(int(size), last=bool(ends)) for size, ends in zip(sizes, last, strict=True))
         self.lengths = np.array(list(most), np.int64)
 
-    def read(self, index: int, epoch: int) -> tuple[np.ndarray, np.ndarray, None]:
-        """Both parts [L], and what part B predicts, NO_LABEL in part A [L]."""
-        laid = self.lay_out(index, epoch)
-        return laid.inputs, laid.targets, None
-
     def lay_out(self, index: int, epoch: int) -> LaidOut:
         """Both parts with positions and the length of part A."""
         start = int(self._starts[index])
@@ -73,7 +70,7 @@ def prepare_infill(request: PrepareRequest) -> Split:
     scored = np.array([len(text.encode()) for text in texts], np.int64)
     documents = described(request, rows, np.array(of_example, np.int64), scored)
     examples = InfillExamples(np.concatenate(flat), sizes, np.array(last, bool), infilling)
-    return Split(examples, documents, pad_id=pad_id(tokenizer))
+    return Split(partial(collate_laid, examples), examples.lengths, documents, pad_id=pad_id(tokenizer))
 
 
 def prepare_cloze(request: PrepareRequest) -> Split:
@@ -106,8 +103,10 @@ def prepare_cloze(request: PrepareRequest) -> Split:
     note += f"{num_cut:,} of {len(texts):,} texts cut, the blank never"
     every_row = np.arange(len(texts))
     scored = np.array([len(text.encode()) for text in texts], np.int64)
+    examples = ClassifyExamples(np.concatenate(encoded).astype(np.int32), None, lengths, labels)
     return Split(
-        ClassifyExamples(np.concatenate(encoded).astype(np.int32), None, lengths, labels),
+        partial(collate_tokens, examples),
+        lengths,
         described(request, every_row, every_row, scored),
         pad_id=pad_id(tokenizer),
         labels=labels,

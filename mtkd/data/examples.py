@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mtkd.data.collate import collate_pairs, collate_tokens
 from mtkd.data.encode import TOKENIZED_AT_ONCE, around_text, column_of, described, pad_id, texts_of, tokenized
 from mtkd.data.labels import read_labels
 from mtkd.data.marks import without_marks
@@ -88,7 +90,8 @@ def prepare_causal(request: PrepareRequest) -> Split:
     firsts = np.concatenate([[0], np.cumsum(counts)[:-1]])
     starts, lengths, of_example = _blocks(firsts, counts - 1, config.max_length)
     documents = described(request, rows, of_example, scored)
-    return Split(CausalExamples(np.concatenate(flat), starts, lengths), documents, pad_id=pad_id(tokenizer))
+    examples = CausalExamples(np.concatenate(flat), starts, lengths)
+    return Split(partial(collate_tokens, examples), lengths, documents, pad_id=pad_id(tokenizer))
 
 
 def prepare_masked(request: PrepareRequest) -> Split:
@@ -114,7 +117,8 @@ def prepare_masked(request: PrepareRequest) -> Split:
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     scored = np.array([len(text.encode()) for text in texts], np.int64)
     documents = described(request, rows, np.array(of_example, np.int64), scored)
-    return Split(MaskedExamples(np.concatenate(flat), starts, lengths, masking), documents, pad_id=pad_id(tokenizer))
+    examples = MaskedExamples(np.concatenate(flat), starts, lengths, masking)
+    return Split(partial(collate_tokens, examples), lengths, documents, pad_id=pad_id(tokenizer))
 
 
 def _paired(request: PrepareRequest, texts: list[str], rows: np.ndarray, masking: Masking) -> Split:
@@ -134,7 +138,8 @@ def _paired(request: PrepareRequest, texts: list[str], rows: np.ndarray, masking
     examples = PairExamples(documents, room, around, masking, config.seed)
     scored = np.array([len(text.encode()) for text in texts], np.int64)
     documents_of = described(request, rows, examples.of_example, scored)
-    return Split(examples, documents_of, pad_id=pad_id(tokenizer), token_types=True)
+    collate = partial(collate_pairs, examples)
+    return Split(collate, examples.lengths, documents_of, pad_id=pad_id(tokenizer), token_types=True)
 
 
 def prepare_classify(request: PrepareRequest) -> Split:
@@ -171,7 +176,8 @@ def prepare_classify(request: PrepareRequest) -> Split:
     flat = np.concatenate(transfer_tokens(encoded_rows, config, tokenizer, request.split)).astype(np.int32)
     examples = ClassifyExamples(flat, np.array(types, np.int32) if with_types else None, lengths, labels)
     return Split(
-        examples,
+        partial(collate_tokens, examples),
+        lengths,
         described(request, every_row, every_row, scored),
         pad_id=pad_id(tokenizer),
         labels=labels,

@@ -12,7 +12,6 @@ from mtkd.data.chat import check_chat_template
 from mtkd.data.split import PrepareRequest, Split
 from mtkd.data.tasks import TaskSpec, check_task
 from mtkd.data.tokenizers import tokenizer_fingerprint
-from mtkd.errors import DataError
 from mtkd.registry import TASKS
 
 if TYPE_CHECKING:
@@ -45,17 +44,6 @@ class LoadedData:
     label_names: tuple[str, ...] = ()
     num_labels: int = 0
     fingerprint: str = field(default="")
-
-    def split(self, name: str) -> Split:
-        """A split by name; raises DataError when the source has none of that name."""
-        if name not in self.splits:
-            raise DataError(
-                f"there is no {name} split",
-                where=f"data.{self.name}",
-                allowed=list(self.splits),
-                todo="give the source one, or set validation_share" if name == "validation" else "",
-            )
-        return self.splits[name]
 
 
 def load_data(

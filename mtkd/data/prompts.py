@@ -9,6 +9,7 @@ token, which the last prompt position predicts; which tokens those are is a matt
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from mtkd.config import prompt_parts
 from mtkd.data.batch import NO_LABEL
 from mtkd.data.chat import write_turns
+from mtkd.data.collate import collate_tokens
 from mtkd.data.encode import described, pad_id, texts_of, tokenize
 from mtkd.data.files import read_texts
 from mtkd.data.marks import without_marks
@@ -92,7 +94,8 @@ def prepare_prompted(request: PrepareRequest) -> Split:
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
     examples = PromptedExamples(np.concatenate(flat), starts, sizes - 1, np.array(before, np.int64))
     documents = described(request, rows[kept], np.arange(len(kept)), scored[: len(kept)])
-    return Split(examples, documents, pad_id=pad_id(tokenizer), note=_note(request, len(rows), len(kept), num_cut))
+    note = _note(request, len(rows), len(kept), num_cut)
+    return Split(partial(collate_tokens, examples), examples.lengths, documents, pad_id=pad_id(tokenizer), note=note)
 
 
 def prompt_texts(rows: Dataset, prompt: str, origin: Origin) -> list[str]:

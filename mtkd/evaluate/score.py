@@ -92,11 +92,12 @@ class Scorer:
         for batch in batches:
             batch = batch.to(self.device)
             targets = batch.targets.reshape(-1)
-            examples = batch.ids.cpu().numpy()
+            assert batch.origin is not None, "a split made it"
+            origin = batch.origin.cpu().numpy()
             for positions, log_probs in self.log_probs(models, batch):
                 labels = targets[positions]
                 rows = (positions // batch.targets.shape[1]).cpu().numpy()
-                documents = split.documents[examples[rows]]
+                documents = origin[rows]
                 np.add.at(sums[0], documents, _losses(log_probs, labels, vocabulary).double().cpu().numpy())
                 np.add.at(sums[1], documents, 1)
                 best = log_probs.argmax(-1)
@@ -125,10 +126,11 @@ class Scorer:
         records: dict[int, dict[str, Any]] = {}
         for batch in batches:
             batch = batch.to(self.device)
+            assert batch.origin is not None, "a split made it"
             for positions, values in self.log_probs(models, batch):
                 for row, value in zip(positions.tolist(), values.cpu(), strict=True):
-                    example = int(batch.ids[row])
-                    records[example] = _example_record(split, split.documents[example], batch.targets[row], value)
+                    record = _example_record(split, int(batch.origin[row]), batch.targets[row], value)
+                    records[int(batch.keys[row])] = record
         gathered = self.dist.gather_objects(records)
         if gathered is None:
             return None

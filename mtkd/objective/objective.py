@@ -175,7 +175,7 @@ class Objective(Trainable):
             UserError: weights of another shape.
         """
         if not logits:
-            return torch.zeros(0, len(batch.ids), 1, device=batch.input_ids.device), None
+            return torch.zeros(0, len(batch.keys), 1, device=batch.input_ids.device), None
         around = self._around(batch, student, counts)
         traits = Traits(logits, batch.targets, batch.target_mask, self.per, self.tile, around, self.pieces)
         weights = self.weighting(traits)
@@ -203,7 +203,7 @@ class Objective(Trainable):
             assert isinstance(hidden, Tensor)
             pooled = hidden.float().masked_fill(~mask, 0).sum(1) / mask.sum(1).clamp_min(1)
         return Around(
-            batch.ids,
+            batch.keys,
             counts,
             self.step,
             student=as_logits(student["logits"]).in_dtype(self.dtype) if self._reads_student else None,

@@ -216,7 +216,7 @@ def read_traits(weighting: Weighting, num_teachers: int, per: str) -> frozenset[
     targets, real = torch.zeros(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.bool)
     batch = Batch(torch.arange(2), targets, real, targets)
     around = Around(
-        batch.ids,
+        batch.keys,
         {**position_counts([batch]), **weighting.counts(batch)},
         student=DenseLogits(torch.randn((*shape, 3), generator=generator)),
         pooled=torch.randn(2, 1, generator=generator),

@@ -36,7 +36,7 @@ class CachedTeacher:
             DataError: an example that the cache does not have, or of another length than when it was made.
         """
         assert self._reader is not None
-        return self._reader.read(batch.ids.tolist()).features(self.name, batch, wants)
+        return self._reader.read(batch.keys.tolist()).features(self.name, batch, wants)
 
     def close(self) -> None:
         self._reader = None

@@ -95,7 +95,7 @@ def _made_up(weighting: Weighting, teachers: int, per: str, token_level: bool) -
         batch = Batch(torch.arange(4), tokens, torch.ones_like(tokens).bool(), targets)
         gradients = torch.stack([x.values for x in logits]).flatten(1).double()
         around = Around(
-            batch.ids,
+            batch.keys,
             {**position_counts([batch]), **weighting.counts(batch)},
             student=DenseLogits(torch.randn(*shape, 3, generator=generator)),
             pooled=torch.randn(4, 1, generator=generator),

@@ -81,11 +81,11 @@ class Teachers:
         batch = self.batch
         student = torch.randn(self.logits.shape[1:], generator=generator)
         student = student[:, :1].expand_as(student) if self.alike else student
-        pooled = torch.randn(len(batch.ids), _WIDTH, generator=generator)
-        routes = torch.tensor([order.index(i % len(order)) for i in range(len(batch.ids))])
+        pooled = torch.randn(len(batch.keys), _WIDTH, generator=generator)
+        routes = torch.tensor([order.index(i % len(order)) for i in range(len(batch.keys))])
         gradients = (self.logits.detach() - student).flatten(1).double()[list(order)]
         return Around(
-            batch.ids[rows],
+            batch.keys[rows],
             {**position_counts([batch]), **of.counts(batch)},
             step=3,
             student=DenseLogits(student[rows]) if {"student_uncertainty", "student_loss"} & of.reads else None,

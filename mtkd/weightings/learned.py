@@ -81,13 +81,13 @@ class Learned(Weighting):
         return torch.log_softmax(scores, 0)
 
     def counts(self, batch: Batch) -> Mapping[str, int]:
-        return {"anchors": int(self._anchors(batch.ids, batch.target_mask).sum())}
+        return {"anchors": int(self._anchors(batch.keys, batch.target_mask).sum())}
 
     def penalty(self, traits: Traits) -> Tensor:
         if traits.num_teachers == 1:  # nothing to learn; the gradient is zero, not missing
             return torch.stack([(0 * parameter).sum() for parameter in self.parameters()]).sum()
         log_weights, counts = self._log_weights(traits), traits.around.counts
-        anchors = self._anchors(traits.around.ids, traits.mask).float()
+        anchors = self._anchors(traits.around.keys, traits.mask).float()
         of_target = log_weights if anchors.dim() == 1 else log_weights[..., None]
         likelihood = torch.logsumexp(of_target - traits.positions("ce"), 0)
         missed = -(likelihood * anchors).sum() / max(counts["anchors"], 1)

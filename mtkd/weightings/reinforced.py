@@ -125,7 +125,7 @@ class RLKD(Weighting):
     def _actions(self, scores: Tensor, traits: Traits) -> Tensor:
         """0 or 1, [T,B] float64; coins are thrown in the order of the teachers' names."""
         around = traits.around
-        draws = uniform_of(self._names, self._seed, around.step, around.ids.cpu().numpy())
+        draws = uniform_of(self._names, self._seed, around.step, around.keys.cpu().numpy())
         actions = torch.empty_like(scores)
         thrown = some_chosen(scores[self._order], torch.from_numpy(draws).to(scores.device)[self._order])
         actions[self._order] = thrown.double()

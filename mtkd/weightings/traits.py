@@ -94,7 +94,7 @@ class Around:
     """What a weighting may know beside the teachers' predictions; what nobody reads is None.
 
     Attributes:
-        ids: example numbers, [B]; -1 for filler rows.
+        keys: what the rows are called where something is drawn, [B]; -1 in filler rows. See `Batch.keys`.
         counts: positions of the whole optimizer step over all ranks: `tokens`, `targets`, `sequences`, and what the
             weighting's own `counts` adds.
         step: number of the optimizer step, from 0.
@@ -105,7 +105,7 @@ class Around:
         tokens: where weights are read, [B,L] bool, where that is more than the targets; None: at targets alone.
     """
 
-    ids: Tensor
+    keys: Tensor
     counts: Mapping[str, int] = field(default_factory=dict)
     step: int = 0
     student: Logits | None = None
@@ -217,7 +217,7 @@ class Traits:
     @property
     def real(self) -> Tensor:
         """Examples that are no filler, [B] bool."""
-        return self.around.ids >= 0
+        return self.around.keys >= 0
 
     @property
     def sound(self) -> Tensor:

@@ -41,7 +41,7 @@ def tokenizer(trained: PreTrainedTokenizerFast) -> Iterator[PreTrainedTokenizerF
 def texts(load: Loader, tokenizer: PreTrainedTokenizerFast, template: object, **columns: list[str]) -> list[str]:
     tokenizer.chat_template = template
     data = load({**COLUMNS, **columns}, tokenizer, prompt="question", text="answer", chat=True)
-    split = data.split("train")
+    split = data.splits["train"]
     return [str(tokenizer.decode(split.collate([row]).input_ids[0])) for row in range(len(split))]
 
 

@@ -48,14 +48,14 @@ def texts(split: Split, glm: PreTrainedTokenizerFast) -> list[str]:
 
 def test_the_template_is_filled_in(cloze: Callable[..., LoadedData], glm: PreTrainedTokenizerFast) -> None:
     data = cloze()
-    split = data.split("train")
+    split = data.splits["train"]
     pairs = zip(ROWS["premise"], ROWS["hypothesis"], strict=True)
     whole = [f"{premise}? [MASK], {hypothesis}." for premise, hypothesis in pairs]
     batch = split.collate(range(3))
     for row, text in enumerate(whole):
         assert batch.input_ids[row][batch.attention_mask[row]].tolist() == glm(text)["input_ids"]
     assert (data.label_names, data.num_labels, batch.targets.tolist()) == (("no", "yes"), 2, [1, 0, 0])
-    assert cloze(labels=["yes", "no"]).split("train").collate([0, 1]).targets.tolist() == [0, 1]
+    assert cloze(labels=["yes", "no"]).splits["train"].collate([0, 1]).targets.tolist() == [0, 1]
     assert batch.sep is None
 
 
@@ -64,7 +64,7 @@ def test_the_longest_column_is_cut_and_the_blank_never(
     cloze: Callable[..., LoadedData], glm: PreTrainedTokenizerFast, most: int
 ) -> None:
     """Against columns that are shortened token by token before they are put into the template."""
-    split = cloze(max_length=most).split("train")
+    split = cloze(max_length=most).splits["train"]
     ids = [glm(ROWS[name], add_special_tokens=False)["input_ids"] for name in ("premise", "hypothesis")]
     fixed = len(["[CLS]", "?", "[MASK]", ",", ".", "<|endoftext|>"])
     for row, text in enumerate(texts(split, glm)):

@@ -57,7 +57,7 @@ def glm() -> PreTrainedTokenizerFast:
 @pytest.fixture
 def infill(load: Loader, glm: PreTrainedTokenizerFast) -> Callable[..., Split]:
     def made(texts: list[str] = TEXTS, **fields: object) -> Split:
-        return load({"text": texts}, glm, task="glm-infill", **{"max_length": LENGTH, **fields}).split("train")
+        return load({"text": texts}, glm, task="glm-infill", **{"max_length": LENGTH, **fields}).splits["train"]
 
     return made
 

@@ -45,7 +45,7 @@ def words() -> PreTrainedTokenizerFast:
 
 def same_examples(one: LoadedData, other: LoadedData) -> None:
     """The same ids, targets and bytes; another fingerprint, because an older cache has the tokens twice."""
-    ours, theirs = one.split("train"), other.split("train")
+    ours, theirs = one.splits["train"], other.splits["train"]
     rows = range(len(theirs))
     assert len(ours) == len(theirs)
     assert torch.equal(ours.collate(rows).input_ids, theirs.collate(rows).input_ids)
@@ -75,7 +75,7 @@ def test_prompts_and_responses(load: Loader, opened: PreTrainedTokenizerFast) ->
     own = load({"q": ["<s>the teacher", " <s>a"], "text": ["shows</s>", "student </s>\n"]}, opened, prompt="q")
     bare = load({"q": ["the teacher", "a"], "text": ["shows", "student "]}, opened, prompt="q")
     same_examples(own, bare)
-    batch = own.split("train").collate([0, 1])
+    batch = own.splits["train"].collate([0, 1])
     for row in range(2):
         length = int(batch.attention_mask[row].sum())
         assert batch.input_ids[row, :length].tolist().count(opened.bos_token_id) == 1
@@ -88,12 +88,12 @@ def test_a_formatted_prompt_is_what_the_template_writes(load: Loader, opened: Pr
     """`chat: false` with the template's text in the prompt is `chat: true`."""
     opened.chat_template = CHAT
     try:
-        turns = load({"q": ["the teacher"], "text": ["shows"]}, opened, prompt="q", chat=True).split("train")
-        again = load({"q": ["<s>the teacher"], "text": ["shows</s>"]}, opened, prompt="q", chat=True).split("train")
+        turns = load({"q": ["the teacher"], "text": ["shows"]}, opened, prompt="q", chat=True).splits["train"]
+        again = load({"q": ["<s>the teacher"], "text": ["shows</s>"]}, opened, prompt="q", chat=True).splits["train"]
     finally:
         opened.chat_template = None
     columns = {"q": ["<s>user: the teacher assistant: "], "text": ["shows</s>"]}
-    written = load(columns, opened, prompt="q").split("train")
+    written = load(columns, opened, prompt="q").splits["train"]
     for each in (written, again):
         assert torch.equal(each.collate([0]).input_ids, turns.collate([0]).input_ids)
         assert torch.equal(each.collate([0]).targets, turns.collate([0]).targets)
@@ -107,14 +107,14 @@ def test_documents_of_a_language_model(load: Loader, pads: str | None) -> None:
     texts = ["the teacher shows", "a student </s> the teacher"]
     own = load({"text": ["<s>the teacher shows</s>", "<s></s>", "a student </s> the teacher</s>"]}, tokenizer)
     plain = load({"text": texts}, tokenizer)
-    assert [name.split(":")[1] for name in own.split("train").document_names] == ["1", "3"]
+    assert [name.split(":")[1] for name in own.splits["train"].document_names] == ["1", "3"]
     same_examples(own, plain)
 
 
 def test_a_tokenizer_without_ends_leaves_texts_alone(load: Loader) -> None:
     tokenizer = train_tokenizer(sentences(200), 400)
     tokenizer.bos_token = tokenizer.eos_token = None
-    split = load({"text": ["<s>the teacher</s>"]}, tokenizer).split("train")
+    split = load({"text": ["<s>the teacher</s>"]}, tokenizer).splits["train"]
     assert split.collate([0]).input_ids[0, 0] == 1
     assert not split.note
 
@@ -137,7 +137,7 @@ def test_classified_texts_and_pairs(load: Loader, words: PreTrainedTokenizerFast
     same_examples(
         own, load({"text": [" the teacher ", "a"], "other": [" shows a student ", "the"], **labels}, words, **pair)
     )
-    ids = own.split("train").collate([0]).input_ids[0].tolist()
+    ids = own.splits["train"].collate([0]).input_ids[0].tolist()
     assert (ids.count(2), ids.count(3)) == (1, 2)
 
 
@@ -148,10 +148,10 @@ def test_clozes(load: Loader) -> None:
     columns = {"text": ["one two", "three"], "label": ["x", "y"]}
     own = load(columns, tokenizer, cloze=f"{first}{{text}} [MASK]{last}", **fields)
     plain = load(columns, tokenizer, cloze="{text} [MASK]", **fields)
-    assert torch.equal(own.split("train").collate([0, 1]).input_ids, plain.split("train").collate([0, 1]).input_ids)
-    short = {"max_length": int(plain.split("train").lengths[0]) - 1}
+    assert torch.equal(own.splits["train"].collate([0, 1]).input_ids, plain.splits["train"].collate([0, 1]).input_ids)
+    short = {"max_length": int(plain.splits["train"].lengths[0]) - 1}
     cut, bare = (
-        load(columns, tokenizer, cloze=cloze, **fields, **short).split("train")
+        load(columns, tokenizer, cloze=cloze, **fields, **short).splits["train"]
         for cloze in (f"{first}{{text}} [MASK]{last}", "{text} [MASK]")
     )
     assert torch.equal(cut.collate([0, 1]).input_ids, bare.collate([0, 1]).input_ids)

@@ -29,7 +29,7 @@ def pairs(load: Loader) -> LoadedData:
 
 def unmasked(data: LoadedData, example: int, epoch: int) -> tuple[list[int], int, torch.Tensor]:
     """Ids before masking, the next-sentence label, token types."""
-    batch = data.split("train").collate([example], epoch=epoch)
+    batch = data.splits["train"].collate([example], epoch=epoch)
     ids = torch.where(batch.targets != NO_LABEL, batch.targets, batch.input_ids)
     assert batch.nsp_targets is not None
     assert batch.token_type_ids is not None
@@ -38,7 +38,7 @@ def unmasked(data: LoadedData, example: int, epoch: int) -> tuple[list[int], int
 
 
 def test_segments_follow_or_are_of_another_document(pairs: LoadedData, tokenizer: PreTrainedTokenizerFast) -> None:
-    split = pairs.split("train")
+    split = pairs.splits["train"]
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     documents = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
     seen: dict[int, list[int]] = {}
@@ -64,7 +64,7 @@ def test_segments_follow_or_are_of_another_document(pairs: LoadedData, tokenizer
 
 def test_pairs_are_a_pure_function_of_seed_epoch_and_example(load: Loader, pairs: LoadedData) -> None:
     def labels(data: LoadedData, epoch: int) -> list[int]:
-        batch = data.split("train").collate(range(len(data.split("train"))), epoch=epoch)
+        batch = data.splits["train"].collate(range(len(data.splits["train"])), epoch=epoch)
         assert batch.nsp_targets is not None
         return batch.nsp_targets.tolist()
 
@@ -74,7 +74,7 @@ def test_pairs_are_a_pure_function_of_seed_epoch_and_example(load: Loader, pairs
     assert first == [labels(again, e) for e in range(100)]
     assert first != [labels(other, e) for e in range(100)]
     assert first[0] != first[1] or first[1] != first[2]
-    one, whole = pairs.split("train").collate([2], epoch=3), pairs.split("train").collate([0, 2, 1], epoch=3)
+    one, whole = pairs.splits["train"].collate([2], epoch=3), pairs.splits["train"].collate([0, 2, 1], epoch=3)
     assert one.nsp_targets is not None
     assert whole.nsp_targets is not None
     assert one.nsp_targets[0] == whole.nsp_targets[1]
@@ -85,10 +85,10 @@ def test_pairs_are_a_pure_function_of_seed_epoch_and_example(load: Loader, pairs
 
 
 def test_filler_rows_have_no_next_sentence(pairs: LoadedData, load: Loader) -> None:
-    batch = pairs.split("train").collate([1], size=3)
+    batch = pairs.splits["train"].collate([1], size=3)
     assert batch.nsp_targets is not None
     assert batch.nsp_targets[1:].tolist() == [NO_LABEL, NO_LABEL]
-    assert load({"text": TEXTS}, task="masked-lm").split("train").collate([1]).nsp_targets is None
+    assert load({"text": TEXTS}, task="masked-lm").splits["train"].collate([1]).nsp_targets is None
 
 
 def test_the_frame_is_the_tokenizers_own(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -51,7 +51,7 @@ def ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 
 def test_the_response_and_the_end_are_predicted_and_nothing_else(load: Loader, opened: PreTrainedTokenizerFast) -> None:
-    split = prompted(load, opened).split("train")
+    split = prompted(load, opened).splits["train"]
     batch = split.collate([0, 1, 2])
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         before = [opened.bos_token_id, *ids(opened, prompt)]
@@ -67,7 +67,7 @@ def test_the_response_and_the_end_are_predicted_and_nothing_else(load: Loader, o
 def test_masked_by_place_not_by_id(load: Loader, opened: PreTrainedTokenizerFast) -> None:
     """The prompt is the response, and holds the token that also pads and ends."""
     text = f"the loss,{opened.eos_token} the"
-    split = load({"q": [text], "text": [text]}, opened, prompt="q").split("train")
+    split = load({"q": [text], "text": [text]}, opened, prompt="q").splits["train"]
     targets = split.collate([0]).targets[0]
     n = len(ids(opened, text))
     assert opened.eos_token_id in ids(opened, text)
@@ -76,7 +76,7 @@ def test_masked_by_place_not_by_id(load: Loader, opened: PreTrainedTokenizerFast
 
 def test_the_teacher_counts_from_the_last_prompt_position_on(load: Loader, opened: PreTrainedTokenizerFast) -> None:
     """Trap 10, for a teacher row and its weighting: what the teacher says anywhere else changes nothing."""
-    batch = prompted(load, opened).split("train").collate([0, 1])
+    batch = prompted(load, opened).splits["train"].collate([0, 1])
     batch.input_ids, batch.targets = batch.input_ids % 61, batch.targets.where(batch.targets < 0, batch.targets % 61)
     objective, pool = make_objective(
         causal_model(16, 1, 0), [causal_model(24, 1, 1)], list(kd(temperature=2.0).values()), "mt_bert"
@@ -101,9 +101,9 @@ def test_the_teacher_counts_from_the_last_prompt_position_on(load: Loader, opene
 
 def test_templates_of_columns(load: Loader, opened: PreTrainedTokenizerFast) -> None:
     columns = {"instruction": ["the", "a"], "input": ["teacher", ""], "output": ["and", "one"]}
-    template = load(columns, opened, prompt="{instruction}\n{input}{{}}\n", text="output").split("train")
+    template = load(columns, opened, prompt="{instruction}\n{input}{{}}\n", text="output").splits["train"]
     written = load({"p": ["the\nteacher{}\n", "a\n{}\n"], "output": ["and", "one"]}, opened, prompt="p", text="output")
-    for found in (template, written.split("train")):
+    for found in (template, written.splits["train"]):
         assert torch.equal(found.collate([0, 1]).input_ids, template.collate([0, 1]).input_ids)
     with pytest.raises(DataError, match="no column 'instructions'"):
         load(columns, opened, prompt="{instructions}", text="output")
@@ -121,7 +121,7 @@ def test_chat_templates(load: Loader, opened: PreTrainedTokenizerFast) -> None:
     assert refused.value.where == "data.corpus.chat"
     opened.chat_template = CHAT
     try:
-        batch = prompted(load, opened, chat=True).split("train").collate([1])
+        batch = prompted(load, opened, chat=True).splits["train"].collate([1])
         before = ids(opened, f"<s>user: {PROMPTS[1]}</s><s>assistant: ")
         whole = [*before, *ids(opened, f"{RESPONSES[1]}</s>")]
         assert batch.input_ids[0].tolist() == whole[:-1]
@@ -151,10 +151,10 @@ def test_the_chat_template_is_a_part_of_the_data(load: Loader, opened: PreTraine
 
 
 def test_every_example_keeps_a_response_token(load: Loader, opened: PreTrainedTokenizerFast) -> None:
-    whole = prompted(load, opened).split("train")
+    whole = prompted(load, opened).splits["train"]
     prompts = [1 + len(ids(opened, prompt)) for prompt in PROMPTS]
     for longest in range(min(prompts), int(whole.lengths.max()) + 1):
-        split = prompted(load, opened, max_length=longest).split("train")
+        split = prompted(load, opened, max_length=longest).splits["train"]
         assert len(split) == sum(p <= longest for p in prompts)  # one row is one example, never cut into blocks
         batch = split.collate(range(len(split)))
         assert bool((batch.targets != NO_LABEL).any(1).all())
@@ -176,7 +176,7 @@ def test_without_a_beginning_and_a_prompt_the_first_token_is_only_read(
     bos = opened.bos_token
     opened.bos_token = None
     try:
-        split = load({"q": ["", "a"], "text": ["share one", "share one"]}, opened, prompt="q").split("train")
+        split = load({"q": ["", "a"], "text": ["share one", "share one"]}, opened, prompt="q").splits["train"]
         batch = split.collate([0, 1])
         response = [*ids(opened, "share one"), opened.eos_token_id]
         assert batch.targets[0, : len(response) - 1].tolist() == response[1:]
@@ -202,8 +202,8 @@ def test_arrays_and_lines_of_objects_are_the_same_data(
     opened: PreTrainedTokenizerFast,
 ) -> None:  # fmt: skip
     config = write(name, content, prompt="{instruction}{input}", text="output")
-    split = load_data("rows", config, load_raw(config, tmp_path), opened).split("train")
-    expected = prompted(load, opened).split("train")
+    split = load_data("rows", config, load_raw(config, tmp_path), opened).splits["train"]
+    expected = prompted(load, opened).splits["train"]
     assert np.array_equal(split.document_bytes, expected.document_bytes)
     assert torch.equal(split.collate([0, 1, 2]).targets, expected.collate([0, 1, 2]).targets)
 

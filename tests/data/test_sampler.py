@@ -30,7 +30,7 @@ BATCHES = [
 
 @pytest.fixture
 def split(load: Loader) -> Split:
-    return load({"text": sentences(133)}, task="masked-lm").split("train")
+    return load({"text": sentences(133)}, task="masked-lm").splits["train"]
 
 
 def epoch_batches(order: Order, epoch: int) -> list[list[int]]:
@@ -38,12 +38,12 @@ def epoch_batches(order: Order, epoch: int) -> list[list[int]]:
 
 
 def same(left: Batch, right: Batch) -> bool:
-    fields = ("ids", "input_ids", "attention_mask", "targets")
+    fields = ("keys", "input_ids", "attention_mask", "targets")
     return all(torch.equal(getattr(left, name), getattr(right, name)) for name in fields)
 
 
 def seen(batches: list[Batch]) -> list[int]:
-    return [int(i) for batch in batches for i in batch.ids if i >= 0]
+    return [int(i) for batch in batches for i in batch.keys if i >= 0]
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -206,8 +206,8 @@ def test_the_stream_passes_its_epoch_to_the_masking(split: Split) -> None:
     stream = TrainStream(split, order, 0, 1, 1)
     for epoch in range(3):
         batch = next(stream)[0]
-        assert same(batch, split.collate(batch.ids.tolist(), epoch=epoch))
-        assert not torch.equal(batch.targets, split.collate(batch.ids.tolist(), epoch=epoch + 1).targets)
+        assert same(batch, split.collate(batch.keys.tolist(), epoch=epoch))
+        assert not torch.equal(batch.targets, split.collate(batch.keys.tolist(), epoch=epoch + 1).targets)
 
 
 @pytest.mark.parametrize(
@@ -220,12 +220,12 @@ def test_evaluation_scores_every_example_once(batch: BatchConfig, world_size: in
     assert sorted(i for batches in ranks for i in seen(batches)) == list(range(len(split)))
     for batches in ranks:
         for found in batches:
-            real = found.ids[found.real].tolist()
+            real = found.keys[found.real].tolist()
             assert not real or same(found, split.collate(real))  # epoch 0 masking
 
 
 def test_five_examples_on_four_ranks(load: Loader) -> None:
-    split = load({"text": sentences(5)}).split("train")
+    split = load({"text": sentences(5)}).splits["train"]
     ranks = [list(evaluation_batches(split, BatchConfig(sequences=4), rank, 4)) for rank in range(4)]
     assert [len(batches) for batches in ranks] == [2] * 4
     assert sum(len(seen(batches)) for batches in ranks) == 5

@@ -23,7 +23,7 @@ TEXTS = [*sentences(20), "a", "  ", *sentences(3, seed=9, longest=300)]
 def test_causal_targets_spell_the_whole_document(
     max_length: int, load: Loader, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    split = load({"text": TEXTS}, max_length=max_length).split("train")
+    split = load({"text": TEXTS}, max_length=max_length).splits["train"]
     kept = [t for t in TEXTS if t.strip()]
     inputs: dict[int, list[int]] = {}
     targets: dict[int, list[int]] = {}
@@ -50,7 +50,7 @@ def test_causal_without_a_beginning_token_does_not_count_the_first_token(
 ) -> None:
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     text = "naïve things – 漢字 too"
-    split = load({"text": [text]}, tokenizer=bare, max_length=4).split("train")
+    split = load({"text": [text]}, tokenizer=bare, max_length=4).splits["train"]
     ids = bare(text, add_special_tokens=False)["input_ids"]
     asked = [int(t) for e in range(len(split)) for t in split.collate([e]).targets.flatten()]
     assert asked == ids[1:]
@@ -64,16 +64,16 @@ def test_causal_without_a_beginning_token_does_not_count_the_first_token(
 def test_names_and_domains_are_columns_that_a_key_names(load: Loader) -> None:
     columns = {"text": ["one", " ", "two"], "name": ["m#1", "m#2", "n#1"], "domain": ["prose", "prose", "code"]}
     columns["label"] = columns["id"] = ["x", "x", "x"]
-    unnamed = load(columns).split("train")
+    unnamed = load(columns).splits["train"]
     assert (unnamed.document_names, unnamed.document_domains) == (["train:1", "train:3"], ["", ""])
-    split = load(columns, name="name", domain="domain").split("train")
+    split = load(columns, name="name", domain="domain").splits["train"]
     with pytest.raises(DataError, match="two rows have the same name"):
         load(columns, name="id")
     with pytest.raises(DataError, match="no column 'names'"):
         load(columns, name="names")
     assert split.document_names == ["m#1", "n#1"]
     assert split.document_domains == ["prose", "code"]
-    plain = load({"text": ["one", " ", "two"]}).split("train")
+    plain = load({"text": ["one", " ", "two"]}).splits["train"]
     assert plain.document_names == ["train:1", "train:3"]
     assert plain.document_domains == ["", ""]
 
@@ -85,7 +85,7 @@ def unmasked(batch_inputs: torch.Tensor, targets: torch.Tensor) -> list[int]:
 def test_masked_blocks_hold_the_document_and_its_special_tokens(
     load: Loader, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    split = load({"text": TEXTS}, task="masked-lm", max_length=16).split("train")
+    split = load({"text": TEXTS}, task="masked-lm", max_length=16).splits["train"]
     found: dict[int, list[int]] = {}
     for example in range(len(split)):
         batch = split.collate([example])
@@ -100,7 +100,7 @@ def test_masked_blocks_hold_the_document_and_its_special_tokens(
 
 
 def test_masking_follows_bert(load: Loader, tokenizer: PreTrainedTokenizerFast) -> None:
-    split = load({"text": sentences(1500, longest=120)}, task="masked-lm").split("train")
+    split = load({"text": sentences(1500, longest=120)}, task="masked-lm").splits["train"]
     batch = split.collate(range(len(split)))
     chosen = batch.target_mask
     ordinary = batch.token_mask.sum() - 2 * len(split)
@@ -118,9 +118,8 @@ def test_masking_follows_bert(load: Loader, tokenizer: PreTrainedTokenizerFast) 
 
 def test_masking_is_a_pure_function_of_seed_epoch_and_example(load: Loader) -> None:
     def masked(example: int, epoch: int, seed: int = 0, beside: int = 0) -> list[int]:
-        split = load({"text": [" ".join(sentences(9, seed=i)) for i in range(5)]}, task="masked-lm", seed=seed).split(
-            "train"
-        )
+        texts = [" ".join(sentences(9, seed=i)) for i in range(5)]
+        split = load({"text": texts}, task="masked-lm", seed=seed).splits["train"]
         batch = split.collate([beside, example], epoch=epoch)
         return (batch.targets[1] != NO_LABEL).nonzero().flatten().tolist()
 
@@ -131,7 +130,7 @@ def test_masking_is_a_pure_function_of_seed_epoch_and_example(load: Loader) -> N
 
 
 def test_masking_asks_for_something_however_small_the_share(load: Loader) -> None:
-    split = load({"text": ["a", *TEXTS]}, task="masked-lm", mask_share=1e-6).split("train")
+    split = load({"text": ["a", *TEXTS]}, task="masked-lm", mask_share=1e-6).splits["train"]
     assert position_counts([split.collate(range(len(split)))])["targets"] == len(split)
 
 
@@ -141,13 +140,13 @@ def test_filler_rows_count_nothing(task: str, indices: list[int], load: Loader) 
     columns: dict[str, list] = {"text": sentences(3)}
     if task in ("classify", "regression"):
         columns["label"] = [0, 1, 1] if task == "classify" else [0.5, 1.0, 1.5]
-    split = load(columns, task="classify" if task == "regression" else task).split("train")
+    split = load(columns, task="classify" if task == "regression" else task).splits["train"]
     filled, plain = split.collate(indices, size=5), split.collate(indices, size=max(1, len(indices)))
     counts = position_counts([filled])
     assert counts == position_counts([plain])
     assert counts["sequences"] == len(indices)
     assert (counts["tokens"] == 0) == (not indices)
-    assert filled.ids.tolist() == [*indices, *[-1] * (5 - len(indices))]
+    assert filled.keys.tolist() == [*indices, *[-1] * (5 - len(indices))]
     assert filled.input_ids.shape[0] == filled.targets.shape[0] == 5
     assert filled.attention_mask.any(dim=1).all()  # softmax over nothing would be NaN
     if not indices:
@@ -156,7 +155,7 @@ def test_filler_rows_count_nothing(task: str, indices: list[int], load: Loader) 
 
 
 def test_a_batch_is_padded_to_its_longest_example(load: Loader) -> None:
-    split = load({"text": sentences(30)}).split("train")
+    split = load({"text": sentences(30)}).splits["train"]
     batch = split.collate([3, 11, 8])
     assert batch.attention_mask.sum(dim=1).tolist() == split.lengths[[3, 11, 8]].tolist()
     assert batch.input_ids.shape[1] == split.lengths[[3, 11, 8]].max()
@@ -169,10 +168,10 @@ def test_classes_keep_their_names_and_numbers(load: Loader) -> None:
     texts = sentences(4)
     data = load({"text": texts, "label": ["no", "yes", "no", "maybe"]}, task="classify")
     assert (data.label_names, data.num_labels) == (("maybe", "no", "yes"), 3)
-    assert data.split("train").collate(range(4)).targets.tolist() == [1, 2, 1, 0]
-    assert data.split("train").labels.tolist() == [1, 2, 1, 0]
+    assert data.splits["train"].collate(range(4)).targets.tolist() == [1, 2, 1, 0]
+    assert data.splits["train"].labels.tolist() == [1, 2, 1, 0]
     given = load({"text": texts, "label": ["no", "yes", "no", "yes"]}, task="classify", labels=("yes", "no"))
-    assert given.split("train").collate(range(4)).targets.tolist() == [1, 0, 1, 0]
+    assert given.splits["train"].collate(range(4)).targets.tolist() == [1, 0, 1, 0]
     numbers = load({"text": texts, "label": [10, 9, 9, 100]}, task="classify")
     assert numbers.label_names == ("9", "10", "100")
     assert load({"text": texts, "label": [True, False, True, True]}, task="classify").label_names == ("false", "true")
@@ -181,7 +180,7 @@ def test_classes_keep_their_names_and_numbers(load: Loader) -> None:
 @pytest.mark.parametrize("scores", [[1.0, 2.5, 3.0], ["1", "2.5", "3"], ["1.000", "2.500", "0.000"]])
 def test_numbers_that_are_not_whole_are_a_regression(scores: list, load: Loader) -> None:
     data = load({"text": sentences(3), "label": scores}, task="classify")
-    targets = data.split("train").collate([2, 0, 1], size=4).targets
+    targets = data.splits["train"].collate([2, 0, 1], size=4).targets
     assert (data.label_names, data.num_labels) == ((), 1)
     assert targets.dtype == torch.float32
     assert targets[:3].tolist() == [float(scores[i]) for i in (2, 0, 1)]
@@ -191,7 +190,7 @@ def test_numbers_that_are_not_whole_are_a_regression(scores: list, load: Loader)
 
 def test_two_texts_become_one_example(load: Loader, tokenizer: PreTrainedTokenizerFast) -> None:
     columns = {"text": sentences(6), "other": sentences(6, seed=5), "label": [0, 1] * 3}
-    split = load(columns, task="classify", text_pair="other", max_length=24).split("train")
+    split = load(columns, task="classify", text_pair="other", max_length=24).splits["train"]
     for row in range(6):
         expected = tokenizer(columns["text"][row], columns["other"][row], truncation=True, max_length=24)["input_ids"]
         batch = split.collate([row])
@@ -209,7 +208,7 @@ def test_token_types_are_kept_when_the_tokenizer_makes_them(load: Loader, tokeni
     bert = BertTokenizer(vocab=vocabulary)
     assert isinstance(bert.backend_tokenizer.post_processor, processors.PostProcessor)
     columns = {"text": ["the student", "a"], "other": ["one teacher and", "the loss"], "label": [0, 1]}
-    batch = load(columns, tokenizer=bert, task="classify", text_pair="other").split("train").collate([0, 1], size=3)
+    batch = load(columns, tokenizer=bert, task="classify", text_pair="other").splits["train"].collate([0, 1], size=3)
     assert batch.token_type_ids is not None
     assert batch.token_type_ids.tolist() == [[0, 0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 0, 0], [0] * 8]
 
@@ -250,12 +249,6 @@ def test_the_fingerprint_follows_every_option_that_shapes_examples(load: Loader)
     assert len(prints) == len(variants)
     assert load(columns).fingerprint in prints
     assert load(columns, path="elsewhere").fingerprint == load(columns).fingerprint
-
-
-def test_the_missing_split_is_named(load: Loader) -> None:
-    with pytest.raises(DataError, match="no validation split") as caught:
-        load({"text": ["one"]}).split("validation")
-    assert "validation_share" in str(caught.value)
 
 
 def test_the_task_table() -> None:

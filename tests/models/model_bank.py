@@ -101,7 +101,7 @@ def row(source: Batch, i: int) -> Batch:
     n = int(source.attention_mask[i].sum())
     types = None if source.token_type_ids is None else source.token_type_ids[i : i + 1, :n]
     return Batch(
-        source.ids[i : i + 1],
+        source.keys[i : i + 1],
         source.input_ids[i : i + 1, :n],
         source.attention_mask[i : i + 1, :n],
         source.targets[i : i + 1, :n],

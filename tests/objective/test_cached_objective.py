@@ -24,7 +24,7 @@ ROWS = [*kd(temperature=1.0).values(), Match(loss="jsd"), Match(feature="hidden"
 
 
 def stored(folder: Path, content: CacheContent, batch: Batch, features: Features) -> CacheReader:
-    origin = CacheOrigin("t", "k", "d", "train", len(batch.ids), {}, "fp32")
+    origin = CacheOrigin("t", "k", "d", "train", len(batch.keys), {}, "fp32")
     writer = CacheWriter(folder, content, origin, shard_examples=2)
     records = make_records(content, batch, features, tile=4)
     for number, ids in writer.missing():
@@ -52,7 +52,7 @@ def results(
     for k in cached:
         reader = stored(tmp_path / f"{weighting}{k}", content, batch, features[k])
         # as another epoch would: other rows, in another order
-        features[k] = reader.read(batch.ids.tolist()).features(f"t{k}", batch, objective.teacher_wants(k))
+        features[k] = reader.read(batch.keys.tolist()).features(f"t{k}", batch, objective.teacher_wants(k))
     counts = {**position_counts([batch]), **objective.step_counts(batch)}
     matrix = gram(objective, batch, features, counts)
     loss, _ = objective(batch, features, counts)

@@ -50,7 +50,7 @@ def features_of(batch: Batch) -> Features:
     generator = torch.Generator().manual_seed(2)
     logits = 3 * torch.randn(EXAMPLES, LENGTH, COLUMNS, generator=generator)
     hidden = torch.randn(EXAMPLES, LENGTH, WIDTH, generator=generator)
-    rows = batch.ids.clamp_min(0)
+    rows = batch.keys.clamp_min(0)
     return {"logits": DenseLogits(logits[rows]), "hidden.2": hidden[rows], "cls.2": hidden[rows, 0]}
 
 
@@ -240,7 +240,7 @@ def test_inputs_of_another_length_are_told_though_the_targets_are_as_many(tmp_pa
     """A system turn that the chat template adds is read and not predicted."""
     reader, batch = CacheReader(written(tmp_path / "c", TOP)), batch_of([4])
     longer = Batch(
-        batch.ids,
+        batch.keys,
         torch.cat([batch.input_ids, batch.input_ids[:, :1]], 1),
         torch.cat([batch.attention_mask[:, :1], batch.attention_mask], 1),
         torch.cat([torch.full((1, 1), NO_LABEL), batch.targets], 1),

@@ -126,7 +126,7 @@ def _features(folder: Path) -> dict[str, Any]:
         worst = 0.0
         for step in range(4):  # the order of the layers is learned in the first, and used from the third on
             told_batch = small.filler(batch) if step == 2 and dist.is_main else batch
-            pair = (small.values(x.forward(told_batch, keys), len(told_batch.ids)) for x in (teacher, judge))
+            pair = (small.values(x.forward(told_batch, keys), len(told_batch.keys)) for x in (teacher, judge))
             worst = max(worst, small.largest_difference(*pair))
         parts, whole = small.held_numbers(ours)
         numbers = [p.numel() for p in theirs.parameters()]
@@ -285,7 +285,7 @@ def _faults(folder: Path) -> list[Any]:
         types = {p.ds_tensor.dtype for p in ours.parameters() if p.ds_numel > 100}
         dtype = torch.bfloat16 if half else torch.float32
         teacher = LiveTeacher("s", ours, CPU, dtype)
-        pair = (small.values(x.forward(batch, small.wants(ours)), len(batch.ids), dtype) for x in (teacher, judge))
+        pair = (small.values(x.forward(batch, small.wants(ours)), len(batch.keys), dtype) for x in (teacher, judge))
         told.append((sorted(map(str, types)), small.largest_difference(*pair)))
         ours.enable_packing("packing")  # outside of the teacher's autocast
         teacher.close()

@@ -93,7 +93,7 @@ def stop_at(shard: int) -> None:
     make = mtkd.running.capture.make_records
 
     def records(content: Any, batch: Any, *rest: Any) -> Any:
-        if int(batch.ids.min()) // CACHE["shard_examples"] == shard:
+        if int(batch.keys.min()) // CACHE["shard_examples"] == shard:
             os.kill(os.getpid(), signal.SIGTERM)
         return make(content, batch, *rest)
 

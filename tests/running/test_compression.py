@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ import mtkd.running.build
 from mtkd.config import ModelConfig
 from mtkd.config.match import Match
 from mtkd.data.batch import position_counts
+from mtkd.data.collate import collate_tokens
 from mtkd.data.examples import CausalExamples
 from mtkd.data.load import LoadedData
 from mtkd.data.sampler import TrainStream
@@ -113,7 +115,8 @@ def test_scores_are_of_the_ids_themselves() -> None:
     ]
     lengths = np.array([30, 25])
     examples = CausalExamples(np.concatenate(tokens), np.array([0, 31]), lengths)
-    split = Split(examples, Documents(np.arange(2), ["a", "b"], ["", ""], np.array([40, 50])))
+    documents = Documents(np.arange(2), ["a", "b"], ["", ""], np.array([40, 50]))
+    split = Split(partial(collate_tokens, examples), lengths, documents)
     own = split.collate([0, 1])
     data = LoadedData("text", tiny_data(), TASKS["causal-lm"], {"test": split})
     records = Scorer(CPU, torch.float32, Dist(), 7).records([student], data, split, [own])

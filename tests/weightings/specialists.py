@@ -70,7 +70,7 @@ class Tables:
         self._logits = logits
 
     def forward(self, batch: Batch) -> list[Features]:
-        return [{"logits": table[batch.ids]} for table in self._logits]
+        return [{"logits": table[batch.keys]} for table in self._logits]
 
 
 @dataclass

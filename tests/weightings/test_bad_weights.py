@@ -86,7 +86,7 @@ def test_a_step_counts_the_faulty_positions(
     monkeypatch.setitem(WEIGHTINGS._values, "mine", WeightingSpec("mine", cls))
     objective, pool = make_objective(causal_model(16, 1, 0), [causal_model(16, 1, 1)] * 2, ROWS, "mine", per=per)
     batch = causal_batch((7, 4), prompt=2)
-    batch.ids[1] = -1  # a filler row counts nowhere
+    batch.keys[1] = -1  # a filler row counts nowhere
     _, metrics = objective(batch, pool.forward(batch), position_counts([batch]))
     found = {name: float(metrics[name]) for name in FAULTS}
     assert found["weight_fault/read"] == (5 if per == "token" else 1)
@@ -121,7 +121,7 @@ import torch, mtkd
 @mtkd.weighting("mine_{number}", sums_to_one=False)
 class Mine(mtkd.Weighting):
     def forward(self, traits):
-        made_up = int(traits.around.ids.max()) < 4
+        made_up = int(traits.around.keys.max()) < 4
         return torch.full_like(traits.entropy, 0.5 if made_up else {value})
 """
 """Weights that are bad on the stage's own examples alone: the plan's four do not show it."""

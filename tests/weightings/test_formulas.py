@@ -192,7 +192,7 @@ def test_the_anchors_likelihood_and_the_entropy(logits: Tensor, targets: Tensor,
     held = learned_traits(module, logits, targets)
     weights = module(held)
     missed, entropies, anchors = [], [], 0
-    for b, example in enumerate(held.around.ids.tolist()):
+    for b, example in enumerate(held.around.keys.tolist()):
         h = held.pooled[b].double()
         state = (h - h.mean()) / (h.var(unbiased=False) + 1e-5).sqrt() / 4
         scores = module.theta.double() + (module.gate.double() @ state if module.gate is not None else 0)

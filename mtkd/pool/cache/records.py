@@ -58,7 +58,7 @@ def make_records(content: CacheContent, batch: Batch, features: Features, tile: 
     mask = batch.target_mask if token_level else batch.real
     counts = (mask.sum(1) if token_level else mask.long()).tolist()
     records = [
-        Record(int(batch.ids[row]), int(batch.attention_mask[row].sum()), counts[row], hidden={}) for row in rows
+        Record(int(batch.keys[row]), int(batch.attention_mask[row].sum()), counts[row], hidden={}) for row in rows
     ]
     whole = features["logits"]
     logits = DenseLogits(whole) if isinstance(whole, Tensor) else whole
@@ -66,7 +66,7 @@ def make_records(content: CacheContent, batch: Batch, features: Features, tile: 
         _put_positions(content, records, batch, logits, tile)
     for record, row in zip(records, rows, strict=True):
         if content.targets == "classes":
-            record.classes = logits.rows(torch.tensor([row], device=batch.ids.device))[0].float().cpu().numpy()
+            record.classes = logits.rows(torch.tensor([row], device=batch.keys.device))[0].float().cpu().numpy()
         for key in content.hidden:
             value = features[key]
             assert isinstance(value, Tensor), "of logits a cache keeps what its targets say"
@@ -179,7 +179,7 @@ class Records:
         Raises:
             DataError: an example has another number of tokens, or of targets, than when it was stored.
         """
-        device = batch.ids.device
+        device = batch.keys.device
         self._same(batch.token_mask.sum(1).cpu(), self.tokens, "tokens")
         if self.classes is not None:
             return DenseLogits(self.classes.to(device))
@@ -202,7 +202,7 @@ class Records:
                 allowed=self.content.hidden or "none",
                 todo="make the cache with this feature, or run the teacher itself",
             )
-        values = self.hidden[key].to(batch.ids.device)
+        values = self.hidden[key].to(batch.keys.device)
         if split_key(key)[0] in PER_EXAMPLE:
             return values.float()
         mask = batch.token_mask
