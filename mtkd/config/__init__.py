@@ -3,7 +3,7 @@
 Read by `mtkd.config.read.load_config`, printed as JSON Schema by `mtkd schema`. No torch is imported here.
 """
 
-from mtkd.config.base import STAGE_PREFIX, Config, Name, Named, Positive, Share, check_name
+from mtkd.config.base import Config, Name, Named, Positive, Share, check_name
 from mtkd.config.cache import CacheConfig
 from mtkd.config.chain import ChainConfig, Rung, Training
 from mtkd.config.data import (
@@ -15,14 +15,17 @@ from mtkd.config.data import (
     TransferConfig,
     prompt_parts,
 )
+from mtkd.config.engine import EngineConfig
+from mtkd.config.evaluate import Comparison, EvaluateConfig
 from mtkd.config.model import ModelConfig, ShardedConfig, SliceConfig, TeacherConfig, VocabularyConfig
-from mtkd.config.run import Comparison, EngineConfig, EvaluateConfig, RunConfig
+from mtkd.config.refs import ENSEMBLE_PREFIX, StageRef, ensemble_of
+from mtkd.config.run import RunConfig
 from mtkd.config.stage import BatchConfig, EarlyStop, EqualTime, OptimizerConfig, ScoringBatchConfig, StageConfig
 
 __all__ = [
     "BLANK",
     "RANDOM_TOKENS",
-    "STAGE_PREFIX",
+    "ENSEMBLE_PREFIX",
     "BatchConfig",
     "CacheConfig",
     "ChainConfig",
@@ -46,11 +49,13 @@ __all__ = [
     "Share",
     "SliceConfig",
     "StageConfig",
+    "StageRef",
     "TeacherConfig",
     "TokenizerConfig",
     "Training",
     "TransferConfig",
     "VocabularyConfig",
     "check_name",
+    "ensemble_of",
     "prompt_parts",
 ]

@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from mtkd.config.base import (
-    STAGE_PREFIX,
     Config,
     Epochs,
     Layers,
@@ -28,6 +27,7 @@ from mtkd.config.base import (
 )
 from mtkd.config.match import Match
 from mtkd.config.model import ModelConfig, TeacherConfig
+from mtkd.config.refs import StageRef
 from mtkd.config.stage import BatchConfig, EarlyStop, OptimizerConfig, StageConfig
 
 Initial = Literal["fresh", "teacher", "slice"]
@@ -149,9 +149,9 @@ class ChainConfig(Training):
     @property
     def teacher_stage(self) -> str | None:
         """The stage of the only teacher, None when there are several, it comes from elsewhere or from a cache."""
-        path = self.teachers[0].model.path or ""
+        ref = self.teachers[0].model.stage
         alone = len(self.teachers) == 1 and self.teachers[0].backend != "cached"
-        return path.removeprefix(STAGE_PREFIX) if alone and path.startswith(STAGE_PREFIX) else None
+        return ref.model if alone and ref is not None else None
 
     @property
     def names(self) -> list[str]:
@@ -243,16 +243,10 @@ def expand(chain: ChainConfig, stages: Mapping[str, StageConfig]) -> dict[str, S
         return dict(stages)
     kept = {name: stage for name, stage in stages.items() if name not in made}
     models = [t.model for t in chain.teachers] + [m for m in map(chain.planned_model, made) if m is not None]
-    paths = [model.path for model in models]
-    used = [stage_name(path) for path in paths if path and path.startswith(STAGE_PREFIX)]
+    used = {model.stage.stage for model in models if model.stage is not None}
     after = max((i for i, name in enumerate(kept, 1) if name in used), default=0)
     order = list(kept.items())
     return dict([*order[:after], *made.items(), *order[after:]])
-
-
-def stage_name(path: str) -> str:
-    """The stage in stage:NAME, and in stage:NAME/MEMBER."""
-    return path.removeprefix(STAGE_PREFIX).partition("/")[0]
 
 
 def _stage(chain: ChainConfig, name: str) -> StageConfig:
@@ -290,7 +284,7 @@ def _teachers(chain: ChainConfig, name: str) -> tuple[TeacherConfig, ...]:
         above = chain.assistants[: chain.assistants.index(name)]
     # said only where it is not the default: a stage is identified by what was given
     more = {} if chain.backend == "resident" else {"backend": chain.backend}
-    assistants = tuple(TeacherConfig.model_validate({"model": STAGE_PREFIX + other, **more}) for other in above)
+    assistants = tuple(TeacherConfig.model_validate({"model": str(StageRef(other)), **more}) for other in above)
     if chain.mode == "dgkd":
         return (*chain.teachers, *assistants)
     return assistants[-1:] or chain.teachers

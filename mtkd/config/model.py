@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mtkd.config.base import STAGE_PREFIX, Config, Layers, Length, Name, Share, Width
+from mtkd.config.base import Config, Layers, Length, Name, Share, Width
+from mtkd.config.refs import STAGE_PREFIX, StageRef
 
 
 class VocabularyConfig(Config):
@@ -114,6 +116,11 @@ class ModelConfig(Config):
             if self.kv_heads and self.heads % self.kv_heads:  # type: ignore[operator]
                 raise ValueError(f"{self.kv_heads} key/value heads do not divide {self.heads} heads")
         return self
+
+    @cached_property
+    def stage(self) -> StageRef | None:
+        """The earlier stage that makes the model, or the cache; None for a model from elsewhere, and a fresh one."""
+        return StageRef.parse(self.path)
 
     @property
     def is_cut(self) -> bool:

@@ -18,6 +18,7 @@ from mtkd.config import EngineConfig, StageConfig
 from mtkd.engine.disk import free_disk
 from mtkd.engine.launch import largest_node, num_processes
 from mtkd.engine.precision import here
+from mtkd.engine.tile import tile_for
 from mtkd.errors import UserError
 from mtkd.objective.compile import Row
 from mtkd.planning.footprint import CachedShape, Footprint, Shape, Step, measure
@@ -249,7 +250,7 @@ def _step(sketch: Sketch, engine: EngineConfig, on_gpu: bool) -> Step:
         sequences=max(sequences, 1),
         length=sketch.max_length,
         micro_batches=batch.accumulate,
-        tile=engine.tile_for(sketch.columns, "cuda" if on_gpu else "cpu"),
+        tile=tile_for(engine, sketch.columns, "cuda" if on_gpu else "cpu"),
         on_gpu=on_gpu,
         dtype=torch.bfloat16 if engine.in_bf16 else torch.float32,
         checkpointing=engine.activation_checkpointing,

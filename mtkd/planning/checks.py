@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mtkd.config import RANDOM_TOKENS, RunConfig, StageConfig
+from mtkd.config import RANDOM_TOKENS, ModelConfig, RunConfig, StageConfig, StageRef
 from mtkd.config.read import Location, dotted
 from mtkd.data.files import columns_of
 from mtkd.data.paths import find_files
@@ -22,10 +22,8 @@ from mtkd.planning.stages import (
     does_task,
     head_for,
     model_name,
-    model_of,
     never_trained,
     scored_models,
-    stage_of,
 )
 from mtkd.planning.teaching import heads_read
 from mtkd.registry import TASKS, check_options, load_plugins
@@ -116,10 +114,10 @@ def _check_heads(config: RunConfig, name: str) -> None:
     """Refuse a teacher of an earlier stage whose predictions are read, and whose stage gave it another head or none."""
     stage, read = config.stages[name], heads_read(config, name)
     for i, teacher in enumerate(stage.teachers):
-        earlier = stage_of(teacher.model.path)
-        if earlier is None:
+        ref = teacher.model.stage
+        if ref is None:
             continue
-        where = f"stages.{name}.teachers[{i}]"
+        where, earlier = f"stages.{name}.teachers[{i}]", ref.stage
         theirs, ours = (head_for(config, s.data) for s in (config.stages[earlier], stage))
         if not can_teach(theirs, ours) and (read or ours == PRE_TRAINING):
             raise UserError(
@@ -129,7 +127,7 @@ def _check_heads(config: RunConfig, name: str) -> None:
                 allowed=ours,
                 todo="fine-tune the teacher on this stage's data first, or compare hidden states and attention alone",
             )
-        if read and never_trained(config, model_of(teacher.model.path) or earlier):
+        if read and never_trained(config, ref.model):
             raise UserError(
                 f"no row of stage '{earlier}' compares logits: its model never learns to predict",
                 where=where,
@@ -172,18 +170,23 @@ def _check_labels(config: RunConfig, stage: StageConfig, where: str) -> None:
 
 def _check_vocabularies(config: RunConfig) -> None:
     """A model that a stage made with a compressed vocabulary is not compressed again, and teaches no tokens."""
-    compressed: set[str | None] = set()
+    compressed: set[str] = set()
     for name, stage in config.stages.items():
         task = TASKS.find(config.data[config.data_name(stage.data)].task)
         for i, teacher in enumerate(stage.teachers):
-            if task.token_level and model_of(teacher.model.path) in compressed:
+            if task.token_level and _made(teacher.model) in compressed:
                 raise compressed_teacher(teacher.model.path or "", f"stages.{name}.teachers[{i}]")
         for role, model in stage.trained.items():
-            goes_on = model_of(model.path) in compressed
+            goes_on = _made(model) in compressed
             if goes_on and model.vocabulary is not None:
                 raise compressed_twice(f"{stage.place(name, role)}.vocabulary")
             if goes_on or model.vocabulary is not None:
                 compressed.add(model_name(name, stage, role))
+
+
+def _made(model: ModelConfig) -> str:
+    """The name of the earlier stage's model that this one is; "" for any other."""
+    return "" if model.stage is None else model.stage.model
 
 
 def _check_evaluation(config: RunConfig) -> None:
@@ -230,7 +233,7 @@ def _check_evaluation(config: RunConfig) -> None:
         raise UserError(f"no stage of this run does the task of data '{name}'", where="evaluate.data", found=name)
     for i, pair in enumerate(settings.comparisons):
         for side in (pair.candidate, pair.baseline):
-            if side.partition("/")[0] in config.stages and side not in scored:
+            if StageRef.named(side).stage in config.stages and side not in scored:
                 raise UserError(
                     f"'{side}' is not scored: its task is not that of evaluate.data, or it never learns to predict",
                     where=f"evaluate.comparisons[{i}]",

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from mtkd.config import RunConfig, StageConfig, TeacherConfig
+from mtkd.config import RunConfig, StageConfig, StageRef, TeacherConfig
 from mtkd.data.sources import has_labels
 from mtkd.errors import UserError
 from mtkd.methods.rows import stage_rows
@@ -14,7 +14,7 @@ from mtkd.models.folder import find_folder
 from mtkd.planning.data import DataFacts, DataReader
 from mtkd.planning.locate import missing, resolve_path, revision_of
 from mtkd.planning.places import placed
-from mtkd.planning.stages import scored_models, stage_of
+from mtkd.planning.stages import scored_models
 from mtkd.pool import BACKENDS
 from mtkd.weightings.spec import WEIGHTINGS
 
@@ -64,10 +64,9 @@ def _classes_of(
     if teacher.classes is not None:  # what the user maps its outputs to are the data's classes
         names = teacher.classes.values() if isinstance(teacher.classes, dict) else teacher.classes
         return tuple(dict.fromkeys(name for name in names if name is not None))
-    path = teacher.model.path
-    stage = stage_of(path)
-    if stage is not None:
-        other = config.data_name(config.stages[stage].data)
+    path, ref = teacher.model.path, teacher.model.stage
+    if ref is not None:
+        other = config.data_name(config.stages[ref.stage].data)
         return () if other == name else reader.facts(other, config.data[other]).classes
     if path is None or not BACKENDS[teacher.backend].runs or missing(path, config.base) is not None:
         return ()
@@ -143,7 +142,7 @@ def _check_scored(config: RunConfig, facts: Mapping[str, DataFacts]) -> None:
     name = config.data_name(config.evaluate.data)
     ours = facts[name]
     for model in scored_models(config):
-        other = config.data_name(config.stages[model.partition("/")[0]].data)
+        other = config.data_name(config.stages[StageRef.named(model).stage].data)
         theirs = facts[other]
         if ours.known and theirs.known and (ours.kind, ours.classes) != (theirs.kind, theirs.classes):
             raise UserError(

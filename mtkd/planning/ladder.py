@@ -10,7 +10,7 @@ from functools import cached_property
 from pydantic import ValidationError
 from transformers import PretrainedConfig
 
-from mtkd.config import STAGE_PREFIX, ChainConfig, ModelConfig, RunConfig, StageConfig
+from mtkd.config import ChainConfig, ModelConfig, RunConfig, StageConfig, StageRef
 from mtkd.errors import UserError
 from mtkd.models.info import ModelInfo, count_parameters, model_info
 from mtkd.registry import TASKS
@@ -214,7 +214,7 @@ class _Sizes:
         """The model of a stage of the chain, as the next one sees it."""
         made = self._look.model_config(self._config.stages[name], model, f"stages.{name}.student")
         self._look.made[name] = made
-        return self._sized(ModelConfig(path=f"{STAGE_PREFIX}{name}"), made)
+        return self._sized(ModelConfig(path=str(StageRef(name))), made)
 
     def count(self, model: ModelConfig) -> int:
         """Parameters of a description."""

@@ -21,7 +21,6 @@ from mtkd.errors import DataError, UserError
 from mtkd.models.cards import Card, how_to_get, load_cards, missing_glm
 from mtkd.models.folder import check_tokenizer_folder, has_tokenizer
 from mtkd.planning.exports import SMALL, check_foreign
-from mtkd.planning.stages import stage_of
 from mtkd.pool import BACKENDS
 
 _ORIGIN, _ORIGIN_FILE = "trained_on", "trained_on.json"
@@ -59,7 +58,7 @@ def tokenizer_origin(config: RunConfig) -> tuple[str, str | None]:
     for stage in config.stages.values():
         live = [t.model for t in stage.teachers if BACKENDS[t.backend].runs]
         for model in (*live, *stage.trained.values()):
-            if model.path is not None and stage_of(model.path) is None:
+            if model.path is not None and model.stage is None:
                 folder = resolve_path(model.path, config.base)
                 if not isinstance(folder, Path) or has_tokenizer(folder):
                     return model.path, revision_of(model)

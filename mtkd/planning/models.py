@@ -35,7 +35,7 @@ from mtkd.planning.locate import (
     tokenizer_origin,
 )
 from mtkd.planning.places import placed
-from mtkd.planning.stages import model_of, scored_models, stage_of
+from mtkd.planning.stages import scored_models
 from mtkd.planning.table import PlannedModel, planned_model
 from mtkd.pool import BACKENDS
 from mtkd.registry import TASKS
@@ -130,12 +130,11 @@ class PlannedModels:
         if model.vocabulary is not None and vocabulary is not None:
             raise compressed_twice(f"{where}.vocabulary")
         data = self.config.data[self.config.data_name(stage.data)]
-        earlier = stage_of(model.path)
-        if earlier is not None:
-            made = smaller_config(self.made[model_of(model.path) or ""], model, self.tokenizer, self.num_ids)
+        if model.stage is not None:
+            made = smaller_config(self.made[model.stage.model], model, self.tokenizer, self.num_ids)
             found = None
             if reads is None or "logits" in reads:
-                found = self._classes_of(earlier, data, where, classes, "classes" if reads else "")
+                found = self._classes_of(model.stage.stage, data, where, classes, "classes" if reads else "")
             return self._for_task(made, data, where), found
         facts, name = self.facts(data), self._name_of(data)
         request = ModelRequest.of_data(
@@ -232,9 +231,10 @@ class PlannedModels:
 
     def vocabulary(self, model: ModelConfig) -> int | None:
         """Ids of a model that comes with a vocabulary map; None for a whole vocabulary."""
-        made = model_of(model.path)
-        if made is not None or model.path is None:
-            return self.compressed.get(made or "")
+        if model.stage is not None:
+            return self.compressed.get(model.stage.model)
+        if model.path is None:
+            return None
         found = read_vocabulary(resolve_path(model.path, self.config.base), self.tokenizer, "@model.path")
         return None if found is None else found.num_kept
 
@@ -276,9 +276,7 @@ class PlannedModels:
             if teaches and task.token_level:
                 raise compressed_teacher(model.path or "", where)
             return
-        known = (
-            model.path is not None and stage_of(model.path) is None and missing(model.path, self.config.base) is None
-        )
+        known = model.path is not None and model.stage is None and missing(model.path, self.config.base) is None
         if known:
             assert model.path is not None
             folder, revision = resolve_path(model.path, self.config.base), revision_of(model)

@@ -42,7 +42,7 @@ from mtkd.planning.locate import (
 )
 from mtkd.planning.models import PlannedModels, with_open_labels
 from mtkd.planning.places import in_file
-from mtkd.planning.stages import model_name, model_of, needed_stages, never_trained, stage_of, stage_values
+from mtkd.planning.stages import model_name, needed_stages, never_trained, stage_values
 from mtkd.planning.table import SKIPPED, Plan, PlannedModel, PlannedStage, of_cache, row_text, with_consequences
 from mtkd.planning.teaching import heads_read
 from mtkd.pool import BACKENDS
@@ -294,15 +294,15 @@ class _Planner:
         for i, teacher in enumerate(stage.teachers):
             if BACKENDS[teacher.backend].runs:
                 continue
-            place, made = f"{where}.teachers[{i}].model", model_of(teacher.model.path)
+            place, made = f"{where}.teachers[{i}].model", teacher.model.stage
             if made is None:
                 found[teacher.name] = read_facts(teacher.model.path or "", self.config.base, auto_class, place)
                 check_precision_of(found[teacher.name], self.config.engine.decided_precision, place)
                 if not self.models.stands_in:
                     check_tokenizer_of(found[teacher.name], self.models.tokenizer, place)
             else:
-                found[teacher.name] = self._cached[made]
-                earlier = self.config.stages[stage_of(teacher.model.path) or ""]
+                found[teacher.name] = self._cached[made.model]
+                earlier = self.config.stages[made.stage]
                 check_same_data(self.config, earlier, stage, place)
             facts = found[teacher.name]
             found[teacher.name] = replace(facts, info=with_open_labels(facts.info, self.models.facts(data), auto_class))

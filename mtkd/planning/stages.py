@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mtkd.config import STAGE_PREFIX, RunConfig, StageConfig
+from mtkd.config import RunConfig, StageConfig, StageRef
 from mtkd.config.read import differences, fingerprint
 from mtkd.engine.folder import StageDir
 from mtkd.errors import DataError, UserError, nearest
@@ -27,30 +27,15 @@ SEGMENTATION = "segmentation"
 _BOOKKEEPING = {"save_every", "keep"}
 
 
-def stage_of(path: str | None) -> str | None:
-    """ "stage:x" and "stage:x/member" -> "x"; None for any other path."""
-    return path.removeprefix(STAGE_PREFIX).partition("/")[0] if path and path.startswith(STAGE_PREFIX) else None
-
-
-def member_of(path: str | None) -> str:
-    """ "stage:x/member" -> "member", "stage:cache/teacher" -> "teacher"; empty for any other path."""
-    return path.partition("/")[2] if path and path.startswith(STAGE_PREFIX) else ""
-
-
-def model_of(path: str | None) -> str | None:
-    """ "stage:x" -> "x", "stage:x/member" -> "x/member"; None for a model that no stage makes."""
-    return path.removeprefix(STAGE_PREFIX) if path and path.startswith(STAGE_PREFIX) else None
-
-
 def model_name(stage_name: str, stage: StageConfig, role: str) -> str:
     """Name of what a stage trains under a role of `StageConfig.trained`: its own, or NAME/MEMBER."""
-    return f"{stage_name}/{role}" if stage.members else stage_name
+    return StageRef(stage_name, role if stage.members else "").model
 
 
 def used_stages(stage: StageConfig) -> list[str]:
     """Names of the earlier stages whose models this one loads."""
     models = [*stage.trained.values(), *(teacher.model for teacher in stage.teachers)]
-    return list(dict.fromkeys(name for name in (stage_of(model.path) for model in models) if name is not None))
+    return list(dict.fromkeys(model.stage.stage for model in models if model.stage is not None))
 
 
 def needed_stages(stage: StageConfig) -> list[str]:
@@ -104,7 +89,7 @@ def scored_models(config: RunConfig) -> list[str]:
 def learns_to_predict(config: RunConfig, name: str) -> bool:
     """Whether a stage trains its models' heads: some row compares logits."""
     stage = config.stages[name]
-    rows = stage_rows(stage, config.data[config.data_name(stage.data)], f"stages.{name}")
+    rows = stage_rows(stage, config.data_of(stage), f"stages.{name}")
     return any(row.feature == "logits" and row.weight for row in rows)
 
 
@@ -115,19 +100,18 @@ def never_trained(config: RunConfig, model: str) -> bool:
 
     Args: model: STAGE or STAGE/MEMBER.
     """
-    name = model.partition("/")[0]
+    name = StageRef.named(model).stage
     stage: StageConfig = config.stages[name]
     if stage.kind == "cache" or learns_to_predict(config, name):
         return False
     origins = {model_name(name, stage, role): made for role, made in stage.trained.items()}
-    path = origins[model].path
-    earlier = model_of(path)
-    return path is None if earlier is None or stage_of(path) is None else never_trained(config, earlier)
+    origin = origins[model]
+    return origin.path is None if origin.stage is None else never_trained(config, origin.stage.model)
 
 
 def does_task(config: RunConfig, stage: str) -> bool:
     """Whether a stage's models have the head for the data of `evaluate`."""
-    ours, theirs = config.stages[stage.partition("/")[0]].data, config.evaluate.data
+    ours, theirs = config.stages[StageRef.named(stage).stage].data, config.evaluate.data
     labels = [config.data[config.data_name(name)].classes for name in (ours, theirs)]
     if all(labels) and labels[0] != labels[1]:  # found in the data, they are compared when the models are loaded
         return False
@@ -202,7 +186,7 @@ def identity(
         "compile": config.engine.compile,
         "attention": config.engine.attention,
         "data": {
-            "config": config.data[config.data_name(stage.data)].values(),
+            "config": config.data_of(stage).values(),
             "fingerprint": data,
         },
         "tokenizer": tokenizer,
@@ -218,7 +202,7 @@ def identity(
 
 def _plugin_digests(config: RunConfig, stage: StageConfig) -> dict[str, str]:
     """sha256 of every plug-in that the stage takes something from, and of what these depend on."""
-    data = config.data[config.data_name(stage.data)]
+    data = config.data_of(stage)
     used: list[tuple[Registry[Any], str]] = [(WEIGHTINGS, stage.weighting.name), (TASKS, data.task)]
     used.append((SOURCES, data.source))
     if stage.method is not None:

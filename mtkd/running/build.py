@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from mtkd.config import ModelConfig, RunConfig, StageConfig, TeacherConfig
+from mtkd.config import ModelConfig, RunConfig, StageConfig, StageRef, TeacherConfig
 from mtkd.config.read import fingerprint
 from mtkd.data.load import LoadedData, load_data
 from mtkd.data.progress import say
@@ -25,6 +25,7 @@ from mtkd.engine.base import Trainable, seed_everything
 from mtkd.engine.dist import Dist
 from mtkd.engine.folder import RunDir, StageDir
 from mtkd.engine.make import make_engine
+from mtkd.engine.tile import tile_for
 from mtkd.methods.rows import placed_rows
 from mtkd.models.classes import teacher_classes
 from mtkd.models.digest import weights_digest
@@ -42,7 +43,7 @@ from mtkd.planning.data import DataReader
 from mtkd.planning.exports import check_foreign, open_export
 from mtkd.planning.locate import compare_tokenizer, given_tokenizer, resolve_path, revision_of, trained_tokenizer
 from mtkd.planning.places import placed
-from mtkd.planning.stages import identity, member_of, stage_of, stage_seed
+from mtkd.planning.stages import identity, stage_seed
 from mtkd.planning.teaching import heads_read
 from mtkd.pool import BACKENDS, CachedTeacher, LiveModel, LiveTeacher, Site, Teacher, TeacherPool
 from mtkd.running.built import BuiltStage
@@ -111,9 +112,9 @@ class Workshop:
 
         What a run made is compared with what it sealed, once per process.
         """
-        stage = stage_of(path)
-        if stage is not None:
-            return open_export(stage, self.folder(stage), self.record(stage), member_of(path))
+        ref = StageRef.parse(path)
+        if ref is not None:
+            return open_export(ref.stage, self.folder(ref.stage), self.record(ref.stage), ref.part)
         found = resolve_path(path, self.base)
         if isinstance(found, Path):
             check_foreign(found)
@@ -148,7 +149,7 @@ class Workshop:
                 models[f"{role} vocabulary"] = fingerprint(parts)
         for i, teacher in enumerate(stage.teachers):
             where = f"stages.{name}.teachers[{i}].model"
-            if not BACKENDS[teacher.backend].runs and stage_of(teacher.model.path) is None:
+            if not BACKENDS[teacher.backend].runs and teacher.model.stage is None:
                 models[f"teacher {teacher.name}"] = cache_digest(
                     cache_folder(teacher.model.path or "", self.base, where)
                 )
@@ -184,9 +185,8 @@ class Workshop:
     def _whole_digest(self, model: ModelConfig) -> str:
         if model.path is None:
             return "fresh"
-        stage = stage_of(model.path)
-        if stage is not None:
-            return str(self.record(stage)["fingerprint"]) + member_of(model.path)
+        if model.stage is not None:
+            return str(self.record(model.stage.stage)["fingerprint"]) + model.stage.part
         folder = self.resolve(model.path)
         if not isinstance(folder, Path):
             return f"{folder}@{revision_of(model)}"
@@ -346,21 +346,21 @@ class Workshop:
 
     def tile(self, models: Sequence[LiveModel]) -> int:
         """Positions per tile for the widest of some models' logits."""
-        return self.config.engine.tile_for(max(model.num_columns for model in models), self.device.type)
+        return tile_for(self.config.engine, max(model.num_columns for model in models), self.device.type)
 
     def _cached(self, teacher: TeacherConfig, data: LoadedData, where: str) -> CachedTeacher:
         """A teacher's cache, which is that of the run's data, tokenizer and (where the run knows it) teacher."""
         path = teacher.model.path
         assert path is not None
-        stage = stage_of(path)
-        folder = self.folder(stage).export / member_of(path) if stage else cache_folder(path, self.base, where)
-        made_of = [t for t in self.config.stages[stage].teachers if t.name == member_of(path)] if stage else []
+        ref = teacher.model.stage
+        folder = self.folder(ref.stage).export / ref.part if ref else cache_folder(path, self.base, where)
+        made_of = [t for t in self.config.stages[ref.stage].teachers if t.name == ref.part] if ref else []
         digest = self.teacher_digest(made_of[0]) if made_of else None
         found = cached_teacher(
             teacher.name, folder, data, self.tokenizer, digest, self.config.engine.decided_precision, where
         )
-        if stage:  # after it said what else it may be: another teacher's
-            open_export(stage, self.folder(stage), self.record(stage), member_of(path))
+        if ref:  # after it said what else it may be: another teacher's
+            open_export(ref.stage, self.folder(ref.stage), self.record(ref.stage), ref.part)
         return found
 
     def _train_split(self, stage: StageConfig, data: LoadedData, where: str) -> Split:

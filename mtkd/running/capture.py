@@ -34,6 +34,7 @@ from mtkd.engine.notes import Identity, read_seconds, write_seconds
 from mtkd.engine.record import read_record, write_record
 from mtkd.engine.seal import MANIFEST, fault_point, remove
 from mtkd.engine.stopping import StopFlag, stop_flag
+from mtkd.engine.tile import tile_for
 from mtkd.errors import DataError, NonFiniteError, Preempted, UserError, on_every_rank
 from mtkd.models.features import as_logits
 from mtkd.models.taps import TappedModel
@@ -274,7 +275,7 @@ def _records(
 ) -> list[Record] | None:
     """What a teacher says about some examples; None when the process was told to stop before the end."""
     wants, records = frozenset({"logits", *content.hidden}), list[Record]()
-    tile = job.shop.config.engine.tile_for(content.columns, job.shop.device.type)
+    tile = tile_for(job.shop.config.engine, content.columns, job.shop.device.type)
     for batch in _batches(job.split, job.stage.batch, examples):
         if stopped():
             return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mtkd.config import STAGE_PREFIX, EvaluateConfig, ModelConfig
+from mtkd.config import ENSEMBLE_PREFIX, EvaluateConfig, ModelConfig, StageRef, ensemble_of
 from mtkd.config.read import fingerprint
 from mtkd.data.load import LoadedData
 from mtkd.data.progress import say
@@ -21,11 +21,9 @@ from mtkd.evaluate.score import Scorer
 from mtkd.evaluate.significance import compare, correct, num_rows
 from mtkd.models.forward import LOGITS
 from mtkd.models.taps import TappedModel
-from mtkd.planning.stages import scored_models, stage_of
+from mtkd.planning.stages import scored_models
 from mtkd.pool import LiveModel
 from mtkd.running.build import Workshop
-
-ENSEMBLE = "ensemble:"
 
 Scores = list[dict[str, Any]]
 
@@ -38,7 +36,7 @@ def judge(shop: Workshop) -> dict[str, Any]:
     """
     settings = shop.config.evaluate
     name = shop.config.data_name(settings.data)
-    wanted = [*scored_models(shop.config), *(ENSEMBLE + s for s in settings.ensembles)]
+    wanted = [*scored_models(shop.config), *(ENSEMBLE_PREFIX + s for s in settings.ensembles)]
     context = {
         "data": shop.raw(name).fingerprint,
         "config": shop.config.data[name].values(),
@@ -47,7 +45,7 @@ def judge(shop: Workshop) -> dict[str, Any]:
         "precision": shop.config.engine.decided_precision,
     }
     keys = {model: fingerprint([context, _fingerprints(shop, model)]) for model in wanted}
-    shown = {model: _shown(shop, model) for model in wanted if not model.startswith(ENSEMBLE)}
+    shown = {model: _shown(shop, model) for model in wanted if ensemble_of(model) is None}
     inputs = fingerprint([keys, settings.model_dump(mode="json"), shown])
     path = shop.run.path / "results.json"
     known = on_main(shop.dist, lambda: _known(path))
@@ -79,22 +77,23 @@ def _known(path: Path) -> dict[str, Any]:
 
 def _fingerprints(shop: Workshop, model: str) -> list[str]:
     """What the models behind a name were made from, and what they are: a stage made again may round otherwise."""
-    if model.startswith(ENSEMBLE):
-        teachers = shop.config.stages[model.removeprefix(ENSEMBLE)].teachers
+    if (together := ensemble_of(model)) is not None:
+        teachers = shop.config.stages[together].teachers
         models, digests = [t.model for t in teachers], [shop.teacher_digest(t) for t in teachers]
     else:
-        models = [ModelConfig(path=STAGE_PREFIX + model)]
+        models = [ModelConfig(path=str(StageRef.named(model)))]
         digests = [shop.digest(models[0])]
-    stages = dict.fromkeys(filter(None, (stage_of(each.path) for each in models)))
+    stages = dict.fromkeys(each.stage.stage for each in models if each.stage is not None)
     made = [digest for stage in stages for digest in shop.record(stage).get("manifests", {}).values()]
     return digests + made
 
 
 def _files(shop: Workshop, model: str) -> tuple[Path, Path]:
     """Where the scores of a model are, and the note of what they were computed from."""
-    stage, _, member = model.removeprefix(ENSEMBLE).partition("/")
-    stem = "ensemble-scores" if model.startswith(ENSEMBLE) else f"scores-{member}" if member else "scores"
-    return shop.folder(stage).path / f"{stem}.jsonl", shop.folder(stage).path / f"{stem}.key"
+    together = ensemble_of(model)
+    ref = StageRef.named(together or model)
+    stem = "ensemble-scores" if together else f"scores-{ref.part}" if ref.part else "scores"
+    return shop.folder(ref.stage).path / f"{stem}.jsonl", shop.folder(ref.stage).path / f"{stem}.key"
 
 
 def _scores(shop: Workshop, model: str, key: str, data_name: str) -> Scores | None:
@@ -134,9 +133,9 @@ def _is_scored(file: Path, note: Path, key: str) -> bool:
 
 
 def _models(shop: Workshop, model: str, data: LoadedData) -> list[LiveModel]:
-    if not model.startswith(ENSEMBLE):
-        return [shop.model(ModelConfig(path=STAGE_PREFIX + model), data, seed=0)]
-    stage = model.removeprefix(ENSEMBLE)
+    stage = ensemble_of(model)
+    if stage is None:
+        return [shop.model(ModelConfig(path=str(StageRef.named(model))), data, seed=0)]
     where, reads = f"stages.{stage}.teachers", LOGITS
     teachers = shop.config.stages[stage].teachers
     return [shop.teacher(t, data, f"{where}[{i}]", reads) for i, t in enumerate(teachers)]
@@ -144,10 +143,10 @@ def _models(shop: Workshop, model: str, data: LoadedData) -> list[LiveModel]:
 
 def _shown(shop: Workshop, model: str) -> dict[str, Any]:
     """What the results tell of a stage's model beside its scores."""
-    stage, _, member = model.partition("/")
-    done = dict(shop.record(stage))
-    if member:
-        done["parameters"] = done["members"][member]
+    ref = StageRef.named(model)
+    done = dict(shop.record(ref.stage))
+    if ref.part:
+        done["parameters"] = done["members"][ref.part]
     return {key: done[key] for key in ("kind", "parameters", "steps", "seconds", "tokens")}
 
 
@@ -156,11 +155,8 @@ def _results(shop: Workshop, settings: EvaluateConfig, data: str, scores: dict[s
     models = {}
     for model, records in scores.items():
         facts: dict[str, Any] = {"overall": summarise(task, records), "domains": by_domain(task, records)}
-        if model.startswith(ENSEMBLE):
-            facts |= {
-                "kind": "ensemble",
-                "members": [t.name for t in shop.config.stages[model.removeprefix(ENSEMBLE)].teachers],
-            }
+        if (together := ensemble_of(model)) is not None:
+            facts |= {"kind": "ensemble", "members": [t.name for t in shop.config.stages[together].teachers]}
         else:
             facts |= _shown(shop, model)
         models[model] = facts

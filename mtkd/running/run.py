@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mtkd.config import RunConfig
+from mtkd.config import RunConfig, StageRef
 from mtkd.config.read import fingerprint
 from mtkd.data.progress import say
 from mtkd.data.vocabulary import compress_tokenizer
@@ -33,7 +33,7 @@ from mtkd.planning.exports import check_finished, manifests, open_export
 from mtkd.planning.labels import with_teachers_classes
 from mtkd.planning.places import in_file, placed
 from mtkd.planning.plan import plan, resolve
-from mtkd.planning.stages import changed_stages, finished, member_of, stage_of, to_redo
+from mtkd.planning.stages import changed_stages, finished, to_redo
 from mtkd.planning.teaching import heads_read
 from mtkd.running.agreement import agree, agree_on_precision, agree_on_run, check_shared
 from mtkd.running.blame import plugin_errors
@@ -64,7 +64,8 @@ class RunResult:
 
     def export(self, stage: str) -> Path:
         """Folder of the model STAGE, or STAGE/MEMBER, for plain `AutoModel*.from_pretrained`; or of a cache."""
-        name, _, member = stage.partition("/")
+        ref = StageRef.named(stage)
+        name, member = ref.stage, ref.part
         members = self.stages[name].get("members") or self.stages[name].get("caches") or {}
         if members and member not in members:
             raise UserError(
@@ -142,9 +143,9 @@ def _check_needed(shop: Workshop) -> None:
     to_do = [stage for name, stage in shop.config.stages.items() if name not in done]
     models = [model for s in to_do for model in (*s.trained.values(), *(t.model for t in s.teachers))]
     for model in models:
-        name = stage_of(model.path)
-        if name in done:
-            open_export(name, shop.folder(name), done[name], member_of(model.path))
+        ref = model.stage
+        if ref is not None and ref.stage in done:
+            open_export(ref.stage, shop.folder(ref.stage), done[ref.stage], ref.part)
     for name, record in done.items():
         for path in check_finished(name, shop.folder(name), record):
             say(f"stage {name}: what it made is gone, nothing needs it: {path}")

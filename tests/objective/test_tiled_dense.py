@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mtkd.config import EngineConfig
 from mtkd.config.match import Match
 from mtkd.data.batch import NO_LABEL, Batch
+from mtkd.engine.tile import tile_for
 from mtkd.losses.spec import LOSSES
 from mtkd.models.features import Features, HeadLogits
 from mtkd.objective.compile import Row
@@ -274,13 +275,13 @@ def test_the_padding_would_be_seen() -> None:
     ],
 )
 def test_tiles_by_themselves(columns: int, device: str, wanted: int) -> None:
-    assert EngineConfig().tile_for(columns, device) == wanted
-    assert EngineConfig(tile=7).tile_for(columns, device) == 7
+    assert tile_for(EngineConfig(), columns, device) == wanted
+    assert tile_for(EngineConfig(tile=7), columns, device) == 7
 
 
 def test_tiles_stay_within_their_memory() -> None:
     for columns, (device, limit) in itertools.product((10, 999, 50_257, 262_144), (("cpu", 2**25), ("cuda", 2**28))):
-        assert 4 * columns * EngineConfig().tile_for(columns, device) <= limit
+        assert 4 * columns * tile_for(EngineConfig(), columns, device) <= limit
 
 
 @dataclass

@@ -17,6 +17,7 @@ from mtkd.config import BatchConfig, EngineConfig, ModelConfig, Named, StageConf
 from mtkd.config.match import Match
 from mtkd.data.batch import Batch
 from mtkd.engine.dist import Dist
+from mtkd.engine.tile import tile_for
 from mtkd.engine.torch_engine import TorchEngine
 from mtkd.models.taps import TappedModel
 from mtkd.objective.compile import compile_rows
@@ -116,7 +117,7 @@ class Case:
         infos = {name: teacher.info for name, teacher in zip(self.names, teachers, strict=True)}
         facts = stage_facts(tuple(self.names), [1] * len(teachers), student, 0)
         made = make_weighting(self.stage.weighting, facts, "w")
-        how = Wiring("example", True, self.engine.tile_for(IDS, "cpu"), dtype)
+        how = Wiring("example", True, tile_for(self.engine, IDS, "cpu"), dtype)
         objective = wire(student, infos, self._rows(student, teachers), made, how)
         objective.train()
         held: list[Teacher] = []

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from mtkd.config import STAGE_PREFIX, ChainConfig
+from mtkd.config import ENSEMBLE_PREFIX, ChainConfig, StageRef
 from mtkd.evaluate.metrics import LOWER_IS_BETTER, PRIMARY_METRIC
 from mtkd.evaluate.report.read import RunData, number
 from mtkd.evaluate.report.table import Cell, Table, count_cell, exact_text, value_cell
@@ -63,10 +63,9 @@ def read_ladder(run: RunData) -> Ladder | None:
     except (KeyError, ValidationError):
         return None
     metric = _metric(run)
-    teacher = chain.teacher_stage or f"ensemble:{chain.names[0]}"
+    teacher = chain.teacher_stage or ENSEMBLE_PREFIX + chain.names[0]
     best = _score(run, teacher, metric)
-    paths = [teacher.model.path or "" for teacher in chain.teachers]
-    top = [path.removeprefix(STAGE_PREFIX) for path in paths if path.startswith(STAGE_PREFIX)]
+    top = [ref.model for teacher in chain.teachers if (ref := teacher.model.stage) is not None]
     names = [*top, *([] if chain.teacher_stage else [teacher]), *chain.names]
     return Ladder(
         chain.mode, metric, teacher, chain.direct_name, [_rung(run, chain, name, metric, best) for name in names]
@@ -119,7 +118,7 @@ def _metric(run: RunData) -> str:
 
 
 def _rung(run: RunData, chain: ChainConfig, name: str, metric: str, best: float | None) -> Rung:
-    stage = next((s for s in run.stages if s.name == name.partition("/")[0]), None)
+    stage = next((s for s in run.stages if s.name == StageRef.named(name).stage), None)
     own = run.models.get(name, {}).get("parameters")
     parameters = own if isinstance(own, int) else stage.parameters if stage else None
     score = _score(run, name, metric)

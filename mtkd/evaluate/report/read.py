@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from mtkd.config import StageRef
 from mtkd.engine.folder import RunDir
 from mtkd.engine.jsonlines import VALIDATION
 from mtkd.engine.notes import Environment, Results, read_done
@@ -297,7 +298,8 @@ def _teachers(value: Any) -> list[str]:
     names = []
     for teacher in value if isinstance(value, list) else []:
         name = teacher.get("name") if isinstance(teacher, dict) else teacher
-        names.append(str(name or "?").removeprefix("stage:"))
+        ref = StageRef.parse(str(name))
+        names.append(ref.model if ref is not None else str(name or "?"))
     return names
 
 

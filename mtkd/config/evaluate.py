@@ -1,0 +1,48 @@
+"""What is scored when all stages are done, and which differences are tested."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mtkd.config.base import Config, Length
+from mtkd.config.stage import ScoringBatchConfig
+
+
+class Comparison(Config):
+    """Two models, or the ensemble of a stage's teachers, compared per document with a paired test."""
+
+    candidate: str = Field(
+        description="stage name, NAME/MEMBER, or ensemble:STAGE for the uniform ensemble of its teachers"
+    )
+    baseline: str = Field(description="the same")
+
+
+class EvaluateConfig(Config):
+    """What is scored on the test split at the end, and which differences are tested."""
+
+    data: str = Field("", description="name of a `data` entry; may be left out when there is only one")
+    split: Literal["validation", "test"] = Field("test", description="split that is scored")
+    stages: tuple[str, ...] = Field(
+        (), description="stages (or NAME/MEMBER) scored; default: all whose models can do the task of `data`"
+    )
+    ensembles: tuple[str, ...] = Field(
+        (), description="stages whose teachers are also scored as a uniform mixture of probabilities"
+    )
+    comparisons: tuple[Comparison, ...] = Field(
+        (), description="paired tests; their p-values are Holm-corrected together"
+    )
+    batch: ScoringBatchConfig = Field(ScoringBatchConfig(sequences=32), description="batch size of scoring")
+    resamples: Length = Field(10_000, description="bootstrap and permutation resamples")
+    confidence: Annotated[float, Field(gt=0, lt=1)] = Field(0.95, description="level of the confidence intervals")
+
+    def enough_resamples(self, rows: int) -> int:
+        """`resamples`, or as many more as a verdict needs: no p is below 1 / (resamples + 1), and Holm multiplies it.
+
+        With 4 rows / (1 - confidence) of them the smallest p of all rows is corrected to a quarter of the level.
+
+        Args: rows: comparisons in the family, those of domains too.
+        """
+        return max(self.resamples, math.ceil(4 * rows / (1 - self.confidence) - 1e-9))

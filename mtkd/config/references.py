@@ -1,0 +1,171 @@
+"""The names in a run that stand for something else in it: data, earlier stages, scored models.
+
+`RunConfig` checks them when it is made. Every error is a ValueError whose message begins with the place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mtkd.config.data import RANDOM_TOKENS, DataConfig, TokenizerConfig
+from mtkd.config.engine import EngineConfig
+from mtkd.config.evaluate import EvaluateConfig
+from mtkd.config.model import ModelConfig
+from mtkd.config.refs import ENSEMBLE_PREFIX, StageRef
+from mtkd.config.stage import StageConfig
+
+
+def models_of(stages: Mapping[str, StageConfig]) -> list[str]:
+    """Every model that stages make: NAME, or NAME/MEMBER where a stage makes several; caches are none."""
+    trained = {name: stage for name, stage in stages.items() if stage.kind != "cache"}
+    return [m for name, stage in trained.items() for m in ([f"{name}/{k}" for k in stage.members] or [name])]
+
+
+def scored_of(stages: Mapping[str, StageConfig], evaluate: EvaluateConfig) -> list[str]:
+    """The models that `evaluate` scores at the end, ensembles aside."""
+    chosen = evaluate.stages or tuple(stages)
+    return [m for m in models_of(stages) if any(m == c or m.startswith(f"{c}/") for c in chosen)]
+
+
+@dataclass(frozen=True)
+class References:
+    """The parts of a run that name one another."""
+
+    data: Mapping[str, DataConfig]
+    stages: Mapping[str, StageConfig]
+    evaluate: EvaluateConfig
+    engine: EngineConfig
+    tokenizer: TokenizerConfig | None
+
+    def check(self) -> None:
+        """Refuse a name that stands for nothing, or for something of another kind.
+
+        Raises:
+            ValueError: at the first one.
+        """
+        if self.tokenizer and self.tokenizer.train_on is not None:
+            self._check_data(self.tokenizer.train_on, "tokenizer.train_on")
+            if self.data[self.tokenizer.train_on].source == RANDOM_TOKENS:
+                raise ValueError("tokenizer.train_on: random tokens are nothing to learn a vocabulary from")
+        self._check_data(self.evaluate.data, "evaluate.data")
+        for position, (name, stage) in enumerate(self.stages.items()):
+            self._check_stage(name, stage, list(self.stages)[:position])
+        self._check_scored()
+
+    def _check_stage(self, name: str, stage: StageConfig, earlier: Sequence[str]) -> None:
+        where = f"stages.{name}"
+        self._check_data(stage.data, f"{where}.data")
+        for role, model in stage.trained.items():
+            self._check_vocabulary(model, stage, f"{stage.place(name, role)}.vocabulary")
+        self._check_sharded(stage, where)
+        for role, model in stage.trained.items():
+            self._check_made(model.stage, earlier, stage.place(name, role), cached=False)
+        for i, teacher in enumerate(stage.teachers):
+            self._check_made(teacher.model.stage, earlier, f"{where}.teachers[{i}]", cached=teacher.backend == "cached")
+        if stage.equal_time:
+            for timed in (stage.equal_time.to, stage.equal_time.rate_of):
+                self._check_timed(StageRef.named(timed), earlier, f"{where}.equal_time")
+
+    def _check_data(self, name: str, where: str) -> None:
+        if name and name not in self.data:
+            raise ValueError(f"{where}: no data named {name!r}; data are: {', '.join(self.data)}")
+        if not name and len(self.data) > 1:
+            raise ValueError(f"{where}: say which of the data: {', '.join(self.data)}")
+
+    def _check_sharded(self, stage: StageConfig, where: str) -> None:
+        sharded = [i for i, teacher in enumerate(stage.teachers) if teacher.backend == "sharded"]
+        if sharded and self.engine.kind != "deepspeed":
+            raise ValueError(
+                f"{where}.teachers[{sharded[0]}].backend: a sharded teacher has a part on every process, and engine "
+                f"kind {self.engine.kind!r} is one process; set engine.kind: deepspeed"
+            )
+
+    def _check_vocabulary(self, model: ModelConfig, stage: StageConfig, where: str) -> None:
+        if model.vocabulary is None:
+            return
+        counts = model.vocabulary.counts
+        self._check_data(counts, f"{where}.counts")
+        if self.data[counts or next(iter(self.data))].source == RANDOM_TOKENS:
+            raise ValueError(f"{where}.counts: random tokens have no frequencies to count; name real data")
+        if model.path is None and not stage.teachers:
+            raise ValueError(
+                f"{where}: a fresh model's ids are compared by its first teacher's embedding, and this stage has no "
+                "teachers"
+            )
+        if model.path is None and stage.teachers[0].backend == "cached":
+            raise ValueError(
+                f"{where}: a fresh model's ids are compared by its first teacher's embedding, which a cache does not "
+                "have; put a resident teacher first, or load the student"
+            )
+
+    def _check_earlier(self, ref: StageRef, earlier: Sequence[str], where: str) -> None:
+        if ref.stage not in earlier:
+            raise ValueError(f"{where}: '{ref}' is not an earlier stage; earlier are: {', '.join(earlier) or 'none'}")
+
+    def _check_timed(self, ref: StageRef, earlier: Sequence[str], where: str) -> None:
+        """A stage that another one trains as long as: an earlier one, which trains."""
+        self._check_earlier(ref, earlier, where)
+        if self.stages[ref.stage].kind == "cache":
+            raise ValueError(f"{where}: stage {ref.stage!r} is a cache: it has no training to be as long as")
+
+    def _check_made(self, ref: StageRef | None, earlier: Sequence[str], where: str, *, cached: bool) -> None:
+        """What an earlier stage makes, its part included. Args: cached: whether a cache is asked for."""
+        if ref is None:
+            return
+        self._check_earlier(ref, earlier, where)
+        stage = self.stages[ref.stage]
+        caches = stage.kind == "cache"
+        parts, kind = [StageRef(ref.stage, part) for part in stage.parts], "cache" if caches else "model"
+        if ref not in (parts or [StageRef(ref.stage)]):
+            raise ValueError(
+                f"{where}: '{ref}' is not a {kind} of that stage; its {kind}s are: "
+                f"{', '.join(map(str, parts or [StageRef(ref.stage)]))}"
+            )
+        if caches and not cached:
+            raise ValueError(
+                f"{where}: '{ref}' is a cache of a teacher's outputs, not a model; a teacher reads "
+                f"it with {{model: {ref}, backend: cached}}"
+            )
+        if cached and not caches:
+            raise ValueError(
+                f"{where}: backend: cached reads a cache, and stage {ref.stage!r} makes a model; cache it first: "
+                f"{{kind: cache, teachers: [{ref}]}}"
+            )
+
+    def _check_scored(self) -> None:
+        models = models_of(self.stages)
+        for stage in self.evaluate.stages:
+            if stage not in self.stages and stage not in models:
+                raise ValueError(f"evaluate: {stage!r} is not a stage; stages are: {', '.join(self.stages)}")
+            if stage in self.stages and self.stages[stage].kind == "cache":
+                raise ValueError(
+                    f"evaluate.stages: {stage!r} is a cache, not a model; its teachers together can be scored: name it "
+                    "in evaluate.ensembles"
+                )
+        for stage in self.evaluate.ensembles:
+            if stage not in self.stages:
+                raise ValueError(f"evaluate: {stage!r} is not a stage; stages are: {', '.join(self.stages)}")
+        for stage in self.evaluate.ensembles:
+            if not self.stages[stage].teachers:
+                raise ValueError(f"evaluate.ensembles: stage {stage!r} has no teachers")
+            self._check_live(stage)
+        scored = {*scored_of(self.stages, self.evaluate), *(ENSEMBLE_PREFIX + s for s in self.evaluate.ensembles)}
+        for i, pair in enumerate(self.evaluate.comparisons):
+            for side in (pair.candidate, pair.baseline):
+                if side not in scored:
+                    raise ValueError(
+                        f"evaluate.comparisons[{i}]: {side!r} is not scored; scored are: {', '.join(sorted(scored))}"
+                    )
+
+    def _check_live(self, stage: str) -> None:
+        """Refuse to score teachers that are read from a cache: it holds the train split alone."""
+        cached = [t for t in self.stages[stage].teachers if t.backend == "cached"]
+        if not cached:
+            return
+        made_by = dict.fromkeys(t.model.stage.stage for t in cached if t.model.stage is not None)
+        advice = f"name {' or '.join(made_by)} instead" if made_by else "score them in the run that made the cache"
+        raise ValueError(
+            f"evaluate.ensembles: teacher {cached[0].name!r} of stage {stage!r} is read from a cache, which holds the "
+            f"train split alone; the teachers of a cache stage are live and can be scored: {advice}"
+        )
