@@ -10,7 +10,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
-EXIT_DONE = 0
 EXIT_USAGE = 2
 EXIT_DATA = 3
 EXIT_NON_FINITE = 64

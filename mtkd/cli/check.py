@@ -12,7 +12,7 @@ from mtkd.errors import LawBroken, UserError
 from mtkd.losses.laws import LOSS_LAWS, check_loss
 from mtkd.losses.spec import LOSSES
 from mtkd.methods.spec import METHODS, MethodSpec
-from mtkd.models.features import ATTENTION, FEATURE_NAMES
+from mtkd.models.features import FEATURE_NAMES
 from mtkd.models.info import ModelInfo
 from mtkd.objective.compile import compile_rows
 from mtkd.objective.laws import TILED_LAWS, check_tiled
@@ -119,7 +119,7 @@ def _check_weighting(name: str, where: str) -> Families:
 
 
 # Two encoders that every feature can come from; the teacher's depth is a multiple of the student's.
-_STUDENT = ModelInfo("stand-in", 4, 64, 4, 4, 16, 100, 0, 64, False, frozenset(FEATURE_NAMES) | frozenset(ATTENTION))
+_STUDENT = ModelInfo("stand-in", 4, 64, 4, 4, 16, 100, 0, 64, False, frozenset(FEATURE_NAMES))
 _TEACHER = ModelInfo("stand-in", 12, 64, 4, 4, 16, 100, 0, 64, False, _STUDENT.taps)
 
 

@@ -10,8 +10,9 @@ from pydantic import Field, field_validator, model_validator
 from mtkd.config.base import Config, Positive, Temperature, Width
 
 Trait = Literal["ce", "entropy", "confidence", "margin", "choice"]
+Dtype = Literal["float16", "bfloat16", "float32"]
 
-# Features beside the logits that a cache may hold: attention maps would be larger than the model that makes them.
+# Features that a cache may hold in addition to logits. Attention maps would be larger than the model that makes them.
 _KEY = re.compile(r"(hidden|cls)\.(0|[1-9][0-9]*)|embedding")
 
 
@@ -37,7 +38,7 @@ class CacheConfig(Config):
     hidden: tuple[str, ...] = Field(
         (), description="hidden states kept whole, by feature key: hidden.4, cls.2, embedding; what rows will read"
     )
-    dtype: Literal["float16", "bfloat16", "float32"] = Field("float16", description="of hidden states on disk")
+    dtype: Dtype = Field("float16", description="of hidden states on disk")
     shard_examples: Positive = Field(
         1024, description="examples per file: what a killed run loses at most, and what one process takes at a time"
     )

@@ -45,12 +45,6 @@ def read_lines(file: DataFile, *, shown: bool = False) -> Iterator[str]:
                 working.at(raw.tell(), f"{number:,} lines")
 
 
-def first_bytes(file: DataFile, count: int) -> bytes:
-    """The beginning of a file, unpacked."""
-    with opened(file) as (stream, _):
-        return stream.read(count)
-
-
 @contextmanager
 def opened(file: DataFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     """The unpacked bytes, and the file itself, whose position tells how much is read.

@@ -1,7 +1,7 @@
 """The folder of a run: its paths, its lock, its stages, and what it records of where it was made.
 
 runs/<name>/run.yaml  env.json  metrics.jsonl  report.html  plots/  logs/rank-*.log  LOCK
-runs/<name>/stages/01-<stage>/stage.yaml  checkpoints/step-000500/  export/  scores.jsonl  DONE
+runs/<name>/stages/01-<stage>/checkpoints/step-000500/  export/  scores.jsonl  DONE
 """
 
 from __future__ import annotations
@@ -238,11 +238,6 @@ class StageDir:
     path: Path
 
     @property
-    def config_file(self) -> Path:
-        """The resolved stage."""
-        return self.path / "stage.yaml"
-
-    @property
     def checkpoints(self) -> Path:
         """Folder of ``step-000500`` folders; see `save_sealed` and `newest_sealed`."""
         return self.path / "checkpoints"
@@ -258,19 +253,9 @@ class StageDir:
         return self.path / "partial"
 
     @property
-    def scores_file(self) -> Path:
-        """One JSON line per scored example."""
-        return self.path / "scores.jsonl"
-
-    @property
     def done_file(self) -> Path:
         """There when the stage is finished."""
         return self.path / "DONE"
-
-    def describe(self, values: Mapping[str, Any]) -> None:
-        """Write stage.yaml."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.config_file, yamlfile.write(dict(values)))
 
     def done(self) -> dict[str, Any] | None:
         """What `mark_done` recorded; None when the stage is not finished.

@@ -11,6 +11,7 @@ import yaml
 from pydantic import Field, ValidationError, computed_field
 
 from mtkd.config import Config, Name, Positive
+from mtkd.config.cache import Dtype
 from mtkd.errors import DataError
 from mtkd.models.info import GLM
 
@@ -38,7 +39,7 @@ class Card(Config):
     predicts: Literal["next tokens", "masked tokens", "nothing"] = Field(
         description="what the heads in its published files were trained for; none of these models predicts classes"
     )
-    dtype: Literal["float32", "float16", "bfloat16"] = Field(description="of the published weights")
+    dtype: Dtype = Field(description="of the published weights")
     licence: str = Field(description="of the weights, as the publisher states it")
     homepage: str = Field(description="URL of the model page or repository")
     paper: str = Field(description="URL")

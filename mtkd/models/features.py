@@ -21,18 +21,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, get_args
 
 import torch
 from torch import Tensor
 
+from mtkd.config.match import ATTENTION_FEATURES, UNLAYERED_FEATURES, FeatureName
 from mtkd.errors import DataError, UserError
 from mtkd.models.products import product
 
-LAYERED = ("hidden", "cls", "query", "key", "value", "scores", "probs")
-UNLAYERED = ("logits", "nsp_logits", "embedding")
-ATTENTION = ("query", "key", "value", "scores", "probs")
-FEATURE_NAMES = UNLAYERED + LAYERED
+FEATURE_NAMES: tuple[str, ...] = get_args(FeatureName)
+UNLAYERED, ATTENTION = UNLAYERED_FEATURES, ATTENTION_FEATURES
+LAYERED = tuple(name for name in FEATURE_NAMES if name not in UNLAYERED)
 
 
 def split_key(key: str) -> tuple[str, int | None]:

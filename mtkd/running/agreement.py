@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import mtkd
 from mtkd.config import RunConfig
 from mtkd.config.read import differences, fingerprint
 from mtkd.data.progress import say
@@ -119,8 +120,8 @@ def _everybody(dist: Dist, mine: Any) -> list[Any]:
 
 @cache
 def _code_digest() -> str:
-    """What mtkd this is: nodes with checkouts of their own can have the same version and other code."""
-    digest, package = hashlib.sha256(), Path(__file__).parent
+    """Digest of every source file of mtkd: checkouts of one version may hold different code."""
+    digest, package = hashlib.sha256(), Path(mtkd.__file__).parent
     for file in sorted(package.rglob("*.py")):
         digest.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes() + b"\0")
     return digest.hexdigest()[:16]

@@ -67,10 +67,8 @@ def test_the_layout(tmp_path: Path) -> None:
         run.plots,
         run.lock_file,
         run.rank_log(3),
-        stage.config_file,
         stage.checkpoints,
         stage.export,
-        stage.scores_file,
         stage.done_file,
     ]
     assert [str(p.relative_to(tmp_path)) for p in paths] == [
@@ -79,10 +77,8 @@ def test_the_layout(tmp_path: Path) -> None:
         "plots",
         "LOCK",
         "logs/rank-3.log",
-        "stages/01-teacher/stage.yaml",
         "stages/01-teacher/checkpoints",
         "stages/01-teacher/export",
-        "stages/01-teacher/scores.jsonl",
         "stages/01-teacher/DONE",
     ]
     assert list(tmp_path.iterdir()) == []  # looking makes nothing
@@ -231,8 +227,6 @@ def test_a_forked_data_worker_does_not_keep_a_released_lock(tmp_path: Path) -> N
 def test_a_stage_is_done_when_its_record_is_there(tmp_path: Path) -> None:
     stage = StageDir(tmp_path / "01-a")
     assert stage.done() is None
-    stage.describe({"steps": 3, "betas": [0.9, 0.99]})
-    assert stage.config_file.read_text() == "steps: 3\nbetas:\n- 0.9\n- 0.99\n"
     assert stage.done() is None
     stage.mark_done(DONE)
     assert stage.done() == DONE

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
+from mtkd.config.cache import Dtype, Trait
 from mtkd.errors import DataError, UserError
 from mtkd.models.features import split_key
 
 TARGETS = ("top", "sampled", "classes")
-DTYPES = ("float16", "bfloat16", "float32")
-SCALARS = ("entropy", "confidence", "margin", "choice")
+DTYPES: tuple[str, ...] = get_args(Dtype)
+SCALARS: tuple[str, ...] = tuple(name for name in get_args(Trait) if name != "ce")
 """Traits that may be stored beside the targets, 4 bytes per position each; `ce` has a field of its own."""
 PER_EXAMPLE = ("cls",)
 """Stored features with one vector per example; `hidden` and `embedding` have one per token."""
