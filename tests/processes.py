@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
+from forked_python import ForkedPython
 
 if TYPE_CHECKING:
     from mtkd.data.batch import Batch
@@ -38,6 +41,7 @@ PRELOADED = (
     *("torch.distributed", "torch.utils.cpp_extension", "mtkd.engine.deepspeed_engine", "scipy.optimize", "pytest"),
     # what DeepSpeed imports while it makes an engine, torch's compiler among it: 2 s in every rank
     *("deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.muon.muon_optimizer", "torch._inductor.compile_fx"),
+    "deepspeed.launcher.launch",
     "preloaded",  # last
 )
 _TIMEOUT = 1200  # seconds; ten times what the longest of these runs takes: the machine may be busy
@@ -84,6 +88,8 @@ def start(
     environment: Mapping[str, str] | None = None,
     prepare: Callable[[], None] | None = None,
     report: bool = False,
+    executes: bool = False,
+    module: str = "mtkd",
 ) -> Command:
     """Start ``mtkd ARGUMENTS``, its output in a file of `folder`.
 
@@ -91,10 +97,12 @@ def start(
         environment: variables that are set for it.
         prepare: module-level function called in the process first, to set a trap in it.
         report: draw the report as well, which takes longer than a tiny run.
+        executes: launchers and ranks below it are new interpreters, as for a user, and not forks (`forked_python.py`).
+        module: what ``python -m`` runs.
     """
     file = folder / f"output-{time.monotonic_ns()}.txt"
     file.touch()
-    settings = (str(file), dict(environment or {}), prepare, report)
+    settings = Settings(str(file), module, dict(environment or {}), prepare, report, executes)
     process = get_context("forkserver").Process(target=_command, args=(arguments, settings))
     process.start()
     _started.append(process)
@@ -107,9 +115,10 @@ def run(
     environment: Mapping[str, str] | None = None,
     prepare: Callable[[], None] | None = None,
     report: bool = False,
+    executes: bool = False,
 ) -> tuple[int, str]:
     """Exit code and output of ``mtkd ARGUMENTS``; see `start`."""
-    command = start(folder, *arguments, environment=environment, prepare=prepare, report=report)
+    command = start(folder, *arguments, environment=environment, prepare=prepare, report=report, executes=executes)
     return command.wait(), command.output
 
 
@@ -154,20 +163,36 @@ def kill_all() -> None:
         process.kill()
 
 
-def _command(arguments: tuple[str, ...], settings: tuple[str, dict[str, str], Callable[[], None] | None, bool]) -> None:
-    file, environment, prepare, report = settings
-    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND)
+@dataclass(frozen=True)
+class Settings:
+    """What a command's process does before it runs the command; see `start`."""
+
+    file: str
+    module: str
+    environment: dict[str, str]
+    prepare: Callable[[], None] | None
+    report: bool
+    executes: bool
+
+
+def _command(arguments: tuple[str, ...], settings: Settings) -> None:
+    descriptor = os.open(settings.file, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
-    os.environ.update(environment)
-    sys.argv = ["mtkd", *arguments]
-    if not report:
+    os.environ.update(settings.environment)
+    if not settings.report:
         import mtkd.evaluate.report
         import mtkd.running.run
 
         mtkd.evaluate.report.write_report = mtkd.running.run.write_report = lambda folder: folder / "report.html"
-    if prepare is not None:
-        prepare()
+    if not settings.executes:
+        subprocess.Popen = ForkedPython  # type: ignore[misc]
+    if settings.prepare is not None:
+        settings.prepare()
+    sys.argv = [settings.module, *arguments]
+    if settings.module != "mtkd":
+        runpy.run_module(settings.module, run_name="__main__", alter_sys=True)
+        return
     from mtkd.cli.app import main
 
     main()

@@ -1,13 +1,12 @@
 """One rank of a small group of watched processes, with a fault in one of them; `test_faults_ranks.py` starts it.
 
-watched_rank.py FOLDER FAULT RANK TIMEOUT: the rank takes small steps until the fault, or for ever.
+The rank takes small steps until the fault, or for ever. What it says goes to the file ``output`` of its folder.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 import traceback
 from datetime import timedelta
@@ -65,5 +64,10 @@ def main(folder: Path, fault: str, bad: int, timeout: float) -> int:
     return 0
 
 
-if __name__ == "__main__":
-    leave(main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])))
+def rank(folder: Path, fault: str, bad: int, timeout: float, number: int, world: int) -> None:
+    """Be the rank `number` of `world`, a process of its own, until the end."""
+    descriptor = os.open(folder / "output", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.environ |= {"RANK": str(number), "WORLD_SIZE": str(world), "GLOO_SOCKET_IFNAME": "lo"}
+    leave(main(folder, fault, bad, timeout))

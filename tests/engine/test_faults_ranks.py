@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import processes
 import psutil
 import pytest
+import watched_rank
 from tiny_run import NAME, write_yaml
 
 from mtkd.engine.jsonlines import read_jsonl
@@ -23,7 +25,6 @@ from mtkd.engine.launch import _to_ranks
 from mtkd.engine.seal import newest_sealed
 from mtkd.errors import EXIT_LOST
 
-SCRIPT = Path(__file__).parents[1] / "watched_rank.py"
 SOON = 200  # seconds in which the others must be gone: 5 to 15 on an idle machine, an hour without the watch
 
 
@@ -31,7 +32,7 @@ SOON = 200  # seconds in which the others must be gone: 5 to 15 on an idle machi
 class Ended:
     """How a small group ended: exit codes, seconds from the fault to the last end, what was said, the folder."""
 
-    codes: list[int]
+    codes: list[int | None]
     seconds: float
     output: str
     folder: Path
@@ -40,35 +41,35 @@ class Ended:
         return (self.folder / f"pid-{rank}").read_text()
 
 
-def group(folder: Path, fault: str, bad: int, *, timeout: float = 3600, ranks: int = 2) -> Ended:
-    """Start some watched ranks, the rank `bad` with a fault, and wait for all of them."""
-    output = folder / "output"
-    ours = {"WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    with output.open("a") as file:
-        started = [
-            subprocess.Popen(
-                [sys.executable, str(SCRIPT), str(folder), fault, str(bad), str(timeout)],
-                env={**os.environ, **ours, "RANK": str(rank)},
-                stdout=file,
-                stderr=subprocess.STDOUT,
-            )
-            for rank in range(ranks)
-        ]
-    try:
-        codes = [process.wait(900) for process in started]
-    finally:
+def group(folder: Path, fault: str, bad: int, *, timeout: float = 3600, ranks: int = 2) -> Callable[[], Ended]:
+    """Start some watched ranks, the rank `bad` with a fault; the result waits for all of them."""
+    folder.mkdir(exist_ok=True)
+    started = [
+        get_context("forkserver").Process(target=watched_rank.rank, args=(folder, fault, bad, timeout, rank, ranks))
+        for rank in range(ranks)
+    ]
+    for process in started:
+        process.start()
+
+    def wait() -> Ended:
+        limit = time.monotonic() + 900
         for process in started:
-            with suppress(ProcessLookupError):
-                process.kill()
-    text = output.read_text()
-    begun = float(next(line for line in text.splitlines() if line.endswith("fault")).split()[0])
-    return Ended(codes, time.time() - begun, text.split("fault\n", 1)[1], folder)
+            process.join(limit - time.monotonic())
+        seconds_since_epoch = time.time()
+        codes = [process.exitcode for process in started]
+        for process in started:
+            process.kill()
+        text = (folder / "output").read_text()
+        begun = float(next(line for line in text.splitlines() if line.endswith("fault")).split()[0])
+        return Ended(codes, seconds_since_epoch - begun, text.split("fault\n", 1)[1], folder)
+
+    return wait
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bad", [0, 1])
 def test_a_killed_rank_ends_the_others_and_is_named(tmp_path: Path, bad: int) -> None:
-    ended = group(tmp_path, "kill", bad)
+    ended = group(tmp_path, "kill", bad)()
     assert ended.codes[bad] == -signal.SIGKILL
     assert ended.codes[1 - bad] == EXIT_LOST, ended.output
     assert ended.seconds < SOON
@@ -89,7 +90,7 @@ def test_a_killed_rank_ends_the_others_and_is_named(tmp_path: Path, bad: int) ->
 )
 def test_the_reason_of_one_rank_reaches_all(tmp_path: Path, fault: str, codes: list[int], told: str) -> None:
     """Among three, so that one rank is told by another than the one that failed."""
-    ended = group(tmp_path, fault, 1, ranks=3)
+    ended = group(tmp_path, fault, 1, ranks=3)()
     assert ended.codes == codes, ended.output
     assert ended.seconds < SOON
     by_others = f"mtkd: rank 1 (pid {ended.pid(1)} on "
@@ -100,28 +101,30 @@ def test_the_reason_of_one_rank_reaches_all(tmp_path: Path, fault: str, codes: l
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("fault", "bad"), [("stop", 1), ("stop", 0), ("asleep", 1)])
-def test_a_frozen_rank_ends_the_run_with_the_stacks_of_all(tmp_path: Path, fault: str, bad: int) -> None:
+def test_a_frozen_rank_ends_the_run_with_the_stacks_of_all(tmp_path: Path) -> None:
+    """One that is stopped or sleeps, the main one and another: three groups at the same time, since each waits."""
     limit = 4.0  # a rank of a busy machine still takes a step within it
-    ended = group(tmp_path, fault, bad, timeout=limit)
-    assert ended.codes == [EXIT_LOST, EXIT_LOST], ended.output
-    assert limit < ended.seconds < SOON
-    stacks = [(tmp_path / f"logs/rank-{rank}.stacks").read_text() for rank in (0, 1)]
-    assert all("watched_rank.py" in text for text in stacks)
-    assert "in sum" in stacks[1 - bad]
-    assert fault == "stop" or "in fail" in stacks[bad]  # one that is woken runs on while it writes
-    silent = f"no sign of life from rank {bad} (pid {ended.pid(bad)} on "
-    assert (silent if fault == "stop" else "all ranks answer") in ended.output, ended.output
+    cases = [("stop", 1), ("stop", 0), ("asleep", 1)]
+    waits = [group(tmp_path / f"{fault}-{bad}", fault, bad, timeout=limit) for fault, bad in cases]
+    for (fault, bad), wait in zip(cases, waits, strict=True):
+        ended = wait()
+        assert ended.codes == [EXIT_LOST, EXIT_LOST], ended.output
+        assert limit < ended.seconds < SOON
+        stacks = [(ended.folder / f"logs/rank-{rank}.stacks").read_text() for rank in (0, 1)]
+        assert all("watched_rank.py" in text for text in stacks)
+        assert "in sum" in stacks[1 - bad]
+        assert fault == "stop" or "in fail" in stacks[bad]  # one that is woken runs on while it writes
+        silent = f"no sign of life from rank {bad} (pid {ended.pid(bad)} on "
+        assert (silent if fault == "stop" else "all ranks answer") in ended.output, ended.output
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bad", [0, 1])
-def test_a_rank_that_works_alone_for_long_is_waited_for(tmp_path: Path, bad: int) -> None:
-    """The other one waits in a collective three times as long as nobody may stand still."""
-    ended = group(tmp_path, "slow", bad, timeout=3)
-    assert ended.codes == [0, 0], ended.output
-    assert ended.output == ""
-    assert list((tmp_path / "logs").iterdir()) == []
+def test_a_rank_that_works_alone_for_long_is_waited_for(tmp_path: Path) -> None:
+    """The other one waits in a collective three times as long as a run may stand still."""
+    for ended in [wait() for wait in [group(tmp_path / str(bad), "slow", bad, timeout=3) for bad in (0, 1)]]:
+        assert ended.codes == [0, 0], ended.output
+        assert ended.output == ""
+        assert list((ended.folder / "logs").iterdir()) == []
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
@@ -178,15 +181,15 @@ def test_a_killed_rank_and_a_killed_launcher_end_a_run_that_goes_on_later(tmp_pa
     file = str(write_yaml(tmp_path, engine=engine, stages=stages, evaluate=evaluate))
     checkpoints = tmp_path / f"runs/{NAME}/stages/01-teacher/checkpoints"
 
-    def ranks(command: processes.Command) -> list[psutil.Process]:
-        assert command.process.pid is not None
-        below = psutil.Process(command.process.pid).children(recursive=True)
-        return [p for p in below if "RANK" in p.environ() and "mtkd" in p.cmdline()]
+    def ranks() -> list[psutil.Process]:
+        """Both ranks of the newest start, as their logs name them."""
+        logs = [(tmp_path / f"runs/{NAME}/logs/rank-{rank}.log").read_text() for rank in (0, 1)]
+        return [psutil.Process(int(re.findall(r"rank \d of 2, pid (\d+) on", log)[-1])) for log in logs]
 
     command = processes.start(tmp_path, "run", file)
     command.wait_for(lambda: (checkpoints / "step-000003").exists())
-    victim = next(p for p in ranks(command) if p.environ()["RANK"] == "1")
-    everybody, begun = ranks(command), time.monotonic()
+    everybody, begun = ranks(), time.monotonic()
+    victim = everybody[1]
     victim.kill()
     assert command.wait() not in (0, 75), command.output
     assert time.monotonic() - begun < SOON
@@ -196,13 +199,12 @@ def test_a_killed_rank_and_a_killed_launcher_end_a_run_that_goes_on_later(tmp_pa
 
     command = processes.start(tmp_path, "run", file)
     command.wait_for(lambda: "resumed at step" in command.output)
-    everybody = ranks(command)
+    everybody = ranks()
     launcher = everybody[0].parent()
     assert launcher is not None
-    assert "deepspeed.launcher.launch" in launcher.cmdline()
+    assert launcher.ppid() == command.process.pid
     launcher.kill()
     assert command.wait() == EXIT_LOST, command.output
-    assert len(everybody) == 2
     assert not any(p.is_running() for p in everybody)
     found = newest_sealed(checkpoints)
     assert found.path is not None  # the ranks saved when they saw it

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -108,23 +107,18 @@ def test_two_nodes_lose_one_and_go_on_to_the_end_of_an_undisturbed_run(tmp_path:
         step = newest_sealed(saved).manifest["step"]
         assert 4 <= step < 24
 
-        with ExitStack() as open_files:
-            again = []
-            for number in (0, 1):
-                log = open_files.enter_context((tmp_path / f"again-{number}").open("w+"))
-                command = ["ip", "netns", "exec", nodes.names[number], sys.executable]
-                command += ["-m", "deepspeed.launcher.runner", "--hostfile", str(hosts), *place]
-                command += ["--node_rank", str(number), "--module", "mtkd", "run", str(file)]
-                started = subprocess.Popen(
-                    command,
-                    env={**os.environ, "GLOO_SOCKET_IFNAME": nodes.cards[number]},
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
-                again.append((started, log))
-            for started, log in again:
-                assert started.wait(1200) == 0, Path(log.name).read_text()
-        assert f"resumed at step {step} from" in (tmp_path / "again-0").read_text()
+        again = [
+            processes.start(
+                tmp_path,
+                *("--hostfile", str(hosts), *place, "--node_rank", str(number), "--module", "mtkd", "run", str(file)),
+                environment={"GLOO_SOCKET_IFNAME": nodes.cards[number]},
+                prepare=partial(enter, nodes.names[number]),
+                module="deepspeed.launcher.runner",
+            )
+            for number in (0, 1)
+        ]
+        assert [command.wait() for command in again] == [0, 0], "".join(command.output for command in again)
+        assert f"resumed at step {step} from" in again[0].output
     (weights, perplexities), (expected, of_one) = outcome(folder), outcome(tmp_path / "whole")
     assert perplexities == pytest.approx(of_one, rel=1e-4)
     for key, value in expected.items():
