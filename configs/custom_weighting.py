@@ -1,4 +1,4 @@
-"""A weighting of one's own. `plugins: [custom_weighting.py]` in the YAML beside this file makes its name known.
+"""A weighting of one's own. `plugins: [custom_weighting.py]` in the YAML next to this file makes its name known.
 
     mtkd run configs/custom_weighting.yaml
     mtkd check configs/custom_weighting.py

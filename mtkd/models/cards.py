@@ -7,12 +7,12 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
 from pydantic import Field, ValidationError, computed_field
 
 from mtkd.config import Config, Name, Positive
 from mtkd.config.cache import Dtype
-from mtkd.errors import DataError
+from mtkd.config.yamlfile import parse, read_text
+from mtkd.errors import DataError, UserError
 from mtkd.models.info import GLM
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -94,8 +94,8 @@ def _read(folder: Path) -> dict[str, Card]:
     cards = {}
     for file in sorted(folder.glob("*.yaml")):
         try:
-            card = Card.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
-        except (ValidationError, yaml.YAMLError) as error:
+            card = Card.model_validate(parse(read_text(file), str(file)).plain())
+        except (ValidationError, UserError) as error:
             raise DataError(f"the teacher card is not valid: {error}", where=str(file)) from error
         if card.name != file.stem:
             raise DataError("a card has the name of its file", where=str(file), found=card.name, allowed=file.stem)

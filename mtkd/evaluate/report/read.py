@@ -10,15 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mtkd.config import StageRef
+from mtkd.config.yamlfile import parse
 from mtkd.engine.folder import RunDir
 from mtkd.engine.jsonlines import VALIDATION
 from mtkd.engine.notes import Environment, Results, read_done
 from mtkd.engine.record import check_digest, plain_bytes, read_record
 from mtkd.engine.runyaml import own_config
-from mtkd.errors import DataError, masked
+from mtkd.errors import DataError, UserError, masked
 
 # What the values of a metrics line are indexed by, rather than a curve of their own.
 _INDEX = frozenset({"stage", "step", "time"})
@@ -130,8 +129,8 @@ def read_run(run_dir: Path) -> RunData:
     config: dict[str, Any] = {}
     if text is not None:
         try:
-            config = _mapping(yaml.safe_load(text))
-        except yaml.YAMLError:
+            config = _mapping(parse(text, "run.yaml").plain())
+        except UserError:
             problems.append("run.yaml is not valid YAML")
     redone = sorted(RunDir(run_dir).set_aside())
     if redone:
