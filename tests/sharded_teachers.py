@@ -14,9 +14,10 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 from mtkd.config import ModelConfig, ShardedConfig, TeacherConfig
 from mtkd.data.batch import Batch
 from mtkd.engine.dist import Dist
+from mtkd.models.create import seeded
 from mtkd.models.features import Features
 from mtkd.models.glm import GLMConfig, GLMForConditionalGeneration
-from mtkd.models.load import build_model, seeded
+from mtkd.models.load import build_model
 from mtkd.models.request import ModelRequest
 from mtkd.models.taps import TappedModel
 from mtkd.pool import ShardedModel, shard

@@ -17,8 +17,8 @@ from mtkd.data.glm_tokens import END, START, trained_tokenizer
 from mtkd.data.load import load_data
 from mtkd.data.raw import Raw
 from mtkd.data.split import Split
+from mtkd.models.create import seeded
 from mtkd.models.glm import GLMConfig, GLMForConditionalGeneration, GLMForSequenceClassification
-from mtkd.models.load import seeded
 from mtkd.models.taps import TappedModel
 
 LONGEST = 48

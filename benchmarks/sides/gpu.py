@@ -24,7 +24,8 @@ from mtkd.models.attention import TAP
 from mtkd.models.cards import load_cards
 from mtkd.models.features import HeadLogits
 from mtkd.models.glm import GLMConfig
-from mtkd.models.info import CAUSAL_LM, count_parameters, model_info
+from mtkd.models.info import CAUSAL_LM, model_info
+from mtkd.models.numbers import count_parameters
 from mtkd.models.taps import TappedModel
 from mtkd.objective.compile import compile_rows
 from mtkd.objective.tiles import tiled

@@ -16,6 +16,7 @@ from typing import Any
 
 from mtkd.errors import DataError, UserError, nearest
 from mtkd.models.cards import how_to_get, load_cards, missing_glm
+from mtkd.models.formats import FORMATS
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
@@ -156,9 +157,11 @@ def _check_config(file: Path) -> None:
         if key == "transformers_weights" and value:
             raise DataError("the configuration redirects its weights", where=f"{file}: {place}", found=value)
         if key == "quantization_config" and value:
-            raise DataError(
-                "quantised weights are not supported", where=f"{file}: {place}", todo="use the full weights"
-            )
+            name = value.get("quant_method") if isinstance(value, dict) else None
+            if place != key or name not in FORMATS:
+                raise DataError(
+                    "quantised weights are not supported", where=f"{file}: {place}", todo="use the full weights"
+                )
 
 
 def _entries(value: Any, place: str) -> Iterator[tuple[str, str, Any]]:

@@ -17,9 +17,10 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mtkd.errors import DataError, UserError
+from mtkd.models.create import meta_model
 from mtkd.models.folder import INDEX, WEIGHTS
+from mtkd.models.formats import lay_out
 from mtkd.models.info import PRE_TRAINING
-from mtkd.models.meta import meta_model
 from mtkd.models.stored import read_index, read_weights, some
 
 if TYPE_CHECKING:
@@ -27,6 +28,14 @@ if TYPE_CHECKING:
 
 _NEXT_SENTENCE = "seq_relationship"
 """Part of the names of a next-sentence head, in every architecture that has one."""
+
+
+# First part of the names of heads that another task had; their weights in a checkpoint are not needed.
+_OTHER_HEADS = (
+    *("cls", "lm_head", "vocab_transform", "vocab_layer_norm", "vocab_projector", "predictions"),
+    *("classifier", "pre_classifier", "score", "qa_outputs", "pooler"),
+    *("generator_predictions", "generator_lm_head", "discriminator_predictions"),
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,11 @@ def find_heads(config: PretrainedConfig, auto_class: str, folder: Path) -> dict[
         DataError: the files are damaged.
     """
     stored = stored_names(folder)
-    return None if stored is None else heads_of(meta_model(config, auto_class), auto_class, stored)
+    if stored is None:
+        return None
+    model = meta_model(config, auto_class)
+    lay_out(model)
+    return heads_of(model, auto_class, stored)
 
 
 def heads_of(model: PreTrainedModel, auto_class: str, stored: Collection[str]) -> dict[str, Head]:
@@ -130,6 +143,11 @@ def unfitting(what: str, names: list[str], folder: Path) -> DataError:
         found=some(names),
         todo="use the complete checkpoint of a model made for this task",
     )
+
+
+def of_another_head(name: str, prefix: str) -> bool:
+    """A weight of another task's head, or of the pooler that this task does not use."""
+    return name.removeprefix(f"{prefix}.").split(".")[0] in _OTHER_HEADS
 
 
 def output_layer(model: PreTrainedModel) -> nn.Linear:

@@ -275,17 +275,6 @@ def is_causal(config: PretrainedConfig, auto_class: str) -> bool:
     return bool(getattr(config, "is_decoder", False)) or only_decoder
 
 
-def count_parameters(config: PretrainedConfig, auto_class: str) -> int:
-    """Number of parameters, tied ones once; built on the meta device, so it takes no memory.
-
-    Args:
-        auto_class: "AutoModel" counts the bare encoder or decoder.
-    """
-    from mtkd.models.meta import meta_model
-
-    return sum(parameter.numel() for parameter in meta_model(config, auto_class).parameters())
-
-
 def _max_positions(config: PretrainedConfig) -> int:
     positions = getattr(config, "max_position_embeddings", None)
     if positions is None:  # no limit of its own (ALiBi)

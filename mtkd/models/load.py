@@ -14,27 +14,21 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from mtkd.config import ModelConfig
 from mtkd.errors import DataError, UserError
-from mtkd.models import attention, glm  # noqa: F401  registers the tap that models are built with, and our own type
 from mtkd.models.cards import missing_glm
 from mtkd.models.classes import ClassMap, match_classes, named_after, output_names, teacher_classes
+from mtkd.models.create import empty_model, new_model, seeded
 from mtkd.models.cut import cut_config, cut_weights
 from mtkd.models.folder import find_folder
+from mtkd.models.formats import format_of
 from mtkd.models.fresh import fresh_config, set_dropout
 from mtkd.models.glm.published import config_of_card
-from mtkd.models.heads import check_heads, find_heads, reorder_outputs, stand_in_pad, unfitting
+from mtkd.models.heads import check_heads, find_heads, of_another_head, reorder_outputs, stand_in_pad, unfitting
 from mtkd.models.info import CLASSIFIER, GLM, attention_implementation, check_head, model_info
-from mtkd.models.meta import parameters_on_meta
 from mtkd.models.request import ModelRequest
 from mtkd.models.vocabulary import VocabularyMap, compressed_config, compressed_weights, planned_config
+from mtkd.models.weights import fill_model
 
 _log = logging.getLogger(__name__)
-
-# First part of the names of heads that another task had; their weights in a checkpoint are not needed.
-_OTHER_HEADS = (
-    *("cls", "lm_head", "vocab_transform", "vocab_layer_norm", "vocab_projector", "predictions"),
-    *("classifier", "pre_classifier", "score", "qa_outputs", "pooler"),
-    *("generator_predictions", "generator_lm_head", "discriminator_predictions"),
-)
 
 
 @dataclass(frozen=True)
@@ -79,7 +73,7 @@ def build_model(
     if config.is_cut:
         weights = cut_weights(model, config)
         # A new model rather than one with modules deleted: layer numbers inside the modules are right by construction.
-        model = _from_config(cut_config(model.config, config), request.auto_class, request.seed)
+        model = new_model(cut_config(model.config, config), request.auto_class, request.seed)
         model.load_state_dict(weights, strict=True)
     if request.auto_class == CLASSIFIER:  # not before: the row of a padding id in an embedding gets no gradient
         stand_in_pad(model.config, request.tokenizer)
@@ -89,19 +83,13 @@ def build_model(
 def _whole_model(full: _Full, request: ModelRequest, empty: bool) -> PreTrainedModel:
     """A model before layers are cut; a student's outputs are in the data's order."""
     if full.folder is None:
-        return _from_config(full.config, request.auto_class, request.seed)
+        return new_model(full.config, request.auto_class, request.seed)
     if empty:
         return empty_model(full.config, request.auto_class)
     model = _load(full.folder, full.config, request)
     if full.classes is not None and not full.classes.in_order:
         reorder_outputs(model, full.classes.columns)
     return model
-
-
-def empty_model(config: PretrainedConfig, auto_class: str) -> PreTrainedModel:
-    """The model of a configuration with its parameters on the meta device; buffers are as its modules compute them."""
-    with parameters_on_meta():
-        return _from_config(config, auto_class, seed=0)
 
 
 def load_config(config: ModelConfig, request: ModelRequest) -> tuple[PretrainedConfig, ClassMap | None]:
@@ -143,7 +131,7 @@ def smaller_config(
 def compress_model(model: PreTrainedModel, auto_class: str, vocabulary: VocabularyMap, seed: int) -> PreTrainedModel:
     """A model with the kept rows of the embedding and the output head, and the rest of its weights."""
     config = compressed_config(model.config, vocabulary.kept.tolist())
-    small = _from_config(config, auto_class, seed)
+    small = new_model(config, auto_class, seed)
     shapes = {name: value.shape for name, value in small.state_dict().items()}
     small.load_state_dict(compressed_weights(model.state_dict(), shapes, vocabulary.kept), strict=True)
     return small
@@ -166,6 +154,7 @@ def _full_config(config: ModelConfig, request: ModelRequest, *, weights: bool) -
     if classifier and request.num_labels and not (trained and taught is not None):
         classes = _set_labels(full, request, trained, str(folder))
     _check_fits(full, request)
+    _check_format(full, config, taught is not None, str(folder))
     cut_config(full, config)  # refused here, before weights are read
     return _Full(full, folder, trained, classes)
 
@@ -239,20 +228,23 @@ def _check_fits(config: PretrainedConfig, request: ModelRequest) -> None:
         )
 
 
-def _from_config(config: PretrainedConfig, auto_class: str, seed: int) -> PreTrainedModel:
-    import transformers
-
-    implementation = attention_implementation(config, auto_class)
-    with seeded(seed):
-        model = getattr(transformers, auto_class).from_config(
-            config, attn_implementation=implementation, dtype=torch.float32
+def _check_format(full: PretrainedConfig, config: ModelConfig, teaches: bool, folder: str) -> None:
+    """Refuse to train or to cut weights of another number format than float32."""
+    name = format_of(full)
+    if name is not None and (config.is_cut or not teaches):
+        raise UserError(
+            f"a model of number format '{name}' is a teacher as it is: it is not trained and not cut",
+            where="@model",
+            found=folder,
+            todo="use the full weights",
         )
-    return model.eval()
 
 
 def _load(folder: Path, config: PretrainedConfig, request: ModelRequest) -> PreTrainedModel:
     import transformers
 
+    if format_of(config) is not None:  # transformers does not know the layers of our formats
+        return fill_model(empty_model(config, request.auto_class), folder)
     try:
         with seeded(request.seed), quiet():
             model, report = getattr(transformers, request.auto_class).from_pretrained(
@@ -297,19 +289,6 @@ def _check_report(report: dict[str, Any], prefix: str, folder: Path) -> None:
             raise unfitting(what, names, folder)
     if made:
         _log.info("%s: new head: %s", folder.name, ", ".join(made))
-
-
-def of_another_head(name: str, prefix: str) -> bool:
-    """A weight of another task's head, or of the pooler that this task does not use."""
-    return name.removeprefix(f"{prefix}.").split(".")[0] in _OTHER_HEADS
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Within it the CPU's random numbers start at `seed`; the global state is as before afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
 
 
 @contextmanager

@@ -1,19 +1,20 @@
-"""Which stored weight each parameter of a model is, for teachers that are read from their files as they are.
-
-Nothing of the values is read here but where two copies of a weight must be equal.
-"""
+"""Which stored weight each parameter of a model is, for models that are read from their files as they are."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mtkd.errors import DataError
-from mtkd.models.load import empty_model, of_another_head
+from mtkd.models.create import empty_model
+from mtkd.models.heads import of_another_head
 from mtkd.models.stored import StoredWeight, read_weights, some
 
 _COMPARED_BYTES = 1 << 24  # of two copies of a weight at a time
@@ -36,45 +37,61 @@ def find_weights(model: PreTrainedModel, folder: Path) -> dict[str, StoredWeight
     """
     stored = read_weights(folder)
     values = dict(model.state_dict(keep_vars=True))
-    ours = _by_our_name(stored, values, model.base_model_prefix, folder)
-    found: dict[str, StoredWeight] = {}
-    missing, misshapen = [], []
+    by_name = _by_model_name(stored, values, model.base_model_prefix, folder)
+    weights: dict[str, StoredWeight] = {}
+    missing, misshapen, strange = list[str](), list[str](), list[str]()
     for names in _tied(values):
-        there = [ours[name] for name in names if name in ours]
-        if not there:
+        copies, value = [by_name[name] for name in names if name in by_name], values[names[0]]
+        if not copies:
             missing.append(names[0])
             continue
-        misshapen += [
-            f"{w.name} {list(w.shape)} instead of {list(values[names[0]].shape)}"
-            for w in there
-            if w.shape != tuple(values[names[0]].shape)
-        ]
-        found |= dict.fromkeys(names, there[0])
-        for other in there[1:]:
-            if not misshapen and not _same_values(there[0], other):
-                raise DataError(
-                    "two weights are one in the configuration and differ in the checkpoint",
-                    where=str(folder),
-                    found=f"{there[0].name}, {other.name}",
-                    todo="set tie_word_embeddings in its config.json to what it is",
-                )
-    strange = [
-        f"{w.name} {w.dtype}"
-        for name, w in found.items()
-        if values[name].is_floating_point() != w.dtype.is_floating_point
-    ]
-    used, ignored = {weight.name for weight in ours.values()}, _ignored(model)
-    unexpected = [name for name in stored if name not in used and not ignored(name)]
-    _refuse(
-        folder,
-        {
-            "missing": missing,
-            "of another shape": misshapen,
-            "not part of the architecture": unexpected,
-            "of another type": strange,
-        },
-    )
-    return found
+        shape = tuple(value.shape)
+        misshapen += [f"{w.name} {list(w.shape)} instead of {list(shape)}" for w in copies if w.shape != shape]
+        if value.is_floating_point() != copies[0].dtype.is_floating_point:
+            strange += [f"{copies[0].name} {copies[0].dtype}"] * len(names)
+        if not misshapen:
+            _check_copies(copies, folder)
+        weights |= dict.fromkeys(names, copies[0])
+    used, ignored = {weight.name for weight in by_name.values()}, _ignored(model)
+    faults = {
+        "missing": missing,
+        "of another shape": misshapen,
+        "not part of the architecture": [name for name in stored if name not in used and not ignored(name)],
+        "of another type": strange,
+    }
+    _refuse(folder, faults)
+    return weights
+
+
+def _check_copies(copies: Sequence[StoredWeight], folder: Path) -> None:
+    """Refuse copies of one tied weight that hold other values than the first."""
+    for other in copies[1:]:
+        if not _same_values(copies[0], other):
+            raise DataError(
+                "two weights are one in the configuration and differ in the checkpoint",
+                where=str(folder),
+                found=f"{copies[0].name}, {other.name}",
+                todo="set tie_word_embeddings in its config.json to what it is",
+            )
+
+
+def fill_model(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """A model without values with those of its folder: floats in float32, whole numbers as they are stored.
+
+    Raises:
+        DataError: as `find_weights`.
+    """
+    values = {}
+    with ExitStack() as files:
+        opened = dict[Path, Any]()
+        for name, weight in find_weights(model, folder).items():
+            if weight.file not in opened:
+                opened[weight.file] = files.enter_context(safe_open(weight.file, framework="pt"))
+            value = opened[weight.file].get_tensor(weight.name)
+            values[name] = value.float() if value.is_floating_point() else value
+    model.load_state_dict(values, strict=True, assign=True)
+    model.tie_weights()
+    return model.eval()
 
 
 def check_weights(config: PretrainedConfig, auto_class: str, folder: Path) -> None:
@@ -86,17 +103,17 @@ def check_weights(config: PretrainedConfig, auto_class: str, folder: Path) -> No
     find_weights(empty_model(config, auto_class), folder)
 
 
-def _by_our_name(
-    stored: Mapping[str, StoredWeight], ours: Mapping[str, Tensor], prefix: str, folder: Path
+def _by_model_name(
+    stored: Mapping[str, StoredWeight], values: Mapping[str, Tensor], prefix: str, folder: Path
 ) -> dict[str, StoredWeight]:
-    found: dict[str, StoredWeight] = {}
-    for name, weight in stored.items():
-        new = next((n for n in (name, f"{prefix}.{name}") if n in ours), None)
-        if new in found:
-            raise DataError("a weight is there twice", where=str(folder), found=f"{found[new].name}, {name}")
-        if new is not None:
-            found[new] = weight
-    return found
+    by_name: dict[str, StoredWeight] = {}
+    for stored_name, weight in stored.items():
+        name = next((n for n in (stored_name, f"{prefix}.{stored_name}") if n in values), None)
+        if name in by_name:
+            raise DataError("a weight is there twice", where=str(folder), found=f"{by_name[name].name}, {stored_name}")
+        if name is not None:
+            by_name[name] = weight
+    return by_name
 
 
 def _tied(values: Mapping[str, Tensor]) -> list[list[str]]:
@@ -128,13 +145,13 @@ def _same_values(one: StoredWeight, other: StoredWeight) -> bool:
     return True
 
 
-def _refuse(folder: Path, wrong: Mapping[str, list[str]]) -> None:
-    told = [f"{len(names)} {what}: {some(sorted(names))}" for what, names in wrong.items() if names]
-    if told:
+def _refuse(folder: Path, faults: Mapping[str, list[str]]) -> None:
+    texts = [f"{len(names)} {what}: {some(sorted(names))}" for what, names in faults.items() if names]
+    if texts:
         raise DataError(
             "the checkpoint does not fit its configuration",
             where=str(folder),
-            found="; ".join(told),
+            found="; ".join(texts),
             todo="use the complete checkpoint of a model made for this task, saved by a current transformers "
             "(from_pretrained, then save_pretrained, renames the weights of older ones)",
         )

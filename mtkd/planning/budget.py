@@ -50,7 +50,7 @@ class Sketch:
 
     Attributes:
         sizes: of the teachers, in pool order. cache_bytes: the most that a cache stage writes; None: not known.
-        exported: parameters of the models that the stage exports.
+        exported: bytes of the models that the stage exports.
         columns: of the widest logits. max_length: of an example, in tokens.
     """
 
@@ -187,8 +187,7 @@ def _trained_parts(
     sketch: Sketch, engine: EngineConfig, found: Footprint | None, step: Step, teachers: Share
 ) -> tuple[str, dict[str, float]]:
     """(moment, bytes of a rank by part) of the largest moment; without what moves where a step could not be made."""
-    numbers = found.trained // FLOAT if found else sketch.exported
-    held = trained_share(numbers, engine, num_processes(engine))
+    held = trained_share(found.trained if found else sketch.exported, engine, num_processes(engine))
     parts = {"student weights": held.weights, "optimizer": held.optimizer, "DeepSpeed's buffers": held.buckets}
     if found is None:
         gradients = held.weights if held.gradients is None else held.gradients
@@ -261,7 +260,7 @@ def _loading(sketch: Sketch, on_gpu: bool) -> float:
     """Bytes of host memory that a rank takes while a stage is built: models are made there before they move."""
     stay = sum(BACKENDS[size.backend].built(size) for size in _at_one_time(sketch))
     passing = (BACKENDS[size.backend].passing(size, on_gpu) for size in sketch.sizes)
-    return FLOAT * (stay + max([sketch.exported, *passing]))
+    return FLOAT * stay + max([sketch.exported, *(FLOAT * count for count in passing)])
 
 
 def _disk(sketch: Sketch, engine: EngineConfig) -> dict[str, float]:
@@ -277,7 +276,7 @@ def _disk(sketch: Sketch, engine: EngineConfig) -> dict[str, float]:
         f"{written} checkpoints" if written > 1 else "checkpoint": written
         * checkpoint_bytes(sketch.exported, engine)
         / GB,
-        "export": FLOAT * sketch.exported / GB,
+        "export": sketch.exported / GB,
     }
 
 

@@ -14,7 +14,8 @@ from mtkd.data.tokenizers import tokenizer_fingerprint
 from mtkd.engine.manifest import manifest_digest
 from mtkd.errors import DataError, UserError
 from mtkd.models import glm  # noqa: F401  registers our own type
-from mtkd.models.info import ModelInfo, count_parameters, model_info
+from mtkd.models.info import ModelInfo, model_info
+from mtkd.models.numbers import count_parameters
 from mtkd.pool import CachedTeacher
 from mtkd.pool.cache import CacheContent, CacheOrigin, CacheReader
 

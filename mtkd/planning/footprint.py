@@ -22,9 +22,10 @@ from transformers import PretrainedConfig
 
 from mtkd.data.batch import Batch
 from mtkd.engine.base import Trainable
+from mtkd.models.create import tapped_model
 from mtkd.models.features import DenseLogits, Features, SparseLogits, SparseRows
 from mtkd.models.forward import features_of, logits_of
-from mtkd.models.info import ModelInfo, attention_implementation, model_info
+from mtkd.models.info import ModelInfo, model_info
 from mtkd.models.linear import speed_up_linears
 from mtkd.models.pieces import Pieces
 from mtkd.models.taps import TappedModel
@@ -347,12 +348,7 @@ class _FewPieces(Pieces):
 
 
 def _model(shape: Shape) -> TappedModel:
-    import transformers
-
-    implementation = attention_implementation(shape.config, shape.auto_class)
-    model = getattr(transformers, shape.auto_class).from_config(
-        shape.config, attn_implementation=implementation, dtype=shape.dtype
-    )
+    model = tapped_model(shape.config, shape.auto_class, shape.dtype)
     vocabulary = None
     if shape.kept is not None:
         ids = torch.zeros(shape.num_ids, dtype=torch.int64)

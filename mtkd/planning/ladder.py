@@ -12,7 +12,8 @@ from transformers import PretrainedConfig
 
 from mtkd.config import ChainConfig, ModelConfig, RunConfig, StageConfig, StageRef
 from mtkd.errors import UserError
-from mtkd.models.info import ModelInfo, count_parameters, model_info
+from mtkd.models.info import ModelInfo, model_info
+from mtkd.models.numbers import count_parameters
 from mtkd.registry import TASKS
 
 NEAR = 0.1

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from mtkd.config import EngineConfig
 from mtkd.engine.deepspeed_engine import LARGEST_BUCKET
-from mtkd.pool.sizes import FLOAT
+from mtkd.models.numbers import FLOAT
 
 _PREFETCHED, _LIVE = 50_000_000, 1_000_000_000
 """DeepSpeed's defaults at ZeRO 3: numbers gathered ahead, and numbers that may stay gathered."""
@@ -33,24 +33,29 @@ class Trained:
     flat: float = 0
 
 
-def trained_share(numbers: int, engine: EngineConfig, ranks: int) -> Trained:
+def trained_share(trained: float, engine: EngineConfig, ranks: int) -> Trained:
     """What holds the trained parameters.
 
-    Args: numbers: trained parameters.
+    Args:
+        trained: bytes of the trained parameters, which are float32, as their two moments are.
     """
-    whole = FLOAT * numbers
     if engine.kind == "torch":
-        return Trained(whole, 2 * whole)
-    part, bucket = whole / ranks, FLOAT * min(numbers, LARGEST_BUCKET)
+        return Trained(trained, 2 * trained)
+    part, bucket = trained / ranks, min(trained, FLOAT * LARGEST_BUCKET)
     if engine.zero_stage == 0:
-        return Trained(whole, 2 * whole, flat=bucket)
+        return Trained(trained, 2 * trained, flat=bucket)
+    # From ZeRO 1 on DeepSpeed keeps a float32 copy with the moments, also of parameters that are float32 themselves.
     if engine.zero_stage < 3:
-        gradients = whole if engine.zero_stage == 1 else part
-        return Trained(whole, 3 * part, bucket, gradients)
-    gathered = FLOAT * min(numbers, _LIVE + _PREFETCHED)
+        gradients = trained if engine.zero_stage == 1 else part
+        return Trained(trained, 3 * part, bucket, gradients)
+    gathered = min(trained, FLOAT * (_LIVE + _PREFETCHED))
     return Trained(part, 3 * part, bucket + gathered, part)
 
 
-def checkpoint_bytes(numbers: int, engine: EngineConfig) -> int:
-    """One checkpoint on disk, all ranks together: weights and two moments; from ZeRO 1 on the float32 copy too."""
-    return FLOAT * numbers * (3 if engine.zero_stage == 0 else 4)
+def checkpoint_bytes(trained: float, engine: EngineConfig) -> float:
+    """One checkpoint on disk, all ranks together: weights and two moments; from ZeRO 1 on the float32 copy too.
+
+    Args:
+        trained: bytes of the trained parameters.
+    """
+    return trained * (3 if engine.zero_stage == 0 else 4)

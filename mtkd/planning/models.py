@@ -18,9 +18,10 @@ from mtkd.data.tokenizers import num_real_ids, train_tokenizer
 from mtkd.errors import DataError, UserError
 from mtkd.models.classes import ClassMap, Given, match_classes
 from mtkd.models.folder import check_folder
-from mtkd.models.info import CLASSIFIER, GLM, ModelInfo, count_parameters, model_info
+from mtkd.models.info import CLASSIFIER, GLM, ModelInfo, model_info
 from mtkd.models.load import answer_with, smaller_config
 from mtkd.models.load import load_config as load_model_config
+from mtkd.models.numbers import numbers_of
 from mtkd.models.request import ModelRequest, Taught
 from mtkd.models.vocabulary import compressed_teacher, compressed_twice, read_vocabulary
 from mtkd.models.weights import check_weights
@@ -89,7 +90,7 @@ class PlannedModels:
     ) -> tuple[PlannedModel, ModelInfo]:
         """A line of the plan, and what the rows ask about the model; parameters are counted without memory for them."""
         info = with_open_labels(model_info(made, auto_class), self.facts(data), auto_class)
-        return planned_model(role, model, info, count_parameters(made, auto_class)), info
+        return planned_model(role, model, info, numbers_of(made, auto_class)), info
 
     def of(
         self,

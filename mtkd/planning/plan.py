@@ -211,7 +211,7 @@ class _Planner:
             self._sizes(planned[own:], infos[own:], where),
             rows,
             task.token_level,
-            sum(p.parameters for p in planned[:own]),
+            sum(p.weight_bytes for p in planned[:own]),
             max(info.vocabulary if task.token_level else info.num_labels for info in infos),
             data.max_length,
         )

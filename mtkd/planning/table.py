@@ -9,6 +9,7 @@ from rich.table import Table
 
 from mtkd.config import ModelConfig, TeacherConfig
 from mtkd.models.info import ModelInfo
+from mtkd.models.numbers import Numbers
 from mtkd.planning.budget import StageMemory
 from mtkd.planning.cachefolder import CacheFacts
 from mtkd.planning.dataview import PlannedData, data_tables
@@ -19,9 +20,14 @@ SKIPPED = "done, skipped"
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """A model of a stage: `role` is "student" or the teacher's name; `parameters` counted on the meta device.
+    """A model of a stage.
 
-    Attributes: backend: where a teacher's weights live; empty for what is trained.
+    Attributes:
+        role: "student", or the teacher's name.
+        parameters: counted on the meta device.
+        weight_bytes: of all weights in memory, and `head_bytes` of the output head over the vocabulary among them; 0
+            for a teacher that is not run.
+        backend: where a teacher's weights live; empty for what is trained.
     """
 
     role: str
@@ -31,6 +37,8 @@ class PlannedModel:
     width: int
     heads: int
     parameters: int
+    weight_bytes: int = 0
+    head_bytes: int = 0
     backend: str = ""
 
 
@@ -160,7 +168,7 @@ def with_consequences(stages: list[PlannedStage]) -> list[PlannedStage]:
     return list(found.values())
 
 
-def planned_model(role: str, model: ModelConfig, info: ModelInfo, parameters: int) -> PlannedModel:
+def planned_model(role: str, model: ModelConfig, info: ModelInfo, numbers: Numbers) -> PlannedModel:
     origin = model.path or "fresh"
     if model.keep_layers:
         origin += f" layers {','.join(map(str, model.keep_layers))}"
@@ -168,12 +176,22 @@ def planned_model(role: str, model: ModelConfig, info: ModelInfo, parameters: in
         origin += ", sliced"
     if model.vocabulary:
         origin += f", {info.vocabulary:,} ids"
-    return PlannedModel(role, origin, info.architecture, info.num_layers, info.width, info.num_heads, parameters)
+    return PlannedModel(
+        role,
+        origin,
+        info.architecture,
+        info.num_layers,
+        info.width,
+        info.num_heads,
+        numbers.parameters,
+        numbers.weights,
+        numbers.head,
+    )
 
 
 def of_cache(teacher: TeacherConfig, facts: CacheFacts) -> tuple[PlannedModel, ModelInfo]:
     """A teacher that is not run: its shape as its cache knows it."""
-    made = planned_model(teacher.name, teacher.model, facts.info, facts.num_parameters)
+    made = planned_model(teacher.name, teacher.model, facts.info, Numbers(facts.num_parameters))
     return replace(made, origin=f"cache {teacher.model.path}"), facts.info
 
 

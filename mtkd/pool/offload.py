@@ -178,7 +178,7 @@ def stream(model: TappedModel, folder: Path, device: torch.device, dtype: torch.
     """The model with its parameters in the files of its folder; it runs once, on two tokens, to be verified.
 
     Args:
-        model: on the CPU, its parameters on the meta device (`mtkd.models.load.empty_model`).
+        model: on the CPU, its parameters on the meta device (`mtkd.models.create.empty_model`).
         folder: a checked model folder with the weights.
         device: where it runs. dtype: bfloat16 verifies it under autocast, as it will run.
     Raises:

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from mtkd.models.create import seeded
 from mtkd.models.glm import GLMConfig, GLMForConditionalGeneration
-from mtkd.models.load import seeded
 
 SHAPE = {"vocab_size": 70, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}
 POSITIONS = 20

@@ -19,7 +19,7 @@ from mtkd.errors import DataError
 from mtkd.models import cards
 from mtkd.models.cards import load_cards
 from mtkd.models.glm import GLMConfig
-from mtkd.models.info import count_parameters
+from mtkd.models.numbers import count_parameters
 from mtkd.planning.locate import revision_of
 
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from mtkd.config import ModelConfig
 from mtkd.errors import UserError
 from mtkd.models.cut import head_dimensions, spread
-from mtkd.models.info import CAUSAL_LM, CLASSIFIER, MASKED_LM, count_parameters
+from mtkd.models.info import CAUSAL_LM, CLASSIFIER, MASKED_LM
 from mtkd.models.load import load_config
+from mtkd.models.numbers import count_parameters
 from mtkd.models.request import ModelRequest
 from mtkd.models.taps import TappedModel
 

@@ -19,7 +19,8 @@ from transformers import (
 
 from mtkd.errors import UserError
 from mtkd.models.features import ATTENTION
-from mtkd.models.info import CAUSAL_LM, CLASSIFIER, MASKED_LM, ModelInfo, count_parameters, model_info
+from mtkd.models.info import CAUSAL_LM, CLASSIFIER, MASKED_LM, ModelInfo, model_info
+from mtkd.models.numbers import count_parameters
 
 
 @pytest.mark.parametrize(("architecture", "auto_class"), EVERY_HEAD)

@@ -97,7 +97,7 @@ class Case:
         """What the planner would make of it."""
         student, teacher = tapped(STUDENT, 0), tapped(self.teacher, 1)
         rows = self._rows(student, [teacher] * len(self.names))
-        own = sum(p.numel() for p in student.parameters())
+        own = sum(p.untyped_storage().nbytes() for p in student.parameters())
         trained, shape = {"student": Shape(STUDENT, HEAD, IDS)}, Shape(self.teacher, HEAD, IDS)
         teachers: dict[str, Shape | CachedShape] = dict.fromkeys(self.names, shape)
         return Sketch("s", self.stage, trained, teachers, self.sizes(), rows, True, own, IDS, LENGTH)

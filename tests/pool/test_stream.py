@@ -24,9 +24,9 @@ from transformers import AlbertConfig, BertConfig, GPT2Config, LlamaConfig, PreT
 from mtkd.data.batch import Batch
 from mtkd.errors import DataError, UserError
 from mtkd.models import glm
+from mtkd.models.create import empty_model
 from mtkd.models.features import Features
 from mtkd.models.folder import INDEX
-from mtkd.models.load import empty_model
 from mtkd.models.stored import read_weights
 from mtkd.models.taps import TappedModel
 from mtkd.pool import LiveTeacher, OffloadedModel, TeacherPool, stream
