@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from mtkd.config import RunConfig
     from mtkd.config.match import Match
     from mtkd.config.read import load_config
+    from mtkd.data.batch import Batch
+    from mtkd.data.transforms import TRANSFORMS, StepFacts, transform
     from mtkd.errors import LawBroken, UserError
     from mtkd.losses.laws import check_loss
     from mtkd.losses.spec import LOSSES, loss
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Batch": "mtkd.data.batch",
     "LOSSES": "mtkd.losses.spec",
     "METHODS": "mtkd.methods.spec",
     "WEIGHTINGS": "mtkd.weightings.spec",
@@ -39,6 +42,8 @@ _HOMES = {
     "RunConfig": "mtkd.config",
     "RunResult": "mtkd.running.run",
     "StageFacts": "mtkd.weightings",
+    "StepFacts": "mtkd.data.transforms",
+    "TRANSFORMS": "mtkd.data.transforms",
     "Traits": "mtkd.weightings",
     "UserError": "mtkd.errors",
     "Weighting": "mtkd.weightings",
@@ -51,19 +56,23 @@ _HOMES = {
     "plan": "mtkd.planning.plan",
     "run": "mtkd.running.run",
     "trait": "mtkd.weightings",
+    "transform": "mtkd.data.transforms",
     "weighting": "mtkd.weightings.spec",
 }
 
 __all__ = [
     "LOSSES",
     "METHODS",
+    "TRANSFORMS",
     "WEIGHTINGS",
+    "Batch",
     "LawBroken",
     "Match",
     "Plan",
     "RunConfig",
     "RunResult",
     "StageFacts",
+    "StepFacts",
     "Traits",
     "UserError",
     "Weighting",
@@ -76,6 +85,7 @@ __all__ = [
     "plan",
     "run",
     "trait",
+    "transform",
     "weighting",
 ]
 

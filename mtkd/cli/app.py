@@ -60,7 +60,7 @@ MasterPort = Annotated[
     int | None, typer.Option("--master_port", "--master-port", help="a port of it that is free (default: 29500)")
 ]
 
-LISTS = ("methods", "losses", "weightings", "teachers", "tasks", "sources")
+LISTS = ("methods", "losses", "weightings", "teachers", "tasks", "sources", "transforms")
 
 
 @app.command()

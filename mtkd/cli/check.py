@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mtkd.data.transforms import TRANSFORMS
 from mtkd.errors import LawBroken, UserError
 from mtkd.losses.laws import LOSS_LAWS, check_loss
 from mtkd.losses.spec import LOSSES
@@ -53,7 +54,7 @@ def check_plugin(path: Path) -> Iterator[Kept]:
         raise UserError(
             "the plug-in registers nothing",
             where=str(path),
-            todo="use @mtkd.loss, @mtkd.weighting or @mtkd.method in it",
+            todo="use @mtkd.loss, @mtkd.weighting, @mtkd.method or @mtkd.transform in it",
         )
     for i, name in found:
         registry, check = _CHECKS[i]
@@ -165,4 +166,5 @@ _CHECKS: tuple[tuple[Registry[Any], Callable[[str, str], Families]], ...] = (
     (METHODS, _check_method),
     (SOURCES, _no_laws),
     (TASKS, _no_laws),
+    (TRANSFORMS, _no_laws),
 )

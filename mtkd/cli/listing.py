@@ -9,6 +9,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from mtkd.data.transforms import TRANSFORMS
 from mtkd.losses.spec import LOSSES
 from mtkd.methods.spec import METHODS
 from mtkd.methods.table import COLUMNS, FEATURES, method_table
@@ -26,6 +27,7 @@ def listing(what: str, plugins: tuple[str, ...] = ()) -> list[dict[str, Any]]:
         "teachers": _teachers,
         "tasks": _tasks,
         "sources": _sources,
+        "transforms": _transforms,
     }
     return rows[what]()
 
@@ -33,7 +35,8 @@ def listing(what: str, plugins: tuple[str, ...] = ()) -> list[dict[str, Any]]:
 def tables(what: str, rows: list[dict[str, Any]], width: int) -> list[Table]:
     """The rows of a listing for a terminal of `width` columns; methods are the table, then labels and options."""
     if what != "methods":
-        return [_table(what, [*rows[0]], [[*map(str, row.values())] for row in rows])]
+        columns = [*rows[0]] if rows else ["name"]  # all transforms are those of plug-ins
+        return [_table(what, columns, [[*map(str, row.values())] for row in rows])]
     keys = ("name", "from", "options", "source")
     details = [[*(row[key] for key in keys[:2]), _labels(row["rows"]), *(row[key] for key in keys[2:])] for row in rows]
     more = _table("", ["name", "from", "labels of rows, per step", "options", "source"], details)
@@ -144,4 +147,16 @@ def _tasks() -> list[dict[str, Any]]:
 def _sources() -> list[dict[str, Any]]:
     return [
         {"name": name, "what": _first_line(source), "from": SOURCES.origin(name)} for name, source in SOURCES.items()
+    ]
+
+
+def _transforms() -> list[dict[str, Any]]:
+    return [
+        {
+            "name": name,
+            "options": _options(spec.options()),
+            "what": _first_line(spec.function),
+            "from": TRANSFORMS.origin(name),
+        }
+        for name, spec in TRANSFORMS.items()
     ]

@@ -123,6 +123,9 @@ class StageConfig(Config):
     steps: Positive | None = Field(None, description="optimizer steps")
     epochs: Epochs | None = Field(None, description="passes over the train split")
     equal_time: EqualTime | None = Field(None, description="instead of steps: train as long as another stage")
+    transforms: tuple[Named, ...] = Field(
+        (), description="what plug-ins do to the batches of a step before they are read, in order: @mtkd.transform"
+    )
     batch: BatchConfig = Field(BatchConfig(sequences=16), description="batch size")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="optimizer and schedule")
     seed: Seed | None = Field(None, description="of initialisation, order and dropout; default: the run's seed")

@@ -10,6 +10,7 @@ from mtkd.data.files import columns_of
 from mtkd.data.paths import find_files
 from mtkd.data.sources import check_source
 from mtkd.data.tasks import TaskSpec
+from mtkd.data.transforms import TRANSFORMS
 from mtkd.errors import UserError, in_url, masked
 from mtkd.losses.spec import LOSSES
 from mtkd.methods.rows import placed_rows, stage_rows
@@ -26,6 +27,7 @@ from mtkd.planning.stages import (
     scored_models,
 )
 from mtkd.planning.teaching import heads_read
+from mtkd.pool import BACKENDS
 from mtkd.registry import TASKS, check_options, load_plugins
 from mtkd.weightings.base import StageFacts
 from mtkd.weightings.make import check_weighting, make_weighting
@@ -98,6 +100,7 @@ def _check_registered(config: RunConfig) -> None:
         token_level = TASKS.find(config.data[data_name].task).token_level
         check_weighting(weighting, stage, tuple(rows.values()), where, token_level=token_level)
         _check_heads(config, name)
+        _check_transforms(stage, f"{where}.transforms")
         if "route" in weighting.reads:
             _check_route(config, data_name)
         task = config.data[data_name].task
@@ -108,6 +111,20 @@ def _check_registered(config: RunConfig) -> None:
                 found="token",
                 allowed="example",
             )
+
+
+def _check_transforms(stage: StageConfig, where: str) -> None:
+    """Their names and options; and no teacher whose answers were stored, for the text that they were given for."""
+    for i, setting in enumerate(stage.transforms):
+        TRANSFORMS.find(setting.name, f"{where}[{i}].name").check(setting.options, f"{where}[{i}]")
+    stored = [teacher.name for teacher in stage.teachers if not BACKENDS[teacher.backend].runs]
+    if stage.transforms and stored:
+        raise UserError(
+            "a cached teacher answered for the text of the data, and a transform may write another one",
+            where=where,
+            found=f"teacher '{stored[0]}' is cached",
+            todo="let the teacher run, or drop transforms",
+        )
 
 
 def _check_heads(config: RunConfig, name: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from mtkd.config import RunConfig, StageConfig, StageRef
 from mtkd.config.read import differences, fingerprint
+from mtkd.data.transforms import TRANSFORMS
 from mtkd.engine.folder import StageDir
 from mtkd.errors import DataError, UserError, nearest
 from mtkd.losses.spec import LOSSES
@@ -144,6 +145,8 @@ def stage_values(stage: StageConfig) -> dict[str, Any]:
     looking = set() if stage.selects else {"evaluate_every"}
     values = stage.model_dump(mode="json", exclude=_BOOKKEEPING | looking | {"cache"})
     values = _without_places(values)
+    if not stage.transforms:  # finished stages may not know the field
+        del values["transforms"]
     # The members' order decides their seeds, and whose head is shared: canonical JSON would sort it away.
     return {**values, "member_order": list(stage.members)} if stage.members else values
 
@@ -208,6 +211,7 @@ def _plugin_digests(config: RunConfig, stage: StageConfig) -> dict[str, str]:
     if stage.method is not None:
         used.append((METHODS, stage.method.name))
     used += [(LOSSES, row.loss) for row in stage_rows(stage, data, "stage")]
+    used += [(TRANSFORMS, step.name) for step in stage.transforms]
     origins = {registry.origin(name) for registry, name in used}
     return plugin_code({path: config.base / path for path in config.plugins}, origins)
 

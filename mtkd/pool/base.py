@@ -20,11 +20,14 @@ class Teacher(Protocol):
         name: in metrics and options.
         info: shape and capabilities of the model, wherever it runs; rows and width adapters are made from it.
         num_parameters: of the model.
+        view: whose tokenizer's text it reads, a key of `Batch.views`; `STUDENT` for that of the run. Its features
+            stand at the student's positions either way.
     """
 
     name: str
     info: ModelInfo
     num_parameters: int
+    view: str
 
     def provides(self) -> frozenset[str]:
         """Feature names it can give ("logits", "hidden", ...), see `mtkd.models.features`."""

@@ -1,8 +1,8 @@
-"""The cached backend: what a teacher said once is read from disk by example number, and the teacher is not run."""
+"""The cached backend: what a teacher said once is read from disk by `Batch.keys`, and the teacher is not run."""
 
 from __future__ import annotations
 
-from mtkd.data.batch import Batch
+from mtkd.data.batch import STUDENT, Batch
 from mtkd.models.features import Features, split_key
 from mtkd.models.info import ModelInfo
 from mtkd.pool.backend import Backend
@@ -19,7 +19,7 @@ class CachedTeacher:
     """
 
     def __init__(self, name: str, reader: CacheReader, info: ModelInfo, num_parameters: int) -> None:
-        self.name, self.info, self.num_parameters = name, info, num_parameters
+        self.name, self.info, self.num_parameters, self.view = name, info, num_parameters, STUDENT
         self._reader: CacheReader | None = reader
         self._provides = frozenset({"logits", *(split_key(key)[0] for key in reader.content.hidden)})
 
@@ -30,7 +30,7 @@ class CachedTeacher:
         pass
 
     def forward(self, batch: Batch, wants: frozenset[str]) -> Features:
-        """The wanted features of the batch's examples, looked up by number.
+        """The wanted features of the batch's examples, looked up by their keys.
 
         Raises:
             DataError: an example that the cache does not have, or of another length than when it was made.

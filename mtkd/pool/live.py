@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from mtkd.config import TeacherConfig
-from mtkd.data.batch import Batch
+from mtkd.data.batch import STUDENT, Batch
 from mtkd.models.broken import broken_weights
 from mtkd.models.features import Features
 from mtkd.models.forward import features_of
@@ -45,7 +45,7 @@ class LiveTeacher:
     ) -> None:
         if compiled and isinstance(model, TappedModel):
             model.compile_model()
-        self.name, self.info = name, model.info
+        self.name, self.info, self.view = name, model.info, STUDENT
         # A rank has a part of a sharded one; `ds_numel` is the whole.
         self.num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         self._dtype = dtype

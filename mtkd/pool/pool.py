@@ -32,13 +32,19 @@ class TeacherPool:
                 )
 
     def forward(self, batch: Batch) -> list[Features]:
-        """Features of every teacher, in order; without gradients."""
+        """Features of every teacher, in order, each of its own view of the batch; without gradients."""
         features = []
-        for position, (teacher, wants) in enumerate(zip(self.teachers, self.wants, strict=True)):
+        for position in range(len(self.teachers)):
             if self._prefetch and position + 1 < len(self.teachers):
-                self.teachers[position + 1].ahead(batch)
-            features.append(teacher.forward(batch, wants))
+                after = self.teachers[position + 1]
+                after.ahead(batch.read_by(after.view))
+            features.append(self.ask(position, batch))
         return features
+
+    def ask(self, position: int, batch: Batch) -> Features:
+        """Features of one teacher, of its own view of the batch."""
+        teacher = self.teachers[position]
+        return teacher.forward(batch.read_by(teacher.view), self.wants[position])
 
     def close(self) -> None:
         """Free every teacher's memory."""

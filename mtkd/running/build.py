@@ -21,6 +21,7 @@ from mtkd.data.sampler import Order, TrainStream
 from mtkd.data.segmentation import segmentation_digest
 from mtkd.data.split import Split
 from mtkd.data.tokenizers import num_real_ids, tokenizer_fingerprint
+from mtkd.data.transforms import StepFacts, make_transforms
 from mtkd.engine.base import Trainable, seed_everything
 from mtkd.engine.dist import Dist
 from mtkd.engine.folder import RunDir, StageDir
@@ -382,4 +383,8 @@ class Workshop:
             "world_size": self.dist.world_size,
             "zero_stage": self.config.engine.zero_stage,
         }
-        return BuiltStage(name, stage, objective, pool, engine, stream, data, steps, self.identity(name), layout)
+        facts = StepFacts(0, seed, self.tokenizer, split, data.config.max_length)
+        transforms = make_transforms(stage.transforms, facts, f"stages.{name}.transforms")
+        return BuiltStage(
+            name, stage, objective, pool, engine, stream, data, steps, self.identity(name), layout, transforms
+        )

@@ -1,4 +1,4 @@
-"""A stage that is loaded and wired, as the loop and what looks around it see it; `mtkd.running.build` makes it."""
+"""A stage ready to train: models, data stream, engine. `mtkd.running.build` makes it, the loop reads it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from mtkd.config import StageConfig
+from mtkd.data.batch import Batch
 from mtkd.data.load import LoadedData
 from mtkd.data.sampler import TrainStream
+from mtkd.data.transforms import Transform
 from mtkd.engine.base import Engine, Trainable
 from mtkd.planning.stages import check_checkpoint
 from mtkd.pool import TeacherPool
@@ -30,11 +32,19 @@ class BuiltStage:
     steps: int
     identity: dict[str, Any]
     layout: dict[str, Any]
+    transforms: tuple[Transform, ...] = ()
 
     def num_parameters(self, member: str | None = None) -> int:
         """Parameters of the exported models, or of one of them; tied and shared ones once."""
         models = torch.nn.ModuleList(m.model for n, m in self.objective.models.items() if member in (None, n))
         return sum(getattr(p, "ds_numel", p.numel()) for p in models.parameters())
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of the next optimizer step, which has this number, on the engine's device."""
+        batches = next(self.stream)
+        for transform in self.transforms:
+            batches = transform(batches, step)
+        return [batch.to(self.engine.device) for batch in batches]
 
     def close(self) -> None:
         """Free teachers, engine and graphs before the next stage."""

@@ -33,7 +33,7 @@ def check_teachers(built: BuiltStage, batches: Sequence[Batch], dtype: torch.dty
         read = sorted(key for key in wants if split_key(key)[0] not in ATTENTION)  # masked scores are -inf
         found = torch.zeros(len(read), dtype=torch.float64)
         for batch in batches:
-            features = teacher.forward(batch, wants)
+            features = pool.ask(position, batch)
             found += torch.tensor([_broken(features, key, batch) for key in read], dtype=torch.float64)
         broken = built.engine.dist.sum(found.tolist())
         if any(broken):

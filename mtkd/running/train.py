@@ -1,4 +1,4 @@
-"""THE loop: every stage that trains runs it, under either engine."""
+"""The loop: every stage that trains runs it, under either engine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mtkd.engine.dist import Dist
 from mtkd.engine.folder import RunDir, StageDir
 from mtkd.engine.jsonlines import to_json
 from mtkd.engine.seal import Found, newest_sealed, save_sealed
-from mtkd.engine.stopping import stop_flag
+from mtkd.engine.stopping import StopFlag, stop_flag
 from mtkd.errors import DataError, NonFiniteError, Preempted, on_every_rank
 from mtkd.objective.looks import after_step, before_step
 from mtkd.running.built import BuiltStage
@@ -45,8 +45,8 @@ def train(built: BuiltStage, config: RunConfig, run: RunDir, folder: StageDir) -
         Preempted: SIGTERM or SIGINT arrived; a checkpoint was sealed.
         DataError: a checkpoint belongs to another configuration, teacher, data set or tokenizer.
     """
-    stage, engine, dist = built.stage, built.engine, built.engine.dist
     check_selection(built)
+    engine, dist, objective = built.engine, built.engine.dist, built.objective
     state = _restore(built, folder)
     meter = Meter(built, dist, state)
     with (
@@ -54,47 +54,27 @@ def train(built: BuiltStage, config: RunConfig, run: RunDir, folder: StageDir) -
         MetricsLog(run, built.name, dist, state.step) as log,
         StageProgress(built.name, built.steps, state.step, dist.is_main) as progress,
     ):
-        built.objective.train()
-        begun = time.monotonic() - state.seconds
+        session = _Session(built, config, folder, state, meter, log, stopped)
+        objective.train()
         for step in range(state.step, state.step if state.ended else built.steps):
-            micro_batches = [batch.to(engine.device) for batch in next(built.stream)]
-            counts, stop = global_counts(micro_batches, dist, stopped(), built.objective.step_counts)
-            for batch, teachers in before_step(built.objective, built.pool, engine, step, micro_batches, counts):
+            micro_batches = built.micro_batches(step)
+            counts, stop = global_counts(micro_batches, dist, stopped(), objective.step_counts)
+            for batch, teachers in before_step(objective, built.pool, engine, step, micro_batches, counts):
                 loss, metrics = engine.forward(batch, teachers, counts)
                 engine.backward(loss)
                 meter.add(metrics)
             norm = engine.step(step)
-            if not math.isfinite(norm):
-                check_teachers(built, micro_batches, torch.bfloat16 if config.engine.in_bf16 else torch.float32)
-                raise on_every_rank(_non_finite(built, step, meter.flush()))
-            after_step(built.objective, engine, micro_batches)
-            state.step, state.stream = step + 1, built.stream.state()
-            state.seconds, state.targets = time.monotonic() - begun, state.targets + counts["targets"]
-            last = state.step == built.steps
-            due = last or bool(stage.evaluate_every and state.step % stage.evaluate_every == 0)
-            logged, better = None, False
-            if last or state.step % config.log_every == 0 or state.step == 1 or (due and stage.early_stop):
-                rate, means = learning_rate(stage.optimizer, step, built.steps), meter.flush()
-                facts = {"seconds": round(state.seconds, 3), "tokens": state.targets}
-                log.log(state.step, {"lr": rate, "grad_norm": norm, **means}, facts)
-                logged = means["loss"]
-                if not math.isfinite(logged):
-                    raise on_every_rank(_non_finite(built, step, {"loss": logged}))
-            progress.update(state.step, logged)
-            if due:
-                better = note_score(built, state, validate(built, log, state.step))
-                begun = time.monotonic() - state.seconds  # validation is not training time
-            done = last or bool(state.ended)
-            if stop or done or better or (stage.save_every and state.step % stage.save_every == 0):
-                log.sync()
-                with stopped.writing():
-                    _save(built, folder, state, meter)
-                begun = time.monotonic() - state.seconds
+            session.check_finite(norm, micro_batches)
+            after_step(objective, engine, micro_batches)
+            session.count(counts)
+            progress.update(state.step, session.log_if_due(norm))
+            better = session.validate_if_due()
+            session.save_if_due(stop or better)
             if stop:
                 raise on_every_rank(_preempted(built, state))
-            if done:
+            if session.ends:
                 break
-        if not dist.all_ok(not stopped()):  # during the last step: saved, but nobody looked at the flag any more
+        if not dist.all_ok(not stopped()):  # a signal during the last step, which is saved: no later step asks for it
             raise on_every_rank(_preempted(built, state))
     return {
         "steps": state.step,
@@ -106,6 +86,95 @@ def train(built: BuiltStage, config: RunConfig, run: RunDir, folder: StageDir) -
     }
 
 
+class _Session:
+    """What one process does between the optimizer steps of a stage: count, log, validate, save."""
+
+    def __init__(
+        self,
+        built: BuiltStage,
+        config: RunConfig,
+        folder: StageDir,
+        state: TrainState,
+        meter: Meter,
+        log: MetricsLog,
+        stopped: StopFlag,
+    ) -> None:
+        self._built, self._config, self._folder, self._state = built, config, folder, state
+        self._meter, self._log, self._stopped = meter, log, stopped
+        self._start_clock()
+
+    def _start_clock(self) -> None:
+        """Validation and saving are not training time: equal_time compares what the steps alone took."""
+        self._begun = time.monotonic() - self._state.seconds
+
+    @property
+    def _is_last(self) -> bool:
+        return self._state.step == self._built.steps
+
+    @property
+    def _validates(self) -> bool:
+        every = self._built.stage.evaluate_every
+        return self._is_last or bool(every and self._state.step % every == 0)
+
+    @property
+    def ends(self) -> bool:
+        """Whether no further step is made: after the last one, or where a validation score says so."""
+        return self._is_last or bool(self._state.ended)
+
+    def check_finite(self, norm: float, micro_batches: list[Batch]) -> None:
+        """Refuse a gradient that is not finite, before anything of the step is counted. A collective.
+
+        Raises:
+            NonFiniteError: naming the teacher that gave such numbers, else what was measured.
+        """
+        if math.isfinite(norm):
+            return
+        check_teachers(self._built, micro_batches, torch.bfloat16 if self._config.engine.in_bf16 else torch.float32)
+        raise on_every_rank(_non_finite(self._built, self._state.step, self._meter.flush()))
+
+    def count(self, counts: Mapping[str, int]) -> None:
+        """Note in the state that a step is done; `counts`: its positions over all ranks."""
+        state = self._state
+        state.step, state.stream = state.step + 1, self._built.stream.state()
+        state.seconds, state.targets = time.monotonic() - self._begun, state.targets + counts["targets"]
+
+    def log_if_due(self, norm: float) -> float | None:
+        """Log the means since the last line; the loss among them, or None where no line is due. A collective.
+
+        Raises:
+            NonFiniteError: that loss is not finite.
+        """
+        state, stage = self._state, self._built.stage
+        before_a_choice = self._validates and stage.early_stop  # the report shows both losses of such a step
+        if not (self._is_last or state.step == 1 or state.step % self._config.log_every == 0 or before_a_choice):
+            return None
+        means = self._meter.flush()
+        rate = learning_rate(stage.optimizer, state.step - 1, self._built.steps)
+        facts = {"seconds": round(state.seconds, 3), "tokens": state.targets}
+        self._log.log(state.step, {"lr": rate, "grad_norm": norm, **means}, facts)
+        if not math.isfinite(means["loss"]):
+            raise on_every_rank(_non_finite(self._built, state.step - 1, {"loss": means["loss"]}))
+        return means["loss"]
+
+    def validate_if_due(self) -> bool:
+        """Validate; whether the step is the best so far and must be kept. A collective."""
+        if not self._validates:
+            return False
+        better = note_score(self._built, self._state, validate(self._built, self._log, self._state.step))
+        self._start_clock()
+        return better
+
+    def save_if_due(self, asked: bool) -> None:
+        """Seal a checkpoint, with the log lines up to it on the disk. A collective."""
+        every = self._built.stage.save_every
+        if not (asked or self.ends or (every and self._state.step % every == 0)):
+            return
+        self._log.sync()
+        with self._stopped.writing():
+            _save(self._built, self._folder, self._state, self._meter)
+        self._start_clock()
+
+
 def global_counts(
     micro_batches: list[Batch], dist: Dist, stop: bool = False, more: Callable[[Batch], Mapping[str, int]] | None = None
 ) -> tuple[dict[str, int], bool]:
@@ -113,7 +182,9 @@ def global_counts(
 
     One small all-reduce: what divides every row, so that 8x1, 4x2 and 2 ranks give the same gradient.
 
-    Args: more: further numbers of a micro-batch, under the same names on every rank.
+    Args:
+        stop: of this rank.
+        more: further numbers of a micro-batch, under the same names on every rank.
     """
     counts = position_counts(micro_batches)
     for batch in micro_batches:
