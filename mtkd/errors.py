@@ -1,4 +1,4 @@
-"""Errors a user can cause, each with the exit code of the command line and everything needed to mend it."""
+"""Errors that a user can cause. Each has the exit code of the command line and says what fixes it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXIT_PREEMPTED = 75
 
 
 class UserError(Exception):
-    """Something the user can mend: where it stands, what was found, what is allowed, what to do.
+    """Something the user can fix: where it is, what was found, what is allowed, what to do.
 
     Args:
         message: what is wrong, one sentence.
@@ -28,7 +28,7 @@ class UserError(Exception):
         allowed: what would have been accepted.
         todo: the next thing to do.
     Attributes:
-        shared: every rank of the run raises it; told once per node, not by each of them.
+        shared: every rank of the run raises it; one per node writes it.
         line: file and line of `where` (`mtkd.planning.places`); "" where it is not known.
         used_by: of a place on disk: the block of the configuration that names it, "" for none.
     """
@@ -70,7 +70,7 @@ class NonFiniteError(UserError):
 
 
 class Preempted(UserError):
-    """The run was told to stop and saved a sealed checkpoint first (exit code 75)."""
+    """A signal stopped the run, which saved a sealed checkpoint first (exit code 75)."""
 
     exit_code = EXIT_PREEMPTED
 
@@ -82,9 +82,10 @@ class Stopped(BaseException):
 
 
 class LostRank(UserError):
-    """Another process of the run failed, died or froze; the exit code is that of the one that failed, or 71.
+    """Another process of the run failed, died or froze.
 
-    Args: code: exit code.
+    Args:
+        code: exit code: that of the process that failed, or 71.
     """
 
     def __init__(self, message: str, *, code: int = EXIT_LOST, where: str = "", todo: str = "") -> None:
@@ -102,13 +103,13 @@ def on_every_rank(error: Shared) -> Shared:
 
 
 def tell(text: str) -> None:
-    """Write lines to the error stream, their end included, in one piece: ranks share it, and `print` writes twice."""
+    """Write text and its line end to the error stream in one piece. Ranks share it, and `print` writes twice."""
     sys.stderr.write(masked(text) + "\n")
     sys.stderr.flush()
 
 
 def what_is(path: Path) -> str:
-    """What a path is that is no file: reading some of these would wait, or go on, for ever."""
+    """Say what a path is that is no file. Reading some of these would wait, or go on, for ever."""
     kinds = {
         "a folder": path.is_dir(),
         "a pipe (fifo): reading it could wait for ever": path.is_fifo(),
@@ -132,7 +133,9 @@ class LawBroken(AssertionError):
     """A loss or weighting does not keep a law.
 
     Attributes:
-        law: the law's name, e.g. "padding". name: of the loss or weighting. found: what was found instead.
+        law: the law's name, e.g. "padding".
+        name: of the loss or weighting.
+        found: what it did instead.
     """
 
     def __init__(self, law: str, name: str, found: str) -> None:
@@ -140,8 +143,8 @@ class LawBroken(AssertionError):
         self.law, self.name, self.found = law, name, found
 
 
-# What looks like a token or a password is not written down, shown, or put on a command line. A configuration with
-# credentials in a URL is refused, not masked in run.yaml: a run goes on from what stands there.
+# What looks like a token or a password is not written to disk, shown, or put on a command line. A configuration with
+# credentials in a URL is refused, not masked: a run resumes from run.yaml, so that must hold the true values.
 
 _HIDDEN = "***"
 _NAME = re.compile(r"(?<![a-z])(token|password|passwd|secret|api[-_]?key)(?![a-z])", re.IGNORECASE)

@@ -43,13 +43,13 @@ class Registry(Mapping[str, Value], Generic[Value]):
         _ALL.append(self)
 
     def add(self, name: str, value: Value) -> None:
-        """Register `value`; raises UserError when the name is taken by somebody else."""
+        """Register `value`; raises UserError when another origin has the name."""
         if _origin != BUILT_IN:
             self._load()  # so that a plug-in is compared with every built-in, imported or not
-        taken = self._origins.get(name)
-        if taken is not None:
+        owner = self._origins.get(name)
+        if owner is not None:
             raise UserError(
-                f"{self.kind} '{name}' is already registered by {taken}",
+                f"{self.kind} '{name}' is already registered by {owner}",
                 where=f"plug-in {_origin}",
                 todo="choose another name; a plug-in cannot replace an existing one",
             )
@@ -117,8 +117,8 @@ def load_plugins(paths: tuple[str, ...] = (), base: Path | None = None) -> None:
     """Import plug-in files (relative to `base`) and installed plug-in packages, once each.
 
     Raises:
-        UserError: when a file is missing, fails to import, wants a name that is taken, or is another than the one that
-            this process imported.
+        UserError: when a file is missing, fails to import, registers a name that exists, or has changed since this
+            process imported it.
     """
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         _import_plugin(entry.name, entry.load)
@@ -166,7 +166,7 @@ def loaded_files() -> frozenset[str]:
     return frozenset(key for key in _loaded_plugins if key.endswith(".py"))
 
 
-def told(error: BaseException) -> str:
+def as_text(error: BaseException) -> str:
     """An exception of a plug-in in words."""
     if isinstance(error, SystemExit):
         return f"it ended the process: sys.exit({'' if error.code is None else repr(error.code)})"
@@ -174,9 +174,9 @@ def told(error: BaseException) -> str:
 
 
 def _remember(key: str, origin: str, file: Path | None, own: Path | None = None, package: str = "") -> None:
-    """Keep the digests of a plug-in that was just imported; refuse one that is another by now.
+    """Store the digests of a plug-in that was just imported; refuse one that has changed since.
 
-    A process keeps what it imported: a stage made with that would bear the name of the new file.
+    A process keeps the code it imported. A stage made with the old code must not carry the digest of the new file.
     """
     if file is None:
         return
@@ -231,7 +231,7 @@ def _import_plugin(origin: str, load: Callable[[], object], key: str = "") -> No
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"plug-in {origin} cannot be imported: {told(error)}",
+            f"plug-in {origin} cannot be imported: {as_text(error)}",
             where="plugins",
             todo="put what a script does below `if __name__ == '__main__':`" if isinstance(error, SystemExit) else "",
         ) from error
@@ -245,13 +245,13 @@ def keyword_parameters(function: Callable[..., Any]) -> dict[str, inspect.Parame
     return {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
-def check_options(given: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter], where: str) -> None:
-    """Refuse an option nobody reads, a missing one, and one whose type differs from its default's.
+def check_options(options: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter], where: str) -> None:
+    """Refuse an unknown option, a missing one, and one whose type differs from its default's.
 
     Raises:
-        UserError: naming the option, the known ones and the nearest of them.
+        UserError: naming the option, the allowed ones and the nearest of them.
     """
-    for name, value in given.items():
+    for name, value in options.items():
         if name not in parameters:
             raise UserError(
                 "unknown option",
@@ -276,12 +276,12 @@ def check_options(given: Mapping[str, Any], parameters: Mapping[str, inspect.Par
                 allowed=f"a value like the default {default!r}",
             )
     for name, parameter in parameters.items():
-        if parameter.default is inspect.Parameter.empty and name not in given:
+        if parameter.default is inspect.Parameter.empty and name not in options:
             raise UserError("a required option is missing", where=f"{where}.options", found="nothing", allowed=name)
 
 
 def _check_numbers(value: Any, where: str) -> None:
-    """Refuse numbers, in lists and mappings too, that overflow where they are used, whatever they mean."""
+    """Refuse numbers, in lists and mappings too, that overflow where they are used, in any option."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             _check_numbers(item, f"{where}.{key}")

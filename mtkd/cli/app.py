@@ -104,11 +104,11 @@ def plan(file: File, override: Override = None, as_json: Json = False) -> None:
     from mtkd.config.read import load_config
     from mtkd.planning.plan import plan as make_plan
 
-    made = make_plan(load_config(file, override or ()), memory=True)
+    planned = make_plan(load_config(file, override or ()), memory=True)
     if as_json:
-        _print_json(made.as_dict())
+        _print_json(planned.as_dict())
     else:
-        _print_tables(made.tables())
+        _print_tables(planned.tables())
 
 
 @app.command()
@@ -135,17 +135,17 @@ def report(folder: Run, as_json: Json = False) -> None:
 
 @app.command()
 def status(folder: Run, as_json: Json = False) -> None:
-    """Show which stages are done, where the others stand, and who holds the run."""
+    """Show which stages are done, where the others stand, and which process holds the run."""
     from mtkd.running.status import status as read_status
 
-    found = read_status(_run_folder(folder))
+    facts = read_status(_run_folder(folder))
     if as_json:
-        _print_json(found)
+        _print_json(facts)
         return
     table = Table(
-        "stage", "state", "step", "seconds", "checkpoint", title=f"{found['run']}  held by: {found['held_by']}"
+        "stage", "state", "step", "seconds", "checkpoint", title=f"{facts['run']}  held by: {facts['held_by']}"
     )
-    for row in found["stages"]:
+    for row in facts["stages"]:
         table.add_row(*(str(row[key]) for key in ("stage", "state", "step", "seconds", "checkpoint")))
     _print_tables([table])
 
@@ -176,13 +176,13 @@ def check_laws(
     """Run the laws over every loss, weighting and method that a plug-in file registers."""
     from mtkd.cli.check import check_plugin
 
-    kept = []
+    families = []
     for family in check_plugin(file):
-        kept.append(family.as_dict())
+        families.append(family.as_dict())
         if not as_json:
             typer.echo(str(family))
     if as_json:
-        _print_json(kept)
+        _print_json(families)
 
 
 @cache.command()
@@ -193,16 +193,16 @@ def verify(
     """Check every digest and every position of a teacher cache; exit code 3 when something is wrong."""
     from mtkd.pool.cache import verify as verify_cache
 
-    found = verify_cache(folder)
+    check = verify_cache(folder)
     if as_json:
-        _print_json({"folder": str(folder), "fine": found.fine, "facts": found.facts, "problems": found.problems})
+        _print_json({"folder": str(folder), "fine": check.fine, "facts": check.facts, "problems": check.problems})
     else:
-        for problem in found.problems:
+        for problem in check.problems:
             typer.echo(problem)
-        for name, value in found.facts.items():
+        for name, value in check.facts.items():
             typer.echo(f"{name}: {value:,.6g}" if isinstance(value, float) else f"{name}: {value:,}")
-        typer.echo(f"{folder}: {'whole' if found.fine else 'broken'}")
-    if not found.fine:
+        typer.echo(f"{folder}: {'whole' if check.fine else 'broken'}")
+    if not check.fine:
         sys.exit(EXIT_DATA)
 
 
@@ -213,7 +213,7 @@ def convert_glm(
     ],
     out: Annotated[Path, typer.Argument(help="the model folder to write", metavar="OUT")],
     heads: Annotated[
-        int | None, typer.Option("--heads", help="attention heads, where neither a config.json nor a card tells")
+        int | None, typer.Option("--heads", help="attention heads, where neither a config.json nor a card says")
     ] = None,
     hidden_act: Annotated[
         str | None,
@@ -235,15 +235,15 @@ def convert_glm(
     """Convert a published GLM (2022) checkpoint to a model folder; no code in it is run."""
     from mtkd.models.glm import convert_checkpoint
 
-    made = convert_checkpoint(
+    model = convert_checkpoint(
         source, out, heads=heads, hidden_act=hidden_act, vocabulary=vocabulary, with_tokenizer=not no_tokenizer
     )
     if as_json:
-        _print_json({"folder": str(made.folder), "parameters": made.parameters, "config": made.config.to_dict()})
+        _print_json({"folder": str(model.folder), "parameters": model.parameters, "config": model.config.to_dict()})
         return
-    shape = f"{made.config.num_hidden_layers} layers, width {made.config.hidden_size}"
-    shape += f", {made.config.num_attention_heads} heads, {made.config.hidden_act}"
-    typer.echo(f"{made.folder}: {made.parameters:,} parameters, {shape}; {made.num_files} files of weights")
+    shape = f"{model.config.num_hidden_layers} layers, width {model.config.hidden_size}"
+    shape += f", {model.config.num_attention_heads} heads, {model.config.hidden_act}"
+    typer.echo(f"{model.folder}: {model.parameters:,} parameters, {shape}; {model.num_files} files of weights")
 
 
 @app.command()
@@ -357,7 +357,7 @@ def main() -> None:
 
 
 def _exit_code() -> int:
-    """Run the command and tell its exit code; errors become a line on the error stream."""
+    """Run the command and return its exit code; errors become a line on the error stream."""
     from mtkd.running.blame import plugin_errors
 
     try:

@@ -41,8 +41,8 @@ def examine() -> dict[str, Any]:
 
 
 def _locks(folder: str) -> list[str]:
-    """Lock files that an interrupted build left: the next build waits for them for ever."""
-    found = []
+    """Lock files that an interrupted build left: the next build would wait for them for ever."""
+    locks = []
     for root, _, files in os.walk(folder):
-        found += [os.path.join(root, name) for name in files if name == "lock"]
-    return found
+        locks += [os.path.join(root, name) for name in files if name == "lock"]
+    return locks

@@ -1,10 +1,10 @@
-"""What a plug-in's work depends on besides its own file: modules it imports, files and environment variables it reads.
+"""The dependencies of a plug-in: modules that it imports, files and environment variables that it reads.
 
-A stage that uses the plug-in is another one when they change. They are read off the sources, which are not run:
-- modules of the user's own, however they are imported: not those of Python, of mtkd, of installed packages;
+A stage that uses the plug-in is another stage when one of them changes. They are read off the sources:
+- modules of the user's own, imported in any way; not those of Python, of mtkd, of installed packages;
 - files that a constant names, from the plug-in's folder or the working directory, unless the program writes them;
 - environment variables that are read by a constant name, unless they describe a machine or a process.
-Names that a program puts together while it runs are not found.
+A name that a program puts together while it runs is not seen.
 """
 
 from __future__ import annotations
@@ -33,8 +33,14 @@ _WRITES = {"write_text", "write_bytes", "touch", "unlink", "remove", "FileHandle
 
 
 @dataclass
-class _Found:
-    """What was found of a plug-in: digests by name. Attributes: own: folder whose modules count wherever it lies."""
+class _Dependencies:
+    """The dependencies of a plug-in, as digests by name.
+
+    Attributes:
+        plugin: its file.
+        own: a folder whose modules count even in an installed package; None for none.
+        seen: files that were looked into.
+    """
 
     plugin: Path
     own: Path | None
@@ -45,35 +51,37 @@ class _Found:
 def depends_on(plugin: Path, own: Path | None = None, package: str = "") -> dict[str, str]:
     """sha256 (hexadecimal) by name: "imports pkg.part", "reads table.json", "reads $NAME"; {} for most plug-ins.
 
-    Values of variables are never kept in the clear. An empty file says nothing: it may be a flag that comes and goes.
+    Values of variables are never stored in the clear. An empty file does not count: it may be a passing flag.
 
-    Args: own, package: folder of an installed plug-in's package, whose modules count; the package that it lies in.
+    Args:
+        own: folder of an installed plug-in's package, whose modules count.
+        package: the package that the plug-in is in.
     """
     importlib.invalidate_caches()
-    found = _Found(plugin, own, seen={plugin.resolve()})
-    _look_into(plugin, package, found)
-    return dict(sorted(found.digests.items()))
+    parts = _Dependencies(plugin, own, seen={plugin.resolve()})
+    _look_into(plugin, package, parts)
+    return dict(sorted(parts.digests.items()))
 
 
-def _look_into(file: Path, package: str, found: _Found) -> None:
+def _look_into(file: Path, package: str, parts: _Dependencies) -> None:
     """Args: package: of the module in this file, for relative imports; "" for none."""
     try:
         tree = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError, OSError):  # a file that is read and is no program, or is of another Python
         return
     for name in _imports(tree, package):
-        _follow(name, file, found)
+        _follow(name, file, parts)
     written = _written(tree)
     for node in ast.walk(tree):
         variable = _variable(node)
         if variable and variable not in _PLACE and not variable.startswith(_PLACES):
             value = repr(os.environ.get(variable)).encode()
-            found.digests[f"reads ${variable}"] = hashlib.sha256(value).hexdigest()
+            parts.digests[f"reads ${variable}"] = hashlib.sha256(value).hexdigest()
         elif isinstance(node, ast.expr):
             name = "/".join(_parts(node))
-            path = None if name in written else _file(name, file, found)
+            path = None if name in written else _file(name, file, parts)
             if path is not None:
-                _add(f"reads {name}", path, "", found)
+                _add(f"reads {name}", path, "", parts)
 
 
 def _imports(tree: ast.Module, package: str) -> Iterator[str]:
@@ -94,20 +102,20 @@ def _absolute(name: str, package: str) -> str:
     return ".".join(filter(None, [*above, name.lstrip(".")]))
 
 
-def _follow(name: str, importer: Path, found: _Found) -> None:
+def _follow(name: str, importer: Path, parts: _Dependencies) -> None:
     """Add the modules on the way to a name that are files of the user's own."""
-    folders: list[str] | None = [*sys.path, str(found.plugin.parent), str(importer.parent)]
-    parts = name.split(".")
-    for i in range(len(parts)):
-        here = ".".join(parts[: i + 1])
+    folders: list[str] | None = [*sys.path, str(parts.plugin.parent), str(importer.parent)]
+    names = name.split(".")
+    for i in range(len(names)):
+        here = ".".join(names[: i + 1])
         spec = _spec(here, folders)
-        if parts[0] == "mtkd" or spec is None:
+        if names[0] == "mtkd" or spec is None:
             return
         origin = Path(spec.origin) if spec.has_location and spec.origin else None
-        if origin is not None and not _is_own(origin, found):
+        if origin is not None and not _is_own(origin, parts):
             return
         if origin is not None and origin.is_file():
-            _add(f"imports {here}", origin, here if spec.submodule_search_locations else ".".join(parts[:i]), found)
+            _add(f"imports {here}", origin, here if spec.submodule_search_locations else ".".join(names[:i]), parts)
         folders = list(spec.submodule_search_locations or [])
 
 
@@ -122,28 +130,28 @@ def _spec(name: str, folders: list[str] | None) -> ModuleSpec | None:
         return None
 
 
-def _is_own(file: Path, found: _Found) -> bool:
-    both = (file, file.resolve())  # some installers link to a store of theirs
-    if found.own is not None and both[1].is_relative_to(found.own.resolve()):
+def _is_own(file: Path, parts: _Dependencies) -> bool:
+    both = (file, file.resolve())  # some installers link to a store of files
+    if parts.own is not None and both[1].is_relative_to(parts.own.resolve()):
         return True
     return not any(_INSTALLED & set(f.parts) or any(f.is_relative_to(s) for s in _STANDARD) for f in both)
 
 
-def _add(name: str, file: Path, package: str, found: _Found) -> None:
+def _add(name: str, file: Path, package: str, parts: _Dependencies) -> None:
     """Add a file, and what it depends on where it is a program; each file once."""
-    if file.resolve() in found.seen:
+    if file.resolve() in parts.seen:
         return
-    found.seen.add(file.resolve())
-    found.digests[name] = _digest(file)
+    parts.seen.add(file.resolve())
+    parts.digests[name] = _digest(file)
     if file.suffix == ".py":
-        _look_into(file, package, found)
+        _look_into(file, package, parts)
 
 
-def _file(name: str, program: Path, found: _Found) -> Path | None:
+def _file(name: str, program: Path, parts: _Dependencies) -> Path | None:
     """The file that a constant names, from the program's folder, the plug-in's, or where the run was started."""
     if not name or len(name) > 500 or "\n" in name or "\0" in name:
         return None
-    folders = (program.parent, found.plugin.parent, Path.cwd())
+    folders = (program.parent, parts.plugin.parent, Path.cwd())
     return next((folder / name for folder in folders if _is_content(folder / name)), None)
 
 

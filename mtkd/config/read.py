@@ -59,7 +59,7 @@ def fingerprint(value: object) -> str:
 
 
 def config_digest(config: BaseModel) -> str:
-    """Fingerprint of a configuration; equal for equal meaning, whatever was written out or left to defaults."""
+    """Fingerprint of a configuration; equal for equal meaning, with defaults written out or not."""
     values = config.model_dump(mode="json")
     # The order of stages has a meaning that canonical JSON would sort away.
     members = [list(stage.get("members") or ()) for stage in values.get("stages", {}).values()]
@@ -111,7 +111,7 @@ def split_path(path: str) -> list[str]:
 
 
 def _opened(here: Value, annotation: Any) -> Any:
-    """The value, with a string that stands for a block, or an empty block, made a block."""
+    """The value; a string that stands for a block, or an empty block, becomes a mapping."""
     model = model_of(annotation)
     if model in SHORT_FORMS and here.value is not None and not isinstance(here.value, dict | list):
         return {SHORT_FORMS[model]: Value(here.value, here.place, here.text)}
@@ -155,9 +155,14 @@ class _Problem:
     todo: str = ""
 
     def line(self, place: str, path: str) -> str:
-        told = [self.text, self.found and f"found {self.found}", self.allowed and f"allowed: {self.allowed}", self.todo]
+        parts = [
+            self.text,
+            self.found and f"found {self.found}",
+            self.allowed and f"allowed: {self.allowed}",
+            self.todo,
+        ]
         path = "" if place == f"-o {path}" else path
-        return ": ".join(filter(None, (place, path, "; ".join(filter(None, told)))))
+        return ": ".join(filter(None, (place, path, "; ".join(filter(None, parts)))))
 
 
 def _explain(error: ValidationError, root: Value) -> str:
@@ -203,7 +208,7 @@ def _problem(detail: Any, known: Location, annotation: Any) -> _Problem:
     kind, given = detail["type"], detail["input"]
     found = "" if isinstance(given, dict | BaseModel) else _short(given)
     if kind == "extra_forbidden":
-        # The value stays untold: what is written under a wrong key may be a password.
+        # The value is left out of the message: under a wrong key it may be a password.
         keys = keys_of(annotation)
         return _Problem("unknown key", repr(known[-1]), ", ".join(keys), nearest(str(known[-1]), keys))
     if kind == "missing":
@@ -226,10 +231,10 @@ def written_at(root: Value, location: Location) -> str:
                 break
             here, rest = here.value[int(rest[0])], rest[1:]
             continue
-        found = [n for n in range(len(rest), 0, -1) if ".".join(rest[:n]) in here.value]
-        if not found:
+        length = next((n for n in range(len(rest), 0, -1) if ".".join(rest[:n]) in here.value), 0)
+        if not length:
             break
-        here, rest = here.value[".".join(rest[: found[0]])], rest[found[0] :]
+        here, rest = here.value[".".join(rest[:length])], rest[length:]
     below = [] if here.place.startswith("-o ") else list(dict.fromkeys(_overrides(here)))
     return " with ".join([here.place, *(below if location else [])])
 

@@ -181,10 +181,10 @@ class StageConfig(Config):
             if self.method is None and not self.match:
                 raise ValueError("a distill stage needs a `method` or `match` rows")
         else:
-            given = [n for n in ("teachers", "method", "match") if getattr(self, n)]
-            if given or "weighting" in self.model_fields_set:
+            unread = [n for n in ("teachers", "method", "match") if getattr(self, n)]
+            if unread or "weighting" in self.model_fields_set:
                 raise ValueError(
-                    f"a {self.kind} stage trains on labels alone; drop {', '.join(given or ['weighting'])}"
+                    f"a {self.kind} stage trains on labels alone; drop {', '.join(unread or ['weighting'])}"
                 )
         return self
 

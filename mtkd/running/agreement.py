@@ -1,4 +1,4 @@
-"""What all ranks of a run must have in common: configuration, versions, code, data, and the run's folder."""
+"""What all ranks of a run must agree on: configuration, versions, code, data, and the run's folder."""
 
 from __future__ import annotations
 
@@ -22,32 +22,34 @@ from mtkd.engine.precision import choose, decided, warning
 from mtkd.errors import UserError, on_every_rank
 
 _SHOWN = 12  # differing keys in one message
-# Seconds until a file that the main rank wrote must be seen by all: network file systems look again after a few.
+# Seconds until all ranks must see a file of the main rank. Network file systems look again after a few.
 _SEEN_AFTER = 20.0
 
 
 def agree(dist: Dist, mine: Mapping[str, Any], where: str, todo: str) -> None:
     """Refuse ranks whose values differ; a collective. Digests first: only when these differ, the values travel.
 
-    Args: mine: this rank's values, plain ones. where, todo: for the message.
+    Args:
+        mine: this rank's values, plain ones.
+        where: for the message, as todo.
     Raises:
         UserError: the same on every rank; it names rank, host, key and both values.
     """
     if dist.world_size == 1:
         return
-    digests = _everybody(dist, fingerprint(mine))
+    digests = _of_all(dist, fingerprint(mine))
     if len(set(digests)) == 1:
         return
-    first, *others = _everybody(dist, (dist.rank, socket.gethostname(), dict(mine)))
+    first, *others = _of_all(dist, (dist.rank, socket.gethostname(), dict(mine)))
     lines = []
-    for rank, host, theirs in others:
-        changed = differences(first[2], theirs)
+    for rank, host, values in others:
+        changed = differences(first[2], values)
         if changed:
             lines.append(f"rank 0 on {first[1]} -> rank {rank} on {host}:")
             lines += [f"  {line}" for line in changed[:_SHOWN]]
             lines += [f"  and {len(changed) - _SHOWN} more"] if len(changed) > _SHOWN else []
-    found = "\n           ".join(lines)
-    raise on_every_rank(UserError("the ranks of this run do not agree", where=where, found=found, todo=todo))
+    text = "\n           ".join(lines)
+    raise on_every_rank(UserError("the ranks of this run do not agree", where=where, found=text, todo=todo))
 
 
 def agree_on_run(dist: Dist, config: RunConfig, redo: Sequence[str]) -> None:
@@ -72,8 +74,8 @@ def agree_on_precision(dist: Dist, config: RunConfig) -> RunConfig:
     asked, config = config.engine.precision, decided(config, choice.precision)
     if asked == "auto":
         say(f"precision: {choice}", main=dist.is_main)
-    everybody = _everybody(dist, (socket.gethostname(), warning(config.engine)))
-    for host, line in {host: line for host, line in reversed(everybody) if line}.items():
+    warnings = _of_all(dist, (socket.gethostname(), warning(config.engine)))
+    for host, line in {host: line for host, line in reversed(warnings) if line}.items():
         say(line if dist.world_size == 1 else f"on {host}: {line}", main=dist.is_main)
     return config
 
@@ -96,7 +98,7 @@ def check_shared(dist: Dist, folder: Path) -> None:
     limit = time.monotonic() + _SEEN_AFTER
     while not (seen := _listed(mark)) and time.monotonic() < limit:
         time.sleep(0.2)
-    blind = sorted({host for host, sees in _everybody(dist, (socket.gethostname(), seen)) if not sees})
+    blind = sorted({host for host, sees in _of_all(dist, (socket.gethostname(), seen)) if not sees})
     on_main(dist, mark.unlink)
     if blind:
         unshared = UserError(
@@ -109,11 +111,11 @@ def check_shared(dist: Dist, folder: Path) -> None:
 
 
 def _listed(mark: Path) -> bool:
-    """Whether the file is there; the folder is read anew, since a missing name may be remembered for a while."""
+    """Whether the file is there; the folder is listed, since file systems remember a missing name for a while."""
     return mark.parent.is_dir() and mark.name in {path.name for path in mark.parent.iterdir()}
 
 
-def _everybody(dist: Dist, mine: Any) -> list[Any]:
+def _of_all(dist: Dist, mine: Any) -> list[Any]:
     """Every rank's value on every rank."""
     return list(dist.broadcast_object(dist.gather_objects(mine)) or ())
 

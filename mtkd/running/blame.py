@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from mtkd.errors import UserError
-from mtkd.registry import loaded_files, told
+from mtkd.registry import as_text, loaded_files
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def plugin_errors() -> Iterator[None]:
         if place is None:
             raise
         raise UserError(
-            f"a plug-in failed: {told(error)}", where=place, todo="correct it; `mtkd check FILE` runs its laws"
+            f"a plug-in failed: {as_text(error)}", where=place, todo="correct it; `mtkd check FILE` runs its laws"
         ) from error
 
 

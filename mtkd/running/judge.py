@@ -76,7 +76,7 @@ def _known(path: Path) -> dict[str, Any]:
 
 
 def _fingerprints(shop: Workshop, model: str) -> list[str]:
-    """What the models behind a name were made from, and what they are: a stage made again may round otherwise."""
+    """Digests of the models behind a name and of their stages' exports: a stage made again may round otherwise."""
     if (together := ensemble_of(model)) is not None:
         teachers = shop.config.stages[together].teachers
         models, digests = [t.model for t in teachers], [shop.teacher_digest(t) for t in teachers]
@@ -84,8 +84,8 @@ def _fingerprints(shop: Workshop, model: str) -> list[str]:
         models = [ModelConfig(path=str(StageRef.named(model)))]
         digests = [shop.digest(models[0])]
     stages = dict.fromkeys(each.stage.stage for each in models if each.stage is not None)
-    made = [digest for stage in stages for digest in shop.record(stage).get("manifests", {}).values()]
-    return digests + made
+    exports = [digest for stage in stages for digest in shop.record(stage).get("manifests", {}).values()]
+    return digests + exports
 
 
 def _files(shop: Workshop, model: str) -> tuple[Path, Path]:
@@ -97,7 +97,7 @@ def _files(shop: Workshop, model: str) -> tuple[Path, Path]:
 
 
 def _scores(shop: Workshop, model: str, key: str, data_name: str) -> Scores | None:
-    """Scores of one model, from its file when that was made from the same inputs; on the main rank."""
+    """Scores of one model on the main rank; from its file, if that was made from the same inputs."""
     file, note = _files(shop, model)
     if on_main(shop.dist, lambda: _is_scored(file, note, key)):
         return read_jsonl(file) if shop.dist.is_main else None
@@ -142,7 +142,7 @@ def _models(shop: Workshop, model: str, data: LoadedData) -> list[LiveModel]:
 
 
 def _shown(shop: Workshop, model: str) -> dict[str, Any]:
-    """What the results tell of a stage's model beside its scores."""
+    """What the results say of a stage's model in addition to its scores."""
     ref = StageRef.named(model)
     done = dict(shop.record(ref.stage))
     if ref.part:

@@ -14,9 +14,9 @@ from mtkd.engine.seal import newest_sealed
 
 
 def status(path: Path) -> dict[str, Any]:
-    """Stages with their state (done, started, waiting), last step, newest sealed checkpoint; who holds the run.
+    """Stages with their state (done, started, waiting), last step, newest sealed checkpoint, and the process at work.
 
-    A step of a cache stage is a shard; in the place of its checkpoint stands what it made.
+    A step of a cache stage is a shard. Instead of a checkpoint it shows its caches.
     """
     run = RunDir.open(path)
     config = own_config(run)
@@ -44,7 +44,7 @@ def mark_of(config: RunConfig) -> int:
 
 
 def _holder(run: RunDir) -> str:
-    """What the lock file says, if its lock is really held: the text outlives a killed process, the lock does not."""
+    """The text of the lock file while its lock is held: the text outlives a killed process, the lock does not."""
     if not run.lock_file.is_file():  # a fifo would be waited for
         return "no process"
     with run.lock_file.open() as file:
@@ -66,17 +66,19 @@ def _stage(name: str, folder: StageDir, line: dict[str, Any]) -> dict[str, Any]:
             "seconds": round(record["seconds"], 1),
             "checkpoint": _caches(record) or "-",
         }
-    found = newest_sealed(folder.checkpoints)
+    newest = newest_sealed(folder.checkpoints)
     return {
         "stage": name,
-        "state": "started" if line or found.path or folder.partial.is_dir() else "waiting",
+        "state": "started" if line or newest.path or folder.partial.is_dir() else "waiting",
         "step": line.get("step", 0),
         "seconds": line.get("seconds", 0.0),
-        "checkpoint": found.path.name if found.path else "none",
+        "checkpoint": newest.path.name if newest.path else "none",
     }
 
 
 def _caches(record: dict[str, Any]) -> str:
-    """What a cache stage made, in a few words; "" for another stage."""
-    made = record.get("caches") or {}
-    return "; ".join(f"{n}: {f['bytes'] / 1e6:,.1f} MB, {f['bytes_per_position']:.0f} B each" for n, f in made.items())
+    """The caches of a cache stage, in a few words; "" for another stage."""
+    caches = record.get("caches") or {}
+    return "; ".join(
+        f"{n}: {f['bytes'] / 1e6:,.1f} MB, {f['bytes_per_position']:.0f} B each" for n, f in caches.items()
+    )

@@ -1,4 +1,4 @@
-"""A run directory told to people: one self-contained page, tables for the terminal, JSON."""
+"""A run directory for people to read: one self-contained page, tables for the terminal, JSON."""
 
 from mtkd.evaluate.report.html import is_current, write_report
 from mtkd.evaluate.report.read import check_whole

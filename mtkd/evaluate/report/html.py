@@ -224,14 +224,14 @@ def results_table(models: Mapping[str, Mapping[str, Any]]) -> Table:
 
 def result_columns(models: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
     """(domain, metric) of every metric any model has; the domain "" is all documents."""
-    found: dict[tuple[str, str], None] = {}
+    columns: dict[tuple[str, str], None] = {}
     domains = dict.fromkeys(d for m in models.values() for d in m.get("domains") or {})
     for part in ["", *domains]:
         for model in models.values():
             for metric in _part(model, part):
                 if metric not in COUNTS:
-                    found[part, str(metric)] = None
-    return list(found)
+                    columns[part, str(metric)] = None
+    return list(columns)
 
 
 def result_value(model: Mapping[str, Any], part: str, metric: str) -> float | None:
@@ -240,8 +240,8 @@ def result_value(model: Mapping[str, Any], part: str, metric: str) -> float | No
 
 
 def _part(model: Mapping[str, Any], part: str) -> Mapping[str, Any]:
-    found = (model.get("domains") or {}).get(part) if part else model.get("overall")
-    return found if isinstance(found, dict) else {}
+    overall = (model.get("domains") or {}).get(part) if part else model.get("overall")
+    return overall if isinstance(overall, dict) else {}
 
 
 def _best(models: Mapping[str, Mapping[str, Any]], column: tuple[str, str]) -> float | None:

@@ -1,4 +1,4 @@
-"""The ladder of a teacher-assistant chain: what each rung is, what it kept of the teacher, what the chain gained."""
+"""The ladder of a teacher-assistant chain: what each rung is, what it keeps of the teacher, what the chain gained."""
 
 from __future__ import annotations
 
@@ -112,9 +112,9 @@ def _metric(run: RunData) -> str:
     """The leading metric of the run's task."""
     task = str(run.results.get("task"))
     kinds = {"classify": ["classification", "regression"], "glm-cloze": ["classification"], "glm-infill": ["masked-lm"]}
-    known = [PRIMARY_METRIC[kind] for kind in kinds.get(task, [task]) if kind in PRIMARY_METRIC]
+    primary = [PRIMARY_METRIC[kind] for kind in kinds.get(task, [task]) if kind in PRIMARY_METRIC]
     scored = {metric for model in run.models.values() for metric in _overall(model)}
-    return next((metric for metric in known if metric in scored), known[0] if known else "loss")
+    return next((metric for metric in primary if metric in scored), primary[0] if primary else "loss")
 
 
 def _rung(run: RunData, chain: ChainConfig, name: str, metric: str, best: float | None) -> Rung:
@@ -170,5 +170,5 @@ def _score(run: RunData, name: str, metric: str) -> float | None:
 
 
 def _overall(model: Mapping[str, Any]) -> Mapping[str, Any]:
-    found = model.get("overall")
-    return found if isinstance(found, dict) else {}
+    overall = model.get("overall")
+    return overall if isinstance(overall, dict) else {}

@@ -1,4 +1,4 @@
-"""The figures of the report: drawn once, kept as PNG on white and as SVG that takes the page's text colour."""
+"""The figures of the report: drawn once, as PNG on white and as SVG that takes the page's text colour."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Ink of everything that is not data. In the SVG it becomes `currentColor`, so this exact value must not be data's.
 INK = "#24292e"
-# Readable on white and on near-black, told apart by the colour-blind; then again with another dash.
+# Readable on white and on near-black, distinct to the colour-blind; then again with another dash.
 COLOURS = ("#3b82f6", "#e8743b", "#22a06b", "#a855f7", "#c99a06", "#e0457b", "#0ea5b7", "#8b95a1")
 DASHES = ("-", "--", ":", "-.")
 
@@ -78,30 +78,30 @@ def draw_plots(run: RunData, folder: Path) -> dict[str, Plot]:
 
 
 def _figures(run: RunData) -> list[tuple[str, str, Figure]]:
-    found = []
+    figures = []
     if any(s.validation.get("loss") for s in run.stages):
         figure = _validation([s for s in run.stages if s.validation.get("loss")])
-        found.append(("validation", "Label loss on the validation split, the same measure for every stage.", figure))
+        figures.append(("validation", "Label loss on the validation split, the same measure for every stage.", figure))
     trained = [s for s in run.stages if s.curves.get("loss")]
     if trained:
         caption = (
             "Training loss of each stage, the stage's own objective: "
             "panels of different kinds of stage are not comparable. The thick line is a running mean."
         )
-        found.append(("training", caption, _training(trained)))
+        figures.append(("training", caption, _training(trained)))
     for position, stage in enumerate(run.stages):
         weights = stage.per_teacher(WEIGHT)
         if weights:
             caption = "Mean weight of each teacher, and the entropy of the weights (dashed: all teachers alike)."
-            found.append(
+            figures.append(
                 (f"weights-{position + 1:02d}", caption, _weights(weights, stage.curves.get("weight_entropy")))
             )
     rows = [row for row in run.comparisons if _drawable(row)]
     for metric in dict.fromkeys(row.get("metric") for row in rows):
         chosen = [row for row in rows if row.get("metric") == metric]
         caption = "Candidate minus baseline with its confidence interval; an interval across 0 shows no difference."
-        found.append((f"differences-{_plain(str(metric))}", caption, _differences(chosen, str(metric))))
-    return found
+        figures.append((f"differences-{_plain(str(metric))}", caption, _differences(chosen, str(metric))))
+    return figures
 
 
 def _new(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
@@ -187,7 +187,7 @@ def _line(index: int) -> dict[str, Any]:
 
 
 def _legend(axes: Axes, names: Sequence[str]) -> None:
-    """Beside the axes, in the order drawn; handles are given so that a name with a leading "_" is not dropped."""
+    """Next to the axes, in the order drawn. Without handles, matplotlib drops a name that begins with "_"."""
     handles = axes.get_lines()[: len(names)]
     axes.legend(handles, [_short(n) for n in names], loc="center left", bbox_to_anchor=(1.0, 0.5))
 

@@ -83,7 +83,7 @@ def summary(run_dir: Path) -> dict[str, Any]:
         results.json, the ladder of a chain, problems. Raises DataError when `run_dir` is not a folder.
     """
     run = read_run(Path(run_dir))
-    found: dict[str, Any] = _strict(
+    facts: dict[str, Any] = _strict(
         {
             "run": run.name,
             "state": run.state,
@@ -95,7 +95,7 @@ def summary(run_dir: Path) -> dict[str, Any]:
             "problems": run.problems,
         }
     )
-    return found
+    return facts
 
 
 def _sentences(run: RunData) -> list[str]:

@@ -109,7 +109,7 @@ def verdict(row: Mapping[str, Any]) -> str:
 
 def sentence(row: Mapping[str, Any]) -> str:
     """What one comparison showed, honestly: a claim only when the corrected p-value supports it."""
-    ours, theirs, metric = row.get("candidate"), row.get("baseline"), metric_name(row.get("metric"))
+    candidate, baseline, metric = row.get("candidate"), row.get("baseline"), metric_name(row.get("metric"))
     gap, base = number(row.get("difference")), number(row.get("baseline_value"))
     values = f"{value_text(row.get('candidate_value'))} against {value_text(row.get('baseline_value'))}"
     where = "" if row.get("domain") == "overall" else f" on {row.get('domain')}"
@@ -121,12 +121,12 @@ def sentence(row: Mapping[str, Any]) -> str:
         f"{count_text(row.get('n'))} documents"
     )
     if row.get("better") is None or gap is None:
-        return f"No difference shown between {ours} and {theirs}{where} in {metric}: {values} ({evidence})."
+        return f"No difference shown between {candidate} and {baseline}{where} in {metric}: {values} ({evidence})."
     share = ""
     if row.get("metric") in LOWER_IS_BETTER and base and math.isfinite(base):  # a ratio scale: a share means something
         share = f", {100 * abs(gap / base):.1f}% {'less' if gap < 0 else 'more'}"
     verb = "better" if row.get("better") else "worse"
-    return f"{ours} is {verb} than {theirs}{where}: {values} {metric}{share} ({evidence})."
+    return f"{candidate} is {verb} than {baseline}{where}: {values} {metric}{share} ({evidence})."
 
 
 def headline(run: RunData) -> list[tuple[str, str]]:
