@@ -1,4 +1,4 @@
-"""A weighting of one's own. `plugins: [custom_weighting.py]` in the YAML next to this file makes its name known.
+"""A weighting of your own. `plugins: [custom_weighting.py]` in the YAML next to this file makes its name known.
 
     mtkd run configs/custom_weighting.yaml
     mtkd check configs/custom_weighting.py
@@ -12,7 +12,7 @@ from torch import Tensor
 import mtkd
 
 
-@mtkd.weighting("softmax_ce", needs_labels=True)
+@mtkd.weighting("softmax_ce", needs_labels=True, reads=("ce",))  # the plan asks what it reads
 class SoftmaxCE(mtkd.Weighting):
     """``w = softmax_k(-CE(y, t_k) / tau)``: the teacher that predicts the labels best counts most. `tau` in nats."""
 

@@ -72,6 +72,5 @@ def _losses(objective: Objective, batch: Batch, engine: Engine) -> Tensor:
     logits = logits_of(objective.student, batch, objective.dtype)
     with engine.whole_head():
         logits = logits.in_dtype(objective.dtype)
-        around = Around(batch.keys, student=logits)
-        targets = objective.mapped(batch).targets
-        return Traits([logits], targets, batch.target_mask, "example", objective.tile, around).student_loss
+        around = Around(objective.mapped(batch), student={"logits": logits})
+        return Traits([logits], around, "example", objective.tile).student_loss

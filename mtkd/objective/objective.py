@@ -28,7 +28,7 @@ from mtkd.objective.targets import passes_for, positions_of
 from mtkd.objective.tiles import tiled
 from mtkd.weightings.base import Weighting
 from mtkd.weightings.faults import weight_faults
-from mtkd.weightings.traits import Around, Traits
+from mtkd.weightings.traits import FACTS, Around, Traits
 
 Counts = Mapping[str, int]
 
@@ -69,11 +69,10 @@ class Objective(Trainable):
         self.per, self.token_level, self.tile, self.dtype = per, token_level, tile, dtype
         self.pieces = pieces
         self.student_wants = frozenset().union(*(row.student_wants() for row in self.rows))
-        self._pooled_key = f"hidden.{student.info.num_layers}"
-        self._reads_student = bool({"student_uncertainty", "student_loss"} & weighting.reads)
-        if teachers:
-            self.student_wants |= {"logits"} if self._reads_student else set()
-            self.student_wants |= {self._pooled_key} if "pooled" in weighting.reads else set()
+        facts = [FACTS[name] for name in weighting.reads & FACTS.keys()] if teachers else []
+        keys = {"logits": "logits", "hidden": f"hidden.{student.info.num_layers}"}
+        self._facts_want = {name: keys[name] for fact in facts for name in fact.student}
+        self.student_wants |= frozenset(self._facts_want.values())
         self.step, self.gram = 0, torch.zeros(0, 0)  # set by `begin_step`
         self._faults: dict[str, Tensor] = {}  # of the last micro-batch's weights
         self.logit_rows = [row for row in self.rows if row.is_logits]
@@ -177,7 +176,7 @@ class Objective(Trainable):
         if not logits:
             return torch.zeros(0, len(batch.keys), 1, device=batch.input_ids.device), None
         around = self._around(batch, student, counts)
-        traits = Traits(logits, batch.targets, batch.target_mask, self.per, self.tile, around, self.pieces)
+        traits = Traits(logits, around, self.per, self.tile, self.pieces, self.weighting.reads)
         weights = self.weighting(traits)
         if weights.shape == (*traits.shape[:2], 1):
             weights = weights.expand(traits.shape)  # one weight per example is the same at all its tokens
@@ -196,22 +195,12 @@ class Objective(Trainable):
 
     @torch.no_grad()
     def _around(self, batch: Batch, student: Features, counts: Counts) -> Around:
-        """What the weighting reads beside the teachers' predictions; of the student without gradients."""
-        reads, pooled = self.weighting.reads, None
-        if "pooled" in reads:
-            hidden, mask = student[self._pooled_key], batch.attention_mask[..., None]
-            assert isinstance(hidden, Tensor)
-            pooled = hidden.float().masked_fill(~mask, 0).sum(1) / mask.sum(1).clamp_min(1)
-        return Around(
-            batch.keys,
-            counts,
-            self.step,
-            student=as_logits(student["logits"]).in_dtype(self.dtype) if self._reads_student else None,
-            pooled=pooled,
-            routes=batch.routes,
-            gram=self.gram if "gram" in reads else None,
-            tokens=batch.token_mask if self._beyond_targets else None,
-        )
+        """What the weighting's facts are made of."""
+        features = {name: student[key] for name, key in self._facts_want.items()}
+        if "logits" in features:
+            features["logits"] = as_logits(features["logits"]).in_dtype(self.dtype)
+        tokens = batch.token_mask if self._beyond_targets else None
+        return Around(batch, counts, self.step, features, self.gram, tokens)
 
     def _weight_metrics(self, weights: Tensor, batch: Batch, counts: Counts) -> dict[str, Tensor]:
         """Mean weight per teacher and mean entropy of the normalised weights (nats)."""

@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from mtkd.config import RANDOM_TOKENS, CacheConfig, DataConfig, RunConfig, StageConfig
-from mtkd.data.batch import Batch, position_counts
 from mtkd.data.load import PLACES
 from mtkd.data.paths import DataFile, bytes_of, file_digest, find_files
 from mtkd.data.tasks import varies
 from mtkd.errors import UserError
-from mtkd.models.features import DenseLogits, split_key
+from mtkd.models.features import split_key
 from mtkd.models.info import ModelInfo
 from mtkd.objective.compile import Row
 from mtkd.objective.kept import check_cached_rows
@@ -22,9 +18,7 @@ from mtkd.planning.cachefolder import CacheFacts
 from mtkd.pool.cache import CacheContent
 from mtkd.pool.cache.codec import SampledCodec, TopCodec
 from mtkd.registry import TASKS
-from mtkd.weightings.base import StageFacts, Weighting
-from mtkd.weightings.make import make_weighting
-from mtkd.weightings.traits import Around, Traits
+from mtkd.weightings.make import stage_reads
 
 _FOR_TOKENS = {"targets", "k", "temperature", "bits", "proposal", "traits"}
 
@@ -182,11 +176,9 @@ def _check_row(row: Row, k: int, name: str, facts: CacheFacts, where: str) -> No
 
 
 def _check_traits(stage: StageConfig, caches: Mapping[str, CacheFacts], where: str) -> None:
-    names = tuple(t.name for t in stage.teachers)
-    weighting = make_weighting(stage.weighting, StageFacts.stand_in(names), where)
-    reads = read_traits(weighting, len(names), stage.per)
+    reads = stage_reads(stage, where.removesuffix(".weighting"), token_level=True)
     for name, facts in caches.items():
-        if "gram" in weighting.reads and facts.content.targets == "sampled" and len(names) > 1:
+        if "gram" in reads.names and facts.content.targets == "sampled" and len(stage.teachers) > 1:
             raise UserError(
                 f"weighting '{stage.weighting.name}' reads inner products of the teachers' gradients; drawn targets "
                 "are unbiased in a gradient, not in those",
@@ -194,7 +186,7 @@ def _check_traits(stage: StageConfig, caches: Mapping[str, CacheFacts], where: s
                 found=f"the cache of '{name}' has targets: sampled",
                 todo=f"make it with targets: top ({facts.settings}), or choose another weighting",
             )
-        missing = sorted(reads - facts.content.known_traits())
+        missing = sorted(reads.traits - facts.content.known_traits())
         if missing:
             other = ", keep k: 2 or more" if facts.content.knows_with_two(missing) else ""
             raise UserError(
@@ -206,42 +198,6 @@ def _check_traits(stage: StageConfig, caches: Mapping[str, CacheFacts], where: s
                 todo=f"add it to `traits` of the cache ({facts.settings}){other}, or choose a weighting that does not "
                 "read it",
             )
-
-
-def read_traits(weighting: Weighting, num_teachers: int, per: str) -> frozenset[str]:
-    """Which traits of the teachers' token predictions a weighting reads, found by asking it about a stand-in."""
-    shape = (2, 2)
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn((num_teachers, *shape, 3), generator=generator)
-    targets, real = torch.zeros(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.bool)
-    batch = Batch(torch.arange(2), targets, real, targets)
-    around = Around(
-        batch.keys,
-        {**position_counts([batch]), **weighting.counts(batch)},
-        student=DenseLogits(torch.randn((*shape, 3), generator=generator)),
-        pooled=torch.randn(2, 1, generator=generator),
-        routes=torch.zeros(2, dtype=torch.int64),
-        gram=torch.eye(num_teachers, dtype=torch.float64),
-    )
-    asked = _Asked([DenseLogits(x) for x in logits], targets, real, per, 4, around)
-    with torch.no_grad():
-        weighting(asked)
-        weighting.penalty(asked)
-    return frozenset(asked.names)
-
-
-class _Asked(Traits):
-    """Traits that remember which of them were read of the teachers."""
-
-    def positions(self, name: str) -> Tensor:
-        self.names.add(name)
-        return super().positions(name)
-
-    @property
-    def names(self) -> set[str]:
-        """What was read so far."""
-        names: set[str] = self.__dict__.setdefault("_names", set())
-        return names
 
 
 def bytes_per_token(content: CacheContent, info: ModelInfo) -> float:

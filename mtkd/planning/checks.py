@@ -29,8 +29,7 @@ from mtkd.planning.stages import (
 from mtkd.planning.teaching import heads_read
 from mtkd.pool import BACKENDS
 from mtkd.registry import TASKS, check_options, load_plugins
-from mtkd.weightings.base import StageFacts
-from mtkd.weightings.make import check_weighting, make_weighting
+from mtkd.weightings.make import check_weighting, stage_reads
 from mtkd.weightings.spec import WEIGHTINGS
 
 
@@ -95,13 +94,11 @@ def _check_registered(config: RunConfig) -> None:
         for place, row in rows.items():
             with at_row(place):
                 check_options(row.options, LOSSES.find(row.loss, "@row.loss").options(), "@row")
-        facts = StageFacts.stand_in(tuple(t.name for t in stage.teachers))
-        weighting = make_weighting(stage.weighting, facts, f"{where}.weighting")
         token_level = TASKS.find(config.data[data_name].task).token_level
-        check_weighting(weighting, stage, tuple(rows.values()), where, token_level=token_level)
+        check_weighting(stage, tuple(rows.values()), where, token_level=token_level)
         _check_heads(config, name)
         _check_transforms(stage, f"{where}.transforms")
-        if "route" in weighting.reads:
+        if "route" in stage_reads(stage, where, token_level=token_level).names:
             _check_route(config, data_name)
         task = config.data[data_name].task
         if stage.per == "token" and not TASKS.find(task).token_level:

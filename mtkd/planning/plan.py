@@ -50,8 +50,7 @@ from mtkd.pool.offload import check_offload
 from mtkd.pool.partition import check_nvme
 from mtkd.pool.sizes import TeacherSize
 from mtkd.registry import TASKS, load_plugins
-from mtkd.weightings.base import StageFacts
-from mtkd.weightings.make import make_weighting
+from mtkd.weightings.make import stage_reads
 
 
 def resolve(config: RunConfig) -> RunConfig:
@@ -148,8 +147,9 @@ class _Planner:
         for name, stage in self.config.stages.items():
             data, where = self.config.data_name(stage.data), f"stages.{name}.weighting"
             teachers = tuple(teacher.name for teacher in stage.teachers)
-            reads = make_weighting(stage.weighting, StageFacts.stand_in(teachers), where).reads
-            if "route" in reads and not facts[data].not_here:
+            token_level = TASKS.find(self.config.data[data].task).token_level
+            reads = stage_reads(stage, f"stages.{name}", token_level=token_level)
+            if "route" in reads.names and not facts[data].not_here:
                 raw = reader.raw(self.config.data[data])
                 check_routes(raw.splits["train"], raw.origin("train"), self.config.data[data], teachers, where)
 

@@ -1,12 +1,11 @@
-"""What a stage reads of its teachers' predictions."""
+"""Which heads of its teachers a stage reads."""
 
 from __future__ import annotations
 
 from mtkd.config import RunConfig
 from mtkd.methods.rows import stage_rows
-
-BLIND = ("uniform", "fixed", "drop", "route")
-"""Weightings that look at no prediction."""
+from mtkd.registry import TASKS
+from mtkd.weightings.make import stage_reads
 
 HEADS = ("logits", "nsp_logits")
 """Features that come from a head."""
@@ -14,11 +13,13 @@ HEADS = ("logits", "nsp_logits")
 
 def heads_read(config: RunConfig, name: str) -> frozenset[str]:
     """Which of `HEADS` a stage reads of its teachers: rows, weighting, cache, or the score of the ensemble."""
-    stage = config.stages[name]
-    rows = stage_rows(stage, config.data[config.data_name(stage.data)], f"stages.{name}")
-    found = {row.feature for row in rows if row.target == "teacher" and row.feature in HEADS and row.weight}
-    # a plug-in's weighting is taken to look: what it reads is known when it runs
-    looks = bool(stage.teachers) and stage.weighting.name not in BLIND
-    if looks or stage.kind == "cache" or name in config.evaluate.ensembles:
-        found.add("logits")
-    return frozenset(found)
+    stage, where = config.stages[name], f"stages.{name}"
+    data = config.data[config.data_name(stage.data)]
+    rows = stage_rows(stage, data, where)
+    heads = {row.feature for row in rows if row.target == "teacher" and row.feature in HEADS and row.weight}
+    weighs = (
+        bool(stage.teachers) and stage_reads(stage, where, token_level=TASKS.find(data.task).token_level).predictions
+    )
+    if weighs or stage.kind == "cache" or name in config.evaluate.ensembles:
+        heads.add("logits")
+    return frozenset(heads)

@@ -48,8 +48,7 @@ from mtkd.planning.stages import identity, stage_seed
 from mtkd.planning.teaching import heads_read
 from mtkd.pool import BACKENDS, CachedTeacher, LiveModel, LiveTeacher, Site, Teacher, TeacherPool
 from mtkd.running.built import BuiltStage
-from mtkd.weightings.base import StageFacts
-from mtkd.weightings.make import make_weighting, stage_facts
+from mtkd.weightings.make import make_weighting, stage_facts, stage_reads
 
 
 class Workshop:
@@ -367,9 +366,8 @@ class Workshop:
     def _train_split(self, stage: StageConfig, data: LoadedData, where: str) -> Split:
         """What the stage trains on, with the teacher that each example names where the weighting reads it."""
         names = tuple(t.name for t in stage.teachers)
-        weighting = make_weighting(stage.weighting, StageFacts.stand_in(names), f"{where}.weighting")
-        split = data.splits["train"]
-        return split.routed(names, f"{where}.weighting") if "route" in weighting.reads else split
+        split, reads = data.splits["train"], stage_reads(stage, where, token_level=data.task.token_level)
+        return split.routed(names, f"{where}.weighting") if "route" in reads.names else split
 
     def _built(self, name: str, objective: Trainable, pool: TeacherPool, data: LoadedData, split: Split) -> BuiltStage:
         stage, steps = self.config.stages[name], self.steps(self.config.stages[name], data)

@@ -2,6 +2,7 @@
 
 from mtkd.weightings import (
     dropped,
+    facts,
     gradients,
     labels,
     learned,
@@ -12,15 +13,18 @@ from mtkd.weightings import (
     unlabelled,
 )
 from mtkd.weightings.base import StageFacts, Weighting
-from mtkd.weightings.traits import TRAITS, Around, Traits, trait
+from mtkd.weightings.traits import FACTS, TRAITS, Around, Traits, fact, trait
 
 __all__ = [
+    "FACTS",
     "TRAITS",
     "Around",
     "StageFacts",
     "Traits",
     "Weighting",
     "dropped",
+    "fact",
+    "facts",
     "gradients",
     "labels",
     "learned",

@@ -10,9 +10,6 @@ from torch import Tensor, nn
 from mtkd.data.batch import Batch
 from mtkd.weightings.traits import Traits
 
-READABLE = frozenset({"student_uncertainty", "student_loss", "pooled", "route", "gram"})
-"""What a weighting may ask for beside the teachers' predictions, under the names that `Traits` has for it."""
-
 
 @dataclass(frozen=True)
 class StageFacts:
@@ -34,7 +31,7 @@ class StageFacts:
 
     @classmethod
     def stand_in(cls, teachers: tuple[str, ...]) -> StageFacts:
-        """For checking options before any model is known."""
+        """For trying a weighting before any model is known."""
         return cls(teachers, (1,) * len(teachers), width=1, classes=0, seed=0)
 
 
@@ -46,8 +43,12 @@ class Weighting(nn.Module):
     `facts` the `StageFacts`. Parameters and buffers are trained, sharded and saved with the student, because the
     weighting is a part of the objective.
 
+    What it reads is declared in the decorator, `@mtkd.weighting("name", reads=("ce", "pooled"))`: names of traits and
+    facts (`mtkd.weightings.facts`). Without that, the plan runs it once on made-up teachers and notes which traits it
+    reads; facts that the stage must prepare are then named in the attribute `reads`.
+
     Attributes, set by a subclass (or by its constructor, where they depend on options):
-        reads: which of `READABLE` it reads. Nothing is computed that is not named here.
+        reads: the names that it may read; the decorator's, where it declares them.
         per_token: False: `per: token` is refused, because a weight per token is not defined.
         lr: peak learning rate of its own parameters, on the stage's schedule; None: the optimizer's.
         rewarded: after every optimizer step `judged` and `reward` are called.
@@ -77,7 +78,7 @@ class Weighting(nn.Module):
         return {}
 
     def judged(self, losses: Sequence[Tensor]) -> Tensor:
-        """What this rank learns from a step, flat, to be summed over ranks.
+        """This rank's reward for one step, flattened; summed over ranks, then given to `reward`.
 
         Args:
             losses: per micro-batch, in the order of `forward`, the student's mean loss on each example's labels *after*
@@ -86,5 +87,5 @@ class Weighting(nn.Module):
         raise NotImplementedError
 
     def reward(self, total: Tensor) -> None:
-        """Learn from a step: what `judged` gave, summed over ranks."""
+        """Learn from a step: the sum of `judged` over ranks."""
         raise NotImplementedError

@@ -12,7 +12,7 @@ from mtkd.weightings.spec import weighting
 from mtkd.weightings.traits import Traits
 
 
-@weighting("drop")
+@weighting("drop", reads=())
 class Drop(Weighting):
     """``w_k = 1/n`` for the n teachers that stay in this optimizer step, 0 for `count` others, drawn uniformly.
 

@@ -21,8 +21,6 @@ def has_gradient(row: Match) -> bool:
 class _GradientSpace(Weighting):
     """Solves for the step's weights; teachers are taken in the order of their names, so theirs does not matter."""
 
-    reads = frozenset({"gram"})
-
     def __init__(self, teachers: tuple[str, ...], largest: float) -> None:
         super().__init__()
         self._largest = largest
@@ -38,7 +36,7 @@ class _GradientSpace(Weighting):
         return values[:, None, None].expand(traits.shape)
 
 
-@weighting("ae_kd")
+@weighting("ae_kd", reads=("gram",))
 class AEKD(_GradientSpace):
     """``argmin_w |sum_k w_k g_k|^2``, ``sum w = 1``, ``0 <= w <= c``: the common descent direction of the teachers.
 
@@ -66,7 +64,7 @@ class AEKD(_GradientSpace):
         super().__init__(teachers, c)
 
 
-@weighting("mgda")
+@weighting("mgda", reads=("gram",))
 class MGDA(_GradientSpace):
     """``argmin_w |sum_k w_k g_k|^2``, ``sum w = 1``, ``w >= 0``: the smallest vector in the hull of the gradients.
 

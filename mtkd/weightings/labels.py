@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from mtkd.weightings.base import Weighting
-from mtkd.weightings.spec import weighting
+from mtkd.weightings.spec import among, weighting
 from mtkd.weightings.traits import Traits
 
 
-@weighting("mt_bert", sums_to_one=False, needs_labels=True)
+@weighting("mt_bert", sums_to_one=False, needs_labels=True, reads=("ce",))
 class MTBert(Weighting):
     """``w_k = 1 / (1 + CE(y, t_k))``: a teacher counts less where it is wrong.
 
@@ -29,7 +29,7 @@ class MTBert(Weighting):
         return weights / weights.sum(0) if self.normalise else weights
 
 
-@weighting("ca_mkd", needs_labels=True)
+@weighting("ca_mkd", needs_labels=True, reads=among("ce"))
 class CAMKD(Weighting):
     """``w_k = (1 - softmax_k(CE(y, t_k))) / (T - 1)``: sharper than mt_bert, sums to 1; T = 1 gives 1.
 

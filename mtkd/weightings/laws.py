@@ -1,5 +1,5 @@
-"""Laws of weightings: shape, sign, sum, one teacher, order of teachers, labels, positions without a target, detachment,
-state, the cut into micro-batches, penalty.
+"""Laws of weightings: what is read, shape, sign, sum, one teacher, order of teachers, labels, positions without a
+target, detachment, state, the cut into micro-batches, penalty.
 """
 
 from __future__ import annotations
@@ -64,34 +64,37 @@ class Teachers:
     tokens: Tensor | None = None  # where weights are read, if that is more than the targets
     alike: bool = False  # all positions of an example are the same
 
-    def traits(self, order: tuple[int, ...], of: Weighting, rows: slice = _EVERY) -> Traits:
-        """Fresh traits of the teachers in this order, and of what `of` reads; `rows` are one micro-batch of a step."""
-        logits = [DenseLogits(self.logits[k, rows]) for k in order]
-        return Traits(logits, self.targets[rows], self.mask[rows], self.per, 4, self._around(order, of, rows))
+    def traits(self, order: tuple[int, ...], of: Weighting, rows: slice = _EVERY, *, all_names: bool = False) -> Traits:
+        """Fresh traits of the teachers in this order; `rows` are one micro-batch of a step.
 
-    @property
-    def batch(self) -> Batch:
-        """The examples as a batch; the tokens mean nothing."""
-        tokens = torch.zeros((*self.targets.shape, 3)[:2], dtype=torch.int64)
-        return Batch(torch.arange(len(tokens)), tokens, torch.ones_like(tokens).bool(), self.targets)
+        Args:
+            all_names: serve names that the weighting does not declare, too.
+        """
+        logits = [DenseLogits(self.logits[k, rows]) for k in order]
+        reads = None if all_names else of.reads
+        return Traits(logits, self._around(order, of, rows), self.per, tile=4, reads=reads)
+
+    def batch(self, order: tuple[int, ...] = _ORDER, rows: slice = _EVERY) -> Batch:
+        """The examples as a batch; the tokens mean nothing. Routes are by the teachers' names."""
+        tokens = torch.zeros((*self.targets.shape, 3)[:2], dtype=torch.int64)  # [B,L]
+        routes = torch.tensor([order.index(i % len(order)) for i in range(len(tokens))])
+        ids, mask = torch.arange(len(tokens)), torch.ones_like(tokens).bool()
+        return Batch(ids[rows], tokens[rows], mask[rows], self.targets[rows], routes=routes[rows])
 
     def _around(self, order: tuple[int, ...], of: Weighting, rows: slice) -> Around:
-        """A student, routes by name and gradients, the same in every order; the counts are those of all examples."""
+        """A student and gradients, the same in every order; the counts are those of all examples."""
         generator = torch.Generator().manual_seed(1)
-        batch = self.batch
+        whole = self.batch()
         student = torch.randn(self.logits.shape[1:], generator=generator)
         student = student[:, :1].expand_as(student) if self.alike else student
-        pooled = torch.randn(len(batch.keys), _WIDTH, generator=generator)
-        routes = torch.tensor([order.index(i % len(order)) for i in range(len(batch.keys))])
-        gradients = (self.logits.detach() - student).flatten(1).double()[list(order)]
+        hidden = torch.randn(len(whole.keys), 1, _WIDTH, generator=generator).expand(-1, whole.input_ids.shape[1], -1)
+        gradients = (self.logits.detach() - student).flatten(1).double()[list(order)]  # [T,n]
         return Around(
-            batch.keys[rows],
-            {**position_counts([batch]), **of.counts(batch)},
+            self.batch(order, rows),
+            {**position_counts([whole]), **of.counts(whole)},
             step=3,
-            student=DenseLogits(student[rows]) if {"student_uncertainty", "student_loss"} & of.reads else None,
-            pooled=pooled[rows] if "pooled" in of.reads else None,
-            routes=routes[rows] if "route" in of.reads else None,
-            gram=gradients @ gradients.t() if "gram" in of.reads else None,
+            student={"logits": DenseLogits(student[rows]), "hidden": hidden[rows]},
+            gram=gradients @ gradients.t(),
             tokens=None if self.tokens is None else self.tokens[rows],
         )
 
@@ -135,7 +138,8 @@ def _made(
     asked = [name for name in GIVEN if name in inspect.signature(spec.cls).parameters]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return spec.cls(**make(names), **{name: given[name] for name in asked})
+        made: Weighting = spec.construct({**make(names), **{name: given[name] for name in asked}})
+        return made
 
 
 def _trained(spec: WeightingSpec, make: OptionsOf, case: Teachers) -> Weighting:
@@ -156,6 +160,17 @@ def _weights(spec: WeightingSpec, make: OptionsOf, case: Teachers, order: tuple[
     module = _made(spec, make, case, order)
     weights: Tensor = module(case.traits(order, module))
     return weights
+
+
+def _reads_law(spec: WeightingSpec, make: OptionsOf, case: Teachers) -> None:
+    """It reads the names that it declares; facts that a stage must prepare are named in any case."""
+    module = _made(spec, make, case)
+    traits = case.traits(_ORDER, module, all_names=True)
+    module(traits)
+    module.penalty(traits)
+    if more := sorted(traits.names - module.reads):
+        text = f"it reads {', '.join(more)}, which `reads` of its decorator does not name, for {case.what}"
+        raise LawBroken("reads", spec.name, text)
 
 
 def _values_law(spec: WeightingSpec, make: OptionsOf, case: Teachers) -> None:
@@ -288,6 +303,7 @@ def _penalty_law(spec: WeightingSpec, make: OptionsOf, case: Teachers) -> None:
 
 
 WEIGHTING_LAWS = (
+    _reads_law,
     _values_law,
     _one_teacher_law,
     _order_law,

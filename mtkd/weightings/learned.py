@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,13 @@ def gate_state(traits: Traits) -> Tensor:
     return nn.functional.layer_norm(pooled, pooled.shape[-1:]) / pooled.shape[-1]
 
 
-@weighting("learned", needs_labels=True)
+def _reads(options: Mapping[str, Any], num_teachers: int) -> list[str]:
+    """The gate reads the student; the penalty, of several teachers alone, their likelihood of the labels."""
+    gate = ["pooled"] if options.get("gate") == "pooled" else []
+    return gate if num_teachers == 1 else [*gate, "ce"]
+
+
+@weighting("learned", needs_labels=True, reads=_reads, per_token=lambda options: options.get("gate") != "pooled")
 class Learned(Weighting):
     """``w = softmax(theta)``, or ``w(x) = softmax(theta + W h(x))`` with ``gate: pooled``; trained by an anchor.
 
@@ -68,7 +75,6 @@ class Learned(Weighting):
         self.gate: nn.Parameter | None = None
         if gate == "pooled":
             self.gate = nn.Parameter(torch.zeros(len(facts.teachers), facts.width))
-            self.reads, self.per_token = frozenset({"pooled"}), False
 
     def forward(self, traits: Traits) -> Tensor:
         return self._log_weights(traits).detach().exp()[..., None].expand(traits.shape)

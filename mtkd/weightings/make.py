@@ -1,23 +1,34 @@
-"""From the weighting that a stage names to the module, and what its stage must give it."""
+"""From the weighting that a stage names to the module, and what the plan asks of it before."""
 
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
 
 from mtkd.config import Named, StageConfig
 from mtkd.config.match import Match
 from mtkd.errors import UserError
 from mtkd.models.taps import TappedModel
 from mtkd.registry import check_options
-from mtkd.weightings.base import READABLE, StageFacts, Weighting
-from mtkd.weightings.faults import try_weighting
+from mtkd.weightings.base import StageFacts, Weighting
+from mtkd.weightings.faults import check_faults
 from mtkd.weightings.gradients import has_gradient
-from mtkd.weightings.spec import GIVEN, WEIGHTINGS
+from mtkd.weightings.spec import GIVEN, WEIGHTINGS, Reads, WeightingSpec
+from mtkd.weightings.traits import FACTS, TRAITS, undeclared
+from mtkd.weightings.trial import Trial, try_weighting
 
 
 def stage_facts(teachers: tuple[str, ...], sizes: Sequence[int], student: TappedModel, seed: int) -> StageFacts:
-    """What a weighting may know of its stage. Args: sizes: the teachers' numbers of parameters."""
+    """What a weighting may know of its stage.
+
+    Args:
+        sizes: the teachers' numbers of parameters.
+    """
     return StageFacts(teachers, tuple(sizes), student.info.width, student.info.num_labels, seed)
 
 
@@ -33,55 +44,105 @@ def make_weighting(named: Named, facts: StageFacts, where: str) -> Weighting:
     parameters = inspect.signature(spec.cls).parameters
     options = {**named.options, **{name: given[name] for name in GIVEN if name in parameters}}
     try:
-        weighting: Weighting = spec.cls(**options)
+        weighting: Weighting = spec.construct(options)
     except UserError as error:  # its place is within the block of the weighting
         error.where = where + error.where.removeprefix("@").removeprefix("weighting")
         raise
     except ValueError as error:
         raise UserError(str(error), where=f"{where}.options") from error
-    weighting.negative = spec.negative
-    if not weighting.reads <= READABLE:
+    if unknown := weighting.reads - FACTS.keys() - TRAITS.keys():
         raise UserError(
             f"weighting '{named.name}' reads what nothing provides",
             where=where,
-            found=sorted(weighting.reads - READABLE),
-            allowed=sorted(READABLE),
+            found=sorted(unknown),
+            allowed=sorted([*FACTS, *TRAITS]),
         )
     return weighting
 
 
-def check_weighting(
-    weighting: Weighting, stage: StageConfig, rows: Sequence[Match], where: str, *, token_level: bool
-) -> None:
-    """Refuse a weighting that its stage gives nothing to work with, or that gives its stage impossible weights."""
+def stage_reads(stage: StageConfig, where: str, *, token_level: bool) -> Reads:
+    """What the weighting of a stage reads: as it declares, else as one trial shows.
+
+    Args:
+        where: the stage in the configuration.
+    """
+    spec = WEIGHTINGS.find(stage.weighting.name, f"{where}.weighting.name")
+    declared = spec.reads(stage.weighting.options, len(stage.teachers))
+    return declared or _tried(_Asked.of(spec, stage, f"{where}.weighting", token_level))[0]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a trial depends on; equal ones have one result, whichever stage asks first."""
+
+    spec: WeightingSpec
+    options: str
+    teachers: tuple[str, ...]
+    distils: bool
+    per: str
+    token_level: bool
+    named: Named = field(compare=False)
+    where: str = field(compare=False)
+
+    @classmethod
+    def of(cls, spec: WeightingSpec, stage: StageConfig, where: str, token_level: bool) -> _Asked:
+        options = json.dumps(stage.weighting.options, sort_keys=True, default=repr)
+        teachers = tuple(teacher.name for teacher in stage.teachers)
+        return cls(spec, options, teachers, stage.kind == "distill", stage.per, token_level, stage.weighting, where)
+
+
+# Kept, so that the checks, the plan and a run in the same process share one construction and one trial.
+@lru_cache(maxsize=256)
+def _tried(asked: _Asked) -> tuple[Reads, Trial | None]:
+    """(what a weighting reads, its trial; None in a stage that learns from no teachers).
+
+    Raises:
+        UserError: an option, or a value of one, that it refuses.
+    """
+    with torch.random.fork_rng(devices=[]):
+        weighting = make_weighting(asked.named, StageFacts.stand_in(asked.teachers), asked.where)
+    trial = None
+    if asked.distils and asked.teachers:
+        trial = try_weighting(weighting, len(asked.teachers), per=asked.per, token_level=asked.token_level)
+    reads = asked.spec.reads(asked.named.options, len(asked.teachers))
+    if reads is None:
+        prepared = {name for name, fact in FACTS.items() if fact.asked}
+        names = (trial.names - prepared if trial else frozenset()) | (weighting.reads & prepared)
+        reads = Reads(names, asked.spec.needs_labels, weighting.per_token, declared=False)
+    return reads, trial
+
+
+def check_weighting(stage: StageConfig, rows: Sequence[Match], where: str, *, token_level: bool) -> None:
+    """Refuse a weighting that its stage gives nothing to work with, or that gives its stage impossible weights.
+
+    This is the one construction of a plan: options must be valid before any model is read.
+    """
     name = stage.weighting.name
-    if stage.per == "token" and not weighting.per_token:
+    spec = WEIGHTINGS.find(name, f"{where}.weighting.name")
+    reads, trial = _tried(_Asked.of(spec, stage, f"{where}.weighting", token_level))
+    if stage.per == "token" and not reads.per_token:
         raise UserError(
             f"weighting '{name}' with these options has one weight per example, none per token",
             where=f"{where}.per",
             found=stage.per,
             allowed="example",
         )
-    if "gram" in weighting.reads and not any(map(has_gradient, rows)):
+    if "gram" in reads.names and not any(map(has_gradient, rows)):
         raise UserError(
             f"weighting '{name}' compares the teachers' gradients with respect to the student's logits",
             where=f"{where}.match",
             found="no weighted row that compares logits with the teachers",
             todo="add one, e.g. {feature: logits, loss: kl}",
         )
-    if weighting.negative and any(row.weighted and row.ensemble != "losses" for row in rows):
+    if spec.negative and any(row.weighted and row.ensemble != "losses" for row in rows):
         raise UserError(
             f"weights of '{name}' may be negative, and a mixture of teachers is made with shares",
             where=f"{where}.match",
             found="ensemble: probabilities or logits",
             allowed="ensemble: losses",
         )
-    if stage.kind == "distill" and stage.teachers:
-        try_weighting(
-            weighting,
-            name,
-            len(stage.teachers),
-            per=stage.per,
-            token_level=token_level,
-            where=f"{where}.weighting",
-        )
+    if trial is None:
+        return
+    check_faults(trial.faults, name, f"{where}.weighting", negative=spec.negative)
+    if reads.declared and (more := sorted(trial.names - reads.names)):
+        raise undeclared(more[0], reads.names, f"{where}.weighting")

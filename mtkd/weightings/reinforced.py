@@ -41,7 +41,7 @@ def log_probability(scores: Tensor, actions: Tensor) -> Tensor:
     return coins.sum(0) - torch.log(-torch.expm1(nothing))
 
 
-@weighting("rl_kd", needs_labels=True)
+@weighting("rl_kd", needs_labels=True, reads=("ce", "class_probabilities", "pooled", "student_loss"))
 class RLKD(Weighting):
     """Each teacher is on or off per example, by a policy; those that are on share equally.
 
@@ -72,7 +72,6 @@ class RLKD(Weighting):
     state, reward by the student's loss). Baselines, credit per example, truncation and the delay by a step are ours.
     """
 
-    reads = frozenset({"pooled", "student_loss"})
     per_token = False
     rewarded = True
 

@@ -10,7 +10,7 @@ from mtkd.weightings.spec import weighting
 from mtkd.weightings.traits import Traits
 
 
-@weighting("route")
+@weighting("route", reads=("route",))
 class Route(Weighting):
     """``w_k = 1`` for the teacher that the example's row names, 0 for the others.
 
@@ -21,7 +21,6 @@ class Route(Weighting):
     Source: expert selection by domain; no paper in particular.
     """
 
-    reads = frozenset({"route"})
     per_token = False
 
     def forward(self, traits: Traits) -> Tensor:

@@ -13,7 +13,7 @@ from mtkd.weightings.spec import weighting
 from mtkd.weightings.traits import Traits
 
 
-@weighting("uniform")
+@weighting("uniform", reads=())
 class Uniform(Weighting):
     """``w_k = 1/T``. Whether losses, probabilities or logits are averaged is the row's `ensemble`.
 
@@ -24,7 +24,7 @@ class Uniform(Weighting):
         return traits.full(1 / traits.num_teachers)
 
 
-@weighting("fixed")
+@weighting("fixed", reads=())
 class Fixed(Weighting):
     """Given weights, normalised to sum 1: ``options: {weights: {teacher name: weight, ...}}``.
 

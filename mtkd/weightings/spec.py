@@ -1,6 +1,7 @@
-"""What is known of a registered weighting, and how one is made from Python.
+"""A registered weighting: its class, the laws it keeps, and what it reads; `WEIGHTINGS` holds all of them.
 
     mtkd.WEIGHTINGS["fixed"](teachers=("a", "b"), weights={"a": 3.0, "b": 1.0})      a `Weighting`
+    mtkd.WEIGHTINGS["learned"].reads({"gate": "pooled"}, 2)                          its `Reads`; nothing is constructed
 
 Options are keywords, named as in the YAML; an unknown one is refused with the nearest known name.
 """
@@ -8,25 +9,70 @@ Options are keywords, named as in the YAML; an unknown one is refused with the n
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mtkd.errors import UserError
 from mtkd.registry import Decorated, Registry, check_options
+from mtkd.weightings.traits import FACTS, TRAITS
 
 GIVEN = ("teachers", "facts")
 """Parameters of a weighting's constructor that mtkd fills in: the teachers' names; the stage's `StageFacts`."""
 
 
+ReadsRule = Callable[[Mapping[str, Any], int], Collection[str]]
+"""``(options, number of teachers) -> names`` of `TRAITS` and `FACTS`, for a weighting that does not always read all."""
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What a weighting reads of its stage.
+
+    Attributes:
+        names: of `TRAITS` and `FACTS`.
+        labels: the weights depend on labels.
+        per_token: the weighting can give a weight per token.
+        declared: the decorator names everything. Otherwise a trial found the traits, and more may be read in training.
+    """
+
+    names: frozenset[str]
+    labels: bool
+    per_token: bool
+    declared: bool
+
+    @property
+    def traits(self) -> frozenset[str]:
+        """The traits that every teacher must have: those that are read, and those that facts are made of."""
+        made_of = (FACTS[name].traits for name in self.names & FACTS.keys())
+        return frozenset(self.names & TRAITS.keys()).union(*made_of)
+
+    @property
+    def predictions(self) -> bool:
+        """Whether the teachers' predictions are read, so that each needs a trained head."""
+        return not self.declared or bool(self.traits) or any(FACTS[n].teachers for n in self.names & FACTS.keys())
+
+    @property
+    def allowed(self) -> frozenset[str]:
+        """The names that training serves: without a declaration every trait, because a trial may have missed one."""
+        return self.names if self.declared else allowed_undeclared(self.names)
+
+
+def allowed_undeclared(names: Collection[str]) -> frozenset[str]:
+    """These, all traits, and the facts that nothing has to prepare."""
+    return frozenset(names) | TRAITS.keys() | {name for name, fact in FACTS.items() if not fact.asked}
+
+
 @dataclass(frozen=True)
 class WeightingSpec:
-    """A weighting class and the laws it declares.
+    """A weighting class and what it declares.
 
     Attributes:
         sums_to_one: over the teachers, at every position.
         needs_labels: the weights depend on labels.
         negative: a weight may be negative: then a teacher is one to move away from.
+        asks: names of `TRAITS` and `FACTS` that it reads, or a rule that gives them; None: not declared.
+        token_rule: ``options -> bool``, whether it can give a weight per token; None: the class's `per_token`.
     """
 
     name: str
@@ -34,6 +80,16 @@ class WeightingSpec:
     sums_to_one: bool = True
     needs_labels: bool = False
     negative: bool = False
+    asks: tuple[str, ...] | ReadsRule | None = None
+    token_rule: Callable[[Mapping[str, Any]], bool] | None = None
+
+    def reads(self, options: Mapping[str, Any], num_teachers: int) -> Reads | None:
+        """What it reads with these options; None where it does not declare that: `mtkd.weightings.make` then tries."""
+        if self.asks is None:
+            return None
+        names = self.asks(options, num_teachers) if callable(self.asks) else self.asks
+        per_token = self.cls.per_token if self.token_rule is None else self.token_rule(options)  # type: ignore[attr-defined]
+        return Reads(frozenset(names), self.needs_labels, per_token, declared=True)
 
     def options(self) -> dict[str, inspect.Parameter]:
         """The parameters of its constructor that a stage may set; those of `GIVEN` come from mtkd."""
@@ -57,8 +113,14 @@ class WeightingSpec:
                 found=f"no {' and no '.join(missing)}",
                 todo="give teachers=(names, in order), or facts=mtkd.weightings.StageFacts(...)",
             )
+        return self.construct(named)
+
+    def construct(self, named: Mapping[str, Any]) -> Any:
+        """The weighting of these checked keywords, with what the decorator declares."""
         made = self.cls(**named)
         made.negative = self.negative
+        reads = self.reads(named, num_teachers=2)  # one teacher alone reads no more than two
+        made.reads = reads.allowed if reads else allowed_undeclared(made.reads)
         return made
 
 
@@ -66,12 +128,35 @@ WEIGHTINGS: Registry[WeightingSpec] = Registry("weighting", "mtkd.weightings")
 
 
 def weighting(
-    name: str, *, sums_to_one: bool = True, needs_labels: bool = False, negative: bool = False
+    name: str,
+    *,
+    sums_to_one: bool = True,
+    needs_labels: bool = False,
+    negative: bool = False,
+    reads: Collection[str] | ReadsRule | None = None,
+    per_token: Callable[[Mapping[str, Any]], bool] | None = None,
 ) -> Callable[[Decorated], Decorated]:
-    """Register a `Weighting` class under `name`; see `WeightingSpec` for the flags."""
+    """Register a `Weighting` class under `name`; see `WeightingSpec` for the flags.
+
+    Args:
+        reads: `WeightingSpec.asks`.
+        per_token: `WeightingSpec.token_rule`.
+
+    Raises:
+        ValueError: `reads` is one text: its letters would be taken for names.
+    """
+    if isinstance(reads, str):
+        raise ValueError(f"weighting '{name}': reads is a tuple of names; found {reads!r}")
+    asks = reads if reads is None or callable(reads) else tuple(reads)
 
     def decorate(cls: Decorated) -> Decorated:
-        WEIGHTINGS.add(name, WeightingSpec(name, cls, sums_to_one, needs_labels, negative))  # type: ignore[arg-type]
+        spec = WeightingSpec(name, cls, sums_to_one, needs_labels, negative, asks, per_token)  # type: ignore[arg-type]
+        WEIGHTINGS.add(name, spec)
         return cls
 
     return decorate
+
+
+def among(*names: str) -> ReadsRule:
+    """A rule: these are read where there are several teachers; one alone has the weight 1 whatever it predicts."""
+    return lambda options, num_teachers: names if num_teachers > 1 else ()

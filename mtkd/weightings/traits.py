@@ -1,4 +1,6 @@
-"""Traits: facts about each teacher's prediction that a weighting may read. Nothing is computed that nobody reads.
+"""Traits of the teachers' predictions, and facts besides them, as a weighting reads them.
+
+Nothing is computed before it is read. `TRAITS` and `FACTS` (see `mtkd.weightings.facts`) are the two tables of names.
 
 Every trait is a tensor [T,B,L] in float32, detached: L = tokens with one weight per token, L = 1 with one weight per
 example (then a token trait is its mean over the example's targets).
@@ -12,15 +14,16 @@ any target the first kind is the mean over its tokens; `ce` is that of guessing,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from mtkd.models.features import Logits, SparseLogits
+from mtkd.data.batch import Batch
+from mtkd.errors import UserError, nearest
+from mtkd.models.features import Features, Logits, SparseLogits
 from mtkd.models.pieces import EVERY_PIECE, Pieces
 from mtkd.registry import note_everywhere
 
@@ -91,123 +94,126 @@ def choice(logits: Tensor, labels: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Around:
-    """What a weighting may know beside the teachers' predictions; what nobody reads is None.
+    """A micro-batch and its step: what facts are made of.
 
     Attributes:
-        keys: what the rows are called where something is drawn, [B]; -1 in filler rows. See `Batch.keys`.
+        batch: the micro-batch; its targets number the columns of the logits.
         counts: positions of the whole optimizer step over all ranks: `tokens`, `targets`, `sequences`, and what the
             weighting's own `counts` adds.
         step: number of the optimizer step, from 0.
-        student: the student's logits.
-        pooled: mean of the student's last hidden states over unpadded tokens, detached, [B,H].
-        routes: number of the teacher that the data names for each example, [B]; -1 in filler rows.
+        student: the features of the student that the facts ask for: `logits`; `hidden`, the last layer's [B,L,H].
         gram: inner products of the teachers' loss gradients over a step, [T,T] float64; see `mtkd.objective.gram`.
         tokens: where weights are read, [B,L] bool, where that is more than the targets; None: at targets alone.
     """
 
-    keys: Tensor
+    batch: Batch
     counts: Mapping[str, int] = field(default_factory=dict)
     step: int = 0
-    student: Logits | None = None
-    pooled: Tensor | None = None
-    routes: Tensor | None = None
+    student: Features = field(default_factory=dict)
     gram: Tensor | None = None
     tokens: Tensor | None = None
 
+    @property
+    def keys(self) -> Tensor:
+        """What the rows are called where something is drawn, [B]; -1 in filler rows. See `Batch.keys`."""
+        return self.batch.keys
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Something that a weighting may read besides single traits.
+
+    Attributes:
+        function: its value; called at most once per micro-batch, without gradients.
+        student: features of the student that it is made of; see `Around.student`.
+        traits: of the teachers that it is made of.
+        teachers: it is made of the teachers' predictions.
+        prepared: the stage prepares it (a column of the data, a pass before the step), so it must be asked for.
+    """
+
+    function: Callable[[Traits], Tensor]
+    student: tuple[str, ...] = ()
+    traits: tuple[str, ...] = ()
+    teachers: bool = False
+    prepared: bool = False
+
+    @property
+    def asked(self) -> bool:
+        """Whether a weighting must name it before the step; the others cost nothing until they are read."""
+        return self.prepared or bool(self.student)
+
+
+FACTS: dict[str, Fact] = {}
+
+
+def fact(
+    *, student: tuple[str, ...] = (), traits: tuple[str, ...] = (), teachers: bool = False, prepared: bool = False
+) -> Callable[[Callable[[Traits], Tensor]], Callable[[Traits], Tensor]]:
+    """Register ``(traits) -> Tensor`` under its own name; see `Fact` for the flags."""
+
+    def decorate(function: Callable[[Traits], Tensor]) -> Callable[[Traits], Tensor]:
+        if function.__name__ in FACTS or function.__name__ in TRAITS:
+            raise ValueError(f"fact {function.__name__!r} is already registered")
+        FACTS[function.__name__] = Fact(function, student, traits, teachers, prepared)
+        note_everywhere()
+        return function
+
+    return decorate
+
+
+class _Named:
+    """An attribute that reads the trait or fact of its own name."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, traits: Traits, owner: type) -> Tensor:
+        return traits.read(self._name)
+
 
 class Traits:
-    """Lazy traits of one micro-batch.
+    """Lazy traits and facts of one micro-batch, each computed when it is first read.
 
     Args:
         logits: one `Logits` per teacher.
-        targets: [B,L] or [B]; what `ce` is measured against.
-        mask: positions that count, shaped like `targets`, bool.
+        around: the micro-batch, its step and its student.
         per: "example" or "token".
         tile: positions whose logits exist at one time.
-        around: what else there is to know; by default the numbers of the rows.
         pieces: how positions are cut into tiles.
+        reads: the names that may be read; None: all.
+
+    Attributes, each a shortcut for `read`: per trait [T,B,L]; facts have shapes of their own (`mtkd.weightings.facts`).
     """
+
+    ce, entropy, confidence, margin, agreement = _Named(), _Named(), _Named(), _Named(), _Named()
+    student_uncertainty, student_loss, pooled = _Named(), _Named(), _Named()
+    route, gram, class_probabilities = _Named(), _Named(), _Named()
 
     def __init__(
         self,
         logits: Sequence[Logits],
-        targets: Tensor,
-        mask: Tensor,
+        around: Around,
         per: str,
         tile: int,
-        around: Around | None = None,
         pieces: Pieces = EVERY_PIECE,
+        reads: Collection[str] | None = None,
     ) -> None:
-        self.around = around or Around(torch.arange(len(mask), device=mask.device))
-        self.per = per
-        self.tile = tile
-        self._pieces = pieces
-        self._logits = logits
-        self._targets = targets
-        self._mask = mask
+        self.logits, self.around, self.per, self.tile = logits, around, per, tile
+        self.names: set[str] = set()  # what was read so far
+        self._pieces, self._allowed = pieces, reads
+        self._mask = around.batch.target_mask
         self._known: dict[str, Tensor] = {}
         self._known_positions: dict[str, Tensor] = {}
 
     @property
     def num_teachers(self) -> int:
-        return len(self._logits)
+        return len(self.logits)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(T, B, L), L = 1 when there is one weight per example."""
         per_token = self.per == "token" and self._mask.dim() == 2
         return self.num_teachers, self._mask.shape[0], self._mask.shape[1] if per_token else 1
-
-    def full(self, value: float) -> Tensor:
-        """A constant, [T,B,L]."""
-        return torch.full(self.shape, value, dtype=torch.float32, device=self._mask.device)
-
-    @property
-    def ce(self) -> Tensor:
-        """Cross entropy with the labels, nats, [T,B,L]."""
-        return self.read("ce")
-
-    @property
-    def entropy(self) -> Tensor:
-        """Entropy of the teacher's distribution, nats, [T,B,L]."""
-        return self.read("entropy")
-
-    @property
-    def confidence(self) -> Tensor:
-        """Largest probability, [T,B,L]."""
-        return self.read("confidence")
-
-    @property
-    def margin(self) -> Tensor:
-        """Difference of the two largest probabilities, [T,B,L]."""
-        return self.read("margin")
-
-    @property
-    def agreement(self) -> Tensor:
-        """Share of the other teachers whose most probable column is the same, [T,B,L]; 1 for a single teacher."""
-        if "agreement" not in self._known:
-            choices = self._computed("choice")
-            same = (choices[:, None] == choices[None]).float().sum(1) - 1
-            others = max(self.num_teachers - 1, 1)
-            values = same / others if self.num_teachers > 1 else torch.ones_like(same)
-            # Choices are 0 at positions that do not count: teachers would seem to agree there.
-            known = self._where("choice")
-            self._known["agreement"] = self._averaged(self._filled(values.masked_fill(~known, 0), known), known)
-        return self._known["agreement"]
-
-    def read(self, name: str) -> Tensor:
-        """A registered trait by name, [T,B,L]."""
-        if name not in self._known:
-            self._known[name] = self._averaged(self.positions(name), self._where(name))
-        return self._known[name]
-
-    def positions(self, name: str) -> Tensor:
-        """A registered trait wherever a weight is read, 0 elsewhere, [T,*targets.shape], whatever `per` is."""
-        if name not in self._known_positions:
-            unknown = math.log(max(self._logits[0].num_columns, 1)) if name == "ce" else 0.0
-            values = self._filled(self._computed(name), self._where(name), unknown)
-            self._known_positions[name] = values
-        return self._known_positions[name]
 
     @property
     def mask(self) -> Tensor:
@@ -217,14 +223,7 @@ class Traits:
     @property
     def real(self) -> Tensor:
         """Examples that are no filler, [B] bool."""
-        return self.around.keys >= 0
-
-    @property
-    def sound(self) -> Tensor:
-        """Whether all that was read so far is finite, [] bool."""
-        read = [*self._known.values(), *self._known_positions.values(), self.around.gram, self.around.pooled]
-        known = [values.isfinite().all().to(self._mask.device) for values in read if values is not None]
-        return torch.stack(known).all() if known else self._mask.new_ones(())
+        return self.around.batch.real
 
     @property
     def share(self) -> float:
@@ -232,99 +231,101 @@ class Traits:
         return int(self.real.sum()) / max(self.around.counts.get("sequences", 0), 1)
 
     @property
-    def student_uncertainty(self) -> Tensor:
-        """Entropy of the student's distribution as a share of the largest one, log V: 0 to 1, [B,L]; detached."""
-        if "student_uncertainty" not in self._known:
-            student = _given(self.around.student, "student_uncertainty")
-            largest = math.log(max(student.num_columns, 2))
-            known = self._where("entropy", cached=isinstance(student, SparseLogits))
-            values = self._averaged(self._filled(self._of(student, "entropy", known)[None], known), known)[0] / largest
-            self._known["student_uncertainty"] = values.clamp(0, 1)
-        return self._known["student_uncertainty"]
+    def sound(self) -> Tensor:
+        """Whether all that was read so far is finite, [] bool."""
+        read = [*self._known.values(), *self._known_positions.values()]
+        known = [values.isfinite().all().to(self._mask.device) for values in read]
+        return torch.stack(known).all() if known else self._mask.new_ones(())
 
-    @property
-    def student_loss(self) -> Tensor:
-        """The student's mean loss on each example's labels before the step, [B]; 0 without labels; detached."""
-        values = self._of(_given(self.around.student, "student_loss"), "ce", self._mask)
-        return values.sum(-1) / self._mask.sum(-1).clamp_min(1) if values.dim() == 2 else values
+    def full(self, value: float) -> Tensor:
+        """A constant, [T,B,L]."""
+        return torch.full(self.shape, value, dtype=torch.float32, device=self._mask.device)
 
-    @property
-    def pooled(self) -> Tensor:
-        """Mean of the student's last hidden states over an example's tokens, [B,H]; detached."""
-        return _given(self.around.pooled, "pooled")
+    def read(self, name: str) -> Tensor:
+        """A trait, [T,B,L], or a fact.
 
-    @property
-    def route(self) -> Tensor:
-        """Number of the teacher that the data names for each example, [B]; -1 in filler rows."""
-        return _given(self.around.routes, "route")
-
-    @property
-    def gram(self) -> Tensor:
-        """Inner products of the teachers' loss gradients with respect to the student's logits, [T,T] float64.
-
-        Of the whole optimizer step, all micro-batches and ranks together: the same for every micro-batch.
+        Raises:
+            UserError: there is none of this name, or the weighting does not declare that it reads it.
         """
-        return _given(self.around.gram, "gram")
+        self._note(name)
+        if name not in self._known:
+            if name in FACTS:
+                with torch.no_grad():
+                    self._known[name] = FACTS[name].function(self)
+            else:
+                self._known[name] = self.averaged(self.positions(name), self.where(name))
+        return self._known[name]
 
-    @property
-    @torch.no_grad()
-    def class_probabilities(self) -> Tensor:
-        """The teachers' probabilities of the classes, [T,B,C]; C = 0 for token tasks."""
-        if self._mask.dim() == 2:
-            return torch.zeros(self.num_teachers, len(self._mask), 0, device=self._mask.device)
-        every = torch.arange(len(self._mask), device=self._mask.device)
-        return torch.stack([torch.softmax(logits.rows(every), -1) for logits in self._logits])
+    def positions(self, name: str) -> Tensor:
+        """A trait wherever a weight is read, 0 elsewhere, [T,*targets.shape], for both values of `per`."""
+        self._note(name)
+        if name not in self._known_positions:
+            # An example without any label: every teacher is as wrong as a guess among V columns.
+            unknown = math.log(max(self.logits[0].num_columns, 1)) if name == "ce" else 0.0
+            self._known_positions[name] = self.filled(self.computed(name), self.where(name), unknown)
+        return self._known_positions[name]
 
-    def _where(self, name: str, cached: bool | None = None) -> Tensor:
-        """Where a trait is computed, shaped like the targets.
+    def _note(self, name: str) -> None:
+        if name not in TRAITS and name not in FACTS:
+            known = [*TRAITS, *FACTS]
+            raise UserError("there is no trait or fact of this name", where="@stage.weighting", found=name,
+                            allowed=sorted(known), todo=nearest(name, known))  # fmt: skip
+        if self._allowed is not None and name not in self._allowed:
+            raise undeclared(name, self._allowed, "@stage.weighting")
+        self.names.add(name)
 
-        Args: cached: nothing is known but at targets; by default, whether any teacher is cached: the others' traits are
-            then compared with those of a cache.
+    def where(self, name: str, cached: bool | None = None) -> Tensor:
+        """Where a trait is computed, [*targets.shape] bool.
+
+        Args:
+            cached: nothing is known but at targets. By default, whether any teacher is cached: the others' traits are
+                then compared with those of a cache.
         """
         if reads_labels(TRAITS[name]):
             return self._mask
         if self._mask.dim() == 1:
             return self.real
-        cached = any(isinstance(x, SparseLogits) for x in self._logits) if cached is None else cached
+        cached = any(isinstance(x, SparseLogits) for x in self.logits) if cached is None else cached
         if self.around.tokens is None or cached:
             return self._mask
         if self.per == "token":
-            return self._mask | self.around.tokens
-        return self._mask | (self.around.tokens & ~self._mask.any(-1, keepdim=True))
+            return self._mask | self.around.tokens  # [B,L]
+        return self._mask | (self.around.tokens & ~self._mask.any(-1, keepdim=True))  # [B,L]
 
-    def _computed(self, name: str) -> Tensor:
+    def computed(self, name: str) -> Tensor:
         """A trait of every teacher where it is computed, 0 elsewhere, [T,*targets.shape]."""
-        return torch.stack([self._of(logits, name, self._where(name)) for logits in self._logits])
+        return torch.stack([self.of(logits, name, self.where(name)) for logits in self.logits])
 
     @torch.no_grad()
-    def _of(self, logits: Logits, name: str, where: Tensor) -> Tensor:
-        """A trait of some logits at the positions `where`, 0 elsewhere, shaped like the targets."""
-        function = TRAITS[name]
-        index = where.reshape(-1).nonzero().squeeze(-1)
-        values = self._mask.new_zeros(self._mask.numel(), dtype=torch.float32)
-        labels = self._targets.reshape(-1)
+    def of(self, logits: Logits, name: str, where: Tensor) -> Tensor:
+        """A trait of some logits at the positions `where`, 0 elsewhere, [*targets.shape] float32."""
+        index = where.reshape(-1).nonzero().squeeze(-1)  # [n]
+        values = self._mask.new_zeros(self._mask.numel(), dtype=torch.float32)  # [B*L] or [B]
         if isinstance(logits, SparseLogits):
             values[index] = logits.trait(name, index).float()
             return values.reshape(self._mask.shape)
+        labels = self.around.batch.targets.reshape(-1)
+        # A tile of [tile,V] at a time: all positions of a vocabulary would be the largest tensor of the step.
         for piece in self._pieces.of(len(index), self.tile):
             tile = index[piece]
-            values[tile] = function(logits.rows(tile), labels[tile]).float()
+            values[tile] = TRAITS[name](logits.rows(tile), labels[tile]).float()
         return values.reshape(self._mask.shape)
 
-    def _filled(self, values: Tensor, known: Tensor, unknown: float = 0.0) -> Tensor:
-        """[T,*targets.shape] with the example's mean where a weight is read and nothing is known.
+    def filled(self, values: Tensor, known: Tensor, unknown: float = 0.0) -> Tensor:
+        """`values` [T,*targets.shape] with the example's mean where a weight is read and nothing is known.
 
-        Args: unknown: what stands where nothing is known in the whole example.
+        Args:
+            unknown: stands where nothing is known in the whole example.
         """
         if values.dim() == 2:
             return values.masked_fill(self.real & ~known, unknown)
         if self.around.tokens is None:
             return values
-        means = self._mean(values, known).masked_fill(~known.any(-1), unknown)
+        means = self._mean(values, known).masked_fill(~known.any(-1), unknown)  # [T,B]
         return torch.where(self.around.tokens & ~known, means[..., None], values)
 
-    def _averaged(self, values: Tensor, known: Tensor) -> Tensor:
-        """[T,B,L] of a filled trait: per example its mean over the targets, or over what is known without any."""
+    def averaged(self, values: Tensor, known: Tensor) -> Tensor:
+        """[T,B,L] of filled values: per example the mean over its targets, or over what is known without any."""
         if values.dim() == 2:
             return values[..., None]
         if self.per == "token":
@@ -338,10 +339,12 @@ class Traits:
         return (values * where).sum(-1) / where.sum(-1).clamp_min(1)
 
 
-Given = TypeVar("Given")
-
-
-def _given(value: Given | None, name: str) -> Given:
-    if value is None:
-        raise ValueError(f"'{name}' is not provided: a weighting names it in its attribute `reads`")
-    return value
+def undeclared(name: str, declared: Collection[str], where: str) -> UserError:
+    """The error for a weighting that reads a name outside its declaration."""
+    return UserError(
+        f"the weighting reads '{name}' and does not declare it",
+        where=where,
+        found=name,
+        allowed=sorted(declared) or "nothing",
+        todo=f"add it to the decorator: @mtkd.weighting(..., reads=('{name}', ...))",
+    )

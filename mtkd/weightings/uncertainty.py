@@ -12,7 +12,7 @@ from mtkd.weightings.traits import Traits
 _MODES = ("hard", "soft")
 
 
-@weighting("uncertainty")
+@weighting("uncertainty", reads=("student_uncertainty",))
 class Uncertainty(Weighting):
     """Teachers in order of size, chosen by the student's entropy H_S: uncertain -> small, certain -> large.
 
@@ -30,8 +30,6 @@ class Uncertainty(Weighting):
     Source: Li et al. 2021, Dynamic Knowledge Distillation for Pre-trained Language Models, arXiv 2109.11295, the part
     on dynamic teacher adoption.
     """
-
-    reads = frozenset({"student_uncertainty"})
 
     def __init__(self, facts: StageFacts, mode: str = "soft") -> None:
         super().__init__()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mtkd.weightings.base import Weighting
-from mtkd.weightings.spec import weighting
+from mtkd.weightings.spec import among, weighting
 from mtkd.weightings.traits import Traits
 
 
@@ -25,7 +25,7 @@ class _Softmax(Weighting):
         return torch.softmax(traits.read(self.trait) / self.tau, 0)
 
 
-@weighting("confidence")
+@weighting("confidence", reads=("confidence",))
 class Confidence(_Softmax):
     """``w = softmax_k(c_k / tau)`` with c_k the teacher's largest probability. `tau` in units of probability.
 
@@ -36,7 +36,7 @@ class Confidence(_Softmax):
     trait = "confidence"
 
 
-@weighting("margin")
+@weighting("margin", reads=("margin",))
 class Margin(_Softmax):
     """``w = softmax_k(m_k / tau)`` with m_k the difference of teacher k's two largest probabilities.
 
@@ -49,7 +49,7 @@ class Margin(_Softmax):
     trait = "margin"
 
 
-@weighting("entropy")
+@weighting("entropy", reads=among("entropy"))
 class Entropy(Weighting):
     """``w_k = (1 - H_k / sum_j H_j) / (T - 1)``: the surer a teacher, the more it counts; T = 1 gives 1.
 

@@ -39,7 +39,7 @@ def test_the_documented_example_keeps_the_laws() -> None:
     result = CliRunner().invoke(app, ["check", str(EXAMPLE)])
     assert result.exit_code == 0, result.output
     (line,) = result.output.splitlines()
-    assert line.startswith("weighting 'softmax_ce': keeps the weighting laws (values, one teacher, order, ")
+    assert line.startswith("weighting 'softmax_ce': keeps the weighting laws (reads, values, one teacher, ")
     code = [x for x in EXAMPLE.read_text().split('"""\n', 1)[1].splitlines() if x.strip()]
     assert len(code) <= 20, "the example is meant to be short"
 

@@ -25,7 +25,7 @@ from mtkd.objective.tiles import tiled
 from mtkd.pool.cache import CacheContent
 from mtkd.pool.cache.codec import FLOOR, SampledCodec
 from mtkd.pool.cache.records import _sampled
-from mtkd.weightings.traits import TRAITS, Traits
+from mtkd.weightings.traits import TRAITS, Around, Traits
 
 POSITIONS, COLUMNS, KEPT = 7, 30, 5
 
@@ -334,7 +334,8 @@ def test_traits_of_a_cached_teacher() -> None:
     teacher = cached(sparse(logits))
     teacher.traits["ce"] = torch.arange(POSITIONS).float()
     targets = torch.arange(POSITIONS)[None]
-    traits = Traits([teacher, DenseLogits(logits)], targets, torch.ones(1, POSITIONS, dtype=torch.bool), "token", 3)
+    batch = Batch(torch.arange(1), targets, torch.ones(1, POSITIONS, dtype=torch.bool), targets)
+    traits = Traits([teacher, DenseLogits(logits)], Around(batch), "token", 3)
     for name in ("confidence", "margin"):
         ours, live = traits.read(name)
         torch.testing.assert_close(ours, live)

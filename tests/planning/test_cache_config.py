@@ -12,17 +12,14 @@ import pytest
 from cache_runs import EXACT
 from transformers import BertConfig
 
-from mtkd.config import CacheConfig, Named
+from mtkd.config import CacheConfig
 from mtkd.config.read import load_config
 from mtkd.errors import UserError
 from mtkd.models.info import CLASSIFIER, model_info
 from mtkd.planning.cachefolder import CacheFacts
-from mtkd.planning.caches import bytes_per_token, content_of, read_traits
+from mtkd.planning.caches import bytes_per_token, content_of
 from mtkd.planning.plan import plan
 from mtkd.pool.cache import CacheContent
-from mtkd.weightings.base import StageFacts
-from mtkd.weightings.make import make_weighting
-from mtkd.weightings.spec import WEIGHTINGS
 
 
 def message(folder: Path, *overrides: str, cache: dict[str, Any] | None = None, **student: Any) -> str:
@@ -129,20 +126,6 @@ def test_inner_products_of_gradients_need_more_than_draws(weighting: str, tmp_pa
     found = message(tmp_path, cache=draws, weighting=weighting, method={"name": "kd", "options": {"temperature": 1.0}})
     assert "targets: sampled" in found
     assert "targets: top (stages.cache)" in found
-
-
-# What the classes' docstrings say that each reads of the teachers' predictions.
-READS = {
-    "uniform": set(), "drop": set(), "route": set(), "ae_kd": set(), "mgda": set(), "ca_mkd": {"ce"}, "mt_bert": {"ce"},
-    "entropy": {"entropy"}, "confidence": {"confidence"}, "margin": {"margin"}, "learned": {"ce"}, "rl_kd": {"ce"},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", sorted(READS))
-def test_what_weightings_read(name: str) -> None:
-    assert name in WEIGHTINGS
-    weighting = make_weighting(Named(name=name), StageFacts.stand_in(("a", "b")), "weighting")
-    assert read_traits(weighting, 2, "example") == READS[name]
 
 
 def test_masked_tokens_cannot_be_cached(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from mtkd.config.read import load_config
 from mtkd.data.batch import position_counts
 from mtkd.errors import UserError
 from mtkd.weightings import Traits, Weighting
-from mtkd.weightings.faults import FAULTS, check_faults, try_weighting
+from mtkd.weightings.faults import FAULTS, check_faults
 from mtkd.weightings.spec import WEIGHTINGS, WeightingSpec
+from mtkd.weightings.trial import try_weighting
 
 ROWS = (Match(loss="kl"),)
 
@@ -55,6 +56,12 @@ class TwoClasses(Weighting):
         return traits.full(1.0)
 
 
+def tried(weighting: Weighting, *, per: str, token_level: bool, negative: bool = False) -> None:
+    """Refused by its weights on made-up teachers, as the plan does it."""
+    trial = try_weighting(weighting, 2, per=per, token_level=token_level)
+    check_faults(trial.faults, "mine", "here", negative=negative)
+
+
 BAD = [(Minus, "negative weights"), (Nothing, "the weight 0"), (Undefined, "not numbers")]
 
 
@@ -63,18 +70,16 @@ BAD = [(Minus, "negative weights"), (Nothing, "the weight 0"), (Undefined, "not 
 def test_impossible_weights_are_seen_before_there_is_a_teacher(cls: type[Weighting], message: str, per: str) -> None:
     for token_level in (True, False):
         with pytest.raises(UserError, match=f"'mine' gives .*{message}"):
-            try_weighting(cls(), "mine", 2, per=per, token_level=token_level, where="here")
+            tried(cls(), per=per, token_level=token_level)
 
 
 @pytest.mark.parametrize("cls", [Thresholded, TwoClasses])
 def test_what_may_be_right_elsewhere_is_left_to_the_stage(cls: type[Weighting]) -> None:
-    try_weighting(cls(), "mine", 2, per="example", token_level=False, where="here")
+    tried(cls(), per="example", token_level=False)
 
 
 def test_negative_weights_may_be_declared() -> None:
-    weighting = Minus()
-    weighting.negative = True
-    try_weighting(weighting, "mine", 2, per="token", token_level=True, where="here")
+    tried(Minus(), per="token", token_level=True, negative=True)
 
 
 @pytest.mark.parametrize(("cls", "message"), BAD)

@@ -136,7 +136,7 @@ def test_nothing_is_computed_where_no_weight_is_read(monkeypatch: pytest.MonkeyP
 
     class Counting(Weighting):
         def forward(self, traits: Traits) -> Tensor:
-            known = traits._where("entropy")
+            known = traits.where("entropy")
             asked.append(int(known.sum()))
             return traits.full(0.5)
 

@@ -9,10 +9,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_weightings import LOGITS, TARGETS, by_hand
+from test_weightings import LOGITS, TARGETS, batch_of, by_hand
 from torch import Tensor
 
-from mtkd.data.batch import NO_LABEL, Batch
+from mtkd.data.batch import NO_LABEL
 from mtkd.models.features import DenseLogits
 from mtkd.weightings import Around, StageFacts, Traits
 from mtkd.weightings.draws import uniform, uniform_of
@@ -28,7 +28,7 @@ CLASS_LOGITS, CLASS_TARGETS = LOGITS[:, :, :, :3].reshape(3, 8, 3), torch.tensor
 
 
 def traits(logits: Tensor, targets: Tensor, per: str = "example", around: Around | None = None) -> Traits:
-    return Traits([DenseLogits(x) for x in logits], targets, targets != NO_LABEL, per, 3, around)
+    return Traits([DenseLogits(x) for x in logits], around or Around(batch_of(targets)), per, 3)
 
 
 def test_margin_against_its_formula() -> None:
@@ -41,8 +41,8 @@ def test_margin_against_its_formula() -> None:
 # uncertainty
 
 
-def with_student(student: Tensor) -> Around:
-    return Around(torch.arange(len(student)), student=DenseLogits(student))
+def with_student(student: Tensor, targets: Tensor) -> Around:
+    return Around(batch_of(targets), student={"logits": DenseLogits(student)})
 
 
 @pytest.mark.parametrize("per", ["example", "token"])
@@ -50,7 +50,7 @@ def test_two_teachers_share_by_the_students_uncertainty(per: str) -> None:
     """Li et al. 2021: the small teacher has u = H / log V, the large one 1 - u."""
     student = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(3))
     facts = replace(FACTS, teachers=NAMES[:2], sizes=(30, 10))
-    found = Uncertainty(facts)(traits(LOGITS[:2], TARGETS, per, with_student(student)))
+    found = Uncertainty(facts)(traits(LOGITS[:2], TARGETS, per, with_student(student, TARGETS)))
     for b in range(2):
         at = [i for i in range(4) if TARGETS[b, i] != NO_LABEL]
         shares = {i: by_hand(student[b, i].tolist(), 0)["entropy"] / math.log(5) for i in at}
@@ -62,7 +62,8 @@ def test_two_teachers_share_by_the_students_uncertainty(per: str) -> None:
 def test_the_more_uncertain_the_student_the_smaller_the_teacher() -> None:
     sharp = torch.tensor([100.0, 3.2, 1.6, 0.8, 0.0])
     student = torch.nn.functional.one_hot(torch.zeros(5, dtype=torch.int64), 3) * sharp[:, None]
-    around, targets = with_student(student), torch.zeros(5, dtype=torch.int64)
+    targets = torch.zeros(5, dtype=torch.int64)
+    around = with_student(student, targets)
     soft = Uncertainty(FACTS)(traits(LOGITS[:, 0, :1, :3].expand(3, 5, 3), targets, around=around))[..., 0]
     assert soft[:, 0].tolist() == pytest.approx([1, 0, 0])  # certain: the largest
     assert soft[:, -1].tolist() == pytest.approx([0, 1, 0], abs=1e-5)  # knows nothing: the smallest
@@ -76,7 +77,7 @@ def test_the_more_uncertain_the_student_the_smaller_the_teacher() -> None:
 
 
 def test_teachers_of_equal_size_share() -> None:
-    around = with_student(torch.zeros(1, 3))
+    around = with_student(torch.zeros(1, 3), torch.tensor([0]))
     facts = replace(FACTS, sizes=(7, 7, 9))
     found = Uncertainty(facts)(traits(LOGITS[:, 0, :1, :3], torch.tensor([0]), around=around))
     assert found[:, 0, 0].tolist() == pytest.approx([0.5, 0.5, 0.0], abs=1e-5)
@@ -129,7 +130,7 @@ def test_a_bound_of_a_share_is_uniform() -> None:
 
 
 def weights_of_step(name: str, step: int, facts: StageFacts, **options: object) -> list[float]:
-    around = Around(torch.arange(8), step=step)
+    around = Around(batch_of(CLASS_TARGETS), step=step)
     found = WEIGHTINGS[name].cls(facts, **options)(
         traits(CLASS_LOGITS[: len(facts.teachers)], CLASS_TARGETS, around=around)
     )
@@ -165,7 +166,7 @@ def test_draws_look_uniform_and_independent() -> None:
 
 
 def test_a_route_is_the_named_teacher() -> None:
-    around = Around(torch.tensor([0, 1, -1]), routes=torch.tensor([2, 0, -1]))
+    around = Around(batch_of(CLASS_TARGETS[:3], torch.tensor([0, 1, -1]), torch.tensor([2, 0, -1])))
     found = WEIGHTINGS["route"].cls()(traits(CLASS_LOGITS[:, :3], CLASS_TARGETS[:3], around=around))
     assert found[..., 0].t().tolist()[:2] == [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
 
@@ -175,10 +176,11 @@ def test_a_route_is_the_named_teacher() -> None:
 
 def learned_traits(module: Learned, logits: Tensor, targets: Tensor, per: str = "example") -> Traits:
     ids = torch.arange(len(targets)) + 5
-    batch = Batch(ids, targets if targets.dim() == 2 else targets[:, None], torch.ones(len(ids), 1).bool(), targets)
+    batch = batch_of(targets, ids)
     counts = {"sequences": len(ids), "targets": int((targets != NO_LABEL).sum()), **module.counts(batch)}
     pooled = torch.randn(len(ids), FACTS.width, generator=torch.Generator().manual_seed(9))
-    return traits(logits, targets, per, Around(ids, counts, pooled=pooled))
+    hidden = pooled[:, None].expand(-1, batch.input_ids.shape[1], -1)
+    return traits(logits, targets, per, Around(batch, counts, student={"hidden": hidden}))
 
 
 @pytest.mark.parametrize(("logits", "targets"), [(LOGITS, TARGETS), (CLASS_LOGITS, CLASS_TARGETS)])
@@ -280,8 +282,8 @@ def reinforced(policy: Tensor, ids: Tensor, step: int, count: int = 2, **options
     logits = CLASS_LOGITS[:count, :1].expand(-1, len(ids), -1)
     targets = CLASS_TARGETS[:1].expand(len(ids))
     pooled = torch.randn(4, generator=torch.Generator().manual_seed(2)).expand(len(ids), -1)
-    student = DenseLogits(torch.zeros(len(ids), 3))
-    around = Around(ids, {"sequences": len(ids)}, step, student=student, pooled=pooled)
+    student = {"logits": DenseLogits(torch.zeros(len(ids), 3)), "hidden": pooled[:, None]}
+    around = Around(batch_of(targets, ids), {"sequences": len(ids)}, step, student)
     return module, traits(logits, targets, around=around)
 
 

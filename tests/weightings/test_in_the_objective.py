@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_weighting_engines import LENGTHS, Stage
@@ -61,7 +63,7 @@ def test_the_order_of_teachers_changes_nothing(name: str) -> None:
 
 
 def test_a_weighting_that_reads_what_nothing_provides_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(WEIGHTINGS["route"].cls, "reads", frozenset({"rout"}))
+    monkeypatch.setitem(WEIGHTINGS._values, "route", replace(WEIGHTINGS["route"], asks=("rout",)))
     with pytest.raises(UserError, match="reads what nothing provides"):
         make_weighting(Named(name="route"), StageFacts.stand_in(("a",)), "here")
 

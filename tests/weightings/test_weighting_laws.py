@@ -82,7 +82,7 @@ class FirstIsBest(Weighting):
 
 class Attached(Weighting):
     def forward(self, traits: Traits) -> Tensor:
-        return traits.full(1 / traits.num_teachers) + 0 * sum(x.values.sum() for x in traits._logits)
+        return traits.full(1 / traits.num_teachers) + 0 * sum(x.values.sum() for x in traits.logits)
 
 
 class Gated(Weighting):
@@ -93,7 +93,7 @@ class Gated(Weighting):
         self.gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, traits: Traits) -> Tensor:
-        logits = torch.stack([x.values.flatten(1).sum(1).reshape(-1)[0] for x in traits._logits])
+        logits = torch.stack([x.values.flatten(1).sum(1).reshape(-1)[0] for x in traits.logits])
         return torch.softmax(self.gate * logits.clamp(-1, 1), 0)[:, None, None].expand(traits.shape)
 
 
@@ -178,7 +178,7 @@ class InfinitePenalty(Learned):
 
 class AttachedPenalty(Learned):
     def penalty(self, traits: Traits) -> Tensor:
-        return self.sharpness.sum() * traits.share + 0 * sum(x.values.sum() for x in traits._logits)
+        return self.sharpness.sum() * traits.share + 0 * sum(x.values.sum() for x in traits.logits)
 
 
 def test_a_penalty_may_be_a_share_of_the_steps() -> None:

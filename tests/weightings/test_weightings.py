@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtkd.data.batch import NO_LABEL
+from mtkd.data.batch import NO_LABEL, Batch
 from mtkd.errors import UserError
 from mtkd.models.features import DenseLogits
-from mtkd.weightings import TRAITS, Traits, trait
+from mtkd.weightings import TRAITS, Around, Traits, trait
 from mtkd.weightings.simple import Fixed
 from mtkd.weightings.spec import WEIGHTINGS
 
@@ -37,8 +37,14 @@ class Counted:
 
 
 def traits_of(logits: Tensor, targets: Tensor, per: str = "example", tile: int = 2) -> Traits:
-    mask = ~targets.isnan() if targets.is_floating_point() else targets != NO_LABEL
-    return Traits([DenseLogits(x) for x in logits], targets, mask, per, tile)
+    return Traits([DenseLogits(x) for x in logits], Around(batch_of(targets)), per, tile)
+
+
+def batch_of(targets: Tensor, ids: Tensor | None = None, routes: Tensor | None = None) -> Batch:
+    """Examples with these targets; the tokens mean nothing."""
+    tokens = torch.zeros((*targets.shape, 1)[:2], dtype=torch.int64)
+    ids = torch.arange(len(targets)) if ids is None else ids
+    return Batch(ids, tokens, torch.ones_like(tokens).bool(), targets, routes=routes)
 
 
 def by_hand(row: list[float], label: int) -> dict[str, float]:
@@ -118,7 +124,7 @@ def test_nothing_is_computed_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) 
             TRAITS, name, lambda x, y, name=name, function=function: calls.append(name) or function(x, y)
         )
     logits = [Counted(x) for x in LOGITS]
-    traits = Traits(logits, TARGETS, TARGETS != NO_LABEL, "example", 100)
+    traits = Traits(logits, Around(batch_of(TARGETS)), "example", 100)
     WEIGHTINGS["uniform"].cls()(traits)
     assert calls == []
     assert [x.positions for x in logits] == [0, 0, 0]
@@ -137,7 +143,7 @@ def test_no_more_than_a_tile_of_logits_exists_at_one_time() -> None:
             sizes.append(len(index))
             return super().rows(index)
 
-    assert Traits([Watched(LOGITS[0])], TARGETS, TARGETS != NO_LABEL, "token", 3).ce.shape == (1, 2, 4)
+    assert Traits([Watched(LOGITS[0])], Around(batch_of(TARGETS)), "token", 3).ce.shape == (1, 2, 4)
     assert sizes == [3, 1]
 
 
@@ -248,6 +254,6 @@ def test_ca_mkd_of_two_teachers_is_the_softmax_of_minus_ce() -> None:
 
     torch.manual_seed(0)
     logits, labels = torch.randn(2, 5, 4), torch.randint(0, 4, (5,))
-    traits = Traits([DenseLogits(x) for x in logits], labels, torch.ones(5, dtype=torch.bool), "example", 3)
+    traits = Traits([DenseLogits(x) for x in logits], Around(batch_of(labels)), "example", 3)
     ce = torch.stack([-torch.log_softmax(x, -1)[torch.arange(5), labels] for x in logits])
     torch.testing.assert_close(CAMKD()(traits)[..., 0], torch.softmax(-ce, 0))

@@ -1,0 +1,170 @@
+"""What a weighting reads is known before it is constructed, and is all that it can read."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import cache_runs
+import pytest
+import tiny_run
+import yaml
+from cache_runs import EXACT
+from test_weightings import LOGITS, TARGETS, batch_of
+from tiny import causal_batch, causal_model, make_objective
+from torch import Tensor
+
+import mtkd
+from mtkd.config import Named
+from mtkd.config.match import Match
+from mtkd.config.read import load_config
+from mtkd.data.batch import position_counts
+from mtkd.errors import LawBroken, UserError
+from mtkd.models.features import DenseLogits
+from mtkd.weightings import FACTS, Around, StageFacts, Traits, Weighting
+from mtkd.weightings.laws import check_weighting
+from mtkd.weightings.make import make_weighting
+from mtkd.weightings.spec import WEIGHTINGS, WeightingSpec
+from mtkd.weightings.trial import try_weighting
+
+# What the classes' docstrings say that each reads of two teachers.
+READS: dict[str, set[str]] = {
+    "uniform": set(), "fixed": set(), "drop": set(), "route": {"route"}, "ae_kd": {"gram"}, "mgda": {"gram"},
+    "ca_mkd": {"ce"}, "mt_bert": {"ce"}, "entropy": {"entropy"}, "confidence": {"confidence"}, "margin": {"margin"},
+    "learned": {"ce"}, "rl_kd": {"ce", "class_probabilities", "pooled", "student_loss"},
+    "uncertainty": {"student_uncertainty"},
+}  # fmt: skip
+ALONE = {"ca_mkd": set[str](), "entropy": set[str](), "learned": set[str]()}
+"""Those that read less of a single teacher: its weight is 1."""
+OPTIONS: dict[str, dict[str, Any]] = {"fixed": {"weights": {"a": 1.0, "b": 2.0}}}
+
+
+@pytest.mark.parametrize("name", sorted(READS))
+def test_a_declaration_is_what_a_trial_finds(name: str) -> None:
+    """For two teachers and for one: the names that the spec declares, the docstring's, and those that are read."""
+    spec, options = WEIGHTINGS[name], OPTIONS.get(name, {})
+    for teachers, wanted in (("a", "b"), READS[name]), (("a",), ALONE.get(name, READS[name])):
+        declared = spec.reads(options, len(teachers))
+        assert declared is not None
+        assert declared.names == wanted
+        if name == "fixed" and len(teachers) == 1:
+            continue
+        weighting = make_weighting(Named(name=name, options=options), StageFacts.stand_in(teachers), "weighting")
+        for per, token_level in ("example", True), ("example", False), ("token", True):
+            if (per == "token" and not declared.per_token) or (name == "rl_kd" and not token_level):
+                continue  # rl_kd's policy is as wide as the stage has classes, which a stand-in does not know
+            trial = try_weighting(weighting, len(teachers), per=per, token_level=token_level)
+            # ae_kd and mgda name the Gram matrix for one teacher too: the stage then still needs a row on logits
+            assert trial.names == wanted - ({"gram"} if len(teachers) == 1 else set())
+
+
+def test_every_built_in_weighting_declares_what_it_reads() -> None:
+    assert READS.keys() == {name for name in WEIGHTINGS if WEIGHTINGS.origin(name) == "mtkd"}
+
+
+def test_a_gate_reads_the_student_and_has_no_weight_per_token() -> None:
+    gated = WEIGHTINGS["learned"].reads({"gate": "pooled"}, 2)
+    plain = WEIGHTINGS["learned"].reads({}, 2)
+    assert gated is not None
+    assert plain is not None
+    assert (gated.names, gated.per_token) == ({"ce", "pooled"}, False)
+    assert plain.per_token
+
+
+@pytest.mark.parametrize(("name", "looks"), [("uniform", False), ("uncertainty", False), ("mgda", True), ("ce", True)])
+def test_who_reads_predictions(name: str, looks: bool) -> None:
+    """Only what is made of the teachers' predictions needs their heads; an undeclared weighting is taken to."""
+    spec = WEIGHTINGS["mt_bert" if name == "ce" else name]
+    reads = spec.reads({}, 2)
+    assert reads is not None
+    assert reads.predictions == looks
+
+
+class Undeclared(Weighting):
+    """Declares the entropy, and reads the margin too."""
+
+    def forward(self, traits: Traits) -> Tensor:
+        values = traits.entropy + traits.margin
+        return values / values.sum(0)
+
+
+def test_an_undeclared_trait_breaks_a_law_and_stops_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = WeightingSpec("mine", Undeclared, asks=("entropy",))
+    with pytest.raises(LawBroken, match="it reads margin") as caught:
+        check_weighting(spec)
+    assert caught.value.law == "reads"
+    monkeypatch.setitem(WEIGHTINGS._values, "mine", spec)
+    objective, pool = make_objective(causal_model(16, 1, 0), [causal_model(16, 1, 1)] * 2, (Match(loss="kl"),), "mine")
+    batch = causal_batch((7, 4))
+    with pytest.raises(UserError, match="reads 'margin' and does not declare it"):
+        objective(batch, pool.forward(batch), position_counts([batch]))
+
+
+@pytest.mark.parametrize("name", sorted(FACTS))
+def test_a_fact_that_a_stage_prepares_is_refused_unless_it_is_named(name: str) -> None:
+    """A weighting without a declaration reads every trait, and the facts that cost nothing before the step."""
+
+    class Reader(Weighting):
+        def forward(self, traits: Traits) -> Tensor:
+            return traits.read(name)
+
+    allowed = WeightingSpec("mine", Reader)().reads
+    assert (name in allowed) == (not FACTS[name].asked)
+    traits = Traits([DenseLogits(x) for x in LOGITS], Around(batch_of(TARGETS)), "example", 3, reads=allowed)
+    if FACTS[name].asked:
+        with pytest.raises(UserError, match=f"reads '{name}' and does not declare it"):
+            Reader()(traits)
+    else:
+        Reader()(traits)
+
+
+def test_an_unknown_name_lists_the_nearest() -> None:
+    traits = Traits([DenseLogits(x) for x in LOGITS], Around(batch_of(TARGETS)), "example", 3)
+    with pytest.raises(UserError, match="no trait or fact") as caught:
+        traits.read("entropie")
+    assert "entropy" in caught.value.todo
+
+
+PLUGIN = """
+import mtkd
+made = []
+@mtkd.weighting("counting"{declared})
+class Counting(mtkd.Weighting):
+    def __init__(self, facts):
+        super().__init__()
+        made.append(facts.width)
+    def forward(self, traits):
+        return traits.full(1 / traits.num_teachers) + 0 * traits.confidence
+"""
+
+
+@pytest.mark.parametrize("declared", ["", ", reads=('confidence',)"])
+def test_a_plan_constructs_a_weighting_once_and_a_run_once_more(tmp_path: Path, declared: str) -> None:
+    """Whether it declares what it reads or not: checks, routes, heads and caches ask the spec."""
+    tiny_run.write_data(tmp_path / "data")
+    (tmp_path / "counting.py").write_text(PLUGIN.format(declared=declared).replace("counting", f"c{len(declared)}"))
+    values = tiny_run.tiny_values(tmp_path)
+    values["plugins"] = ["counting.py"]
+    values["stages"]["student"] |= {"weighting": f"c{len(declared)}"}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(values, sort_keys=False))
+    config = load_config(file)
+    mtkd.plan(config)
+    loaded = [m for name, m in sys.modules.items() if name.startswith("mtkd_plugin_counting")]
+    (module,) = (m for m in loaded if m.__file__ == str((tmp_path / "counting.py").resolve()))
+    assert len(module.made) == 1  # a stand-in
+    mtkd.run(config)
+    assert len(module.made) == 2
+    assert module.made[1] > module.made[0]  # the student's own width
+
+
+def test_a_declaration_is_what_a_cache_must_know(tmp_path: Path) -> None:
+    """The plan of a cached teacher asks the spec: a declared trait that the cache lacks is refused."""
+    (tmp_path / "mine.py").write_text(
+        "import mtkd\n@mtkd.weighting('declares', reads=('entropy',))\nclass Mine(mtkd.Weighting):\n"
+        "    def forward(self, traits):\n        return traits.full(1 / traits.num_teachers)\n"
+    )
+    values = {**cache_runs.values(tmp_path, cache=EXACT, student={"weighting": "declares"}), "plugins": ["mine.py"]}
+    with pytest.raises(UserError, match="reads the trait 'entropy'"):
+        mtkd.plan(cache_runs.config(tmp_path, values))
