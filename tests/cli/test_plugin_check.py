@@ -136,7 +136,7 @@ def wrong():
         (CONSTANT_PENALTY, "weighting 'regularised'", ("breaks the law 'penalty'", "do not add up to")),
         (SUMMED, "loss 'summed'", ("breaks the law 'shape'", "one value per position")),
         (SIGNED, "loss 'signed'", ("breaks the law 'non-negative'", "-")),
-        (UNREAD, "weighting 'unread'", ("'pooled' is not provided", "`reads`")),
+        (UNREAD, "weighting 'unread'", ("breaks the law 'reads'", "`reads`")),
         (NO_DEFAULT, "weighting 'needs_tau'", ("an option has no default", "tau")),
         (WRONG_ROW, "method 'wrong'", ("cannot read feature 'hidden'",)),
         ("x = 1", "", ("registers nothing",)),
