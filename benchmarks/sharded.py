@@ -83,10 +83,10 @@ def sharded_teacher(folder: Path, dist):
     """As the backend loads it."""
     import torch
 
-    from mtkd.config import TeacherConfig
+    from mtkd.config import teacher_config
     from mtkd.pool import shard
 
-    config = TeacherConfig.model_validate({"name": folder.name, "model": str(folder), "backend": "sharded"})
+    config = teacher_config({"name": folder.name, "model": str(folder), "backend": "sharded"})
     return shard(empty_teacher(folder), folder, config, torch.device("cpu"), torch.float32, dist, "benchmark")
 
 

@@ -29,7 +29,10 @@ ENTRY_POINT_GROUP = "mtkd.plugins"
 _origin = BUILT_IN
 
 _ALL: list[Registry[Any]] = []
-_BUILT_IN_MODULES = ("mtkd.losses", "mtkd.weightings", "mtkd.methods.papers", "mtkd.data.sources", "mtkd.data.tasks")
+_BUILT_IN_MODULES = (
+    *("mtkd.losses", "mtkd.weightings", "mtkd.methods.papers", "mtkd.data.sources", "mtkd.data.tasks"),
+    "mtkd.pool.backends",
+)
 
 
 class Registry(Mapping[str, Value], Generic[Value]):

@@ -11,7 +11,7 @@ from tiny import CPU, NUM_IDS, causal_batch, causal_model, class_batch, classifi
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
-from mtkd.config import ModelConfig, ShardedConfig, TeacherConfig
+from mtkd.config import ModelConfig, ShardedConfig, teacher_config
 from mtkd.data.batch import Batch
 from mtkd.engine.dist import Dist
 from mtkd.models.create import seeded
@@ -71,7 +71,9 @@ def sharded(folder: Path, name: str, dist: Dist, half: bool = False, **config: A
     """The same teacher with a part on every rank."""
     path = str(folder / name)
     empty = build_model(ModelConfig(path=path), _request(name), empty=True)
-    teacher = TeacherConfig(name=name, model=ModelConfig(path=path), backend="sharded", sharded=ShardedConfig(**config))
+    teacher = teacher_config(
+        {"name": name, "model": ModelConfig(path=path), "backend": "sharded", "sharded": ShardedConfig(**config)}
+    )
     dtype = torch.bfloat16 if half else torch.float32
     return shard(TappedModel(empty, HEADS[name], NUM_IDS), folder / name, teacher, CPU, dtype, dist, "teachers[0]")
 

@@ -17,10 +17,11 @@ from mtkd.config.data import (
 )
 from mtkd.config.engine import EngineConfig
 from mtkd.config.evaluate import Comparison, EvaluateConfig
-from mtkd.config.model import ModelConfig, ShardedConfig, SliceConfig, TeacherConfig, VocabularyConfig
+from mtkd.config.model import ModelConfig, SliceConfig, VocabularyConfig
 from mtkd.config.refs import ENSEMBLE_PREFIX, StageRef, ensemble_of
 from mtkd.config.run import RunConfig
 from mtkd.config.stage import BatchConfig, EarlyStop, EqualTime, OptimizerConfig, ScoringBatchConfig, StageConfig
+from mtkd.config.teacher import OwnTeacher, ShardedConfig, TeacherConfig, teacher_config
 
 __all__ = [
     "BLANK",
@@ -41,6 +42,7 @@ __all__ = [
     "Name",
     "Named",
     "OptimizerConfig",
+    "OwnTeacher",
     "Positive",
     "RunConfig",
     "Rung",
@@ -58,4 +60,5 @@ __all__ = [
     "check_name",
     "ensemble_of",
     "prompt_parts",
+    "teacher_config",
 ]

@@ -26,9 +26,10 @@ from mtkd.config.base import (
     Width,
 )
 from mtkd.config.match import Match
-from mtkd.config.model import ModelConfig, TeacherConfig
+from mtkd.config.model import ModelConfig
 from mtkd.config.refs import StageRef
 from mtkd.config.stage import BatchConfig, EarlyStop, OptimizerConfig, StageConfig
+from mtkd.config.teacher import TeacherConfig, teacher_config
 
 Initial = Literal["fresh", "teacher", "slice"]
 
@@ -284,7 +285,7 @@ def _teachers(chain: ChainConfig, name: str) -> tuple[TeacherConfig, ...]:
         above = chain.assistants[: chain.assistants.index(name)]
     # said only where it is not the default: a stage is identified by what was given
     more = {} if chain.backend == "resident" else {"backend": chain.backend}
-    assistants = tuple(TeacherConfig.model_validate({"model": str(StageRef(other)), **more}) for other in above)
+    assistants = tuple(teacher_config({"model": str(StageRef(other)), **more}) for other in above)
     if chain.mode == "dgkd":
         return (*chain.teachers, *assistants)
     return assistants[-1:] or chain.teachers

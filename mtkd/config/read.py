@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from mtkd.config import RunConfig
-from mtkd.config.written import SHORT_FORMS, as_meant, is_block, keys_of, model_of, step_into
+from mtkd.config.written import SHORT_FORMS, as_meant, is_block, keys_of, model_of, step_into, tagged
 from mtkd.config.yamlfile import Value, Written, parse, read_text
 from mtkd.errors import UserError, nearest
 
@@ -170,9 +170,9 @@ def _explain(error: ValidationError, root: Value) -> str:
     problems: dict[tuple[str, str], list[_Problem]] = {}
     for detail in error.errors(include_url=False):
         location = tuple(part for part in detail["loc"] if part != "[key]")
-        known, annotation = _known_part(location)
+        known, unknown, annotation = _known_part(location)
         if detail["type"] == "extra_forbidden":
-            known = location
+            known = (*known, *unknown)
         problem = _problem(detail, known, annotation)
         place, path = written_at(root, known), dotted(known)
         if not known and (named := re.match(r"([\w.+\[\]-]+): ", problem.text)):
@@ -193,15 +193,19 @@ def _either(texts: list[str]) -> str:
     return " or ".join(dict.fromkeys(filter(None, texts)))
 
 
-def _known_part(location: Location) -> tuple[Location, Any]:
-    """The part of pydantic's location that is a path (it adds union members to it), and the annotation there."""
+def _known_part(location: Location) -> tuple[Location, Location, Any]:
+    """The part of pydantic's location that is a path, the rest (it adds union members), and the annotation there."""
     annotation: Any = RunConfig
+    known: Location = ()
     for depth, part in enumerate(location):
+        if part in (blocks := tagged(annotation)):  # of a teacher: its backend's block, whose keys follow
+            annotation = blocks[str(part)]
+            continue
         below = step_into(annotation, part)
         if below is None:
-            return location[:depth], annotation
-        annotation = below
-    return location, annotation
+            return known, location[depth:], annotation
+        known, annotation = (*known, part), below
+    return known, (), annotation
 
 
 def _problem(detail: Any, known: Location, annotation: Any) -> _Problem:

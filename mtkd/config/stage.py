@@ -22,7 +22,8 @@ from mtkd.config.base import (
 )
 from mtkd.config.cache import CacheConfig
 from mtkd.config.match import Match
-from mtkd.config.model import ModelConfig, TeacherConfig
+from mtkd.config.model import ModelConfig
+from mtkd.config.teacher import TeacherConfig
 
 # Fields that a cache stage reads.
 _OF_CACHES = {"kind", "data", "teachers", "batch", "cache"}
@@ -201,18 +202,8 @@ class StageConfig(Config):
         if more := sorted(self.batch.model_fields_set - {"sequences", "tokens"}):
             raise ValueError(f"batch.{more[0]}: a cache stage has no optimizer steps; its batch is sequences or tokens")
         for teacher in self.teachers:
-            if teacher.backend == "cached":
-                raise ValueError(f"teacher {teacher.name!r} is a cache already; name it in the stage that reads it")
-            if teacher.backend == "offload":
-                raise ValueError(
-                    f"teacher {teacher.name!r}: a cache stage has one teacher in memory at a time; drop backend, or "
-                    "set it to streamed"
-                )
-            if teacher.backend == "sharded":
-                raise ValueError(
-                    f"teacher {teacher.name!r}: the processes of a cache stage take unequal numbers of batches, and a "
-                    "sharded teacher needs all of them for each; drop backend, or set it to streamed"
-                )
+            if teacher.no_cache:
+                raise ValueError(f"teacher {teacher.name!r}{teacher.no_cache}")
 
     @property
     def parts(self) -> tuple[str, ...]:

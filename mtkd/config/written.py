@@ -11,15 +11,16 @@ import re
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Discriminator, Tag
 
 from mtkd.config.base import Named
-from mtkd.config.model import ModelConfig, TeacherConfig
+from mtkd.config.model import ModelConfig
+from mtkd.config.teacher import TeacherConfig
 from mtkd.config.yamlfile import Value
 from mtkd.errors import UserError
 
 # The key that a plain string stands for in a block that may be written as one.
-SHORT_FORMS: dict[type[BaseModel], str] = {Named: "name", ModelConfig: "path", TeacherConfig: "model"}
+SHORT_FORMS: dict[type[BaseModel], str] = {Named: "name", ModelConfig: "path"}
 
 # 010 is 8 in YAML 1.1 and 10 in YAML 1.2; 1:30 is 90 in the first and text in the second.
 _AMBIGUOUS = re.compile(r"[-+]?0[0-9_]+|[-+]?[0-9][0-9_]*(:[0-9.]+)+")
@@ -81,18 +82,27 @@ def alternatives(annotation: Any) -> list[Any]:
     return [annotation]
 
 
+def blocks_of(annotation: Any) -> list[type[BaseModel]]:
+    """The blocks among the alternatives: several where a key tells them apart (`backend` of a teacher)."""
+    return [one for one in alternatives(annotation) if isinstance(one, type) and issubclass(one, BaseModel)]
+
+
 def model_of(annotation: Any) -> type[BaseModel] | None:
-    """The block among the alternatives; None for none."""
-    for one in alternatives(annotation):
-        if isinstance(one, type) and issubclass(one, BaseModel):
-            return one
-    return None
+    """The first block among the alternatives; None for none."""
+    return next(iter(blocks_of(annotation)), None)
 
 
 def keys_of(annotation: Any) -> list[str]:
     """The keys that a block has; [] for what is none."""
-    model = model_of(annotation)
-    return list(model.model_fields) if model else []
+    return list(dict.fromkeys(key for block in blocks_of(annotation) for key in block.model_fields))
+
+
+def tagged(annotation: Any) -> dict[str, type[BaseModel]]:
+    """The blocks of a union that a key tells apart, by the tag that pydantic puts into places; {} for another type."""
+    if not any(isinstance(mark, Discriminator) for mark in get_args(annotation)[1:]):
+        return {}
+    members = get_args(get_args(annotation)[0])
+    return {mark.tag: get_args(one)[0] for one in members for mark in get_args(one)[1:] if isinstance(mark, Tag)}
 
 
 def is_block(annotation: Any) -> bool:
@@ -103,10 +113,15 @@ def is_block(annotation: Any) -> bool:
 def step_into(annotation: Any, key: str | int) -> Any:
     """The annotation of an entry of a block, mapping or list; None when the types know no such entry."""
     for one in alternatives(annotation):
-        if isinstance(one, type) and issubclass(one, BaseModel):
-            return one.model_fields[str(key)].annotation if key in one.model_fields else None
+        if one in blocks_of(annotation):
+            if key in one.model_fields:
+                return one.model_fields[str(key)].annotation
+            continue
         if get_origin(one) is dict and not isinstance(key, int):
             return get_args(one)[1]
         if get_origin(one) is tuple and isinstance(key, int):
             return get_args(one)[0]
     return None
+
+
+SHORT_FORMS |= dict.fromkeys(blocks_of(TeacherConfig), "model")

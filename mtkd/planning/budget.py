@@ -25,7 +25,7 @@ from mtkd.planning.footprint import CachedShape, Footprint, Shape, Step, measure
 from mtkd.planning.memory import checkpoint_bytes, trained_share
 from mtkd.pool import BACKENDS
 from mtkd.pool.backends import teacher_share
-from mtkd.pool.sizes import FLOAT, Place, Share, TeacherSize
+from mtkd.pool.sizes import Place, Share, TeacherSize
 
 GB = 1e9
 _WORTH = 0.01  # a change that saves less than this share of what is needed is no advice
@@ -177,7 +177,7 @@ def _needs(sketch: Sketch, engine: EngineConfig, on_gpu: bool) -> StageMemory:
         parts,
         sum(part.rank_gb for part in parts),
         sum(part.host_gb for part in parts),
-        _loading(sketch, on_gpu) * local / GB,
+        (teachers.built + max(sketch.exported, teachers.passing)) * local / GB,
         disk,
         notes=notes,
     )
@@ -221,12 +221,7 @@ def _moving(found: Footprint) -> dict[str, float]:
 
 def _at_one_time(sketch: Sketch) -> list[TeacherSize]:
     """The teachers that are in memory together: of a cache stage one after the other."""
-    sizes = [
-        size
-        if teacher.sharded is None
-        else replace(size, ahead=2 * teacher.sharded.prefetch_parameters, waits=teacher.sharded.offload)
-        for size, teacher in zip(sketch.sizes, sketch.stage.teachers, strict=True)
-    ]
+    sizes = sketch.sizes
     return sizes if sketch.stage.kind != "cache" else [max(sizes, key=lambda size: size.parameters)]
 
 
@@ -254,13 +249,6 @@ def _step(sketch: Sketch, engine: EngineConfig, on_gpu: bool) -> Step:
         dtype=torch.bfloat16 if engine.in_bf16 else torch.float32,
         checkpointing=engine.activation_checkpointing,
     )
-
-
-def _loading(sketch: Sketch, on_gpu: bool) -> float:
-    """Bytes of host memory that a rank takes while a stage is built: models are made there before they move."""
-    stay = sum(BACKENDS[size.backend].built(size) for size in _at_one_time(sketch))
-    passing = (BACKENDS[size.backend].passing(size, on_gpu) for size in sketch.sizes)
-    return FLOAT * stay + max([sketch.exported, *(FLOAT * count for count in passing)])
 
 
 def _disk(sketch: Sketch, engine: EngineConfig) -> dict[str, float]:

@@ -44,11 +44,11 @@ from mtkd.planning.models import PlannedModels, with_open_labels
 from mtkd.planning.places import in_file
 from mtkd.planning.stages import model_name, needed_stages, never_trained, stage_values
 from mtkd.planning.table import SKIPPED, Plan, PlannedModel, PlannedStage, of_cache, row_text, with_consequences
+from mtkd.planning.teachers import check_backends
 from mtkd.planning.teaching import heads_read
 from mtkd.pool import BACKENDS
-from mtkd.pool.offload import check_offload
-from mtkd.pool.partition import check_nvme
-from mtkd.pool.sizes import TeacherSize
+from mtkd.pool.backends import check_room
+from mtkd.pool.sizes import Place, TeacherSize
 from mtkd.registry import TASKS, load_plugins
 from mtkd.weightings.make import stage_reads
 
@@ -65,6 +65,7 @@ def resolve(config: RunConfig) -> RunConfig:
         check_credentials(config)
         config = with_precision(config)
         load_plugins(config.plugins, config.base)
+        check_backends(config)
         return complete(config, lambda stand_in: _Planner(stand_in, states=False).look())
 
 
@@ -179,8 +180,7 @@ class _Planner:
             sized.append(self.models.sized(teacher.name, teacher.model, made, data, auto_class))
             live[teacher.name] = self.models.shape(made, auto_class, teacher.model)
             self.models.check_tokenizer(teacher.model, place, task, teaches=True)
-            if teacher.sharded is not None:
-                check_nvme(teacher.sharded, f"{place}.sharded")
+            BACKENDS[teacher.backend].check(teacher, place)
         backends = [""] * own + [teacher.backend for teacher in stage.teachers]
         planned = [replace(model, backend=backend) for (model, _), backend in zip(sized, backends, strict=True)]
         infos = [info for _, info in sized]
@@ -208,7 +208,7 @@ class _Planner:
             stage,
             shapes,
             teachers,
-            self._sizes(planned[own:], infos[own:], where),
+            self._sizes(stage, planned[own:], infos[own:], where),
             rows,
             task.token_level,
             sum(p.weight_bytes for p in planned[:own]),
@@ -243,8 +243,8 @@ class _Planner:
         task = TASKS.find(data.task)
         token_level = task.token_level
         planned, texts = list[PlannedModel](), list[str]()
-        sizes: list[TeacherSize] = []
         shapes: dict[str, Shape | CachedShape] = {}
+        infos = list[ModelInfo]()
         size, tokens = 0.0, train_tokens(data, self.config.base)
         for i, teacher in enumerate(stage.teachers):
             place = f"{where}.teachers[{i}]"
@@ -257,7 +257,7 @@ class _Planner:
             self.models.made[f"{name}/{teacher.name}"] = made
             self._cached[f"{name}/{teacher.name}"] = CacheFacts(content, info, model.parameters, f"stages.{name}")
             planned.append(replace(model, backend=teacher.backend))
-            sizes += self._sizes(planned[-1:], [info], where)
+            infos.append(info)
             shapes[teacher.name] = self.models.shape(made, auto_class, teacher.model)
             size += bytes_per_token(content, info)
             text = f"{teacher.name}: {describe(content, info, tokens)}"
@@ -268,7 +268,7 @@ class _Planner:
             stage,
             {},
             shapes,
-            sizes,
+            self._sizes(stage, planned, infos, where),
             [],
             token_level,
             0,
@@ -326,13 +326,16 @@ class _Planner:
     def _tokens(self, stage: StageConfig, max_length: int) -> int | None:
         return None if stage.steps is None else stage.steps * _per_step(stage, max_length)
 
-    def _sizes(self, teachers: list[PlannedModel], infos: list[ModelInfo], where: str) -> list[TeacherSize]:
-        """What the teachers occupy; refuses to offload where there is no room for it."""
+    def _sizes(
+        self, stage: StageConfig, models: list[PlannedModel], infos: list[ModelInfo], where: str
+    ) -> list[TeacherSize]:
+        """What the teachers occupy; refuses those that there is no room for."""
+        heads = [0 if info.num_labels else info.vocabulary * info.width for info in infos]
         sizes = [
-            TeacherSize(t.parameters, 0 if info.num_labels else info.vocabulary * info.width, t.backend, t.layers)
-            for t, info in zip(teachers, infos, strict=True)
+            BACKENDS[teacher.backend].size(teacher, model.parameters, head, model.layers)
+            for teacher, model, head in zip(stage.teachers, models, heads, strict=True)
         ]
-        check_offload(sizes, self.config.folder, on_gpu=self._on_gpu, where=f"{where}.teachers")
+        check_room(sizes, Place(self._on_gpu), self.config.folder, f"{where}.teachers")
         return sizes
 
     @property

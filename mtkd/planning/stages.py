@@ -158,9 +158,9 @@ def _without_places(values: dict[str, Any]) -> dict[str, Any]:
     """
     for teacher in values["teachers"]:
         teacher["backend"] = teacher["backend"] if not BACKENDS[teacher["backend"]].runs else "resident"
-        del teacher["sharded"]
-        if teacher["classes"] is None:  # finished stages may not know the field
-            del teacher["classes"]
+        teacher.pop("sharded", None)
+        if teacher.get("classes") is None:  # finished stages may not know the field
+            teacher.pop("classes", None)
     return values
 
 

@@ -1,7 +1,6 @@
 """The teacher pool: teachers of any backend, one file each, behind one call."""
 
-from mtkd.pool.backend import Backend, Site
-from mtkd.pool.backends import BACKENDS
+from mtkd.pool.backend import BACKENDS, Backend, Site
 from mtkd.pool.base import ElsewhereModel, LiveModel, Teacher
 from mtkd.pool.cached import CachedTeacher
 from mtkd.pool.live import LiveTeacher

@@ -14,6 +14,7 @@ from mtkd.engine.dist import Dist
 from mtkd.models.taps import TappedModel
 from mtkd.pool.base import LiveModel
 from mtkd.pool.sizes import Place, Share, TeacherSize
+from mtkd.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,28 @@ class Backend:
     several: ClassVar[bool] = False
     lighter: ClassVar[tuple[str, ...]] = ()
 
-    def share(self, teachers: Sequence[TeacherSize], place: Place) -> Share:
+    def check(self, teacher: TeacherConfig, where: str) -> None:
+        """Refuse a teacher that this machine cannot run, before anything of it is read.
+
+        Raises:
+            UserError: naming what is missing.
+        """
+
+    def check_room(self, teachers: Sequence[TeacherSize], place: Place, folder: Path, where: str) -> None:
+        """Refuse a stage's teachers of this backend where there is no room for them; there is at least one.
+
+        Args: folder: of the run, which may not exist yet. where: of the stage's teachers.
+        Raises:
+            UserError: naming the stage.
+        """
+
+    def size(self, teacher: TeacherConfig, parameters: int, head: int, layers: int) -> TeacherSize:
+        """What is known of a teacher's size. Args: head: parameters of the output head, those among `parameters`."""
+        return TeacherSize(parameters, head, teacher.backend, layers)
+
+    def memory(self, teachers: Sequence[TeacherSize], place: Place) -> Share:
         """What the weights of a stage's teachers of this backend take; there is at least one."""
         return Share()
-
-    def built(self, teacher: TeacherSize) -> int:
-        """Parameters that stay in the host's memory while the stage is built."""
-        return 0
-
-    def passing(self, teacher: TeacherSize, on_gpu: bool) -> int:
-        """Parameters that are in the host's memory for a moment while the stage is built."""
-        return 0
 
     def remark(self, tokens: int) -> str:
         """What the plan says of a cache stage with batches of so many tokens; "" for nothing."""
@@ -77,3 +89,7 @@ class Backend:
             UserError: an architecture that this backend cannot run.
         """
         raise NotImplementedError
+
+
+BACKENDS: Registry[Backend] = Registry("teacher backend", "mtkd.pool.backends")
+"""The backends by the name that a configuration gives them."""

@@ -77,12 +77,9 @@ class Resident(Backend):
 
     lighter = ("offload", "sharded")
 
-    def share(self, teachers: Sequence[TeacherSize], place: Place) -> Share:
+    def memory(self, teachers: Sequence[TeacherSize], place: Place) -> Share:
         whole = FLOAT * sum(t.parameters for t in teachers)
-        return Share(whole, whole)
-
-    def built(self, teacher: TeacherSize) -> int:
-        return teacher.parameters
+        return Share(whole, whole, built=whole)
 
     def open(self, teacher: TeacherConfig, model: TappedModel, site: Site, where: str) -> LiveModel:
         check_finite(model, where)

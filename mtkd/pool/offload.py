@@ -201,7 +201,7 @@ class Offload(Backend):
 
     shown = True
 
-    def share(self, teachers: Sequence[TeacherSize], place: Place) -> Share:
+    def memory(self, teachers: Sequence[TeacherSize], place: Place) -> Share:
         """The largest one counts.
 
         Of a GPU in pinned memory; the heads stay until a micro-batch is done. Of a CPU in a file, whose pages in the
@@ -210,13 +210,27 @@ class Offload(Backend):
         whole, heads = FLOAT * sum(t.parameters for t in teachers), FLOAT * sum(t.head for t in teachers)
         if not place.on_gpu:
             largest, head = max(t.parameters for t in teachers), max(t.head for t in teachers)
-            return Share(FLOAT * largest, FLOAT * head, disk=whole)
+            return Share(FLOAT * largest, FLOAT * head, disk=whole, passing=FLOAT * largest)
         bodies = sorted((t.parameters - t.head for t in teachers), reverse=True)
-        return Share(FLOAT * sum(bodies[: 1 + place.prefetch]) + heads, heads, host=whole * place.local)
+        turn = FLOAT * sum(bodies[: 1 + place.prefetch]) + heads
+        # Each is copied to where it waits before the next one is loaded: for a moment there are two of it.
+        copied = 2 * FLOAT * max(t.parameters for t in teachers)
+        return Share(turn, heads, host=whole * place.local, passing=copied)
 
-    def passing(self, teacher: TeacherSize, on_gpu: bool) -> int:
-        # It is copied to where it waits before the next is loaded.
-        return teacher.parameters * (2 if on_gpu else 1)
+    def check_room(self, teachers: Sequence[TeacherSize], place: Place, folder: Path, where: str) -> None:
+        if place.on_gpu:
+            return
+        _check_maps(where)
+        needed = FLOAT * sum(t.parameters for t in teachers)
+        there, free = free_disk(folder)
+        if needed > free:
+            raise UserError(
+                "the disk has no room for the offloaded teachers, which are written there in float32",
+                where=where,
+                found=f"{free / 1e9:.1f} GB free in {there}",
+                allowed=f"at least {needed / 1e9:.1f} GB",
+                todo="make room, put `output` on another disk, or use backend: resident",
+            )
 
     def open(self, teacher: TeacherConfig, model: TappedModel, site: Site, where: str) -> LiveModel:
         check_finite(model, where)
@@ -230,7 +244,7 @@ class Streamed(Backend):
 
     in_files = shown = True
 
-    def share(self, teachers: Sequence[TeacherSize], place: Place) -> Share:
+    def memory(self, teachers: Sequence[TeacherSize], place: Place) -> Share:
         """The layer that runs; the heads, of a CPU one at a time. Weights stay in their own files."""
         heads = FLOAT * (sum(t.head for t in teachers) if place.on_gpu else max(t.head for t in teachers))
         return Share(FLOAT * max(t.layer for t in teachers) + heads, heads)
@@ -238,33 +252,18 @@ class Streamed(Backend):
     def remark(self, tokens: int) -> str:
         return f"all its weights are read from disk for every batch of <= {tokens:,} tokens"
 
+    def check_room(self, teachers: Sequence[TeacherSize], place: Place, folder: Path, where: str) -> None:
+        _check_maps(where)
+
     def open(self, teacher: TeacherConfig, model: TappedModel, site: Site, where: str) -> LiveModel:
         return stream(model, site.folder(), site.device, site.dtype)
 
 
-def check_offload(teachers: Sequence[TeacherSize], folder: Path, *, on_gpu: bool, where: str) -> None:
-    """Refuse to offload where it cannot be done: no room on the disk, or a system that cannot give pages back.
-
-    Args: folder: of the run, which may not exist yet.
-    Raises:
-        UserError: naming the stage.
-    """
-    needed = 0 if on_gpu else FLOAT * sum(t.parameters for t in teachers if t.backend == "offload")
-    maps = needed or any(t.backend == "streamed" for t in teachers)
-    if maps and not (hasattr(mmap, "MADV_DONTNEED") and hasattr(os, "posix_fadvise")):
+def _check_maps(where: str) -> None:
+    """Refuse to map weights on a system that cannot give pages back."""
+    if not (hasattr(mmap, "MADV_DONTNEED") and hasattr(os, "posix_fadvise")):
         raise UserError(
             "streamed teachers, and offloaded ones on a CPU, need Linux: this system cannot give mapped pages back",
             where=where,
             todo="use backend: resident",
-        )
-    if not needed:
-        return
-    there, free = free_disk(folder)
-    if needed > free:
-        raise UserError(
-            "the disk has no room for the offloaded teachers, which are written there in float32",
-            where=where,
-            found=f"{free / 1e9:.1f} GB free in {there}",
-            allowed=f"at least {needed / 1e9:.1f} GB",
-            todo="make room, put `output` on another disk, or use backend: resident",
         )

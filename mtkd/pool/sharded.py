@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mtkd.config import ShardedConfig, TeacherConfig
+from mtkd.config.teacher import ShardedTeacher
 from mtkd.data.batch import Batch
 from mtkd.engine.dist import Dist
 from mtkd.models.features import Features
@@ -25,7 +26,7 @@ from mtkd.models.taps import LOW_TOLERANCE, VERIFY_TOLERANCE, TappedModel
 from mtkd.models.weights import find_weights
 from mtkd.pool.backend import Backend, Site
 from mtkd.pool.base import ElsewhereModel, LiveModel, move_buffers
-from mtkd.pool.partition import engine_settings, largest_part, partition
+from mtkd.pool.partition import check_nvme, engine_settings, largest_part, partition
 from mtkd.pool.sizes import FLOAT, Place, Share, TeacherSize
 
 
@@ -124,7 +125,7 @@ def shard(
     Raises:
         DataError: weights that are not the model's, cannot be read, or are not finite.
     """
-    weights, config = find_weights(model.model, folder), teacher.sharded or ShardedConfig()
+    weights, config = find_weights(model.model, folder), _engine(teacher)
     half = dtype == torch.bfloat16 and all(w.dtype == dtype for w in weights.values() if len(w.shape) > 1)
     half = half and config.offload != "nvme"  # DeepSpeed's files have one type for all
     settings = engine_settings(config, teacher.name, largest_part(weights.values(), dist.world_size))
@@ -135,12 +136,17 @@ def shard(
     return sharded
 
 
+def _engine(teacher: TeacherConfig) -> ShardedConfig:
+    assert isinstance(teacher, ShardedTeacher)
+    return teacher.sharded or ShardedConfig()
+
+
 class Sharded(Backend):
     """Every rank keeps a part of the weights."""
 
     in_files = shown = several = True
 
-    def share(self, teachers: Sequence[TeacherSize], place: Place) -> Share:
+    def memory(self, teachers: Sequence[TeacherSize], place: Place) -> Share:
         """A part of each on every rank; the layer that runs and what is gathered ahead of it; each head once, whole."""
         away = ("cpu", "nvme") if place.on_gpu else ("nvme",)  # a CPU's memory is the host's
         parts = sum(t.parameters for t in teachers if t.waits not in away) / place.ranks
@@ -150,6 +156,13 @@ class Sharded(Backend):
         after = parts + sum(t.head for t in teachers)
         here = place.local / place.ranks  # of all parts, on one host
         return Share(FLOAT * (after + gathered), FLOAT * after, FLOAT * pinned * here, FLOAT * files * here)
+
+    def check(self, teacher: TeacherConfig, where: str) -> None:
+        check_nvme(_engine(teacher), f"{where}.sharded")
+
+    def size(self, teacher: TeacherConfig, parameters: int, head: int, layers: int) -> TeacherSize:
+        engine = _engine(teacher)
+        return TeacherSize(parameters, head, teacher.backend, layers, 2 * engine.prefetch_parameters, engine.offload)
 
     def open(self, teacher: TeacherConfig, model: TappedModel, site: Site, where: str) -> LiveModel:
         return shard(model, site.folder(), teacher, site.device, site.dtype, site.dist, where)

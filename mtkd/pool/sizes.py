@@ -46,13 +46,23 @@ class Share:
 
     Attributes:
         rank: on a rank's device while the teachers run. after: there while the student learns from what they said.
-        host: in the host's memory per host, beside what ranks on a CPU hold there. disk: in files.
+        host: in the host's memory per host, in addition to what ranks on a CPU hold there. disk: in files.
+        built: in the host's memory of a rank while the stage is built. passing: there for a moment, one at a time.
     """
 
     rank: float = 0
     after: float = 0
     host: float = 0
     disk: float = 0
+    built: float = 0
+    passing: float = 0
 
     def __add__(self, other: Share) -> Share:
-        return Share(self.rank + other.rank, self.after + other.after, self.host + other.host, self.disk + other.disk)
+        return Share(
+            self.rank + other.rank,
+            self.after + other.after,
+            self.host + other.host,
+            self.disk + other.disk,
+            self.built + other.built,
+            max(self.passing, other.passing),
+        )

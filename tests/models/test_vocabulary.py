@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mtkd.config import DataConfig, ModelConfig, TeacherConfig, VocabularyConfig
+from mtkd.config import DataConfig, ModelConfig, VocabularyConfig, teacher_config
 from mtkd.data.raw import Raw
 from mtkd.data.tokenizers import num_real_ids, tokenizer_fingerprint, train_tokenizer
 from mtkd.data.vocabulary import compress_tokenizer, count_ids, shareable_ids
@@ -224,7 +224,7 @@ def test_special_ids_have_new_numbers() -> None:
 
 def test_teachers_keep_their_vocabulary() -> None:
     with pytest.raises(ValidationError, match="vocabulary is for students"):
-        TeacherConfig(model=ModelConfig(path="x", vocabulary=VocabularyConfig(keep=0.5)))
+        teacher_config({"model": ModelConfig(path="x", vocabulary=VocabularyConfig(keep=0.5))})
 
 
 def test_prompts_are_counted_as_they_are_written() -> None:

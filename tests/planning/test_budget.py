@@ -13,7 +13,7 @@ from test_memory import GB, Case, llama
 from tiny_run import tiny_config, write_yaml
 
 import mtkd
-from mtkd.config import BatchConfig, EngineConfig, ModelConfig, StageConfig, TeacherConfig
+from mtkd.config import BatchConfig, EngineConfig, ModelConfig, StageConfig, teacher_config
 from mtkd.config.match import Match
 from mtkd.planning.budget import Limits, StageMemory, _changes, find_limits, stage_memory
 from mtkd.planning.memory import trained_share
@@ -103,7 +103,7 @@ def test_no_advice_is_refused_when_it_is_taken() -> None:
     """A cut teacher, and those of a cache stage, cannot be sharded."""
     case = Case([Match(loss="kl")], kind="deepspeed", processes=16)
     sketch = case.sketch()
-    cut = TeacherConfig(name="t0", model=ModelConfig(path="x", keep_layers=(1, 2)))
+    cut = teacher_config({"name": "t0", "model": ModelConfig(path="x", keep_layers=(1, 2))})
     caching = StageConfig(kind="cache", teachers=case.stage.teachers, batch=BatchConfig(sequences=16))
     for stage, told in (
         (case.stage, True),

@@ -13,7 +13,7 @@ from tiny import CPU
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mtkd.config import BatchConfig, EngineConfig, ModelConfig, Named, StageConfig, TeacherConfig
+from mtkd.config import BatchConfig, EngineConfig, ModelConfig, Named, StageConfig, teacher_config
 from mtkd.config.match import Match
 from mtkd.data.batch import Batch
 from mtkd.engine.dist import Dist
@@ -77,7 +77,7 @@ class Case:
             EngineConfig(**{"device": "cpu", "precision": "fp32", **engine}),
         )
         self.teacher = teacher or TEACHER
-        teachers = [TeacherConfig(name=n, model=ModelConfig(path="x")) for n in self.names]
+        teachers = [teacher_config({"name": n, "model": ModelConfig(path="x")}) for n in self.names]
         self.stage = StageConfig(
             kind="distill",
             student=ModelConfig(path="x"),

@@ -16,8 +16,8 @@ import mtkd
 from mtkd.config import DataConfig, ModelConfig, RunConfig, StageConfig
 from mtkd.config.base import Named
 from mtkd.config.match import Match
-from mtkd.config.model import TeacherConfig
 from mtkd.config.read import load_config, split_path
+from mtkd.config.teacher import TeacherConfig
 from mtkd.config.written import keys_of, step_into
 from mtkd.errors import UserError
 from mtkd.planning.places import in_file, placed

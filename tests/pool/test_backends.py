@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ast
-from typing import get_args
 
 import pytest
 from test_imports import MODULES, unit
 
-from mtkd.config import TeacherConfig
+from mtkd.config.teacher import BUILT_IN
 from mtkd.pool import BACKENDS, Backend
 from mtkd.pool.backends import teacher_share
 from mtkd.pool.sizes import Place, Share, TeacherSize
@@ -38,7 +37,7 @@ def test_the_search_finds_comparisons() -> None:
 
 
 def test_every_name_of_the_configuration_is_a_backend() -> None:
-    assert set(get_args(TeacherConfig.model_fields["backend"].annotation)) == set(BACKENDS)
+    assert set(BUILT_IN) == set(BACKENDS)
 
 
 def test_advice_names_backends_that_take_less() -> None:
@@ -52,5 +51,5 @@ def test_advice_names_backends_that_take_less() -> None:
 
 
 def test_a_backend_says_little_by_default() -> None:
-    assert Backend().share([TeacherSize(1, 1, "x")], Place(on_gpu=False)) == Share()
+    assert Backend().memory([TeacherSize(1, 1, "x")], Place(on_gpu=False)) == Share()
     assert Backend().remark(10) == ""
