@@ -65,6 +65,14 @@ class AttentionCall:
         nothing = (scores == -torch.inf).all(-1, keepdim=True)
         return torch.softmax(scores.masked_fill(nothing, 0), -1).masked_fill(nothing, 0)
 
+    def feature(self, name: str) -> Tensor:
+        """An operand as it is, or scores and probs computed from them outside the model's forward pass."""
+        if name == "scores":
+            return self.scores()
+        if name == "probs":
+            return self.probs()
+        return {"query": self.query, "key": self.key, "value": self.value}[name]
+
 
 @dataclass
 class Recorder:

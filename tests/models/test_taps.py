@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtkd.data.batch import Batch
 from mtkd.errors import UserError
-from mtkd.models import attention, taps
+from mtkd.models import attention, predictions
 from mtkd.models.features import DenseLogits, Features, HeadLogits
 from mtkd.models.info import CAUSAL_LM, CLASSIFIER, MASKED_LM, attention_implementation
 from mtkd.models.taps import TappedModel
@@ -369,7 +369,7 @@ def test_what_happens_after_the_head_is_kept(name: str, monkeypatch: pytest.Monk
     model.verify()
     own = model.model(input_ids=batch().input_ids, attention_mask=batch().attention_mask.long()).logits.flatten(0, 1)
     close(model(batch(), frozenset({"logits"}))["logits"].rows(torch.arange(len(own))), own)
-    monkeypatch.setattr(taps, "head_transform", lambda config: None)
+    monkeypatch.setattr(predictions, "head_transform", lambda config: None)
     with pytest.raises(UserError, match="after its head"):
         scaled_model(name).verify()
 
