@@ -1,8 +1,8 @@
 """YAML text to plain values that know their line. What YAML can be abused for is refused before a value is built.
 
 PyYAML reads the text into nodes. Lines and texts as written come from these, and python tags, alias bombs, cycles and
-duplicate keys are refused there. ruamel.yaml was tried: it has the same nodes, takes 1.6 times the time, and leaves
-all of this to us, because its values do not keep the text of ``no`` or ``007`` (CONTRIBUTING.md).
+duplicate keys are refused there. ruamel.yaml was tried. It has the same nodes and takes 1.6 times the time. All of this
+would stay ours, because its values do not keep the text of ``no`` or ``007`` (CONTRIBUTING.md).
 """
 
 from __future__ import annotations

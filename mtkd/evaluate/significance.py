@@ -1,10 +1,10 @@
 """Is one model really better than another? Paired tests over the documents that both have scored.
 
 The unit of resampling is the document. A corpus metric such as bits per byte is a ratio of sums, so every resample
-forms its own sums; the mean of per-document ratios is another quantity. Intervals come from the paired bootstrap
+forms its own sums. The mean of per-document ratios is another quantity. Intervals come from the paired bootstrap
 (BCa). P-values come from swapping the two models' scores per document (exact when there are few), for accuracy from
 McNemar's exact test. Both are matrix products of counts and columns. scipy.stats gives the same intervals from the
-same draws, but takes 1.4 to 4 times the time for the bootstrap and 10 to 22 times for the swaps (CONTRIBUTING.md).
+same draws. It takes 1.4 to 4 times the time for the bootstrap, 10 to 22 times for the swaps (CONTRIBUTING.md).
 """
 
 from __future__ import annotations
@@ -70,11 +70,12 @@ def compare(
     """Two models over all documents, then per domain when there are several.
 
     Returns:
-        One dict per comparison: candidate, baseline, metric, domain (``overall`` first), candidate_value,
-        baseline_value, difference (candidate - baseline), low, high, confidence, interval, p (two-sided), p_holm
-        (corrected within this list; `correct` does it over several lists), test, n (documents), better (True, False,
-        or None when p_holm is not below 1 - confidence), p_at_most (p is the least that so many resamples can give, so
-        that the true ones of p and p_holm may be smaller). Values that are not finite give p = 1 and a NaN interval.
+        One dict per comparison. Values that are not finite give p = 1 and a NaN interval.
+            candidate, baseline, metric, domain (``overall`` first), n (documents)
+            candidate_value, baseline_value, difference (candidate - baseline), low, high, confidence, interval
+            test, p (two-sided), p_holm (corrected within this list; `correct` does it over several lists)
+            better: True, False, or None when p_holm is not below 1 - confidence
+            p_at_most: p is the least that so many resamples can give; the true p and p_holm may be smaller
 
     Raises:
         DataError: when the two have not scored the same documents with the same bytes, tokens or labels.
