@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
-from forked_python import ForkedPython
+from forked_python import ForkedPython, run_main
 
 if TYPE_CHECKING:
     from mtkd.data.batch import Batch
@@ -89,7 +88,7 @@ def start(
     prepare: Callable[[], None] | None = None,
     report: bool = False,
     executes: bool = False,
-    module: str = "mtkd",
+    program: Sequence[str] = (),
 ) -> Command:
     """Start ``mtkd ARGUMENTS``, its output in a file of `folder`.
 
@@ -98,11 +97,11 @@ def start(
         prepare: module-level function called in the process first, to set a trap in it.
         report: draw the report as well, which takes longer than a tiny run.
         executes: launchers and ranks below it are new interpreters, as for a user, and not forks (`forked_python.py`).
-        module: what ``python -m`` runs.
+        program: arguments of an interpreter that runs something else than `mtkd`: ``("-m", MODULE)`` or ``(FILE,)``.
     """
     file = folder / f"output-{time.monotonic_ns()}.txt"
     file.touch()
-    settings = Settings(str(file), module, dict(environment or {}), prepare, report, executes)
+    settings = Settings(str(file), tuple(program), dict(environment or {}), prepare, report, executes)
     process = get_context("forkserver").Process(target=_command, args=(arguments, settings))
     process.start()
     _started.append(process)
@@ -116,9 +115,18 @@ def run(
     prepare: Callable[[], None] | None = None,
     report: bool = False,
     executes: bool = False,
+    program: Sequence[str] = (),
 ) -> tuple[int, str]:
     """Exit code and output of ``mtkd ARGUMENTS``; see `start`."""
-    command = start(folder, *arguments, environment=environment, prepare=prepare, report=report, executes=executes)
+    command = start(
+        folder,
+        *arguments,
+        environment=environment,
+        prepare=prepare,
+        report=report,
+        executes=executes,
+        program=program,
+    )
     return command.wait(), command.output
 
 
@@ -168,7 +176,7 @@ class Settings:
     """What a command's process does before it runs the command; see `start`."""
 
     file: str
-    module: str
+    program: tuple[str, ...]
     environment: dict[str, str]
     prepare: Callable[[], None] | None
     report: bool
@@ -189,10 +197,10 @@ def _command(arguments: tuple[str, ...], settings: Settings) -> None:
         subprocess.Popen = ForkedPython  # type: ignore[misc]
     if settings.prepare is not None:
         settings.prepare()
-    sys.argv = [settings.module, *arguments]
-    if settings.module != "mtkd":
-        runpy.run_module(settings.module, run_name="__main__", alter_sys=True)
+    if settings.program:
+        run_main([*settings.program, *arguments])
         return
+    sys.argv = ["mtkd", *arguments]
     from mtkd.cli.app import main
 
     main()

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +27,12 @@ def check(folder: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
 
 @pytest.mark.slow
 def test_every_part_runs_at_toy_sizes(tmp_path: Path) -> None:
-    code, found = check(tmp_path, "--seconds", "1100")
+    """Its parts are forks here, and new interpreters in the test below."""
+    out = tmp_path / "results.json"
+    arguments = ("--device", "cpu", "--toy", "--out", str(out), "--seconds", "1100")
+    code, output = processes.run(tmp_path, *arguments, program=[str(ROOT / "benchmarks" / "gpu_check.py")])
+    assert out.is_file(), output
+    found = json.loads(out.read_text())
     parts = found["parts"]
     assert {name: part["status"] for name, part in parts.items()} == dict.fromkeys(
         ("machine", "numerics", "tiles", "target", "steps"), "done"
@@ -49,3 +55,9 @@ def test_what_did_not_run_says_so(tmp_path: Path) -> None:
     assert code == 1
     assert {part["status"] for part in found["parts"].values()} == {"not run"}
     assert not any("figures" in part for part in found["parts"].values())
+
+
+@pytest.mark.slow
+def test_the_command_runs_a_part(tmp_path: Path) -> None:
+    code, found = check(tmp_path, "--seconds", "1100", "--only", "machine")
+    assert (code, {name: part["status"] for name, part in found["parts"].items()}) == (0, {"machine": "done"}), found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
@@ -16,8 +16,12 @@ class Pieces:
 
     def of(self, count: int, size: int) -> Iterator[slice]:
         """`count` positions in slices of `size`; one empty slice of none, because reading may be a collective."""
-        for start in range(0, max(count, 1), size):
+        for start in self.starts(count, size):
             yield slice(start, min(start + size, count))
+
+    def starts(self, count: int, size: int) -> Sequence[int]:
+        """Where the slices of `of` begin."""
+        return range(0, max(count, 1), size)
 
     def chunks(self, rows: int, logits: Tensor) -> Iterator[slice]:
         """Slices of a tile's rows for elementwise work on its logits [m,V]: small ones on a CPU, else all of them."""

@@ -339,9 +339,9 @@ class _FewPieces(Pieces):
     def __init__(self, on_gpu: bool) -> None:
         self._on_gpu = on_gpu
 
-    def of(self, count: int, size: int) -> Iterator[slice]:
-        every = list(super().of(count, size))
-        yield from (*every[:2], every[-1]) if len(every) > 3 else every
+    def starts(self, count: int, size: int) -> Sequence[int]:
+        every = super().starts(count, size)
+        return (*every[:2], every[-1]) if len(every) > 3 else every
 
     def chunks(self, rows: int, logits: Tensor) -> Iterator[slice]:
         yield from self.of(rows, rows) if self._on_gpu else super().chunks(rows, logits)

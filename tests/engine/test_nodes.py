@@ -113,7 +113,7 @@ def test_two_nodes_lose_one_and_go_on_to_the_end_of_an_undisturbed_run(tmp_path:
                 *("--hostfile", str(hosts), *place, "--node_rank", str(number), "--module", "mtkd", "run", str(file)),
                 environment={"GLOO_SOCKET_IFNAME": nodes.cards[number]},
                 prepare=partial(enter, nodes.names[number]),
-                module="deepspeed.launcher.runner",
+                program=("-m", "deepspeed.launcher.runner"),
             )
             for number in (0, 1)
         ]

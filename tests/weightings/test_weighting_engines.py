@@ -44,7 +44,8 @@ CASES = [
     (Named(name="margin"), TOKENS, "token"),
 ]
 STATEFUL = (1, 5)  # numbers of cases
-SHARDED = {0: (1, 2, 3, 5, 7, 8), 2: STATEFUL, 3: (1, 2, 3, 5, 7, 8)}  # by ZeRO stage
+# By ZeRO stage. 3 cuts parameters and gradients: the cases that have some of their own, or read them.
+SHARDED = {0: (3, 7, 8), 2: (5,), 3: (1, 2, 3, 5)}
 NAMES = [f"{named.name}-{task}-{i}" for i, (named, task, _) in enumerate(CASES)]
 
 
@@ -171,7 +172,7 @@ def test_a_resumed_run_is_bit_equal(case: int, tmp_path: Path) -> None:
 def test_two_deepspeed_ranks_make_the_same_run(tmp_path: Path) -> None:
     """Under ZeRO 0, 2 and 3, to rounding; and a resumed one bit by bit."""
     ranks = run_distributed(sharded, 2, tmp_path, timeout=1200)
-    wanted = {case: trajectory(case) for case in SHARDED[0]}
+    wanted = {case: trajectory(case) for case in {case for cases in SHARDED.values() for case in cases}}
     for runs, resumes in ranks:
         assert all(whole == again for whole, again in resumes)
         for (zero, cases), told in zip(SHARDED.items(), runs, strict=True):
