@@ -4,6 +4,7 @@ import gc
 import multiprocessing
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 
 # imported once, by the server whose forks are the commands and ranks that tests start
-from processes import PRELOADED
+import processes
 
-multiprocessing.set_forkserver_preload(list(PRELOADED))
+multiprocessing.set_forkserver_preload(list(processes.PRELOADED))
+
+
+@pytest.fixture(autouse=True)
+def _no_process_stays() -> Iterator[None]:
+    yield
+    processes.kill_all()
 
 
 def pytest_collection_finish() -> None:

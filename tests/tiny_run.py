@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,14 +106,8 @@ def _merged(values: Any, changes: Any) -> Any:
     return {key: value for key, value in merged.items() if value is not None}
 
 
-@cache
-def undisturbed(temporary: Callable[[str], Path]) -> Path:
-    """The folder of a run that nothing disturbed, made once per test process; not to be changed.
-
-    Args:
-        temporary: makes a folder: `tmp_path_factory.mktemp`.
-    """
-    folder = temporary("undisturbed")
+def undisturbed(folder: Path) -> Path:
+    """Make a run in `folder` that nothing disturbs."""
     code, output = processes.run(
         folder, "run", str(write_yaml(folder)), prepare=partial(processes.watch, ids_file(folder))
     )

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -139,12 +139,6 @@ def test_what_a_rank_says_is_one_write(unbuffered: str) -> None:
 
 
 # Whole runs
-
-
-@pytest.fixture(autouse=True)
-def _no_process_stays() -> Iterator[None]:
-    yield
-    processes.kill_all()
 
 
 def test_what_a_killed_launcher_leaves_is_ended(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,12 +32,6 @@ from mtkd.planning.stages import check_checkpoint
 
 TEACHER_BACKEND = "resident"  # on the two nodes; the undisturbed run has a resident one
 STUDENT = f"runs/{NAME}/stages/02-student"
-
-
-@pytest.fixture(autouse=True)
-def _no_process_stays() -> Iterator[None]:
-    yield
-    processes.kill_all()
 
 
 # Two nodes

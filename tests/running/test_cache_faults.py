@@ -20,12 +20,6 @@ from mtkd.errors import EXIT_DATA, EXIT_PREEMPTED
 CACHE = {**cache_runs.EXACT, "traits": ["ce", "entropy"]}
 
 
-@pytest.fixture(autouse=True)
-def _no_process_is_left() -> Any:
-    yield
-    processes.kill_all()
-
-
 def run_file(folder: Path) -> str:
     """A run of two teachers and their caches."""
     values = cache_runs.values(folder, cache=CACHE, student={})

@@ -11,7 +11,7 @@ from pathlib import Path
 import processes
 import pytest
 from chain_runs import DGKD, RUN, TAKD, copied, count_events, dgkd_file, outcome, stage_folder, takd_file
-from tiny_run import NAME, STUDENT_STEPS, undisturbed, with_teacher
+from tiny_run import NAME, STUDENT_STEPS, with_teacher
 
 from mtkd.config.read import load_config
 from mtkd.engine.jsonlines import read_jsonl
@@ -25,15 +25,15 @@ KILLS = 5
 
 @pytest.fixture(scope="module")
 def takd(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
-    return whole(tmp_path_factory.mktemp("takd"), takd_file)
+    return finished(tmp_path_factory.mktemp("takd"), takd_file)
 
 
 @pytest.fixture(scope="module")
 def dgkd(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
-    return whole(tmp_path_factory.mktemp("dgkd"), dgkd_file)
+    return finished(tmp_path_factory.mktemp("dgkd"), dgkd_file)
 
 
-def whole(folder: Path, write: Callable[[Path], Path]) -> tuple[Path, int]:
+def finished(folder: Path, write: Callable[[Path], Path]) -> tuple[Path, int]:
     """The folder of an undisturbed run, and its number of events."""
     counter = str(folder / "events")
     code, output = processes.run(folder, "run", str(write(folder)), prepare=partial(count_events, counter))
@@ -64,10 +64,9 @@ def test_a_chain_killed_at_random_points_ends_bitwise_equal(
     assert outcome(tmp_path, names) == outcome(undisturbed_folder, names)
 
 
-def test_a_kill_between_export_and_done(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_kill_between_export_and_done(tmp_path: Path, whole: Path) -> None:
     """F19: the first rerun ends with the identical model, the second one does nothing."""
-    reference = undisturbed(tmp_path_factory.mktemp)
-    file = str(with_teacher(reference, tmp_path))
+    file = str(with_teacher(whole, tmp_path))
     student = tmp_path / RUN / "stages" / "02-student"
     code, output = processes.run(
         tmp_path, "run", file, environment={"MTKD_TEST_KILL_AT": f"before-done@{STUDENT_STEPS}"}
@@ -77,7 +76,7 @@ def test_a_kill_between_export_and_done(tmp_path: Path, tmp_path_factory: pytest
     assert not (student / "DONE").exists()
     code, output = processes.run(tmp_path, "run", file)
     assert (code, f"resumed at step {STUDENT_STEPS}" in output) == (0, True), output
-    for path in (reference / f"runs/{NAME}/stages/02-student/export").iterdir():
+    for path in (whole / f"runs/{NAME}/stages/02-student/export").iterdir():
         assert (student / "export" / path.name).read_bytes() == path.read_bytes()
     before = contents(tmp_path)
     code, output = processes.run(tmp_path, "run", file)

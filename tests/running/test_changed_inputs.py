@@ -11,7 +11,7 @@ from pathlib import Path
 import processes
 import pytest
 from safetensors.torch import load_file, save_file
-from tiny_run import NAME, ids_file, student_of_folder, undisturbed, with_teacher, write_data, write_yaml
+from tiny_run import NAME, ids_file, student_of_folder, with_teacher, write_data, write_yaml
 
 from mtkd.engine.manifest import read_manifest, seal
 
@@ -19,11 +19,6 @@ pytestmark = pytest.mark.xdist_group("runs")  # they share an undisturbed run
 
 RUN = f"runs/{NAME}"
 TEACHER, STUDENT = f"{RUN}/stages/01-teacher", f"{RUN}/stages/02-student"
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return undisturbed(tmp_path_factory.mktemp)
 
 
 def metrics(folder: Path) -> str:

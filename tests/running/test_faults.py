@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_run import NAME, ids_file, student_of_folder, undisturbed, with_teacher, write_yaml
+from tiny_run import NAME, ids_file, student_of_folder, with_teacher, write_yaml
 
 from mtkd.engine.seal import MANIFEST, newest_sealed, seal
 
@@ -27,17 +27,6 @@ pytestmark = pytest.mark.xdist_group("runs")  # they share an undisturbed run
 
 RUN = f"runs/{NAME}"
 TEACHER, STUDENT = f"{RUN}/stages/01-teacher", f"{RUN}/stages/02-student"
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return undisturbed(tmp_path_factory.mktemp)
-
-
-@pytest.fixture(autouse=True)
-def _no_process_stays() -> Iterator[None]:
-    yield
-    processes.kill_all()
 
 
 def unfinished(whole: Path, folder: Path) -> tuple[str, Path]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import signal
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import processes
 import pytest
 import yaml
+from golden_recipes import made_up_documents
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -19,12 +19,6 @@ from mtkd.models.glm import GLMForConditionalGeneration
 
 RECIPES = Path(__file__).parents[2] / "configs" / "glm"
 ENGINE = {"kind": "deepspeed", "processes": 2, "zero_stage": 3, "device": "cpu", "precision": "fp32", "threads": 1}
-
-
-@pytest.fixture(autouse=True)
-def _no_process_stays() -> Iterator[None]:
-    yield
-    processes.kill_all()
 
 
 def sharded(name: str, folder: Path) -> Path:
@@ -54,7 +48,14 @@ def start(file: Path) -> list[processes.Command]:
         port = free.getsockname()[1]
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     ranks = ({**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2))
-    return [processes.start(file.parent, "run", str(file), environment=rank) for rank in ranks]
+    return [processes.start(file.parent, "run", str(file), environment=rank, prepare=few_texts) for rank in ranks]
+
+
+def few_texts() -> None:
+    """In each rank: no reading of the whole Python library, which takes as long as a stage."""
+    import mtkd.data.sources
+
+    mtkd.data.sources.stdlib_documents = made_up_documents
 
 
 def finish(ranks: list[processes.Command]) -> None:

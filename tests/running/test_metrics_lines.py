@@ -12,17 +12,12 @@ from typing import Any
 
 import processes
 import pytest
-from tiny_run import NAME, ids_file, undisturbed, with_teacher
+from tiny_run import NAME, ids_file, with_teacher
 
 from mtkd.engine.jsonlines import append_jsonl, read_jsonl, rewind
 
 shared = pytest.mark.xdist_group("runs")  # they share an undisturbed run
 METRICS, STUDENT = f"runs/{NAME}/metrics.jsonl", f"runs/{NAME}/stages/02-student"
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return undisturbed(tmp_path_factory.mktemp)
 
 
 def session(file: Path, first: int, last: int, mark: int) -> None:

@@ -5,27 +5,15 @@ from __future__ import annotations
 import hashlib
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import processes
 import pytest
-from tiny_run import NAME, undisturbed, write_yaml
+from tiny_run import NAME, write_yaml
 
 from mtkd.errors import EXIT_DATA, EXIT_NON_FINITE, EXIT_USAGE
 
 KEPT = ("results.json", "report.html")
-
-
-@pytest.fixture(autouse=True)
-def _no_process_is_left() -> Iterator[None]:
-    yield
-    processes.kill_all()
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return undisturbed(tmp_path_factory.mktemp)
 
 
 @pytest.fixture

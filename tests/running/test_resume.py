@@ -16,7 +16,7 @@ import processes
 import pytest
 import torch
 from sharded_runs import Job, do, student_of, write_runs
-from tiny_run import NAME, STUDENT_STEPS, TEACHER_STEPS, ids_file, undisturbed, with_teacher, write_yaml
+from tiny_run import NAME, STUDENT_STEPS, TEACHER_STEPS, ids_file, with_teacher, write_yaml
 
 from mtkd.config.read import load_config
 from mtkd.engine.folder import RunDir
@@ -28,11 +28,6 @@ shared = pytest.mark.xdist_group("runs")  # they share an undisturbed run
 
 STUDENT = f"runs/{NAME}/stages/02-student"
 CLOCK = {"time", "seconds"}
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return undisturbed(tmp_path_factory.mktemp)
 
 
 def losses(folder: Path) -> dict[tuple[str, int, bool], dict[str, Any]]:

@@ -12,7 +12,7 @@ import processes
 import pytest
 import torch
 from pydantic import ValidationError
-from tiny_run import NAME, ids_file, undisturbed, with_teacher, write_yaml
+from tiny_run import NAME, ids_file, with_teacher, write_yaml
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from mtkd.config import StageConfig
@@ -47,11 +47,6 @@ def validation(folder: Path, metric: str = "loss") -> dict[int, float]:
     name = f"validation/{metric}"
     lines = read_jsonl(folder / RUN / "metrics.jsonl")
     return {line["step"]: line[name] for line in lines if line["stage"] == "student" and name in line}
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return undisturbed(tmp_path_factory.mktemp)
 
 
 @pytest.fixture(scope="module")
