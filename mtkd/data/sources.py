@@ -1,8 +1,8 @@
 """Data sources: functions from a `data` block to datasets per split. Registered: python-stdlib, files, hub,
 random-tokens.
 
-A source knows nothing of tasks and tokenizers. What all of them share happens once, in `load_raw`: the hold-out of a
-validation split and the choice of at most `limit` rows, both by the seed of the `data` block.
+A source knows nothing of tasks and tokenizers. What all of them share happens once, in `choose_rows`: the hold-out of
+a validation split and the choice of at most `limit` rows, both by the seed of the `data` block.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class NotReached(DataError):
     """A data set that is neither on this machine nor on a hub that answers; its id may be right."""
 
 
-def load_raw(config: DataConfig, base: Path) -> Raw:
-    """Read a source, hold out the validation split and apply the limits.
+def read_source(config: DataConfig, base: Path) -> Raw:
+    """Every row of a source.
 
     Args:
         base: folder of the YAML file; relative paths are looked for there first, then in the working directory.
@@ -53,11 +53,6 @@ def load_raw(config: DataConfig, base: Path) -> Raw:
     Raises:
         UserError, DataError: naming the file and row where there is one.
     """
-    return choose_rows(read_source(config, base), config)
-
-
-def read_source(config: DataConfig, base: Path) -> Raw:
-    """Every row of a source; arguments and errors as `load_raw`."""
     raw: Raw = SOURCES.find(config.source, "@data.source")(config, base)
     for split, rows in raw.splits.items():
         if not len(rows):

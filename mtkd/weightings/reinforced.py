@@ -34,13 +34,6 @@ def some_chosen(scores: Tensor, draws: Tensor) -> Tensor:
     return actions
 
 
-def log_probability(scores: Tensor, actions: Tensor) -> Tensor:
-    """``log pi(a)`` of `some_chosen`, [B]."""
-    coins = actions * scores - nn.functional.softplus(scores)
-    nothing = -nn.functional.softplus(scores).sum(0)  # log of "all fall on 0"
-    return coins.sum(0) - torch.log(-torch.expm1(nothing))
-
-
 @weighting("rl_kd", needs_labels=True, reads=("ce", "class_probabilities", "pooled", "student_loss"))
 class RLKD(Weighting):
     """Each teacher is on or off per example, by a policy; those that are on share equally.

@@ -1,8 +1,14 @@
-"""Texts for the data tests."""
+"""Texts and sources for the data tests."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+
+from mtkd.config import DataConfig
+from mtkd.data.raw import Raw
+from mtkd.data.sources import choose_rows, read_source
 
 WORDS = (
     *("the", "teacher", "and", "a", "student", "share", "one", "vocabulary", "while", "loss,", "weight", "&"),
@@ -14,3 +20,8 @@ def sentences(count: int, seed: int = 0, longest: int = 60) -> list[str]:
     """Texts of 1 to `longest` words drawn from a few words."""
     random = np.random.default_rng(seed)
     return [" ".join(random.choice(WORDS, random.integers(1, longest + 1))) for _ in range(count)]
+
+
+def load_raw(config: DataConfig, base: Path) -> Raw:
+    """The rows of a source as a run chooses them: validation held out, limits applied."""
+    return choose_rows(read_source(config, base), config)

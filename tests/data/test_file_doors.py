@@ -16,11 +16,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from data_examples import load_raw
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from mtkd.config import DataConfig
 from mtkd.data.raw import Raw
-from mtkd.data.sources import check_source, choose_rows, load_raw, read_source
+from mtkd.data.sources import check_source, choose_rows, read_source
 from mtkd.errors import DataError, UserError
 
 ROWS = [("plain; text", "yes"), ('a "quoted" word, and\na second line', "no"), ("naïve – 漢字\ttab", "yes")]

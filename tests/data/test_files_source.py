@@ -9,12 +9,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from data_examples import load_raw
 from transformers import PreTrainedTokenizerFast
 
 from mtkd.config import DataConfig
 from mtkd.data.load import load_data
 from mtkd.data.raw import Raw
-from mtkd.data.sources import check_source, load_raw
+from mtkd.data.sources import check_source
 from mtkd.errors import DataError, UserError
 
 Write = Callable[..., DataConfig]

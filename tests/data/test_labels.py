@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data_examples import load_raw
 from datasets import ClassLabel, Dataset, Features
 from datasets import Value as Column
 
@@ -18,7 +19,6 @@ from mtkd.data.choice import by_class
 from mtkd.data.labels import find_labels, label_values, read_labels
 from mtkd.data.load import LoadedData
 from mtkd.data.raw import FoundLabels, Raw
-from mtkd.data.sources import load_raw
 from mtkd.errors import DataError, UserError
 
 Loader = Callable[..., LoadedData]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_examples import sentences
+from data_examples import load_raw, sentences
 from pydantic import ValidationError
 from tiny import causal_model, make_objective
 from transformers import PreTrainedTokenizerFast
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from mtkd.config import DataConfig, prompt_parts
 from mtkd.data.batch import NO_LABEL
 from mtkd.data.load import LoadedData, load_data
-from mtkd.data.sources import check_source, load_raw
+from mtkd.data.sources import check_source
 from mtkd.data.tokenizers import train_tokenizer
 from mtkd.errors import DataError, UserError
 from mtkd.methods.papers import kd

@@ -8,9 +8,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from data_examples import load_raw
 
 from mtkd.config import DataConfig
-from mtkd.data.sources import load_raw
 from mtkd.data.stdlib import Document, docstrings, split_of, stdlib_documents, strip_docstrings
 from mtkd.errors import DataError, UserError
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_examples import sentences
+from data_examples import load_raw, sentences
 from tiny_run import write_yaml
 from transformers import PreTrainedTokenizerFast
 
@@ -16,7 +16,6 @@ import mtkd
 from mtkd.config import DataConfig, RunConfig
 from mtkd.data.batch import NO_LABEL
 from mtkd.data.load import LoadedData, load_data
-from mtkd.data.sources import load_raw
 from mtkd.data.tokenizers import num_real_ids
 from mtkd.data.transfer import transfer_tokens
 from mtkd.errors import UserError

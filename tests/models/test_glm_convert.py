@@ -21,8 +21,9 @@ from typer.testing import CliRunner
 from mtkd.cli.app import app
 from mtkd.errors import DataError, UserError
 from mtkd.models.folder import check_folder
-from mtkd.models.glm import convert_checkpoint, convert_state_dict, merge_state_dicts
-from mtkd.models.glm.names import Stored
+from mtkd.models.glm import convert_checkpoint, convert_state_dict
+from mtkd.models.glm.convert import _merged
+from mtkd.models.glm.names import Stored, stored
 from mtkd.models.glm.shards import write_shards
 
 ORIGINAL = ("original", "parts 2", "parts 4", "swiss")
@@ -69,6 +70,12 @@ def test_a_file_is_told_by_what_is_in_it(tmp_path: Path) -> None:
     assert chosen.config.hidden_act == "gelu_pytorch_tanh"
 
 
+def merged(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The whole model out of the state dicts of its model-parallel ranks."""
+    wrapped = [{name: stored(value) for name, value in part.items()} for part in parts]
+    return {name: weight.read() for name, weight in _merged(wrapped, "parts").items()}
+
+
 def test_state_dicts_in_memory() -> None:
     model, weights = originals(torch.float32)
     wanted = {name: value for name, value in model.state_dict().items() if name != "lm_head.weight"}
@@ -77,8 +84,8 @@ def test_state_dicts_in_memory() -> None:
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert convert_state_dict(weights)["glm.final_layernorm.bias"] is weights["transformer.final_layernorm.bias"]
-    merged = merge_state_dicts(split(weights, 2))
-    assert all(torch.equal(merged[name], wanted[name]) for name in wanted)
+    whole = merged(split(weights, 2))
+    assert all(torch.equal(whole[name], wanted[name]) for name in wanted)
     model.load_state_dict(found, strict=False)
     with pytest.raises(DataError, match="do not fit the others"):
         convert_state_dict(split(weights, 2)[0])
@@ -124,7 +131,7 @@ def test_the_published_shapes_have_their_heads_and_ids(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not that of weights with 30592 ids"):
         convert_checkpoint(tmp_path / "base.pt", tmp_path / "other", vocabulary=tmp_path / "bert")
     torch.save({"module": weights(11)}, tmp_path / "less.pt")
-    with pytest.raises(UserError, match="cannot be told"):
+    with pytest.raises(UserError, match="cannot be read from the weights"):
         convert_checkpoint(tmp_path / "less.pt", tmp_path / "less")
 
 
@@ -203,7 +210,7 @@ def changed(weights: Weights, change: str) -> Weights:
     [
         ("missing", ["missing: layers.1.mlp.dense_h_to_4h.bias, final_layernorm.weight; unexpected: none"]),
         ("unexpected", ["missing: none", "transformer.layers.0.attention.extra", "classifier.weight"]),
-        ("twice", ["glm.word_embeddings.weight (beside word_embeddings.weight)"]),
+        ("twice", ["glm.word_embeddings.weight (in addition to word_embeddings.weight)"]),
         ("a hole", ["missing: layers.1.input_layernorm.weight", "and 4 more"]),
         ("shape", ["layers.2.attention.dense.weight [24, 23] instead of [24, 24]"]),
         ("another model", ["model.embed_tokens.weight", "and 9 more"]),
@@ -227,15 +234,15 @@ def test_parts_that_do_not_belong_together(tmp_path: Path) -> None:
     parts = split(weights, 2)
     parts[1]["transformer.layers.0.input_layernorm.weight"] += 1
     with pytest.raises(DataError, match=r"input_layernorm.weight' is not the same in every part"):
-        merge_state_dicts(parts)
+        merged(parts)
     nan = split(weights, 2)
     nan[1]["transformer.final_layernorm.bias"][0] = torch.nan
     with pytest.raises(DataError, match="not the same"):
-        merge_state_dicts(nan)
+        merged(nan)
     with pytest.raises(DataError, match="do not fit each other"):
-        merge_state_dicts([split(weights, 2)[0], weights])
+        merged([split(weights, 2)[0], weights])
     with pytest.raises(DataError, match="numbers of layers"):
-        merge_state_dicts([parts[0], {name: v for name, v in parts[1].items() if ".layers.2." not in name}])
+        merged([parts[0], {name: v for name, v in parts[1].items() if ".layers.2." not in name}])
     source = write(tmp_path / "source", "parts 2", weights)
     (source / "mp_rank_00_model_states.pt").unlink()
     with pytest.raises(DataError, match="part is missing"):

@@ -14,7 +14,7 @@ from transformers import (
 from mtkd.data.glm_tokens import bert_tokenizer, gpt2_tokenizer
 from mtkd.models.glm.classifier import GLMForSequenceClassification
 from mtkd.models.glm.configuration import GLMConfig
-from mtkd.models.glm.convert import convert_checkpoint, convert_state_dict, merge_state_dicts
+from mtkd.models.glm.convert import convert_checkpoint, convert_state_dict
 from mtkd.models.glm.heads import GLMForConditionalGeneration
 from mtkd.models.glm.model import GLMModel
 from mtkd.models.glm.prompts import blank_prompts, pieces
@@ -36,6 +36,5 @@ __all__ = [
     "convert_checkpoint",
     "convert_state_dict",
     "gpt2_tokenizer",
-    "merge_state_dicts",
     "pieces",
 ]

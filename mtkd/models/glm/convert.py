@@ -19,7 +19,7 @@ from mtkd.errors import DataError, UserError
 from mtkd.models.cards import load_cards
 from mtkd.models.glm.checkpoint import Checkpoint, open_checkpoint
 from mtkd.models.glm.configuration import HUB_ACTIVATION, ORIGINAL_ACTIVATION, GLMConfig
-from mtkd.models.glm.names import Stored, merge, rename, shapes_wanted, stored
+from mtkd.models.glm.names import Stored, merge, rename, shapes_wanted
 from mtkd.models.glm.published import IDS
 from mtkd.models.glm.shards import SHARD_BYTES, num_bytes, write_shards
 from mtkd.models.info import GLM
@@ -51,16 +51,6 @@ def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = {ours: state_dict[published] for ours, published in names.items()}
     _check_shapes({name: tuple(value.shape) for name, value in found.items()}, "state_dict")
     return found
-
-
-def merge_state_dicts(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The whole model out of the state dicts of its model-parallel ranks, in their order, under mtkd's names.
-
-    Raises:
-        DataError: as `convert_state_dict`, and parts that do not fit each other.
-    """
-    wrapped = [{name: stored(value) for name, value in part.items()} for part in parts]
-    return {name: weight.read() for name, weight in _merged(wrapped, "parts").items()}
 
 
 def convert_checkpoint(
