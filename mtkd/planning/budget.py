@@ -222,7 +222,7 @@ def _moving(found: Footprint) -> dict[str, float]:
 def _at_one_time(sketch: Sketch) -> list[TeacherSize]:
     """The teachers that are in memory together: of a cache stage one after the other."""
     sizes = sketch.sizes
-    return sizes if sketch.stage.kind != "cache" else [max(sizes, key=lambda size: size.parameters)]
+    return sizes if sketch.stage.kind != "cache" else [max(sizes, key=lambda size: size.weights)]
 
 
 def _step(sketch: Sketch, engine: EngineConfig, on_gpu: bool) -> Step:
@@ -231,7 +231,7 @@ def _step(sketch: Sketch, engine: EngineConfig, on_gpu: bool) -> Step:
     sequences = -(-batch.sequences // share) if batch.sequences else (batch.tokens or 0) // share // sketch.max_length
     teachers = sketch.teachers
     if stage.kind == "cache":
-        name = max(zip(sketch.sizes, teachers, strict=True), key=lambda pair: pair[0].parameters)[1]
+        name = max(zip(sketch.sizes, teachers, strict=True), key=lambda pair: pair[0].weights)[1]
         teachers = {name: teachers[name]}
     return Step(
         sketch.trained,

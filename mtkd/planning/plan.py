@@ -208,7 +208,7 @@ class _Planner:
             stage,
             shapes,
             teachers,
-            self._sizes(stage, planned[own:], infos[own:], where),
+            self._sizes(stage, planned[own:], where),
             rows,
             task.token_level,
             sum(p.weight_bytes for p in planned[:own]),
@@ -244,7 +244,6 @@ class _Planner:
         token_level = task.token_level
         planned, texts = list[PlannedModel](), list[str]()
         shapes: dict[str, Shape | CachedShape] = {}
-        infos = list[ModelInfo]()
         size, tokens = 0.0, train_tokens(data, self.config.base)
         for i, teacher in enumerate(stage.teachers):
             place = f"{where}.teachers[{i}]"
@@ -257,7 +256,6 @@ class _Planner:
             self.models.made[f"{name}/{teacher.name}"] = made
             self._cached[f"{name}/{teacher.name}"] = CacheFacts(content, info, model.parameters, f"stages.{name}")
             planned.append(replace(model, backend=teacher.backend))
-            infos.append(info)
             shapes[teacher.name] = self.models.shape(made, auto_class, teacher.model)
             size += bytes_per_token(content, info)
             text = f"{teacher.name}: {describe(content, info, tokens)}"
@@ -268,7 +266,7 @@ class _Planner:
             stage,
             {},
             shapes,
-            self._sizes(stage, planned, infos, where),
+            self._sizes(stage, planned, where),
             [],
             token_level,
             0,
@@ -326,14 +324,11 @@ class _Planner:
     def _tokens(self, stage: StageConfig, max_length: int) -> int | None:
         return None if stage.steps is None else stage.steps * _per_step(stage, max_length)
 
-    def _sizes(
-        self, stage: StageConfig, models: list[PlannedModel], infos: list[ModelInfo], where: str
-    ) -> list[TeacherSize]:
+    def _sizes(self, stage: StageConfig, models: list[PlannedModel], where: str) -> list[TeacherSize]:
         """What the teachers occupy; refuses those that there is no room for."""
-        heads = [0 if info.num_labels else info.vocabulary * info.width for info in infos]
         sizes = [
-            BACKENDS[teacher.backend].size(teacher, model.parameters, head, model.layers)
-            for teacher, model, head in zip(stage.teachers, models, heads, strict=True)
+            BACKENDS[teacher.backend].size(teacher, model.weight_bytes, model.head_bytes, model.layers)
+            for teacher, model in zip(stage.teachers, models, strict=True)
         ]
         check_room(sizes, Place(self._on_gpu), self.config.folder, f"{where}.teachers")
         return sizes

@@ -66,9 +66,14 @@ class Backend:
             UserError: naming the stage.
         """
 
-    def size(self, teacher: TeacherConfig, parameters: int, head: int, layers: int) -> TeacherSize:
-        """What is known of a teacher's size. Args: head: parameters of the output head, those among `parameters`."""
-        return TeacherSize(parameters, head, teacher.backend, layers)
+    def size(self, teacher: TeacherConfig, weights: int, head: int, layers: int) -> TeacherSize:
+        """What is known of a teacher's size.
+
+        Args:
+            weights: bytes in the number format of its model.
+            head: those of the output head, which are part of `weights`.
+        """
+        return TeacherSize(weights, head, teacher.backend, layers)
 
     def memory(self, teachers: Sequence[TeacherSize], place: Place) -> Share:
         """What the weights of a stage's teachers of this backend take; there is at least one."""

@@ -15,7 +15,7 @@ from mtkd.models.linear import speed_up_linears
 from mtkd.models.taps import TappedModel
 from mtkd.pool.backend import Backend, Site
 from mtkd.pool.base import ElsewhereModel, LiveModel
-from mtkd.pool.sizes import FLOAT, Place, Share, TeacherSize
+from mtkd.pool.sizes import Place, Share, TeacherSize
 
 
 def check_finite(model: TappedModel, where: str) -> None:
@@ -78,7 +78,7 @@ class Resident(Backend):
     lighter = ("offload", "sharded")
 
     def memory(self, teachers: Sequence[TeacherSize], place: Place) -> Share:
-        whole = FLOAT * sum(t.parameters for t in teachers)
+        whole = sum(t.weights for t in teachers)
         return Share(whole, whole, built=whole)
 
     def open(self, teacher: TeacherConfig, model: TappedModel, site: Site, where: str) -> LiveModel:

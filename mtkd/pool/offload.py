@@ -34,7 +34,7 @@ from mtkd.models.weights import find_weights
 from mtkd.pool.backend import Backend, Site
 from mtkd.pool.base import ElsewhereModel, LiveModel, move_buffers
 from mtkd.pool.live import check_finite
-from mtkd.pool.sizes import FLOAT, Place, Share, TeacherSize
+from mtkd.pool.sizes import Place, Share, TeacherSize
 from mtkd.pool.streaming import StreamedParameters
 from mtkd.pool.waiting import MappedParameters, PinnedParameters, Waiting
 
@@ -207,21 +207,21 @@ class Offload(Backend):
         Of a GPU in pinned memory; the heads stay until a micro-batch is done. Of a CPU in a file, whose pages in the
         kernel's cache are nobody's memory.
         """
-        whole, heads = FLOAT * sum(t.parameters for t in teachers), FLOAT * sum(t.head for t in teachers)
+        whole, heads = sum(t.weights for t in teachers), sum(t.head for t in teachers)
         if not place.on_gpu:
-            largest, head = max(t.parameters for t in teachers), max(t.head for t in teachers)
-            return Share(FLOAT * largest, FLOAT * head, disk=whole, passing=FLOAT * largest)
-        bodies = sorted((t.parameters - t.head for t in teachers), reverse=True)
-        turn = FLOAT * sum(bodies[: 1 + place.prefetch]) + heads
+            largest, head = max(t.weights for t in teachers), max(t.head for t in teachers)
+            return Share(largest, head, disk=whole, passing=largest)
+        bodies = sorted((t.weights - t.head for t in teachers), reverse=True)
+        turn = sum(bodies[: 1 + place.prefetch]) + heads
         # Each is copied to where it waits before the next one is loaded: for a moment there are two of it.
-        copied = 2 * FLOAT * max(t.parameters for t in teachers)
+        copied = 2 * max(t.weights for t in teachers)
         return Share(turn, heads, host=whole * place.local, passing=copied)
 
     def check_room(self, teachers: Sequence[TeacherSize], place: Place, folder: Path, where: str) -> None:
         if place.on_gpu:
             return
         _check_maps(where)
-        needed = FLOAT * sum(t.parameters for t in teachers)
+        needed = sum(t.weights for t in teachers)
         there, free = free_disk(folder)
         if needed > free:
             raise UserError(
@@ -246,8 +246,8 @@ class Streamed(Backend):
 
     def memory(self, teachers: Sequence[TeacherSize], place: Place) -> Share:
         """The layer that runs; the heads, of a CPU one at a time. Weights stay in their own files."""
-        heads = FLOAT * (sum(t.head for t in teachers) if place.on_gpu else max(t.head for t in teachers))
-        return Share(FLOAT * max(t.layer for t in teachers) + heads, heads)
+        heads = sum(t.head for t in teachers) if place.on_gpu else max(t.head for t in teachers)
+        return Share(max(t.layer for t in teachers) + heads, heads)
 
     def remark(self, tokens: int) -> str:
         return f"all its weights are read from disk for every batch of <= {tokens:,} tokens"

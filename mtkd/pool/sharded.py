@@ -22,12 +22,13 @@ from mtkd.data.batch import Batch
 from mtkd.engine.dist import Dist
 from mtkd.models.features import Features
 from mtkd.models.forward import number_format
+from mtkd.models.numbers import FLOAT
 from mtkd.models.taps import LOW_TOLERANCE, VERIFY_TOLERANCE, TappedModel
 from mtkd.models.weights import find_weights
 from mtkd.pool.backend import Backend, Site
 from mtkd.pool.base import ElsewhereModel, LiveModel, move_buffers
 from mtkd.pool.partition import check_nvme, engine_settings, largest_part, partition
-from mtkd.pool.sizes import FLOAT, Place, Share, TeacherSize
+from mtkd.pool.sizes import Place, Share, TeacherSize
 
 
 class ShardedModel(ElsewhereModel):
@@ -149,20 +150,20 @@ class Sharded(Backend):
     def memory(self, teachers: Sequence[TeacherSize], place: Place) -> Share:
         """A part of each on every rank; the layer that runs and what is gathered ahead of it; each head once, whole."""
         away = ("cpu", "nvme") if place.on_gpu else ("nvme",)  # a CPU's memory is the host's
-        parts = sum(t.parameters for t in teachers if t.waits not in away) / place.ranks
-        pinned = sum(t.parameters for t in teachers if t.waits == "cpu") if place.on_gpu else 0
-        files = sum(t.parameters for t in teachers if t.waits == "nvme")
-        gathered = max(min(t.layer + t.ahead, t.parameters) for t in teachers)
+        parts = sum(t.weights for t in teachers if t.waits not in away) / place.ranks
+        pinned = sum(t.weights for t in teachers if t.waits == "cpu") if place.on_gpu else 0
+        files = sum(t.weights for t in teachers if t.waits == "nvme")
+        gathered = max(min(t.layer + FLOAT * t.ahead, t.weights) for t in teachers)
         after = parts + sum(t.head for t in teachers)
         here = place.local / place.ranks  # of all parts, on one host
-        return Share(FLOAT * (after + gathered), FLOAT * after, FLOAT * pinned * here, FLOAT * files * here)
+        return Share(after + gathered, after, pinned * here, files * here)
 
     def check(self, teacher: TeacherConfig, where: str) -> None:
         check_nvme(_engine(teacher), f"{where}.sharded")
 
-    def size(self, teacher: TeacherConfig, parameters: int, head: int, layers: int) -> TeacherSize:
+    def size(self, teacher: TeacherConfig, weights: int, head: int, layers: int) -> TeacherSize:
         engine = _engine(teacher)
-        return TeacherSize(parameters, head, teacher.backend, layers, 2 * engine.prefetch_parameters, engine.offload)
+        return TeacherSize(weights, head, teacher.backend, layers, 2 * engine.prefetch_parameters, engine.offload)
 
     def open(self, teacher: TeacherConfig, model: TappedModel, site: Site, where: str) -> LiveModel:
         return shard(model, site.folder(), teacher, site.device, site.dtype, site.dist, where)

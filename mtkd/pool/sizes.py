@@ -1,23 +1,22 @@
-"""What teachers take of memory, in numbers that every backend understands."""
+"""What teachers take of memory, in bytes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-FLOAT = 4
-"""Bytes of a float32: the weights of student and teachers, whatever their file holds."""
-
 
 @dataclass(frozen=True)
 class TeacherSize:
-    """Parameters of a teacher, those of its vocabulary-size output head among them, and where they live.
+    """Bytes of a teacher's weights in memory, whichever type its files hold, and where they live.
 
     Attributes:
-        ahead: sharded: numbers that are gathered before their layer runs.
+        weights: all of them (`mtkd.models.numbers`).
+        head: those of the output head over the vocabulary, which are part of `weights`.
+        ahead: sharded: numbers, not bytes, that are gathered before their layer runs.
         waits: sharded: where a rank's part is: "none" (on its device), "cpu" or "nvme".
     """
 
-    parameters: int
+    weights: int
     head: int
     backend: str
     layers: int = 1
@@ -26,8 +25,8 @@ class TeacherSize:
 
     @property
     def layer(self) -> int:
-        """Parameters of one layer, all being equal; other tables of embeddings count among them."""
-        return -(-(self.parameters - self.head) // self.layers)
+        """Bytes of one layer, all being equal; other tables of embeddings count among them."""
+        return -(-(self.weights - self.head) // self.layers)
 
 
 @dataclass(frozen=True)

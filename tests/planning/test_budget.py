@@ -18,7 +18,7 @@ from mtkd.config.match import Match
 from mtkd.planning.budget import Limits, StageMemory, _changes, find_limits, stage_memory
 from mtkd.planning.memory import trained_share
 from mtkd.pool.backends import teacher_share
-from mtkd.pool.sizes import FLOAT, Place, Share, TeacherSize
+from mtkd.pool.sizes import Place, Share, TeacherSize
 
 HERE = {"GPU": "given", "host": "found", "disk": "found"}
 
@@ -26,12 +26,12 @@ HERE = {"GPU": "given", "host": "found", "disk": "found"}
 def test_a_sharded_and_a_streamed_teacher_by_hand() -> None:
     """A part per rank, the largest layer with what is gathered ahead, the heads; a layer and the heads."""
     place = Place(on_gpu=True, ranks=4, local=4)
-    sharded = [TeacherSize(1_000, 60, "sharded", 10, ahead=20), TeacherSize(600, 40, "sharded", 8, ahead=20)]
+    sharded = [TeacherSize(1_000, 60, "sharded", 10, ahead=5), TeacherSize(600, 40, "sharded", 8, ahead=5)]
     after = 250 + 150 + 60 + 40
-    assert teacher_share(sharded, place) == Share(FLOAT * (after + 94 + 20), FLOAT * after)
+    assert teacher_share(sharded, place) == Share((after + 94 + 20), after)
     streamed = [TeacherSize(1_000, 60, "streamed", 10), TeacherSize(600, 40, "streamed", 8)]
-    assert teacher_share(streamed, place) == Share(FLOAT * (94 + 60 + 40), FLOAT * (60 + 40))
-    assert teacher_share(streamed, Place(on_gpu=False)) == Share(FLOAT * (94 + 60), FLOAT * 60)
+    assert teacher_share(streamed, place) == Share(94 + 60 + 40, (60 + 40))
+    assert teacher_share(streamed, Place(on_gpu=False)) == Share(94 + 60, 60)
     assert teacher_share([TeacherSize(1_000, 60, "cached")], place) == Share()
 
 
@@ -134,7 +134,7 @@ def test_ranks_of_one_host_share_its_memory() -> None:
     assert together.host_gb == pytest.approx(4 * together.rank_gb)
     assert apart.host_gb == pytest.approx(2 * apart.rank_gb)
     pinned = needed(Case([Match(loss="kl")], ("offload",), kind="deepspeed", processes=4), Limits(None, None, None))
-    assert pinned.host_gb == pytest.approx(4 * every.sizes()[0].parameters * FLOAT / GB)
+    assert pinned.host_gb == pytest.approx(4 * every.sizes()[0].weights / GB)
 
 
 def test_a_stage_that_needs_values_is_planned_without_its_step() -> None:
@@ -144,7 +144,7 @@ def test_a_stage_that_needs_values_is_planned_without_its_step() -> None:
     found = stage_memory(sketch, case.engine, Limits(None, None, None), on_gpu=False)
     assert "activations, tiles and temporaries are not counted" in found.notes[1]
     own = sketch.exported / GB
-    assert found.rank_gb == pytest.approx(4 * own + sketch.sizes[0].parameters * FLOAT / GB)
+    assert found.rank_gb == pytest.approx(4 * own + sketch.sizes[0].weights / GB)
 
 
 def test_checkpoints_are_as_large_as_planned(tmp_path: Path) -> None:

@@ -89,8 +89,8 @@ class Case:
         )
 
     def sizes(self) -> list[TeacherSize]:
-        size = sum(p.numel() for p in tapped(self.teacher, 1).parameters())
-        head, layers = IDS * self.teacher.hidden_size, self.teacher.num_hidden_layers
+        size = sum(p.untyped_storage().nbytes() for p in tapped(self.teacher, 1).parameters())
+        head, layers = 4 * IDS * self.teacher.hidden_size, self.teacher.num_hidden_layers
         return [TeacherSize(size, head, backend, layers) for backend in self.backends]
 
     def sketch(self) -> Sketch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import mtkd
 from mtkd.config import RunConfig
 from mtkd.errors import UserError
 from mtkd.pool.backends import teacher_share
-from mtkd.pool.sizes import FLOAT, Place, Share, TeacherSize
+from mtkd.pool.sizes import Place, Share, TeacherSize
 
 DISK = "mtkd.engine.disk.shutil.disk_usage"
 
@@ -78,10 +79,10 @@ def test_the_plan_counts_one_offloaded_teacher(tmp_path: Path) -> None:
 
 def test_on_a_gpu_heads_and_the_next_body_stay() -> None:
     teachers = [TeacherSize(100, 30, "offload"), TeacherSize(90, 40, "offload"), TeacherSize(7, 1, "resident")]
-    pinned, file, after = 2 * FLOAT * 190, FLOAT * 190, FLOAT * (7 + 70)
-    assert teacher_share(teachers, Place(True, False, 2, 2)) == Share(FLOAT * (7 + 70 + 70), after, pinned)
-    assert teacher_share(teachers, Place(True, True, 2, 2)) == Share(FLOAT * (7 + 70 + 70 + 50), after, pinned)
-    assert teacher_share(teachers, Place(False, True, 2, 2)) == Share(FLOAT * (7 + 100), FLOAT * (7 + 40), disk=file)
+    on_gpu = Share(7 + 70 + 70, 7 + 70, host=2 * 190, built=7, passing=2 * 100)
+    assert teacher_share(teachers, Place(True, False, 2, 2)) == on_gpu
+    assert teacher_share(teachers, Place(True, True, 2, 2)) == replace(on_gpu, rank=7 + 70 + 70 + 50)
+    assert teacher_share(teachers, Place(False, True, 2, 2)) == Share(7 + 100, 7 + 40, disk=190, built=7, passing=100)
 
 
 def test_a_disk_without_room_is_refused_by_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,9 +18,8 @@ import mtkd
 import mtkd.running.run
 from mtkd.data.tokenizers import train_tokenizer
 from mtkd.errors import DataError, UserError
-from mtkd.pool.backends import teacher_share
-from mtkd.pool.offload import check_offload
-from mtkd.pool.sizes import FLOAT, Place, TeacherSize
+from mtkd.pool.backends import check_room, teacher_share
+from mtkd.pool.sizes import Place, TeacherSize
 
 STREAMED = [{**teacher, "backend": "streamed"} for teacher in LIVE]
 
@@ -108,14 +107,14 @@ def test_a_part_of_a_model_is_refused(tmp_path: Path) -> None:
 def test_the_plan_counts_a_layer_and_the_heads() -> None:
     streamed = [TeacherSize(110, 30, "streamed", layers=8), TeacherSize(90, 40, "streamed", layers=5)]
     mixed = [*streamed, TeacherSize(7, 1, "resident")]
-    assert teacher_share(streamed, Place(on_gpu=False)).rank == FLOAT * (10 + 40)
-    assert teacher_share(mixed, Place(on_gpu=False)).rank == FLOAT * (7 + 10 + 40)
-    assert teacher_share(mixed, Place(on_gpu=True)).rank == FLOAT * (7 + 10 + 30 + 40)
+    assert teacher_share(streamed, Place(on_gpu=False)).rank == 10 + 40
+    assert teacher_share(mixed, Place(on_gpu=False)).rank == 7 + 10 + 40
+    assert teacher_share(mixed, Place(on_gpu=True)).rank == 7 + 10 + 30 + 40
 
 
 def test_a_system_that_cannot_give_pages_back_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     streamed = [TeacherSize(110, 30, "streamed")]
-    check_offload(streamed, tmp_path, on_gpu=True, where="stages.s.teachers")
+    check_room(streamed, Place(on_gpu=True), tmp_path, "stages.s.teachers")
     monkeypatch.delattr("mmap.MADV_DONTNEED")
     with pytest.raises(UserError, match="need Linux"):
-        check_offload(streamed, tmp_path, on_gpu=True, where="stages.s.teachers")
+        check_room(streamed, Place(on_gpu=True), tmp_path, "stages.s.teachers")
