@@ -42,6 +42,15 @@ class Statistic:
     equal: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Resampling:
+    """How resamples are drawn, and the confidence of the intervals made of them."""
+
+    count: int = 10_000
+    confidence: float = 0.95
+    seed: int = 0
+
+
 class Interval(NamedTuple):
     """Candidate minus baseline on all documents, and the bootstrap confidence interval of it."""
 
@@ -62,10 +71,7 @@ def compare(
     baseline_name: str,
     candidate_scores: Sequence[Score],
     baseline_scores: Sequence[Score],
-    *,
-    resamples: int = 10_000,
-    confidence: float = 0.95,
-    seed: int = 0,
+    resampling: Resampling = Resampling(),
 ) -> list[dict[str, Any]]:
     """Two models over all documents, then per domain when there are several.
 
@@ -90,33 +96,27 @@ def compare(
         chosen = [i for i, d in enumerate(domains) if domain in ("overall", d)]
         sides = [candidate[i] for i in chosen], [baseline[i] for i in chosen]
         row = {"candidate": candidate_name, "baseline": baseline_name, "metric": statistic.name, "domain": domain}
-        rows.append(row | _tested(statistic, *sides, resamples=resamples, confidence=confidence, seed=seed))
+        rows.append(row | _tested(statistic, *sides, resampling))
     return correct(rows)
 
 
 def _tested(
-    statistic: Statistic,
-    candidate: Sequence[Score],
-    baseline: Sequence[Score],
-    *,
-    resamples: int,
-    confidence: float,
-    seed: int,
+    statistic: Statistic, candidate: Sequence[Score], baseline: Sequence[Score], resampling: Resampling
 ) -> dict[str, Any]:
     values = [float(statistic.value(statistic.columns(side).sum(axis=0))) for side in (candidate, baseline)]
-    interval = paired_bootstrap(statistic, candidate, baseline, resamples, confidence, seed)
+    interval = paired_bootstrap(statistic, candidate, baseline, resampling)
     if statistic.name == "accuracy":
         test = "mcnemar"
         p = mcnemar(*(column(s, "label") == column(s, "prediction") for s in (candidate, baseline)))
     else:
         test = "permutation"
-        p = permutation_test(statistic, candidate, baseline, resamples, seed)
-    at_most = test == "permutation" and p == 1 / (resamples + 1)
+        p = permutation_test(statistic, candidate, baseline, resampling)
+    at_most = test == "permutation" and p == 1 / (resampling.count + 1)
     return {
         "candidate_value": values[0],
         "baseline_value": values[1],
         **interval._asdict(),
-        "confidence": confidence,
+        "confidence": resampling.confidence,
         "interval": "paired bootstrap",
         "p": p,
         "p_at_most": at_most,
@@ -174,9 +174,7 @@ def paired_bootstrap(
     statistic: Statistic,
     candidate_scores: Sequence[Score],
     baseline_scores: Sequence[Score],
-    resamples: int = 10_000,
-    confidence: float = 0.95,
-    seed: int = 0,
+    resampling: Resampling = Resampling(),
 ) -> Interval:
     """Bias-corrected and accelerated interval of the difference; documents are resampled, both models alike.
 
@@ -193,13 +191,13 @@ def paired_bootstrap(
     observed = float(difference(columns.sum(axis=0)))
     if n < 2 or not math.isfinite(observed):
         return Interval(observed, math.nan, math.nan)
-    random = np.random.default_rng([seed, 0])
-    resampled = np.concatenate([difference(counts @ columns) for counts in _document_counts(random, resamples, n)])
+    random = np.random.default_rng([resampling.seed, 0])
+    resampled = np.concatenate([difference(chunk @ columns) for chunk in _document_counts(random, resampling.count, n)])
     resampled = resampled[np.isfinite(resampled)]  # a resample of one class, say, has no correlation
     if not len(resampled):
         return Interval(observed, math.nan, math.nan)
     left_out = difference(columns.sum(axis=0) - columns)  # the jackknife
-    low, high = np.quantile(resampled, _bca_levels(resampled, left_out, observed, confidence))
+    low, high = np.quantile(resampled, _bca_levels(resampled, left_out, observed, resampling.confidence))
     return Interval(observed, float(low), float(high))
 
 
@@ -232,8 +230,7 @@ def permutation_test(
     statistic: Statistic,
     candidate_scores: Sequence[Score],
     baseline_scores: Sequence[Score],
-    resamples: int = 10_000,
-    seed: int = 0,
+    resampling: Resampling = Resampling(),
 ) -> float:
     """Two-sided p of no difference: how often swapping the models at random per document gives one as large.
 
@@ -251,13 +248,14 @@ def permutation_test(
         return 1.0
     # Equal differences may come out apart by rounding; they must count as equal.
     threshold = observed - 1e-12 * float(abs(values[0]) + abs(values[1]))
-    exact = n < 31 and 2**n <= resamples
+    exact = n < 31 and 2**n <= resampling.count
+    random = np.random.default_rng([resampling.seed, 1])
     hits = 0
-    for swapped in _all_swaps(n) if exact else _random_swaps(np.random.default_rng([seed, 1]), resamples, n):
+    for swapped in _all_swaps(n) if exact else _random_swaps(random, resampling.count, n):
         moved = swapped @ gap
         difference = np.abs(statistic.value(total + moved) - statistic.value(other - moved))
         hits += int(np.sum(~(difference < threshold)))  # an undefined value counts against a claim
-    return hits / 2**n if exact else (hits + 1) / (resamples + 1)
+    return hits / 2**n if exact else (hits + 1) / (resampling.count + 1)
 
 
 def _all_swaps(n: int) -> Iterator[Array]:

@@ -18,7 +18,7 @@ from mtkd.engine.record import read_record, write_atomic, write_record
 from mtkd.errors import DataError
 from mtkd.evaluate.metrics import by_domain, summarise
 from mtkd.evaluate.score import Scorer
-from mtkd.evaluate.significance import compare, correct, num_rows
+from mtkd.evaluate.significance import Resampling, compare, correct, num_rows
 from mtkd.models.forward import LOGITS
 from mtkd.models.taps import TappedModel
 from mtkd.planning.stages import scored_models
@@ -172,9 +172,7 @@ def _results(shop: Workshop, settings: EvaluateConfig, data: str, scores: dict[s
             pair.baseline,
             scores[pair.candidate],
             scores[pair.baseline],
-            resamples=resamples,
-            confidence=settings.confidence,
-            seed=shop.config.seed,
+            Resampling(resamples, settings.confidence, shop.config.seed),
         )
     return {
         "task": task,

@@ -16,6 +16,7 @@ from mtkd.evaluate import significance
 from mtkd.evaluate.report.wording import p_text
 from mtkd.evaluate.significance import (
     STATISTICS,
+    Resampling,
     compare,
     correct,
     holm,
@@ -74,7 +75,7 @@ def test_bootstrap_equals_scipy_bca():
     expected = stats.bootstrap(
         (a, b, size), difference, paired=True, n_resamples=20_000, method="BCa", rng=np.random.default_rng([2, 0])
     ).confidence_interval
-    found = paired_bootstrap(BITS, ours, theirs, 20_000, 0.95, seed=2)
+    found = paired_bootstrap(BITS, ours, theirs, Resampling(20_000, seed=2))
     assert found == pytest.approx((difference(a, b, size), expected.low, expected.high), rel=1e-9)
 
 
@@ -88,7 +89,7 @@ def test_bca_follows_the_skew():
             (loss / 100 / math.log(2),), np.mean, n_resamples=20_000, method=method, rng=0
         ).confidence_interval
 
-    found = paired_bootstrap(BITS, ours, theirs, 20_000, 0.95, seed=0)
+    found = paired_bootstrap(BITS, ours, theirs, Resampling(20_000, seed=0))
     bca, plain = scipy_interval("BCa"), scipy_interval("percentile")
     assert abs(found.high - bca.high) < 0.3 * abs(plain.high - bca.high)
     assert abs(found.low - bca.low) < 0.3 * abs(plain.low - bca.low)
@@ -122,14 +123,14 @@ def test_sampled_permutation_approaches_the_exact_one():
     gap, bits = a - b, size.sum()
     swaps = np.array(list(itertools.product((1, -1), repeat=12)))
     exact = np.mean(np.abs(swaps @ gap / bits) >= abs(gap.sum() / bits) * (1 - 1e-12))
-    assert permutation_test(BITS, ours, theirs, 4096) == pytest.approx(exact)
-    sampled = permutation_test(BITS, ours, theirs, 4000, seed=3)  # below 2**12: sampled
+    assert permutation_test(BITS, ours, theirs, Resampling(4096)) == pytest.approx(exact)
+    sampled = permutation_test(BITS, ours, theirs, Resampling(4000, seed=3))  # below 2**12: sampled
     assert sampled == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 4000))
     assert sampled != exact
 
 
 def test_p_is_uniform_when_there_is_no_difference():
-    found = np.array([permutation_test(BITS, *corpus(seed, 30), 199, seed) for seed in range(400)])
+    found = np.array([permutation_test(BITS, *corpus(seed, 30), Resampling(199, seed=seed)) for seed in range(400)])
     assert stats.kstest(found, "uniform").pvalue > 0.01
     assert abs(np.mean(found <= 0.05) - 0.05) < 3 * math.sqrt(0.05 * 0.95 / 400)
 
@@ -139,19 +140,19 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
     truth = -0.01 / math.log(2)
     covered = 0
     for seed in range(300):
-        interval = paired_bootstrap(BITS, *corpus(seed, 60, gain=0.01), 400, 0.9, seed)
+        interval = paired_bootstrap(BITS, *corpus(seed, 60, gain=0.01), Resampling(400, 0.9, seed))
         covered += interval.low <= truth <= interval.high
     # Bootstrap intervals of 60 unequal documents cover a little less than nominal.
     assert 0.83 <= covered / 300 <= 0.95
 
 
 def test_a_real_gain_is_found():
-    row = compare("causal-lm", "student", "labels", *corpus(0, 50, gain=0.02), resamples=2000)[0]
+    row = compare("causal-lm", "student", "labels", *corpus(0, 50, gain=0.02), Resampling(2000))[0]
     assert row["better"] is True
     assert row["p"] == 1 / 2001
     assert row["high"] < 0
     assert row["difference"] == pytest.approx(row["candidate_value"] - row["baseline_value"])
-    reverse = compare("causal-lm", "labels", "student", *corpus(0, 50, gain=0.02)[::-1], resamples=2000)[0]
+    reverse = compare("causal-lm", "labels", "student", *corpus(0, 50, gain=0.02)[::-1], Resampling(2000))[0]
     assert reverse["better"] is False
     assert reverse["difference"] == pytest.approx(-row["difference"])
 
@@ -172,9 +173,15 @@ def test_a_ratio_is_not_the_mean_of_ratios():
 
 def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch):
     ours, theirs = corpus(4, 40)
-    whole = permutation_test(BITS, ours, theirs, 1000, 0), paired_bootstrap(BITS, ours, theirs, 1000, 0.95, 0)
+    whole = (
+        permutation_test(BITS, ours, theirs, Resampling(1000)),
+        paired_bootstrap(BITS, ours, theirs, Resampling(1000)),
+    )
     monkeypatch.setattr(significance, "PAIRS_AT_ONCE", 40 * 64)
-    parts = permutation_test(BITS, ours, theirs, 1000, 0), paired_bootstrap(BITS, ours, theirs, 1000, 0.95, 0)
+    parts = (
+        permutation_test(BITS, ours, theirs, Resampling(1000)),
+        paired_bootstrap(BITS, ours, theirs, Resampling(1000)),
+    )
     assert parts[0] == pytest.approx(whole[0], abs=0.05)
     assert parts[1] == pytest.approx(whole[1], rel=0.2)
     counts = list(significance._document_counts(np.random.default_rng(0), 1000, 40))
@@ -185,14 +192,14 @@ def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch):
 
 def test_the_seed_decides():
     pair = corpus(1, 30)
-    first, again, other = (compare("causal-lm", "c", "b", *pair, resamples=300, seed=s)[0] for s in (0, 0, 1))
+    first, again, other = (compare("causal-lm", "c", "b", *pair, Resampling(300, seed=s))[0] for s in (0, 0, 1))
     assert first == again
     assert (first["low"], first["p"]) != (other["low"], other["p"])
 
 
 def test_identical_models_do_not_differ():
     scores, _ = corpus(2, 30)
-    row = compare("causal-lm", "c", "b", scores, scores, resamples=200)[0]
+    row = compare("causal-lm", "c", "b", scores, scores, Resampling(200))[0]
     assert (row["difference"], row["low"], row["high"], row["p"], row["better"]) == (0, 0, 0, 1, None)
 
 
@@ -221,7 +228,7 @@ def test_holm_worked_example():
 
 
 def test_correction_over_several_comparisons_takes_claims_back():
-    rows = compare("causal-lm", "c", "b", *corpus(7, 12, gain=0.012), resamples=5000)
+    rows = compare("causal-lm", "c", "b", *corpus(7, 12, gain=0.012), Resampling(5000))
     assert rows[0]["better"] is True
     assert 0.001 < rows[0]["p"] < 0.05
     family = correct(rows * 60)
@@ -236,7 +243,7 @@ def test_domains_are_tested_apart_and_corrected_together():
     code = tuple([s | {"domain": "code"} for s in side] for side in corpus(1, 40))
     # The same document names in both domains, in another order for the baseline.
     ours, theirs = [*prose[0], *code[0]], [*code[1], *prose[1]][::-1]
-    rows = compare("causal-lm", "student", "labels", ours, theirs, resamples=999)
+    rows = compare("causal-lm", "student", "labels", ours, theirs, Resampling(999))
     assert [r["domain"] for r in rows] == ["overall", "prose", "code"]
     assert [r["n"] for r in rows] == [80, 40, 40]
     assert [r["better"] for r in rows] == [True, True, None]
@@ -250,7 +257,7 @@ def test_classification_uses_mcnemar_and_higher_is_better():
     labels = np.zeros(60, int)
     ours = class_scores(labels, [0] * 50 + [1] * 10)
     theirs = class_scores(labels, [0] * 35 + [1] * 25)
-    (row,) = compare("classify", "c", "b", ours, theirs, resamples=500)
+    (row,) = compare("classify", "c", "b", ours, theirs, Resampling(500))
     assert (row["metric"], row["test"], row["domain"]) == ("accuracy", "mcnemar", "overall")
     assert row["difference"] == pytest.approx(0.25)
     assert row["p"] == pytest.approx(exact_binomial(0, 15))
@@ -263,7 +270,7 @@ def test_regression_compares_correlations_whatever_the_scale():
     labels = random.normal(size=80)
     good, bad = labels + 0.3 * random.normal(size=80), labels + 2.0 * random.normal(size=80)
     (row,) = compare(
-        "classify", "c", "b", regression_scores(labels, 100 * good + 7), regression_scores(labels, bad), resamples=500
+        "classify", "c", "b", regression_scores(labels, 100 * good + 7), regression_scores(labels, bad), Resampling(500)
     )
     assert row["candidate_value"] == pytest.approx(np.corrcoef(labels, good)[0, 1])
     assert row["baseline_value"] == pytest.approx(np.corrcoef(labels, bad)[0, 1])
@@ -286,7 +293,7 @@ def test_regression_p_does_not_depend_on_the_scale_of_the_predictions():
     ours, theirs = labels + random.normal(size=40), labels + 1.3 * random.normal(size=40)
     baseline = regression_scores(labels, theirs)
     plain, scaled = (
-        compare("regression", "c", "b", regression_scores(labels, values), baseline, resamples=500)[0]
+        compare("regression", "c", "b", regression_scores(labels, values), baseline, Resampling(500))[0]
         for values in (ours, 1000 * ours - 3)
     )
     assert 0.05 < plain["p"] < 1
@@ -297,7 +304,7 @@ def test_regression_p_does_not_depend_on_the_scale_of_the_predictions():
 def test_a_diverged_model_is_not_compared_to_a_claim():
     ours, theirs = corpus(0, 20)
     theirs[3]["nll"] = math.nan
-    row = compare("causal-lm", "c", "b", ours, theirs, resamples=100)[0]
+    row = compare("causal-lm", "c", "b", ours, theirs, Resampling(100))[0]
     assert row["p"] == 1
     assert row["better"] is None
     assert math.isnan(row["low"])
@@ -336,9 +343,9 @@ def test_a_p_at_its_least_says_so() -> None:
     """A thousand documents that are all better: no swap comes near, whatever their number."""
     nll, size = 10.0 + np.arange(1000) % 3, np.full(1000, 10)
     better, worse = language_scores(nll, size), language_scores(nll + 5, size)
-    (row,) = compare("causal-lm", "a", "b", better, worse, resamples=99)
+    (row,) = compare("causal-lm", "a", "b", better, worse, Resampling(99))
     assert (row["p"], row["p_at_most"]) == (0.01, True)
     assert p_text(row["p"], row["p_at_most"]) == "≤ 0.0100"
-    (same,) = compare("causal-lm", "a", "b", better, better, resamples=99)
+    (same,) = compare("causal-lm", "a", "b", better, better, Resampling(99))
     assert (same["p"], same["p_at_most"]) == (1.0, False)
     assert p_text(same["p"], same["p_at_most"]) == "1.00"
