@@ -34,6 +34,7 @@ from mtkd.models.taps import TappedModel
 from mtkd.objective.compile import compile_rows
 from mtkd.objective.objective import Objective
 from mtkd.objective.projection import make_projections
+from mtkd.objective.settings import Wiring
 from mtkd.running.train import global_counts
 from mtkd.weightings.make import make_weighting, stage_facts
 
@@ -88,7 +89,9 @@ def objective(
     label = Match(feature="logits", loss="ce", target="labels")
     rows = compile_rows([label], student.info, {}, token_level=causal, regression=False, where="benchmark")
     weighting = make_weighting(Named(name="uniform"), stage_facts((), [], student, 0), "benchmark")
-    return Objective(student, rows, weighting, make_projections(rows, student.info, [], 0), (), token_level=causal)
+    return Objective(
+        student, rows, weighting, make_projections(rows, student.info, [], 0), (), Wiring("example", causal)
+    )
 
 
 class Arm:

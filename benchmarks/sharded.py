@@ -160,6 +160,7 @@ def train(backend: str, count: int, folder: str) -> dict[str, float]:
     from mtkd.models.taps import TappedModel
     from mtkd.objective.compile import compile_rows
     from mtkd.objective.objective import Objective
+    from mtkd.objective.settings import Wiring
     from mtkd.pool import LiveTeacher, TeacherPool
     from mtkd.running.train import global_counts
     from mtkd.weightings.simple import Uniform
@@ -180,7 +181,7 @@ def train(backend: str, count: int, folder: str) -> dict[str, float]:
     match = mtkd.Match(loss="kl") if count else mtkd.Match(loss="ce", target="labels")
     infos = {name: model.info for name, model in zip(names, models, strict=True)}
     rows = compile_rows([match], student.info, infos, token_level=True, regression=False, where="benchmark")
-    objective = Objective(student, rows, Uniform(), torch.nn.ModuleDict(), names, token_level=True)
+    objective = Objective(student, rows, Uniform(), torch.nn.ModuleDict(), names, Wiring("example", True))
     teachers = [LiveTeacher(name, model, device, torch.float32) for name, model in zip(names, models, strict=True)]
     pool = TeacherPool(teachers, [objective.teacher_wants(k) for k in range(count)])
     config = OptimizerConfig(lr=1e-4, warmup=0, schedule="constant", weight_decay=0)

@@ -72,6 +72,7 @@ def measure(arm: str, count: int, steps: int, folder: Path) -> dict[str, float]:
     from mtkd.models.taps import TappedModel
     from mtkd.objective.compile import compile_rows
     from mtkd.objective.objective import Objective
+    from mtkd.objective.settings import Wiring
     from mtkd.pool import TeacherPool
     from mtkd.weightings.simple import Uniform
 
@@ -90,7 +91,7 @@ def measure(arm: str, count: int, steps: int, folder: Path) -> dict[str, float]:
     match = mtkd.Match(loss="kl") if count else mtkd.Match(loss="ce", target="labels")
     infos = {t.name: t._model.info for t in teachers}
     rows = compile_rows([match], student.info, infos, token_level=True, regression=False, where="benchmark")
-    objective = Objective(student, rows, Uniform(), torch.nn.ModuleDict(), names, token_level=True, dtype=dtype)
+    objective = Objective(student, rows, Uniform(), torch.nn.ModuleDict(), names, Wiring("example", True, dtype=dtype))
     pool = TeacherPool(teachers, [objective.teacher_wants(k) for k in range(count)])
     config = OptimizerConfig(lr=1e-4, warmup=0, schedule="constant", weight_decay=0)
     engine = TorchEngine(objective.train(), config, 1_000, torch.device("cpu"))

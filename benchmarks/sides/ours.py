@@ -16,6 +16,7 @@ from mtkd.models.taps import TappedModel
 from mtkd.objective.compile import compile_rows
 from mtkd.objective.objective import Objective
 from mtkd.objective.projection import make_projections
+from mtkd.objective.settings import Wiring
 from mtkd.pool import LiveTeacher, TeacherPool
 from mtkd.weightings.simple import Uniform
 from sides.setting import BATCH, BETA, LEARNING_RATE, LENGTH, STUDENT, TEACHER, VOCABULARY, bert, llama, token_ids
@@ -55,7 +56,7 @@ def objective(
     where = "benchmark"
     rows = compile_rows(list(matches), student.info, infos, token_level=token_level, regression=False, where=where)
     projections = make_projections(rows, student.info, list(infos.values()), 0)
-    return Objective(student, rows, Uniform(), projections, list(infos), token_level=token_level)
+    return Objective(student, rows, Uniform(), projections, list(infos), Wiring("example", token_level))
 
 
 def distil(

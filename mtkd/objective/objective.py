@@ -15,20 +15,18 @@ from torch import Tensor, nn
 
 from mtkd.data.batch import Batch
 from mtkd.engine.base import Trainable
-from mtkd.engine.jsonlines import ROW, WEIGHT
-from mtkd.errors import UserError
+from mtkd.engine.jsonlines import ROW
 from mtkd.models.features import Features, HeadLogits, Logits, as_logits
 from mtkd.models.forward import LOGITS, features_of
 from mtkd.models.pieces import EVERY_PIECE, Pieces
 from mtkd.models.taps import TappedModel
 from mtkd.objective.compile import Row
-from mtkd.objective.ensembles import ensemble_losses
-from mtkd.objective.projection import projection_key
+from mtkd.objective.dense import inner_row, next_sentence_row
+from mtkd.objective.settings import Wiring
 from mtkd.objective.targets import passes_for, positions_of
 from mtkd.objective.tiles import tiled
+from mtkd.objective.weigh import Weigher
 from mtkd.weightings.base import Weighting
-from mtkd.weightings.faults import weight_faults
-from mtkd.weightings.traits import FACTS, Around, Traits
 
 Counts = Mapping[str, int]
 
@@ -42,10 +40,6 @@ class Objective(Trainable):
         weighting: how much each teacher counts; ignored by rows with ``weighted: false``.
         projections: from `make_projections`.
         teachers: names, in pool order.
-        per: "example" or "token" weights.
-        token_level: targets are [B,L], logits are vocabulary-size.
-        tile: positions per tile.
-        dtype: of the matrix products: bfloat16 runs the student under autocast; losses stay float32.
         pieces: how positions are cut into tiles; a plan makes fewer.
     """
 
@@ -56,38 +50,22 @@ class Objective(Trainable):
         weighting: Weighting,
         projections: nn.ModuleDict,
         teachers: Sequence[str],
-        *,
-        per: str = "example",
-        token_level: bool,
-        tile: int = 256,
-        dtype: torch.dtype = torch.float32,
+        how: Wiring,
         pieces: Pieces = EVERY_PIECE,
     ) -> None:
         super().__init__()
         self.student, self.weighting, self.projections = student, weighting, projections
-        self.rows, self.teacher_names = list(rows), tuple(teachers)
-        self.per, self.token_level, self.tile, self.dtype = per, token_level, tile, dtype
-        self.pieces = pieces
-        self.student_wants = frozenset().union(*(row.student_wants() for row in self.rows))
-        facts = [FACTS[name] for name in weighting.reads & FACTS.keys()] if teachers else []
-        keys = {"logits": "logits", "hidden": f"hidden.{student.info.num_layers}"}
-        self._facts_want = {name: keys[name] for fact in facts for name in fact.student}
-        self.student_wants |= frozenset(self._facts_want.values())
-        self.step, self.gram = 0, torch.zeros(0, 0)  # set by `begin_step`
-        self._faults: dict[str, Tensor] = {}  # of the last micro-batch's weights
-        self.logit_rows = [row for row in self.rows if row.is_logits]
-        self._beyond_targets = token_level and any(
-            row.match.weighted and not row.from_labels and row.counted(True) != "targets" for row in self.rows
-        )
+        self.rows, self.teacher_names, self.pieces = list(rows), tuple(teachers), pieces
+        self.token_level, self.tile, self.dtype = how.token_level, how.tile, how.dtype
+        # The weigher is no module: the weighting's parameters have one name in a checkpoint.
+        self.weigher = Weigher(weighting, self.rows, teachers, student.info.num_layers, how, pieces)
+        wants = (row.student_wants() for row in self.rows)
+        self.student_wants = self.weigher.student_wants.union(*wants)
+        self._logit_rows = [row for row in self.rows if row.is_logits]
 
     @property
     def models(self) -> dict[str, TappedModel]:
         return {"student": self.student}
-
-    @property
-    def _per_token(self) -> bool:
-        """Not to be read off the weights: a micro-batch of one-token sequences has L = 1 either way."""
-        return self.per == "token" and self.token_level
 
     def teacher_wants(self, k: int) -> frozenset[str]:
         """Feature keys asked of teacher k. Its logits are always among them: they cost nothing until they are read."""
@@ -104,10 +82,13 @@ class Objective(Trainable):
         return self.weighting.counts(batch)
 
     def begin_step(self, step: int, gram: Tensor | None = None) -> None:
-        """What the micro-batches of an optimizer step share: its number from 0, and the Gram matrix if it is read."""
-        self.step = step
-        if gram is not None:
-            self.gram = gram
+        """Say what the micro-batches of an optimizer step share.
+
+        Args:
+            step: its number, from 0.
+            gram: of the teachers' gradients, [T,T], where it is read.
+        """
+        self.weigher.begin_step(step, gram)
 
     def forward(
         self, batch: Batch, teachers: list[Features], counts: dict[str, int]
@@ -124,26 +105,23 @@ class Objective(Trainable):
         """
         features = features_of(self.student, batch, self.student_wants, self.dtype)
         batch, logits = self.mapped(batch), self.teacher_logits(teachers)
-        weights, penalty = self._weights(batch, logits, features, counts)
-        metrics = {**self._weight_metrics(weights, batch, counts), **self._faults}
+        weights = self.weigher.weights(batch, logits, features, counts)
+        metrics = dict(weights.metrics)
         total = torch.zeros((), device=batch.input_ids.device)
         for position, row in enumerate(self.rows):
             if not row.is_logits:
-                if row.match.feature == "nsp_logits":
-                    found = self._next_sentence_row(row, features, teachers, weights, batch)
-                else:
-                    found = self._dense_row(row, position, features, teachers, weights, batch)
-                value = found / self._count(row, counts)
+                value = self._whole_row(row, position, features, teachers, weights.values, batch)
+                value = value / self._count(row, counts)
                 total = total + row.match.weight * value
                 metrics[ROW + row.key] = value.detach()
-        if self.logit_rows:
-            loss, values = self._logit_rows(features["logits"], logits, weights, batch, counts)
+        if self._logit_rows:
+            loss, values = self._tiled_rows(features["logits"], logits, weights.values, batch, counts)
             total = total + loss
-            for row, value in zip(self.logit_rows, values.unbind(), strict=True):
+            for row, value in zip(self._logit_rows, values.unbind(), strict=True):
                 metrics[ROW + row.key] = value
-        if penalty is not None:
-            total = total + penalty
-            metrics["penalty"] = penalty.detach()
+        if weights.penalty is not None:
+            total = total + weights.penalty
+            metrics["penalty"] = weights.penalty.detach()
         metrics["loss"] = total.detach()
         return total, metrics
 
@@ -163,121 +141,37 @@ class Objective(Trainable):
         return [x.in_dtype(self.dtype) for x in logits]
 
     def _count(self, row: Row, counts: Counts) -> int:
+        # A step without any position of a kind has value 0 there: the denominator only must not be 0.
         return max(counts[row.counted(self.token_level)], 1)
 
-    def _weights(
-        self, batch: Batch, logits: Sequence[Logits], student: Features, counts: Counts
-    ) -> tuple[Tensor, Tensor | None]:
-        """([T,B,L], L = 1 for one weight per example; what the weighting adds to the loss).
+    def _whole_row(
+        self, row: Row, position: int, student: Features, teachers: Sequence[Features], weights: Tensor, batch: Batch
+    ) -> Tensor:
+        """Sum over valid positions of a row whose features exist whole, [].
 
-        Raises:
-            UserError: weights of another shape.
+        Args:
+            weights: [T,B,L].
         """
-        if not logits:
-            return torch.zeros(0, len(batch.keys), 1, device=batch.input_ids.device), None
-        around = self._around(batch, student, counts)
-        traits = Traits(logits, around, self.per, self.tile, self.pieces, self.weighting.reads)
-        weights = self.weighting(traits)
-        if weights.shape == (*traits.shape[:2], 1):
-            weights = weights.expand(traits.shape)  # one weight per example is the same at all its tokens
-        if weights.shape != traits.shape:
-            raise UserError(
-                f"weighting '{type(self.weighting).__name__}' gives weights of another shape",
-                where="@stage.weighting",
-                found=list(weights.shape),
-                allowed=f"{list(traits.shape)}: teachers, examples, and tokens or 1",
-            )
-        read = batch.real[:, None]
-        if self._per_token:
-            read = batch.token_mask if self._beyond_targets else batch.target_mask
-        self._faults = weight_faults(weights.detach(), read, sound=traits.sound)
-        return weights, self.weighting.penalty(traits)
+        of_sequences = row.counted(self.token_level) == "sequences"
+        if of_sequences:
+            weights = self.weigher.of_sequences(weights, batch)  # [T,B,1]
+        if row.match.feature == "nsp_logits":
+            return next_sentence_row(row, student, teachers, weights, batch)
+        mask = batch.real if of_sequences else batch.token_mask  # [B] or [B,L]
+        return inner_row(row, position, student, teachers, weights, mask, self.projections)
 
-    @torch.no_grad()
-    def _around(self, batch: Batch, student: Features, counts: Counts) -> Around:
-        """What the weighting's facts are made of."""
-        features = {name: student[key] for name, key in self._facts_want.items()}
-        if "logits" in features:
-            features["logits"] = as_logits(features["logits"]).in_dtype(self.dtype)
-        tokens = batch.token_mask if self._beyond_targets else None
-        return Around(batch, counts, self.step, features, self.gram, tokens)
-
-    def _weight_metrics(self, weights: Tensor, batch: Batch, counts: Counts) -> dict[str, Tensor]:
-        """Mean weight per teacher and mean entropy of the normalised weights (nats)."""
-        if not len(weights):
-            return {}
-        per_token = self._per_token
-        mask = batch.target_mask if per_token else batch.real[:, None]
-        count = max(counts["targets" if per_token else "sequences"], 1)
-        held = weights.detach() * mask
-        shares = held.abs() / held.abs().sum(0).clamp_min(1e-30)
-        entropy = -torch.special.xlogy(shares, shares).sum()
-        means = held.sum((1, 2)) / count
-        metrics = {WEIGHT + n: m for n, m in zip(self.teacher_names, means.unbind(), strict=True)}
-        return {**metrics, "weight_entropy": entropy / count}
-
-    def _dense_row(
-        self,
-        row: Row,
-        position: int,
-        student: Features,
-        teachers: Sequence[Features],
-        weights: Tensor,
-        batch: Batch,
-    ) -> Tensor:
-        """Sum over valid positions, layer pairs and weighted teachers of a row on hidden states or attention, []."""
-        whole = row.counted(self.token_level) == "sequences"
-        mask = batch.real if whole else batch.token_mask
-        weights = self._of_sequences(weights, batch) if whole else weights
-        total = torch.zeros((), device=mask.device)
-        for k, teacher in enumerate(teachers):
-            weight = weights[k] if row.match.weighted else None
-            for pair, (student_layer, teacher_layer) in enumerate(row.pairs[k]):
-                ours, theirs = student[row.feature_key(student_layer)], teacher[row.feature_key(teacher_layer)]
-                assert isinstance(ours, Tensor)
-                assert isinstance(theirs, Tensor)
-                key = projection_key(row, position, k, pair)
-                if key in self.projections:
-                    ours = self.projections[key](ours.float())
-                values = row.spec(ours, theirs, mask, row.match.options)
-                if weight is not None:
-                    values = values * (weight if values.dim() == 2 else weight[:, 0])
-                share = len(row.pairs[k]) if row.match.layer_reduction == "mean" else 1
-                total = total + values.sum() / share
-        return total
-
-    def _next_sentence_row(
-        self, row: Row, student: Features, teachers: Sequence[Features], weights: Tensor, batch: Batch
-    ) -> Tensor:
-        """Sum over sequences of a row on next-sentence logits, []."""
-        index = batch.real.nonzero().squeeze(-1)
-        ours = as_logits(student["nsp_logits"]).rows(index)
-        if row.from_labels:
-            assert batch.nsp_targets is not None, "the task says that there are next-sentence labels"
-            return row.spec(ours, batch.nsp_targets[index], None, row.match.options).sum()
-        theirs = [as_logits(teacher["nsp_logits"]).rows(index) for teacher in teachers]
-        return ensemble_losses(row, ours, theirs, self._of_sequences(weights, batch)[:, index, 0], None).sum()
-
-    def _of_sequences(self, weights: Tensor, batch: Batch) -> Tensor:
-        """Weights for rows over sequences, [T,B,1]: of token weights the mean over targets, or tokens without any."""
-        if not self._per_token:
-            return weights
-        mask = batch.target_mask
-        mask = mask | (batch.token_mask & ~mask.any(-1, keepdim=True))
-        return (weights * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp_min(1)
-
-    def _logit_rows(
+    def _tiled_rows(
         self, student: Tensor | Logits, logits: Sequence[Logits], weights: Tensor, batch: Batch, counts: Counts
     ) -> tuple[Tensor, Tensor]:
         """All logits rows in one pass: tiled over a vocabulary, whole over classes. (loss [], row values [R])."""
-        positions = positions_of(self.logit_rows, batch, self.token_level)
+        positions = positions_of(self._logit_rows, batch, self.token_level)
         spread = weights.expand(-1, -1, batch.targets.shape[1]) if self.token_level else weights  # [T,B,L]
         at_positions = spread.flatten(1)[:, positions.index]  # [T,n]
         head = as_logits(student)
         in_tiles = isinstance(head, HeadLogits)
         first, *more = passes_for(
-            self.logit_rows,
-            [self._count(row, counts) for row in self.logit_rows],
+            self._logit_rows,
+            [self._count(row, counts) for row in self._logit_rows],
             logits,
             positions,
             at_positions,

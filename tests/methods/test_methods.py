@@ -26,6 +26,7 @@ from mtkd.models.info import ModelInfo
 from mtkd.objective.compile import compile_rows
 from mtkd.objective.objective import Objective
 from mtkd.objective.projection import make_projections
+from mtkd.objective.settings import Wiring
 from mtkd.registry import check_options
 from mtkd.weightings.base import StageFacts
 from mtkd.weightings.make import make_weighting
@@ -124,7 +125,7 @@ class Case:
             make_weighting(Named(name="uniform"), StageFacts.stand_in(("t",)), "weighting"),
             make_projections(compiled, infos[0], infos[1:], seed=0),
             ["t"],
-            token_level=not self.classes,
+            Wiring("example", not self.classes),
         )
         loss, _ = objective(self.batch, [self.t.features()], position_counts([self.batch]))
         return loss

@@ -23,6 +23,7 @@ from mtkd.losses.spec import LOSSES
 from mtkd.models.features import Features, HeadLogits
 from mtkd.objective.compile import Row
 from mtkd.objective.objective import Objective
+from mtkd.objective.settings import Wiring
 
 COLUMNS, WIDTH, BATCH, LENGTH = 13, 6, 3, 5
 ON_VECTORS = ("mse", "normalized_mse", "cosine")
@@ -196,10 +197,7 @@ def found(
         Given(weights),  # type: ignore[arg-type]
         nn.ModuleDict(),
         names,
-        per="token",
-        token_level=True,
-        tile=tile,
-        dtype=dtype,
+        Wiring("token", True, tile, dtype),
     )
     ids = torch.zeros(BATCH, LENGTH, dtype=torch.long)
     batch = Batch(torch.arange(BATCH), ids, torch.ones_like(ids).bool(), targets())

@@ -37,7 +37,8 @@ def batch() -> Batch:
 def weights_of(objective: Objective, pool: TeacherPool, made: Batch) -> Tensor:
     student = objective.student(made, objective.student_wants | {"logits"})
     logits = objective.teacher_logits(pool.forward(made))
-    return objective._weights(made, logits, student, {**position_counts([made]), **objective.step_counts(made)})[0]
+    counts = {**position_counts([made]), **objective.step_counts(made)}
+    return objective.weigher.weights(made, logits, student, counts).values
 
 
 def probabilities(objective: Objective, pool: TeacherPool, made: Batch) -> Tensor:
