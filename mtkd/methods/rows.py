@@ -1,8 +1,14 @@
-"""The rows of a stage: its method's, at the step that fits its data, with the stage's own added or in their place."""
+"""The Match rows of a stage: those of its method, then those in `match:`, which override by label.
+
+A method has steps (pre-training, fine-tuning, prediction); the one that fits the stage's data is taken.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 
 from mtkd.config import DataConfig, Named, StageConfig
 from mtkd.config.match import Match
@@ -26,19 +32,46 @@ def stage_rows(stage: StageConfig, data: DataConfig, where: str, regression: boo
     return tuple(placed_rows(stage, data, where, regression).values())
 
 
-def placed_rows(stage: StageConfig, data: DataConfig, where: str, regression: bool = False) -> dict[str, Match]:
-    """As `stage_rows`, each under the place it has from the user: ``WHERE.match[0]``, ``WHERE.method: hidden``.
+def placed_rows(stage: StageConfig, data: DataConfig, where: str, regression: bool = False) -> Mapping[str, Match]:
+    """`stage_rows`, each under the place it has from the user: ``WHERE.match[0]``, ``WHERE.method: hidden``.
 
-    What stands behind the place of a method's row is its label; of label rows, the place is the stage's own.
+    The text after the place of a method's row is its label. The place of label rows is the stage's own.
     """
+    return _rows(_Asked(stage, data, where, regression and stage.kind != "distill"))
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """A stage and its data. Both are frozen, so the same objects have the same rows."""
+
+    stage: StageConfig
+    data: DataConfig
+    where: str
+    regression: bool
+
+    def _key(self) -> tuple[int, int, str, bool]:
+        return id(self.stage), id(self.data), self.where, self.regression
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Asked) and self._key() == other._key()
+
+
+# Ten places of plan and run read the rows of a stage; methods are called and labels resolved once. An entry keeps its
+# stage alive, so that no other object can have its id.
+@lru_cache(maxsize=256)
+def _rows(asked: _Asked) -> Mapping[str, Match]:
+    stage, data, where = asked.stage, asked.data, asked.where
     if stage.kind == "cache":
         return {}
     if stage.kind != "distill":
-        return {f"{where}: {row.feature}": row for row in label_rows(data, regression)}
+        return {f"{where}: {row.feature}": row for row in label_rows(data, asked.regression)}
     named = method_rows(stage.method, TASKS.find(data.task).token_level, f"{where}.method") if stage.method else {}
     rows = mixed(named, stage.match, where)
     _check_some(tuple(rows.values()), where)
-    return rows
+    return MappingProxyType(rows)
 
 
 def _check_some(rows: tuple[Match, ...], where: str) -> None:
@@ -92,7 +125,7 @@ def default_step(spec: MethodSpec, options: Mapping[str, object], token_level: b
 def mixed(named: Mapping[str, Match], own: tuple[Match, ...], where: str) -> dict[str, Match]:
     """A method's rows, those that a row of the stage replaces exchanged in their place, then the stage's others.
 
-    A replacement of weight 0 drops the row. Places of the rows as `placed_rows` has them.
+    A replacement of weight 0 drops the row. Places are those of `placed_rows`.
 
     Raises:
         UserError: a label the method does not have, or one that is replaced twice.
@@ -115,5 +148,5 @@ def mixed(named: Mapping[str, Match], own: tuple[Match, ...], where: str) -> dic
         if there[row.replace][1] is not named[row.replace]:
             raise UserError("this row is replaced twice", where=place, found=row.replace)
         there[row.replace] = (place.removesuffix(".replace"), row)
-    kept = {place: row for place, row in there.values() if row.weight > 0 or row.replace is None}
-    return kept | added
+    replaced = {place: row for place, row in there.values() if row.weight > 0 or row.replace is None}
+    return replaced | added

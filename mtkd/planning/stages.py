@@ -182,7 +182,7 @@ def identity(
     stage = config.stages[name]
     values = {
         "stage": stage_values(stage),
-        "plugins": _plugin_digests(config, stage),
+        "plugins": _plugin_digests(config, name),
         "seed": stage_seed(config, stage),
         "steps": steps,
         "precision": config.engine.decided_precision,
@@ -203,14 +203,15 @@ def identity(
     return values
 
 
-def _plugin_digests(config: RunConfig, stage: StageConfig) -> dict[str, str]:
+def _plugin_digests(config: RunConfig, name: str) -> dict[str, str]:
     """sha256 of every plug-in that the stage takes something from, and of what these depend on."""
+    stage = config.stages[name]
     data = config.data_of(stage)
     used: list[tuple[Registry[Any], str]] = [(WEIGHTINGS, stage.weighting.name), (TASKS, data.task)]
     used.append((SOURCES, data.source))
     if stage.method is not None:
         used.append((METHODS, stage.method.name))
-    used += [(LOSSES, row.loss) for row in stage_rows(stage, data, "stage")]
+    used += [(LOSSES, row.loss) for row in stage_rows(stage, data, f"stages.{name}")]
     used += [(TRANSFORMS, step.name) for step in stage.transforms]
     origins = {registry.origin(name) for registry, name in used}
     return plugin_code({path: config.base / path for path in config.plugins}, origins)

@@ -1,0 +1,29 @@
+"""The rows of a stage are made once: its method is called and its labels are resolved for plan and run together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_run
+
+import mtkd
+from mtkd.methods import rows as methods_rows
+
+
+def test_a_method_is_read_once_for_a_plan_and_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks, heads, labels, plan, identity and build share one call."""
+    calls: list[str] = []
+    original = methods_rows.method_rows
+
+    def counted(named: Any, token_level: bool, where: str) -> Any:
+        calls.append(where)
+        return original(named, token_level, where)
+
+    monkeypatch.setattr(methods_rows, "method_rows", counted)
+    tiny_run.write_data(tmp_path / "data")
+    config = tiny_run.tiny_config(tmp_path)
+    mtkd.plan(config)
+    mtkd.run(config)
+    assert calls == ["stages.student.method"]
