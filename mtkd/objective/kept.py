@@ -1,39 +1,27 @@
 """Cached teachers in the logits rows: k columns and the mass of all others, against the student's whole row.
 
 Any loss takes a cached teacher once `densify` has completed it: the unseen mass gets the shape of the student's own
-tail, detached. Divergences then equal those of k + 1 outcomes, in value and gradient. Rows of `kl` and `soft_ce`, which
-need the student at the kept columns only, share one pass over its logits with each other and with the label row.
+tail, detached. Divergences then equal those of k + 1 outcomes, in value and gradient. `mtkd.objective.onepass` has the
+shorter way of `kl` and `soft_ce`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mtkd.errors import UserError
-from mtkd.losses.distributions import negative_entropy, no_term
-from mtkd.losses.labels import ce
+from mtkd.losses.distributions import no_term
 from mtkd.models.features import Logits, SparseLogits, SparseRows
 from mtkd.objective.compile import Row
 from mtkd.pool.cache.content import CacheContent
 
-# Below this share of the teacher's tail mass, tail^2 / teacher's tail, the student's is summed again without the kept
-# columns: as a difference in float32 it is off by 2e-7, and the gradient by teacher's tail * 2e-7 / tail^2 < 1e-4.
-_SURE = 2e-3
-# Above this ratio of the teacher's tail to the student's, the tail's pull on the kept columns, which cancels there, is
-# left out instead of added and taken away again: the rest of it would be ratio * 1e-7.
-_SHARP = 100.0
-# Below this share of the teacher's tail the entropy of the student's is summed from the tail's own columns: as the
-# difference of two sums of about 10 nats in float32, divided by the tail's mass, it is off by 2e-6 / 0.05.
-_FAR = 0.05
-
 
 def read(logits: Logits, index: Tensor) -> Tensor | SparseRows:
-    """Rows [m,V] of logits at flat positions, or what is known of a cached teacher there."""
+    """Rows [m,V] of logits at the flat positions `index` [m], or the columns that a cached teacher keeps there."""
     return logits.sparse(index) if isinstance(logits, SparseLogits) else logits.rows(index)
 
 
@@ -48,10 +36,10 @@ def densify(teacher: SparseRows, student: Tensor) -> Tensor:
     Args:
         student: its logits, [m,V].
     """
-    student = student.detach() / teacher.temperature
+    student = student.detach() / teacher.temperature  # [m,V]
     known = teacher.log_probs.to(student.dtype)
     if teacher.tail is None:
-        # unused places repeat a column with a tiny weight: the largest one counts
+        # Unused places repeat a column with a tiny weight: the largest one counts.
         whole = torch.full_like(student, float(known.min()) if known.numel() else 0.0)
         return teacher.temperature * whole.scatter_reduce(-1, teacher.ids, known, "amax")
     others = torch.log_softmax(student, -1).scatter(-1, teacher.ids, -torch.inf)
@@ -60,25 +48,16 @@ def densify(teacher: SparseRows, student: Tensor) -> Tensor:
 
 
 def completed(row: Row, student: Tensor, teacher: Tensor | SparseRows) -> tuple[Tensor, Mapping[str, Any]]:
-    """(a teacher's whole rows, the options of the row's loss for them).
+    """(a teacher's whole rows [m,V], the options of the row's loss for them).
 
-    ``top: n`` is honoured before: n columns and a tail are kept of the cache's k, and completed.
-
-    Raises:
-        UserError: see `check_cached_row`; the plan has told it before.
+    ``top: n`` is applied here: n columns and a tail stay of the cache's k, and are completed.
     """
     options = row.match.options
     if isinstance(teacher, Tensor):
         return teacher, options
-    _check(row, teacher)
     if not options.get("top"):
         return densify(teacher, student), options
     return densify(_narrowed(teacher, int(options["top"])), student), {**options, "top": 0}
-
-
-def _check(row: Row, teacher: SparseRows) -> None:
-    kind = "top" if teacher.tail is not None else "sampled"
-    check_cached_row(row, kind, teacher.ids.shape[1], teacher.temperature, row.place)
 
 
 def _narrowed(teacher: SparseRows, count: int) -> SparseRows:
@@ -92,8 +71,22 @@ def _narrowed(teacher: SparseRows, count: int) -> SparseRows:
     return SparseRows(ids[:, :count], log_probs[:, :count], tail, teacher.temperature)
 
 
+def check_known(rows: Sequence[Row], logits: Sequence[Logits]) -> None:
+    """`check_cached_row` for the cached teachers of a micro-batch: another temperature would change numbers silently.
+
+    Raises:
+        UserError: the plan refuses it before, unless the cache was exchanged since.
+    """
+    for teacher in logits:
+        if isinstance(teacher, SparseLogits):
+            values = teacher.values
+            kind = "top" if values.tail is not None else "sampled"
+            for row in rows:
+                check_cached_row(row, kind, values.ids.shape[1], values.temperature, row.place)
+
+
 def check_cached_rows(rows: Sequence[Row], content: CacheContent, where: str) -> None:
-    """`check_cached_row` for every row of a stage.
+    """`check_cached_row` for every row of a stage, in the plan.
 
     Raises:
         UserError: also where any logits row counts positions without a target: all rows share one pass over them.
@@ -111,10 +104,13 @@ def check_cached_rows(rows: Sequence[Row], content: CacheContent, where: str) ->
 
 
 def check_cached_row(row: Row, targets: str, k: int, temperature: float, where: str) -> None:
-    """Refuse a logits row that a cache of token targets cannot serve; for the plan.
+    """Refuse a logits row that a cache of token targets cannot serve. Whole class logits serve every row.
 
     Args:
-        targets, k, temperature: as in `CacheContent`. Whole class logits serve every row.
+        targets: `CacheContent.targets`.
+        k: `CacheContent.k`.
+        temperature: `CacheContent.temperature`.
+
     Raises:
         UserError: another temperature than the cache's; a loss on logits as vectors; more columns than are
             kept; drawn columns in a loss that is not linear in the teacher's distribution.
@@ -138,7 +134,7 @@ def check_cached_row(row: Row, targets: str, k: int, temperature: float, where: 
             todo="use a divergence (kl, jsd, ...), or run the teacher itself",
         )
     top = match.options.get("top", 0)
-    # soft_ce's value with `top` has one outcome for the tail, completed rows have the student's tail in it
+    # With `top` soft_ce has one outcome for the tail; completed rows have the student's whole tail in it.
     unlike = targets == "sampled" or top > k or match.ensemble != "losses" or spec.teacher_term is no_term
     if top and unlike:
         raise UserError(
@@ -155,245 +151,3 @@ def check_cached_row(row: Row, targets: str, k: int, temperature: float, where: 
             allowed="kl and soft_ce with ensemble: losses",
             todo="make the cache with targets: top",
         )
-
-
-@dataclass
-class _Group:
-    """Cached teachers whose values stack: their numbers, and at all n selected positions the columns they know.
-
-    `probs` [n,T,k] and `tail` [n,T] are probabilities (tail 0 for drawn columns), `constant` [n,T] is
-    ``sum_v p log p``: the part of a KL divergence without the student.
-    """
-
-    teachers: list[int]
-    temperature: float
-    ids: Tensor  # [n,T,k]
-    probs: Tensor
-    tail: Tensor
-    constant: Tensor
-
-
-class ReadOnce:
-    """Rows that need the student at the columns of cached teachers only: one pass over its logits per temperature.
-
-    Attributes:
-        rest: numbers of the teachers that are not cached: the losses here leave them out.
-
-    Args:
-        rows: the logits rows of the stage. Every selected position counts in all of them.
-        logits: of all teachers. index: flat positions that are selected, [n]. labels: there, [n].
-    """
-
-    def __init__(self, rows: Sequence[Row], logits: Sequence[Logits], index: Tensor, labels: Tensor) -> None:
-        linear = [row for row in rows if _is_linear(row)]
-        cached = [k for k, x in enumerate(logits) if isinstance(x, SparseLogits)] if linear else []
-        known = {k: found for k in cached if isinstance(found := read(logits[k], index), SparseRows)}
-        for row in linear:
-            for teacher in known.values():
-                _check(row, teacher)
-        self.rest = [k for k in range(len(logits)) if k not in known]
-        self.labels = labels
-        self.keys = {row.key for row in linear} if known else set()
-        self.needs_mean = any(row.spec.teacher_term is no_term for row in linear)
-        if any(teacher.temperature == 1 for teacher in known.values()):
-            self.keys |= {row.key for row in rows if row.spec.function is ce and not row.match.options.get("smoothing")}
-        self.groups = _groups(known)
-
-    def serves(self, row: Row) -> bool:
-        """Whether the row's losses against the cached teachers are read here."""
-        return bool(self.groups) and row.key in self.keys
-
-    def at(self, student: Tensor, positions: slice) -> OneTile:
-        """The rows' losses of a tile."""
-        return OneTile(self, student, positions)
-
-
-def _is_linear(row: Row) -> bool:
-    """``T^2 (c(p_T) - sum_v p_T log p_S)`` with a c that is known here."""
-    spec = row.spec
-    return (
-        not row.from_labels
-        and row.match.ensemble == "losses"
-        and spec.mixes(row.match.options)
-        and spec.teacher_term in (negative_entropy, no_term)
-    )
-
-
-def _groups(known: Mapping[int, SparseRows]) -> list[_Group]:
-    """Teachers by what they hold: equal k and temperature stack; drawn columns are filled up to the same number."""
-    kinds: dict[tuple[float, int], list[int]] = {}
-    for k, rows in known.items():
-        kinds.setdefault((rows.temperature, rows.ids.shape[1] if rows.tail is not None else -1), []).append(k)
-    groups = []
-    for (temperature, _), members in kinds.items():
-        held = [known[k] for k in members]
-        width = max(r.ids.shape[1] for r in held)
-        probs = torch.stack([_widened(r.log_probs.exp(), width) for r in held], 1)
-        ids = torch.stack([_widened(r.ids, width) for r in held], 1)
-        tails = [torch.zeros(len(r), device=r.ids.device) if r.tail is None else r.tail.exp() for r in held]
-        constants = [_negative_entropy(r) for r in held]
-        groups.append(_Group(members, temperature, ids, probs, torch.stack(tails, 1), torch.stack(constants, 1)))
-    return groups
-
-
-def _widened(values: Tensor, width: int) -> Tensor:
-    return torch.nn.functional.pad(values, (0, width - values.shape[1]))
-
-
-def _negative_entropy(rows: SparseRows) -> Tensor:
-    """``sum_v p log p`` of k + 1 outcomes; of drawn columns the stored one of the whole distribution, [n]."""
-    if rows.entropy is not None:
-        return -rows.entropy
-    value = (rows.log_probs.exp() * rows.log_probs).sum(-1)
-    return value if rows.tail is None else value + rows.tail.exp() * rows.tail
-
-
-class OneTile:
-    """One tile's student against all cached teachers; each temperature's pass is made when a row first asks."""
-
-    def __init__(self, once: ReadOnce, student: Tensor, positions: slice) -> None:
-        self._once, self._student, self._positions = once, student, positions
-        self._done: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-
-    def losses(self, row: Row, weights: Tensor) -> Tensor:
-        """Per-position loss of a row that is served over all cached teachers, [m].
-
-        Args:
-            weights: [T,m].
-        """
-        once = self._once
-        if row.from_labels:
-            number = next(i for i, group in enumerate(once.groups) if group.temperature == 1)
-            return self._pass(number)[1]
-        _, factor = row.spec.temperature(row.match.options)
-        if not row.match.weighted:
-            weights = torch.ones_like(weights)
-        total: Tensor | None = None
-        for number, group in enumerate(once.groups):
-            cross, _, inside = self._pass(number)
-            if row.spec.teacher_term is no_term:
-                values = cross + inside
-            else:
-                values = cross + group.constant[self._positions]
-            own = weights.t() if len(group.teachers) == len(weights) else weights[group.teachers].t()
-            found = (own * values).sum(-1)
-            total = found if total is None else total + found
-        assert total is not None
-        return total if factor == 1 else factor * total
-
-    def _pass(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(cross entropy [m,T], label's [m], entropy of the student's tail times the teacher's tail [m,T])."""
-        if number not in self._done:
-            group, at = self._once.groups[number], self._positions
-            labels = self._once.labels[at] if group.temperature == 1 else None
-            self._done[number] = _CrossEntropies.apply(
-                self._student,
-                group.ids[at],
-                group.probs[at],
-                group.tail[at],
-                labels,
-                group.temperature,
-                self._once.needs_mean,
-            )
-        return self._done[number]
-
-
-class _CrossEntropies(torch.autograd.Function):
-    """``-sum_kept p log s - t log(1 - sum_kept s)`` of T teachers and ``-log s(label)``, from one exponential.
-
-    s = softmax(student / temperature), p and t a teacher's kept probabilities and tail. The gradient with respect to
-    the student's scaled logits is ``s (P + t - t/r)`` everywhere, and at kept columns ``s t/r - p`` on top of it, with
-    P the kept mass and r the student's mass outside; for the label ``s - 1 at the label``.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,  # [m,V]
-        ids: Tensor,  # [m,T,k]
-        probs: Tensor,  # [m,T,k]
-        tail: Tensor,  # [m,T]
-        labels: Tensor | None,  # [m]
-        temperature: float,
-        needs_mean: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        probs, tail = probs.to(student.dtype), tail.to(student.dtype)
-        scaled = student if temperature == 1 else student / temperature
-        largest = scaled.amax(-1, keepdim=True)
-        powers = (scaled - largest).exp_()
-        total = powers.sum(-1, keepdim=True)
-        log_total = largest + total.log()
-        flat = ids.flatten(1)
-        log_kept = (scaled.gather(-1, flat) - log_total).view_as(probs)
-        kept = (powers.gather(-1, flat) / total).view_as(probs)
-        outside, log_outside = _outside(scaled, powers, total, ids, kept, tail)
-        cross = -(probs * log_kept).sum(-1) - tail * log_outside
-        inside = cross.new_zeros(cross.shape)
-        if needs_mean:
-            # sum over the others of s log s; a soft target in the tail's shape adds their entropy to the cross entropy
-            sums = ((powers * scaled).sum(-1, keepdim=True) / total - log_total) - (kept * log_kept).sum(-1)
-            inside = tail * _entropy_outside(scaled, ids, tail, outside, sums)
-        label = cross.new_zeros(len(cross))
-        if labels is not None:
-            label = (log_total - scaled.gather(-1, labels[:, None])).squeeze(-1)
-        ctx.save_for_backward(powers, total, ids, probs, tail, kept, outside, labels)
-        ctx.temperature = temperature
-        ctx.mark_non_differentiable(inside)
-        return cross, label, inside
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, grad_label: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        powers, total, ids, probs, tail, kept, outside, labels = ctx.saved_tensors
-        grad, grad_label = grad / ctx.temperature, grad_label / ctx.temperature
-        whole = tail / outside
-        sharp = whole > _SHARP
-        ratio = whole.masked_fill(sharp, 0)
-        flat = ids.flatten(1)
-        everywhere = (grad * (probs.sum(-1) + tail - ratio)).sum(-1)
-        there = (grad[..., None] * (ratio[..., None] * kept - probs)).flatten(1)
-        if labels is not None:
-            everywhere = everywhere + grad_label
-            flat, there = torch.cat([flat, labels[:, None]], -1), torch.cat([there, -grad_label[:, None]], -1)
-        result = powers * (everywhere[:, None] / total)
-        result.scatter_add_(-1, flat, there)
-        if bool(sharp.any()):
-            position, teacher = sharp.nonzero(as_tuple=True)
-            others = powers[position].scatter(-1, ids[position, teacher], 0) / total[position]
-            result.index_add_(0, position, others * -(grad * whole)[sharp][:, None])
-        return result, None, None, None, None, None, None
-
-
-def _outside(
-    scaled: Tensor, powers: Tensor, total: Tensor, ids: Tensor, kept: Tensor, tail: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The student's mass outside the kept columns and its log, [m,T]; summed anew where that is too coarse."""
-    tiny = torch.finfo(powers.dtype).tiny
-    outside = (1 - kept.sum(-1)).clamp_min(tiny)
-    coarse = outside.square() < _SURE * tail
-    if bool(coarse.any()):
-        position, teacher = coarse.nonzero(as_tuple=True)
-        others = powers[position].scatter(-1, ids[position, teacher], 0)
-        outside[position, teacher] = (others.sum(-1) / total[position, 0]).clamp_min(tiny)
-    log_outside, lost = outside.log(), coarse & (outside <= tiny)
-    if bool(lost.any()):  # less than the smallest float, whose log is -87
-        position, teacher = lost.nonzero(as_tuple=True)
-        log_others = _others(scaled, ids, position, teacher).logsumexp(-1) - scaled[position].logsumexp(-1)
-        log_outside[position, teacher] = log_others.clamp_min(torch.finfo(powers.dtype).min)
-    return outside, log_outside
-
-
-def _entropy_outside(scaled: Tensor, ids: Tensor, tail: Tensor, outside: Tensor, sums: Tensor) -> Tensor:
-    """Entropy of the student over the columns not kept, from their sums of s log s, [m,T]; 0 without a tail."""
-    # drawn columns have no tail, and their unused places repeat a column: `outside` means nothing there
-    found = (outside.log() - sums / outside).masked_fill(tail == 0, 0)
-    far = outside < _FAR * tail
-    if bool(far.any()):
-        position, teacher = far.nonzero(as_tuple=True)
-        log_others = _others(scaled, ids, position, teacher).log_softmax(-1)
-        found[position, teacher] = -negative_entropy(log_others, log_others.exp())
-    return found
-
-
-def _others(scaled: Tensor, ids: Tensor, position: Tensor, teacher: Tensor) -> Tensor:
-    """The student's scaled logits at some positions, -inf at the columns that a teacher keeps there."""
-    return scaled[position].scatter(-1, ids[position, teacher], -torch.inf)

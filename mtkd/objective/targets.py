@@ -18,7 +18,8 @@ from mtkd.models.features import Logits, SparseLogits, SparseRows
 from mtkd.models.pieces import Pieces
 from mtkd.objective.compile import Row
 from mtkd.objective.ensembles import ensemble_losses, soft_target_losses
-from mtkd.objective.kept import ReadOnce, read
+from mtkd.objective.kept import check_known, read
+from mtkd.objective.onepass import ReadOnce
 
 
 @dataclass(frozen=True)
@@ -238,6 +239,7 @@ def passes_for(
         logits: of the teachers, in pool order. weights: theirs at the positions, [T,n].
         size: positions per tile. pieces: how a tile is cut; None where there are no tiles.
     """
+    check_known(rows, logits)
     teachers = TeacherTiles(logits, positions.index, size)
     once = None if positions.everywhere else ReadOnce(rows, logits, positions.index, positions.labels)
     soft = [row for row in rows if not row.from_labels]
