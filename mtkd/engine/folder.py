@@ -6,23 +6,21 @@ runs/<name>/stages/01-<stage>/checkpoints/step-000500/  export/  scores.jsonl  D
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import platform
 import re
-import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from mtkd.config import RunConfig, check_name, yamlfile
+from mtkd.engine.lock import held
 from mtkd.engine.notes import Done, Environment, read_done
 from mtkd.engine.record import FORMAT, plain_bytes, read_object, read_record, write_record
 from mtkd.engine.seal import (
@@ -113,7 +111,7 @@ class RunDir:
 
     @property
     def lock_file(self) -> Path:
-        """Who is working in the folder; empty when nobody is."""
+        """Who is working in the folder; empty when no process is."""
         return self.path / "LOCK"
 
     def rank_log(self, rank: int) -> Path:
@@ -205,30 +203,9 @@ class RunDir:
         except FileNotFoundError:
             raise DataError("the file is missing", where=str(self.environment_file), todo=todo) from None
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the run for this process; the kernel frees it when the process ends, however it ends.
-
-        Raises:
-            UserError: when another process holds it, with its process id, host and start time.
-            DataError: the lock is no plain file; a fifo can be waited for without an end.
-        """
-        if self.lock_file.exists() and not self.lock_file.is_file():
-            raise DataError("the lock is not a plain file", where=str(self.lock_file), todo="remove it")
-        descriptor = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        try:
-            _take(descriptor, self.path)
-            started = datetime.now(UTC).isoformat(timespec="seconds")
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}, started {started}\n".encode(), 0)
-            try:
-                yield
-            finally:
-                # The file stays: if it were removed, two processes could hold locks on two files of this name.
-                os.ftruncate(descriptor, 0)
-                fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough: forked children have copies
-        finally:
-            os.close(descriptor)
+    def lock(self) -> AbstractContextManager[None]:
+        """Hold the run for this process; see `mtkd.engine.lock`."""
+        return held(self.lock_file)
 
 
 @dataclass(frozen=True)
@@ -296,21 +273,6 @@ def environment(argv: Sequence[str]) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "argv": without_secrets(argv),
     }
-
-
-def _take(descriptor: int, folder: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
-        raise UserError(
-            "another process is working in this run",
-            where=str(folder),
-            found=holder or "a process that is just starting",
-            todo="wait for it, end it, or give this run another name",
-        ) from None
-    except OSError as error:
-        raise UserError(f"the folder cannot be locked: {error.strerror}", where=str(folder)) from None
 
 
 def _check_writable(folder: Path) -> None:

@@ -7,7 +7,6 @@ A node's ranks are children of `deepspeed.launcher.launch`. `mtkd run` starts it
 from __future__ import annotations
 
 import base64
-import fcntl
 import json
 import os
 import shlex
@@ -23,6 +22,7 @@ from types import FrameType
 
 from mtkd.config import EngineConfig
 from mtkd.engine.hostfile import read_hostfile
+from mtkd.engine.lock import holder
 from mtkd.engine.orphans import adopting, end_session, end_with_parent
 from mtkd.engine.stopping import stop_signals
 from mtkd.errors import EXIT_LOST, UserError, is_secret, tell
@@ -328,17 +328,9 @@ def _to_ranks(process: subprocess.Popen[bytes], number: int) -> None:
 
 
 def _stop_main(lock: Path, host: str) -> bool:
-    """SIGTERM to the main rank, as the run's lock names it: all ranks save and end then. Whether it could be told."""
-    if not lock.is_file():
-        return False
+    """SIGTERM to the main rank, as the run's lock names it: all ranks save and end then. Whether it was sent."""
     try:
-        with lock.open() as file:
-            words = file.read().split()
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return False  # nobody holds it: what it says is of an earlier start
-            except BlockingIOError:
-                pass
+        words = (holder(lock) or "").split()
     except OSError:
         return False
     if len(words) < 4 or words[0] != "pid" or not words[1].isdecimal():

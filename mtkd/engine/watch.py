@@ -1,18 +1,15 @@
-"""Ranks watch one another: one that fails, dies or freezes ends the whole run, and its reason is told first.
+"""Ranks watch one another: one that fails, dies or freezes ends the whole run, and its reason is said first.
 
-Every rank holds a connection to the main rank. One that closes without a goodbye is a process that died (kill -9, no
-memory, a node switched off). A rank that fails says so before it leaves. When nothing got further for the configured
-time, every rank writes where its threads stand into the run folder. Without this, the others wait in a collective until
-torch's own time is over, and then complain about one another.
+Every rank is linked to the main one (`mtkd.engine.links`). A link that closes without a goodbye is a process that died:
+kill -9, no memory, a node switched off. A rank that fails says so before it leaves. When nothing got further for the
+configured time, every rank writes where its threads stand into the run folder. Without this, the others wait in a
+collective until torch's own time is over, and then complain about one another.
 """
 
 from __future__ import annotations
 
 import faulthandler
-import json
 import os
-import secrets
-import selectors
 import signal
 import socket
 import sys
@@ -27,14 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from mtkd.engine.dist import Dist, alive, seconds_still
+from mtkd.engine.links import Links, Peer
 from mtkd.errors import EXIT_INTERNAL, EXIT_LOST, LostRank, Stopped, UserError, masked, tell
 
+# The seconds below were not derived: they were enough on two busy cores, and short enough to wait for.
 _TICK = 0.5  # seconds between two looks
 _ANSWER = 2.5  # seconds in which a rank must answer the main one, and half of what the main one has
 _GRACE = 5.0  # seconds for a rank to end by itself once another one has failed
 _PATIENCE = 2.0  # seconds in which another rank's reason must be here to count as the cause of this one's error
-_JOIN = 60.0  # seconds for all ranks to connect
-_KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}  # a node without power says nothing
 _LAST_RESORT = 20.0  # seconds after which a thread of C writes the stacks, should Python itself be stuck
 _AGAIN = "what was saved is whole: run it again to go on"
 
@@ -47,18 +44,6 @@ class Verdict:
     code: int
     stacks: bool = False
     stopped: tuple[tuple[str, int], ...] = ()  # host and process id of ranks that do not answer
-
-
-@dataclass
-class _Peer:
-    """The other end of a connection."""
-
-    name: str
-    host: str
-    pid: int
-    unread: bytes = b""
-    still: float | None = None  # seconds since it last got further, as it answered
-    left: bool = False
 
 
 @contextmanager
@@ -92,65 +77,13 @@ class _Watch:
     def __init__(self, dist: Dist, timeout: float, logs: Path) -> None:
         self._dist, self._timeout, self._logs = dist, timeout, logs
         self._name = f"rank {dist.rank} (pid {os.getpid()} on {socket.gethostname()})"
-        self._selector, self._lock = selectors.DefaultSelector(), threading.Lock()
         self._verdict: Verdict | None = None
         self._judged, self._over = threading.Event(), False
         self._deadline = float("inf")
         self._asked: float | None = None
-        self._connect()
-        os.register_at_fork(after_in_child=self._forget)  # a forked child would keep the connections open
+        self._links = Links(dist, self._name)
         alive()
         threading.Thread(target=self._run, name="mtkd-watch", daemon=True).start()
-
-    # Connecting
-
-    def _connect(self) -> None:
-        server = _listen(self._dist.world_size) if self._dist.is_main else None
-        mine = (self._name, socket.gethostname(), os.getpid())
-        port, word, main = self._dist.broadcast_object(
-            (server.getsockname()[1] if server else 0, secrets.token_hex(16), mine)
-        )
-        try:
-            if server is not None:
-                self._accept(server, word)
-            else:
-                end = socket.create_connection((os.environ.get("MASTER_ADDR", "127.0.0.1"), port), _JOIN)
-                self._send(end, {"word": word, "who": mine})
-                self._add(end, _Peer(*main))
-            ok = True
-        except OSError:
-            ok = False
-        if not self._dist.all_ok(ok):
-            raise UserError("the ranks could not connect to the main rank", where="MASTER_ADDR",
-                            found=f"{os.environ.get('MASTER_ADDR')}:{port}",
-                            todo="open the ports above 1023 between the nodes")  # fmt: skip
-
-    def _accept(self, server: socket.socket, word: str) -> None:
-        limit, missing = time.monotonic() + _JOIN, self._dist.world_size - 1
-        with server:
-            while missing:
-                server.settimeout(max(limit - time.monotonic(), 0.01))
-                end, _ = server.accept()
-                end.settimeout(5)
-                try:
-                    hello = json.loads(end.makefile("rb").readline(10_000))
-                    known = secrets.compare_digest(str(hello["word"]), word)
-                    peer = _Peer(*hello["who"])
-                except (OSError, ValueError, KeyError, TypeError):
-                    known = False
-                if not known:  # somebody who looks at ports
-                    end.close()
-                    continue
-                self._add(end, peer)
-                missing -= 1
-
-    def _add(self, end: socket.socket, peer: _Peer) -> None:
-        end.setblocking(False)
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in _KEEP_ALIVE.items():
-            if hasattr(socket, name):
-                end.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-        self._selector.register(end, selectors.EVENT_READ, peer)
 
     # What the main thread says
 
@@ -174,19 +107,22 @@ class _Watch:
         return error
 
     def _finish(self, message: dict[str, Any]) -> None:
-        with self._lock:
+        with self._links.lock:  # else the thread could close the links before the goodbye is sent
             self._over = True
-            for key in list(self._selector.get_map().values()):
-                self._send(key.fileobj, message)
+            self._links.tell(message)
         faulthandler.cancel_dump_traceback_later()
 
     # The thread
 
     def _run(self) -> None:
         armed = 0.0
-        while not self._over or (self._dist.is_main and self._selector.get_map()):  # somebody may still say why it ends
-            for key, _ in self._selector.select(_TICK):
-                self._hear(key.fileobj, key.data)
+        while not self._over or (self._dist.is_main and self._links):  # another rank may still say why it ends
+            for end, peer, message in self._links.heard(_TICK):
+                if message is not None:
+                    self._read(message, end, peer)
+                elif not peer.left and not self._over:
+                    text = f"{peer.name} ended without a word: killed, out of memory, or ended by a library"
+                    self._judge(Verdict(text, EXIT_LOST))
             now = time.monotonic()
             if self._over:
                 faulthandler.cancel_dump_traceback_later()  # again: `_finish` may have come between two lines below
@@ -200,31 +136,11 @@ class _Watch:
             if now > self._deadline:
                 self._exit()
         faulthandler.cancel_dump_traceback_later()
-        with self._lock:
-            for key in list(self._selector.get_map().values()):
-                self._close(key.fileobj)
+        self._links.close()
 
-    def _hear(self, end: Any, peer: _Peer) -> None:
-        try:
-            data = end.recv(65536)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data:
-            with self._lock:
-                self._close(end)
-            if not peer.left and not self._over:
-                text = f"{peer.name} ended without a word: killed, out of memory, or ended by a library"
-                self._judge(Verdict(text, EXIT_LOST))
-            return
-        *lines, peer.unread = (peer.unread + data).split(b"\n")
-        for line in lines:
-            self._read(json.loads(line), end, peer)
-
-    def _read(self, message: dict[str, Any], end: socket.socket, peer: _Peer) -> None:
+    def _read(self, message: dict[str, Any], end: Any, peer: Peer) -> None:
         if "asked" in message:
-            self._send(end, {"still": seconds_still()})
+            self._links.answer(end, {"still": seconds_still()})
         if "still" in message:
             peer.still = message["still"]
         if "left" in message:
@@ -238,14 +154,14 @@ class _Watch:
 
     def _look(self, now: float) -> None:
         """Whether nobody gets further. The main rank asks all and judges; the others ask only whether it lives."""
-        peers: list[_Peer] = [key.data for key in self._selector.get_map().values() if not key.data.left]
+        peers = self._links.peers()
         if seconds_still() <= self._timeout:
             self._asked = None
         elif self._asked is None:
             self._asked = now
             for peer in peers:
                 peer.still = None
-            self._tell({"asked": True})
+            self._links.tell({"asked": True})
         elif now - self._asked > (_ANSWER if self._dist.is_main else 2 * _ANSWER):
             self._asked = None
             silent = [peer for peer in peers if peer.still is None]
@@ -253,7 +169,7 @@ class _Watch:
             if (silent or self._dist.is_main) and not busy:
                 self._judge(self._frozen(silent))
 
-    def _frozen(self, silent: list[_Peer]) -> Verdict:
+    def _frozen(self, silent: list[Peer]) -> Verdict:
         text = f"nothing got further for {self._timeout:g} s (engine.timeout_seconds); "
         text += f"no sign of life from {', '.join(p.name for p in silent)}" if silent else "all ranks answer"
         text += f"; where they stand: {self._logs}/rank-*.stacks"
@@ -265,7 +181,7 @@ class _Watch:
             return
         self._verdict = verdict
         if self._dist.is_main or verdict.stacks:  # a main rank that is woken must not take our end for the reason
-            self._tell({"verdict": vars(verdict)})
+            self._links.tell({"verdict": vars(verdict)})
         if self._logs.is_dir():
             note(self._logs / f"rank-{self._dist.rank}.log", f"ends: {verdict.text}")
         self._deadline = time.monotonic() + (0 if verdict.stacks else _GRACE)
@@ -278,27 +194,9 @@ class _Watch:
         assert self._verdict is not None
         tell(f"mtkd: {self._verdict.text}\n  do:      {_AGAIN}")
         if self._dist.is_main:  # what was said must be read before the connections close
-            limit = time.monotonic() + _GRACE
-            while self._selector.get_map() and time.monotonic() < limit:
-                for key, _ in self._selector.select(_TICK):
-                    with suppress(OSError):
-                        if not key.fileobj.recv(65536):  # type: ignore[union-attr]
-                            self._close(key.fileobj)
+            self._links.drain(_GRACE, _TICK)
         sys.stdout.flush()
         os._exit(self._verdict.code)
-
-    def _tell(self, message: dict[str, Any]) -> None:
-        with self._lock:
-            for key in list(self._selector.get_map().values()):
-                self._send(key.fileobj, message)
-
-    def _send(self, end: Any, message: dict[str, Any]) -> None:
-        with suppress(OSError):  # a closed connection is found when it is read
-            end.sendall(json.dumps(message).encode() + b"\n")
-
-    def _close(self, end: Any) -> None:
-        self._selector.unregister(end)
-        end.close()
 
     # Stacks
 
@@ -315,10 +213,6 @@ class _Watch:
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
 
-    def _forget(self) -> None:
-        for key in list(self._selector.get_map().values()):
-            os.close(key.fd)
-
 
 def note(log: Path, text: str) -> None:
     """Add to a rank's log, with the time; a log that cannot be written stops nothing."""
@@ -326,12 +220,6 @@ def note(log: Path, text: str) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as file:
             file.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {masked(text)}\n")
-
-
-def _listen(backlog: int) -> socket.socket:
-    with suppress(OSError):  # no IPv6 here
-        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=backlog)
-    return socket.create_server(("", 0), backlog=backlog)
 
 
 def _first_line(error: BaseException) -> str:

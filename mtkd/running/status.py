@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 from pathlib import Path
 from typing import Any
 
 from mtkd.config import RunConfig
 from mtkd.engine.folder import RunDir, StageDir
 from mtkd.engine.jsonlines import readable_jsonl
+from mtkd.engine.lock import holder
 from mtkd.engine.runyaml import own_config
 from mtkd.engine.seal import newest_sealed
 
@@ -27,7 +27,7 @@ def status(path: Path) -> dict[str, Any]:
     stages = [
         _stage(name, run.stage(position, name), logged.get(name, {})) for position, name in enumerate(config.stages, 1)
     ]
-    return {"run": str(path), "held_by": _holder(run), "stages": stages}
+    return {"run": str(path), "held_by": holder(run.lock_file) or "no process", "stages": stages}
 
 
 def is_finished(config: RunConfig, before: int) -> bool:
@@ -41,19 +41,6 @@ def mark_of(config: RunConfig) -> int:
     """A number that changes when a run starts."""
     file = RunDir(config.folder).environment_file
     return file.stat().st_mtime_ns if file.exists() else 0
-
-
-def _holder(run: RunDir) -> str:
-    """The text of the lock file while its lock is held: the text outlives a killed process, the lock does not."""
-    if not run.lock_file.is_file():  # a fifo would be waited for
-        return "no process"
-    with run.lock_file.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return file.read().strip()
-        fcntl.flock(file, fcntl.LOCK_UN)
-    return "no process"
 
 
 def _stage(name: str, folder: StageDir, line: dict[str, Any]) -> dict[str, Any]:

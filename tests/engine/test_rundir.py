@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -15,11 +16,11 @@ import pytest
 
 from mtkd.config import RunConfig
 from mtkd.config.read import config_digest, fingerprint, load_config
+from mtkd.engine import lock
 from mtkd.engine.folder import RunDir, StageDir, environment
 from mtkd.engine.record import json_object
 from mtkd.engine.seal import MANIFEST, check_seal
 from mtkd.errors import EXIT_USAGE, DataError, UserError
-from mtkd.running.status import _holder
 
 CONFIG = {
     "name": "demo",
@@ -174,6 +175,20 @@ def test_the_second_process_is_refused_and_told_who_holds_the_run(
     assert f"pid {holder.pid} on {socket.gethostname()}, started {time.strftime('%Y-', time.gmtime())}" in str(
         caught.value
     )
+
+
+def test_whoever_asks_is_told_who_holds_the_run(holder: subprocess.Popen[str], tmp_path: Path) -> None:
+    """Asking takes nothing: one may ask while another does, without the right to write; the dead hold nothing."""
+    file = tmp_path / "LOCK"
+    file.chmod(0o444)
+    said = lock.holder(file)
+    assert said is not None
+    assert said.startswith(f"pid {holder.pid} on {socket.gethostname()}")
+    holder.kill()
+    holder.wait()
+    with file.open() as other:
+        fcntl.flock(other, fcntl.LOCK_SH)
+        assert lock.holder(file) is None
 
 
 def test_the_lock_dies_with_its_process(holder: subprocess.Popen[str], tmp_path: Path) -> None:
@@ -365,4 +380,4 @@ def test_a_fifo_in_place_of_the_lock_is_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "LOCK")
     with pytest.raises(DataError, match="not a plain file"), RunDir(tmp_path).lock():
         pass
-    assert _holder(RunDir(tmp_path)) == "no process"
+    assert lock.holder(tmp_path / "LOCK") is None
