@@ -89,8 +89,8 @@ _LAW = 2
 BLANK = "[MASK]"
 """The place of the answer in a cloze."""
 
-_LATER = ("cloze", "verbalizers", "infill", "redraw", "label_kind", "name", "domain", "separator", "columns")
-"""Fields that finished stages and caches may not know."""
+_SAID_WHEN_SET = ("cloze", "verbalizers", "infill", "redraw", "label_kind", "name", "domain", "separator", "columns")
+"""Fields that tell data from others only where they are set; the fields before them always do."""
 
 
 class DataConfig(Config):
@@ -230,42 +230,18 @@ class DataConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _prompted(self) -> DataConfig:
-        if self.prompt is None:
-            if self.chat:
-                raise ValueError("chat goes with `prompt`: the user's turn")
-            return self
-        if self.prompt_columns == ("",):
-            raise ValueError("prompt is the name of a column or a template; leave it out for plain text")
-        if "\\n" in self.prompt:
-            raise ValueError("prompt has a backslash and an n, not the end of a line: write it in double quotes")
-        if self.text in self.prompt_columns:
-            raise ValueError(f"the prompt holds the response: column {self.text!r} is `text`")
-        if self.source == RANDOM_TOKENS or self.transfer is not None:
-            raise ValueError("prompts go with real texts; drop prompt, or transfer and random-tokens")
-        return self
-
-    @model_validator(mode="after")
-    def _blank(self) -> DataConfig:
-        if self.cloze is None:
-            return self
-        if "\\n" in self.cloze:
-            raise ValueError("cloze has a backslash and an n, not the end of a line: write it in double quotes")
-        parts = prompt_parts(self.cloze, "cloze")
-        if "{" not in self.cloze or sum(text.count(BLANK) for text, _ in parts) != 1:
-            raise ValueError(f"cloze is a template of columns in braces with one {BLANK}, not {self.cloze!r}")
-        if self.source == RANDOM_TOKENS or self.transfer is not None:
-            raise ValueError("a cloze goes with real texts; drop transfer and random-tokens")
+    def _templates(self) -> DataConfig:
+        _check_prompt(self)
+        _check_cloze(self)
         return self
 
     def values(self, without: Collection[str] = ()) -> dict[str, Any]:
         """The fields as plain values, by which stages, caches and scores are told from others.
 
-        Fields that came later stand there only where they say something: what was made before keeps its name.
+        A field of `_SAID_WHEN_SET` stands there only where it is not its default.
         """
-        unsaid = [
-            n for n in _LATER if getattr(self, n) == type(self).model_fields[n].get_default(call_default_factory=True)
-        ]
+        defaults = {n: type(self).model_fields[n].get_default(call_default_factory=True) for n in _SAID_WHEN_SET}
+        unsaid = [name for name, default in defaults.items() if getattr(self, name) == default]
         said = self.model_dump(mode="json", exclude={*without, *unsaid})
         if self.task == "glm-infill":
             said["infill"] = {**self.infill.model_dump(mode="json"), "law": _LAW}
@@ -302,10 +278,38 @@ class DataConfig(Config):
         return noise is None or noise.share < 1 or (noise.tokens == "shuffled" and self.task == "classify")
 
 
+def _check_prompt(config: DataConfig) -> None:
+    if config.prompt is None:
+        if config.chat:
+            raise ValueError("chat goes with `prompt`: the user's turn")
+        return
+    if config.prompt_columns == ("",):
+        raise ValueError("prompt is the name of a column or a template; leave it out for plain text")
+    if "\\n" in config.prompt:
+        raise ValueError("prompt has a backslash and an n, not the end of a line: write it in double quotes")
+    if config.text in config.prompt_columns:
+        raise ValueError(f"the prompt holds the response: column {config.text!r} is `text`")
+    if config.source == RANDOM_TOKENS or config.transfer is not None:
+        raise ValueError("prompts go with real texts; drop prompt, or transfer and random-tokens")
+
+
+def _check_cloze(config: DataConfig) -> None:
+    if config.cloze is None:
+        return
+    if "\\n" in config.cloze:
+        raise ValueError("cloze has a backslash and an n, not the end of a line: write it in double quotes")
+    parts = prompt_parts(config.cloze, "cloze")
+    if "{" not in config.cloze or sum(text.count(BLANK) for text, _ in parts) != 1:
+        raise ValueError(f"cloze is a template of columns in braces with one {BLANK}, not {config.cloze!r}")
+    if config.source == RANDOM_TOKENS or config.transfer is not None:
+        raise ValueError("a cloze goes with real texts; drop transfer and random-tokens")
+
+
 def prompt_parts(prompt: str, what: str = "prompt") -> list[tuple[str, str | None]]:
     """Text and the column after it, in order; a prompt without braces is one column.
 
-    Args: what: the template is, for messages.
+    Args:
+        what: what the template is, for messages.
 
     Raises:
         ValueError: braces that do not close, no column, a conversion or a format.
