@@ -56,6 +56,7 @@ def plugin(folder: Path, text: str, name: str = "mine.py") -> str:
 
 
 def test_reading_a_registry_brings_the_built_ins() -> None:
+    """Law: a registry has the built-ins when it is first read, sorted."""
     assert {"kl", "mse", "ce"} <= set(LOSSES)
     assert LOSSES.origin("kl") == BUILT_IN
     assert LOSSES["kl"].name == "kl"
@@ -65,6 +66,7 @@ def test_reading_a_registry_brings_the_built_ins() -> None:
 
 
 def test_an_unknown_name_is_told_with_the_nearest() -> None:
+    """Law: an unknown name is refused at its place, with the nearest."""
     with pytest.raises(UserError, match="unknown loss") as caught:
         LOSSES.find("reverse_k", "stages.s.match[0].loss")
     text = str(caught.value)
@@ -73,6 +75,7 @@ def test_an_unknown_name_is_told_with_the_nearest() -> None:
 
 
 def test_a_plug_in_is_used_and_its_origin_shown(tmp_path: Path) -> None:
+    """Law: a plug-in's names have its file as origin, and it is loaded once."""
     load_plugins((plugin(tmp_path, GOOD),), tmp_path)
     assert LOSSES.find("test-absolute").inputs == ("hidden",)
     assert LOSSES.origin("test-absolute") == "mine.py"
@@ -82,6 +85,7 @@ def test_a_plug_in_is_used_and_its_origin_shown(tmp_path: Path) -> None:
 
 
 def test_a_plug_in_cannot_shadow_a_built_in_or_another_plug_in(tmp_path: Path) -> None:
+    """Law: a name belongs to whom registered it first."""
     built_in = LOSSES["kl"]
     name = plugin(tmp_path, GOOD.replace('"test-absolute"', '"kl"'))
     with pytest.raises(UserError, match="'kl' is already registered by mtkd") as caught:
@@ -110,6 +114,7 @@ def test_shadowing_is_refused_before_the_built_ins_were_read(tmp_path: Path) -> 
 
 
 def test_a_plug_in_that_fails_half_way_leaves_nothing_and_can_be_mended(tmp_path: Path) -> None:
+    """Law: a failed import registers nothing, and a corrected file loads."""
     name = plugin(tmp_path, GOOD + "\nraise RuntimeError('half-way')\n")
     with pytest.raises(UserError, match="RuntimeError: half-way") as caught:
         load_plugins((name,), tmp_path)
@@ -121,6 +126,7 @@ def test_a_plug_in_that_fails_half_way_leaves_nothing_and_can_be_mended(tmp_path
 
 
 def test_what_is_registered_after_a_plug_in_is_not_its(tmp_path: Path) -> None:
+    """Law: the origin ends with the import, also with one that failed."""
     with pytest.raises(UserError):
         load_plugins((plugin(tmp_path, "raise ValueError"),), tmp_path)
     own: Registry[int] = Registry("thing", __name__)
@@ -130,6 +136,7 @@ def test_what_is_registered_after_a_plug_in_is_not_its(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["missing.py", "text.txt", "."])
 def test_a_plug_in_must_be_a_python_file(name: str, tmp_path: Path) -> None:
+    """Law: what is no .py file is refused by its name."""
     (tmp_path / "text.txt").write_text(GOOD)
     with pytest.raises(UserError, match=r"existing \.py file") as caught:
         load_plugins((name,), tmp_path)
@@ -137,6 +144,8 @@ def test_a_plug_in_must_be_a_python_file(name: str, tmp_path: Path) -> None:
 
 
 def test_an_installed_package_registers_by_its_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: packages of the group mtkd.plugins register under their own name."""
+
     class Entry:
         name = "company-losses"
 
@@ -172,16 +181,19 @@ PARAMETERS = keyword_parameters(example)
 
 
 def test_only_keyword_parameters_are_options() -> None:
+    """Law: options are the keyword-only parameters."""
     assert list(PARAMETERS) == ["needed", "ratio", "count", "flag", "mode", "layers", "free"]
 
 
 def test_good_options_pass() -> None:
+    """Law: options of the defaults' types pass; whole numbers are floats, lists are tuples."""
     check_options({"needed": 1}, PARAMETERS, "row")
     every = {"needed": "x", "ratio": 2, "count": 3, "flag": True, "mode": "b", "layers": [1, 2], "free": {"any": 1}}
     check_options(every, PARAMETERS, "row")
 
 
 def test_an_unknown_option_is_told_with_the_nearest() -> None:
+    """Law: an unknown option is refused at its place, with the nearest."""
     with pytest.raises(UserError, match="unknown option") as caught:
         check_options({"needed": 1, "ration": 2.0}, PARAMETERS, "stages.s.match[0]")
     assert caught.value.where == "stages.s.match[0].options"
@@ -206,6 +218,7 @@ def test_an_unknown_option_is_told_with_the_nearest() -> None:
     ],
 )
 def test_a_wrong_type_is_refused(name: str, value: object) -> None:
+    """Law: an option has the type of its default, and true is no number."""
     with pytest.raises(UserError, match="wrong type") as caught:
         check_options({"needed": 1, name: value}, PARAMETERS, "row")
     assert caught.value.where == f"row.options.{name}"
@@ -213,6 +226,7 @@ def test_a_wrong_type_is_refused(name: str, value: object) -> None:
 
 
 def test_a_missing_required_option_is_named() -> None:
+    """Law: an option without a default must be given."""
     with pytest.raises(UserError, match="required option is missing") as caught:
         check_options({}, PARAMETERS, "row")
     assert caught.value.allowed == "needed"
@@ -251,6 +265,7 @@ def test_a_loss_is_called_with_its_options_as_keywords() -> None:
 
 @pytest.mark.parametrize("shape", [(5, 4), (3, 5, 4), (3, 2, 5, 5)])
 def test_every_feature_needs_no_mask(shape: tuple[int, ...]) -> None:
+    """Law: no mask is a mask of ones, for each shape of feature."""
     generator = torch.Generator().manual_seed(1)
     sides = torch.rand(2, *shape, generator=generator)
     name = "attention_mse" if len(shape) == 4 else "mse"
@@ -262,6 +277,7 @@ def test_every_feature_needs_no_mask(shape: tuple[int, ...]) -> None:
 
 
 def test_a_call_names_what_is_wrong_with_it() -> None:
+    """Law: a wrong call is refused with option, bound or shape."""
     sides = torch.zeros(2, 5, 7)
     with pytest.raises(UserError, match=r"loss 'kl'\.options: unknown option") as caught:
         mtkd.LOSSES["kl"](*sides, temprature=2.0)
@@ -275,6 +291,7 @@ def test_a_call_names_what_is_wrong_with_it() -> None:
 
 
 def test_methods_and_weightings_are_called_with_their_options() -> None:
+    """Law: calling is looking up with options, with the same checks."""
     assert mtkd.METHODS["kd"](temperature=4.0) == mtkd.METHODS["kd"].rows({"temperature": 4.0})
     assert mtkd.METHODS["glmd"](step="prediction") == mtkd.METHODS["glmd"].rows({}, "prediction")
     with pytest.raises(UserError, match=r"method 'kd'\.options: unknown option"):

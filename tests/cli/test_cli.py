@@ -66,6 +66,7 @@ def invoke(*arguments: str) -> str:
 
 
 def test_a_run_through_the_library(made):
+    """Law: a run gives results, a report, and a model that plain transformers loads."""
     _, result = made
     assert set(result.stages) == {"teacher", "student"}
     assert set(result.results["models"]) == {"teacher", "student", "ensemble:student"}
@@ -78,6 +79,7 @@ def test_a_run_through_the_library(made):
 
 
 def test_metrics_hold_the_weights_of_the_plugin(made):
+    """Law: the logged rows of a step sum to its loss, and weights are the plug-in's."""
     _, result = made
     lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
     student = [line for line in lines if line["stage"] == "student" and "loss" in line]
@@ -88,6 +90,7 @@ def test_metrics_hold_the_weights_of_the_plugin(made):
 
 
 def test_a_single_member_ensemble_scores_as_its_member(made):
+    """Law: a mixture of one model scores as the model."""
     _, result = made
     models = result.results["models"]
     alone, ensemble = models["teacher"]["overall"], models["ensemble:student"]["overall"]
@@ -113,6 +116,7 @@ def test_perplexity_equals_the_exported_models_own(made):
 
 
 def test_a_second_call_redoes_nothing(made):
+    """Law: a finished run writes no file of a stage again."""
     folder, result = made
     before = {p: p.stat().st_mtime_ns for p in result.folder.rglob("stages/*/*") if p.is_file()}
     invoke("run", folder / "run.yaml")
@@ -120,6 +124,7 @@ def test_a_second_call_redoes_nothing(made):
 
 
 def test_status_report_and_plan(made):
+    """Law: every command agrees with the files of the run."""
     folder, result = made
     status = json.loads(invoke("status", result.folder, "--json"))
     assert [(s["stage"], s["state"], s["step"]) for s in status["stages"]] == [
@@ -139,6 +144,7 @@ def test_status_report_and_plan(made):
 
 
 def test_plan_sees_a_changed_stage(made):
+    """Law: a changed stage differs, those before it do not."""
     folder, _ = made
     plan = json.loads(invoke("plan", folder / "run.yaml", "--json", "-o", "stages.student.steps=9"))
     assert [s["state"] for s in plan["stages"]] == ["done, skipped", "done, but differs"]
@@ -146,6 +152,7 @@ def test_plan_sees_a_changed_stage(made):
 
 @pytest.mark.parametrize("what", ["methods", "losses", "weightings", "teachers", "tasks", "sources"])
 def test_ls(what, made):
+    """Law: each list has built-ins and plug-ins with their origin."""
     folder, _ = made
     rows = json.loads(invoke("ls", what, "--json", "--plugin", folder / "plugin.py"))
     names = {row["name"]: row for row in rows}
@@ -161,10 +168,12 @@ RECIPES = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_recipes_can_be_read(file):
+    """Law: every recipe of configs/ is a valid configuration."""
     assert mtkd.load_config(file).stages
 
 
 def test_the_quickstart_is_a_chain_with_two_controls(tmp_path):
+    """Law: student and control differ in their teachers alone."""
     stages = {
         s["name"]: s for s in json.loads(invoke("plan", RECIPES[-1], "--json", "-o", f"output={tmp_path}"))["stages"]
     }
@@ -178,12 +187,14 @@ def test_the_quickstart_is_a_chain_with_two_controls(tmp_path):
 
 
 def test_schema_is_json_schema():
+    """Law: the schema forbids unknown keys and describes each."""
     schema = json.loads(invoke("schema"))
     assert schema["additionalProperties"] is False
     assert schema["properties"]["stages"]["description"]
 
 
 def test_doctor():
+    """Law: the doctor names the version of torch."""
     facts = json.loads(invoke("doctor", "--json"))
     assert facts["torch"].startswith("2.")
 
@@ -201,12 +212,14 @@ def test_a_plugin_does_not_become_the_origin_of_what_it_imports(tmp_path):
 
 
 def test_plan_follows_a_changed_teacher(made):
+    """Law: a stage whose teacher differs is not done either."""
     folder, _ = made
     plan = json.loads(invoke("plan", folder / "run.yaml", "--json", "-o", "stages.teacher.steps=9"))
     assert [s["state"] for s in plan["stages"]] == ["done, but differs", "done, but teacher is not"]
 
 
 def test_plugin_cannot_shadow_a_builtin(tmp_path):
+    """Law: a plug-in cannot replace a built-in."""
     (tmp_path / "bad.py").write_text("import mtkd\n\n@mtkd.loss('kl')\ndef kl(student, teacher, mask):\n    return 0\n")
     config = tiny_config(tmp_path, plugins=["bad.py"])
     with pytest.raises(UserError, match="already registered by mtkd"):
@@ -231,6 +244,7 @@ def test_plugin_cannot_shadow_a_builtin(tmp_path):
     ],
 )
 def test_mistakes_are_told_before_anything_is_trained(tmp_path, monkeypatch, capsys, override, code, says):
+    """Law: a mistake ends the plan with its exit code and what helps."""
     monkeypatch.setattr("mtkd.running.train.train", lambda *a: pytest.fail("trained"))
     monkeypatch.setattr(sys, "argv", ["mtkd", "plan", str(write_yaml(tmp_path)), "-o", override])
     with pytest.raises(SystemExit) as ended:
@@ -240,12 +254,14 @@ def test_mistakes_are_told_before_anything_is_trained(tmp_path, monkeypatch, cap
 
 
 def test_help_does_not_wait_for_torch():
+    """Law: the command line imports nothing heavy."""
     heavy = {"torch", "transformers", "deepspeed", "matplotlib"}
     code = f"import sys, mtkd.cli.app; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_public_names_survive_any_import_order():
+    """Law: functions of `mtkd` are not shadowed by its packages."""
     order = "import mtkd.weightings, mtkd.running.run, mtkd.planning.plan"
     code = f"{order}; assert callable(mtkd.weighting) and callable(mtkd.run)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

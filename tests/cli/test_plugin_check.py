@@ -36,6 +36,7 @@ def plugin(folder: Path, code: str) -> Path:
 
 
 def test_the_documented_example_keeps_the_laws() -> None:
+    """Law: the example of the documentation passes `mtkd check` in at most 20 lines."""
     result = CliRunner().invoke(app, ["check", str(EXAMPLE)])
     assert result.exit_code == 0, result.output
     (line,) = result.output.splitlines()
@@ -66,6 +67,7 @@ def both(weight: float = 1.0):
 
 
 def test_every_kind_is_checked_by_its_own_laws(tmp_path: Path) -> None:
+    """Law: each registered name meets the laws of its kind."""
     result = CliRunner().invoke(app, ["check", str(plugin(tmp_path, ALL_KINDS)), "--json"])
     assert result.exit_code == 0, result.output
     families = [(x["kind"], x["name"], x["family"]) for x in json.loads(result.output)]
@@ -144,6 +146,7 @@ def wrong():
     ],
 )
 def test_a_broken_plugin_is_told_what_is_wrong(tmp_path: Path, code: str, thing: str, texts: tuple[str, ...]) -> None:
+    """Law: a broken law is refused with law, name and value."""
     file = plugin(tmp_path, code)
     with pytest.raises(UserError) as caught:
         list(check_plugin(file))

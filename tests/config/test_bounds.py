@@ -32,6 +32,7 @@ def schemas(node: Any, place: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def test_every_number_has_a_lower_and_an_upper_bound() -> None:
+    """Law: no number of the configuration is open-ended, by its JSON Schema."""
     found = dict(schemas(RunConfig.model_json_schema()))
     assert len(found) > 50
     open_ended = [
@@ -74,6 +75,7 @@ def test_every_number_has_a_lower_and_an_upper_bound() -> None:
     ],
 )
 def test_a_number_out_of_its_bounds_is_refused_by_its_key(tmp_path: Path, key: str, value: object) -> None:
+    """Law: a number out of its bounds is a usage error that names its key."""
     with pytest.raises(UserError) as caught:
         plan(load_config(write_yaml(tmp_path), [f"{key}={yaml.safe_dump(value, default_flow_style=True)}"]))
     assert caught.value.exit_code == 2
@@ -82,6 +84,7 @@ def test_a_number_out_of_its_bounds_is_refused_by_its_key(tmp_path: Path, key: s
 
 @pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "1e400"])
 def test_a_number_that_is_not_finite_is_refused_by_its_line(tmp_path: Path, value: str) -> None:
+    """Law: NaN and infinity are refused, from YAML and from Python."""
     with pytest.raises(UserError, match=r"-o stages\.teacher\.optimizer\.lr: .*finite"):
         load_config(write_yaml(tmp_path), [f"{TEACHER}.optimizer.lr={value}"])
     with pytest.raises(ValueError, match="finite"):
@@ -89,6 +92,7 @@ def test_a_number_that_is_not_finite_is_refused_by_its_line(tmp_path: Path, valu
 
 
 def test_a_host_has_at_most_four_digits_of_processes(tmp_path: Path) -> None:
+    """Law: a hostfile's number of slots is bounded too."""
     (tmp_path / "hosts").write_text("node-1 slots=1000000000000\n")
     with pytest.raises(UserError, match="not a node and its processes"):
         read_hostfile(str(tmp_path / "hosts"))

@@ -44,6 +44,7 @@ def teachers(config: RunConfig) -> dict[str, list[str | None]]:
 
 
 def test_takd_learns_from_the_one_before() -> None:
+    """Law: in TAKD a stage learns from the one before; the first and the control from the teachers of the chain."""
     config = read()
     assert list(config.stages) == ["one", "two", "assistant-1", "assistant-2", "student", "direct", "other"]
     assert teachers(config) == {
@@ -60,6 +61,7 @@ def test_takd_learns_from_the_one_before() -> None:
 
 
 def test_dgkd_learns_from_all_before() -> None:
+    """Law: in DGKD each stage has all before as teachers, and drops fewer than it has."""
     config = read(mode="dgkd", drop=2)
     assert teachers(config) == {
         "assistant-1": ["stage:one", "stage:two"],
@@ -81,6 +83,7 @@ def test_dgkd_learns_from_all_before() -> None:
     ],
 )
 def test_the_default_objective_is_labels_and_the_sum_of_the_teachers(chain: dict[str, Any], soft: list[float]) -> None:
+    """Law: the labels weigh 1 - lam, every teacher that is not dropped lam."""
     config = read(lam=0.3, temperature=4.0, **chain)
     methods = [config.stages[name].method for name in teachers(config)]
     assert [m.options["soft"] for m in methods if m] == pytest.approx(soft)
@@ -88,6 +91,7 @@ def test_the_default_objective_is_labels_and_the_sum_of_the_teachers(chain: dict
 
 
 def test_settings_of_one_stage() -> None:
+    """Law: an override changes its keys in its stage alone; the control follows the student."""
     config = read(
         optimizer={"lr": 1e-3, "clip": 2.0},
         evaluate_every=5,
@@ -107,6 +111,7 @@ def test_settings_of_one_stage() -> None:
 
 
 def test_the_comparison_with_the_control_is_added_once() -> None:
+    """Law: a chain asks for student against control, and for the ensemble of several teachers."""
     config = read()
     assert [(c.candidate, c.baseline) for c in config.evaluate.comparisons] == [("student", "direct")]
     assert config.evaluate.ensembles == ("assistant-1",)  # two teachers: their ensemble is what the ladder is held to
@@ -125,6 +130,7 @@ def test_expanding_twice_changes_nothing() -> None:
 
 
 def test_later_stages_may_use_the_chain() -> None:
+    """Law: a stage after the chain may name its stages."""
     written = values()
     written["stages"]["other"] = {
         "kind": "distill",
@@ -137,6 +143,7 @@ def test_later_stages_may_use_the_chain() -> None:
 
 
 def test_assistants_teach_from_where_the_chain_says() -> None:
+    """Law: `backend` of the chain is that of assistants; the teachers at the top keep theirs."""
     top = [{"model": "stage:one", "backend": "offload"}, "stage:two"]
     for mode in ("takd", "dgkd"):
         config = read(mode=mode, teachers=top, backend="streamed")
@@ -150,6 +157,7 @@ def test_assistants_teach_from_where_the_chain_says() -> None:
 
 
 def test_a_taken_name_is_refused_and_a_prefix_helps() -> None:
+    """Law: a stage's name is never taken over by the chain."""
     written = values()
     written["stages"]["student"] = copy.deepcopy(written["stages"]["one"])
     with pytest.raises(ValidationError, match=r"stages.student: `chain` makes another stage of this name"):
@@ -168,6 +176,7 @@ def test_a_rung_may_have_its_own_name() -> None:
 
 
 def test_what_is_refused() -> None:
+    """Law: a chain that contradicts itself is refused with the key at fault."""
     refused("give either `rungs`", num_rungs=2)
     refused("give either `rungs`", rungs=None)
     refused(r"rungs\[0\]: 3 heads do not divide a width of 16", rungs=[{"layers": 1, "width": 16, "heads": 3}])
@@ -184,6 +193,7 @@ def test_what_is_refused() -> None:
 
 
 def test_reading_a_chain_imports_nothing_heavy() -> None:
+    """Law: validating a configuration imports neither torch nor transformers."""
     code = f"""
 import sys
 from mtkd.config import RunConfig

@@ -72,6 +72,7 @@ def changed(old: str, new: str) -> str:
 
 
 def test_a_good_file_is_read(load: Load, tmp_path: Path) -> None:
+    """Law: values, order of stages and folder are those of the file."""
     config = load(GOOD)
     assert config.stages["student"].optimizer.lr == 5e-4
     assert config.stages["student"].teachers[0].name == "prose"
@@ -80,6 +81,7 @@ def test_a_good_file_is_read(load: Load, tmp_path: Path) -> None:
 
 
 def test_an_unknown_key_is_told_with_line_allowed_keys_and_nearest(refused: Refused) -> None:
+    """Law: an unknown key has line, path, allowed keys and the nearest one."""
     text = refused(changed("    steps: 20", "    stepz: 20"))
     line = next(line for line in text.splitlines() if "stepz" in line)
     assert line.startswith(
@@ -89,11 +91,13 @@ def test_an_unknown_key_is_told_with_line_allowed_keys_and_nearest(refused: Refu
 
 
 def test_a_value_under_an_unknown_key_stays_untold(refused: Refused) -> None:
+    """Law: a value under an unknown key is in no message: it may be a password."""
     assert "hunter2" not in refused(GOOD + "password: hunter2\n")
     assert "hunter2" not in refused(GOOD, "password=hunter2")
 
 
 def test_a_wrong_literal_is_told_with_the_allowed_values(refused: Refused) -> None:
+    """Law: a wrong choice is answered with all choices and the nearest."""
     text = refused(changed("kind: finetune", "kind: finetun"))
     assert text == (
         "run.yaml:6: stages.prose.kind: not allowed; found 'finetun'; allowed: 'finetune', 'cofinetune', "
@@ -102,6 +106,7 @@ def test_a_wrong_literal_is_told_with_the_allowed_values(refused: Refused) -> No
 
 
 def test_every_problem_is_listed_up_to_a_limit(refused: Refused) -> None:
+    """Law: one message has every problem, up to eight lines."""
     two = refused(changed("name: demo", "name: a/b"), "stages.prose.steps=0")
     assert two.splitlines()[0].startswith("run.yaml:1: name: ")
     assert two.splitlines()[1] == "-o stages.prose.steps: should be greater than 0; found 0"
@@ -111,6 +116,7 @@ def test_every_problem_is_listed_up_to_a_limit(refused: Refused) -> None:
 
 
 def test_a_union_is_one_problem(refused: Refused) -> None:
+    """Law: a value that no member of a union accepts is one line, not one per member."""
     text = refused(GOOD, "stages.student.match=[{feature: hidden, student_layer: top}]")
     (line,) = text.splitlines()
     assert line.startswith("-o stages.student.match: stages.student.match[0].student_layer: ")
@@ -119,6 +125,7 @@ def test_a_union_is_one_problem(refused: Refused) -> None:
 
 
 def test_rules_over_several_fields_name_their_block_and_the_overrides_in_it(refused: Refused) -> None:
+    """Law: a rule of a block has the block's line and the overrides below it."""
     text = refused(GOOD, "stages.student.epochs=2")
     assert text == (
         "run.yaml:9 with -o stages.student.epochs: stages.student: give exactly one of `steps`, `epochs`, `equal_time`"
@@ -126,6 +133,7 @@ def test_rules_over_several_fields_name_their_block_and_the_overrides_in_it(refu
 
 
 def test_a_reference_to_a_missing_stage_is_told_with_its_line(refused: Refused) -> None:
+    """Law: a dangling reference has the line where it is written."""
     text = refused(changed("{model: stage:prose}", "{model: stage:code}"))
     assert text.startswith("run.yaml:13: stages.student.teachers[0]: 'stage:code' is not an earlier stage")
 
@@ -135,6 +143,7 @@ BAD_NAMES = ["a/b", "..", "a..b", "../../etc", "-rf", ".hidden", "two\nlines", "
 
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_bad_run_and_stage_names_are_refused(name: str, refused: Refused) -> None:
+    """Law: a name that is no safe folder is refused at its line, in one line."""
     quoted = '"' + name.replace("\\", "\\\\").replace("\n", "\\n") + '"'
     as_run = refused(changed("name: demo", f"name: {quoted}"))
     assert as_run.startswith("run.yaml:1: name: a name has 1 to 100 characters")
@@ -146,6 +155,7 @@ def test_bad_run_and_stage_names_are_refused(name: str, refused: Refused) -> Non
 
 @pytest.mark.parametrize("name", ["x" * 100, "v1.5", "_a", "7", "on", "no", "1e5", "a+b-c"])
 def test_good_names_are_kept_as_written(name: str, load: Load) -> None:
+    """Law: a name arrives as written, also where YAML sees a number or a switch."""
     config = load(changed("  prose:\n", f"  {name}:\n").replace("stage:prose", f"stage:{name}"))
     assert list(config.stages) == [name, "student"]
 
@@ -154,6 +164,7 @@ def test_good_names_are_kept_as_written(name: str, load: Load) -> None:
 
 
 def test_python_tags_are_refused_and_not_executed(refused: Refused, tmp_path: Path) -> None:
+    """Law: a tag that is not plain data is refused, and no code of it runs."""
     mark = tmp_path / "executed"
     for tag in ("python/object/apply:os.system", "python/object/new:os.system", "python/name:os.system"):
         text = refused(changed("lr: 5e-4", f'lr: !!{tag} ["touch {mark}"]'))
@@ -166,6 +177,7 @@ def test_python_tags_are_refused_and_not_executed(refused: Refused, tmp_path: Pa
 
 
 def test_an_alias_bomb_is_refused_before_it_grows(refused: Refused) -> None:
+    """Law: aliases that expand to too many values are counted, never built."""
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]  # 9**12 values
     text = refused("\n".join(lines))
@@ -176,11 +188,13 @@ def test_an_alias_bomb_is_refused_before_it_grows(refused: Refused) -> None:
 
 
 def test_a_cycle_is_refused(refused: Refused) -> None:
+    """Law: an alias within its own value is an error, not a recursion."""
     assert "an alias refers to the value it is part of" in refused("name: &a [*a]")
     assert "an alias refers to the value it is part of" in refused("name: &a {x: {<<: *a}}")
 
 
 def test_an_alias_that_is_no_bomb_is_a_copy(load: Load) -> None:
+    """Law: an override reaches one use of an alias only."""
     text = changed("steps: 10", "steps: 10\n    optimizer: &o {lr: 0.5, clip: 3.0}").replace(
         "optimizer:\n      lr: 5e-4", "optimizer: {<<: *o, lr: 0.25}"
     )
@@ -191,6 +205,7 @@ def test_an_alias_that_is_no_bomb_is_a_copy(load: Load) -> None:
 
 
 def test_a_duplicate_key_names_both_lines(refused: Refused) -> None:
+    """Law: a key that is there twice is refused with both lines."""
     text = refused(GOOD + "name: other\n")
     assert text.startswith("run.yaml:18: key 'name' is there twice")
     assert "run.yaml:1" in text.splitlines()[-1]
@@ -215,16 +230,19 @@ def test_a_duplicate_key_names_both_lines(refused: Refused) -> None:
     ],
 )
 def test_what_is_no_configuration_is_refused(text: str, message: str, refused: Refused) -> None:
+    """Law: text that is no configuration is a UserError with its reason."""
     assert message in refused(text)
 
 
 def test_a_chain_of_aliases_that_is_too_deep_is_refused(refused: Refused) -> None:
+    """Law: depth by aliases is refused as depth by brackets is."""
     lines = ["a0: &a0 [x]"] + [f"a{i}: &a{i} [*a{i - 1}]" for i in range(1, 3000)]
     text = refused("\n".join(lines))
     assert "nested too deeply" in text or "too many values" in text
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
+    """Law: a file that is missing, a folder, too large or not UTF-8 is refused with the reason."""
     with pytest.raises(UserError, match="No such file"):
         load_config(tmp_path / "none.yaml")
     with pytest.raises(UserError, match="it is a folder"):
@@ -238,6 +256,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
 
 
 def test_numbers_with_an_exponent_are_numbers_also_where_the_type_is_free(load: Load) -> None:
+    """Law: 5e-4 is a number, a quoted one and a date are text."""
     config = load(
         GOOD, "stages.student.method={name: kd, options: {a: 5e-4, b: 1E3, c: -2e+1, d: '5e-4', e: 2024-01-02}}"
     )
@@ -250,6 +269,7 @@ def test_numbers_with_an_exponent_are_numbers_also_where_the_type_is_free(load: 
 
 
 def test_overrides_are_typed_and_the_last_wins(load: Load) -> None:
+    """Law: an override is YAML below a dotted path, and later ones win."""
     config = load(
         GOOD,
         "stages.student.steps=7",
@@ -275,6 +295,7 @@ def test_overrides_are_typed_and_the_last_wins(load: Load) -> None:
 
 
 def test_a_short_teacher_and_a_name_with_dots_can_be_overridden(load: Load) -> None:
+    """Law: a path goes below a short form, and a name may contain dots."""
     text = GOOD.replace("prose", "v1.5").replace("{model: stage:v1.5}", "stage:v1.5")
     config = load(text, "stages.v1.5.steps=3", "stages.student.teachers[0].name=old")
     assert config.stages["v1.5"].steps == 3
@@ -301,6 +322,7 @@ def test_a_short_teacher_and_a_name_with_dots_can_be_overridden(load: Load) -> N
     ],
 )
 def test_bad_overrides_name_themselves_and_the_nearest(override: str, message: str, refused: Refused) -> None:
+    """Law: a wrong override is refused by its path, with the nearest key."""
     assert re.search(message, refused(GOOD, override), re.DOTALL)
 
 
@@ -308,6 +330,7 @@ def test_bad_overrides_name_themselves_and_the_nearest(override: str, message: s
 
 
 def test_the_digest_depends_on_meaning_not_on_writing(load: Load) -> None:
+    """Law: comments and written defaults leave the digest, a changed value does not."""
     config = load(GOOD)
     same = load("# a comment\n" + GOOD, "log_every=10", "stages.student.optimizer.clip=1")  # defaults, written out
     assert config_digest(config) == config_digest(same)
@@ -316,12 +339,14 @@ def test_the_digest_depends_on_meaning_not_on_writing(load: Load) -> None:
 
 
 def test_the_digest_sees_the_order_of_stages(load: Load) -> None:
+    """Law: another order of stages is another configuration."""
     a, b = "  a: {kind: finetune, student: x, steps: 1}\n", "  b: {kind: finetune, student: x, steps: 1}\n"
     head = "name: n\ndata: {d: {source: files}}\nstages:\n"
     assert config_digest(load(head + a + b)) != config_digest(load(head + b + a))
 
 
 def test_fingerprint_is_the_sha256_of_canonical_json() -> None:
+    """Law: fingerprint(x) = sha256 of JSON with sorted keys and no spaces."""
     expected = hashlib.sha256('{"a":[1,2.5,null],"é":true}'.encode()).hexdigest()
     assert fingerprint({"é": True, "a": (1, 2.5, None)}) == expected
     with pytest.raises(ValueError, match="JSON"):
@@ -331,6 +356,7 @@ def test_fingerprint_is_the_sha256_of_canonical_json() -> None:
 
 
 def test_differences_name_every_changed_value() -> None:
+    """Law: each changed value is one line with its path, old and new."""
     old: dict[str, Any] = {"stages": {"s": {"steps": 1, "teachers": ["a", "b"], "seed": 0}}, "same": [1, {"x": 2}]}
     new: dict[str, Any] = {"stages": {"s": {"steps": 2, "teachers": ("a",), "lr": None}}, "same": (1, {"x": 2})}
     assert differences(old, new) == [
@@ -343,6 +369,7 @@ def test_differences_name_every_changed_value() -> None:
 
 
 def test_reading_a_configuration_does_not_import_torch(tmp_path: Path) -> None:
+    """Law: reading a configuration imports nothing heavy."""
     (tmp_path / "run.yaml").write_text(GOOD)
     code = (
         "import sys, mtkd.config.read, mtkd.engine.folder\n"

@@ -22,10 +22,12 @@ def pairs(students: int, teachers: int, **row: object) -> list[tuple[int, int]]:
     ],
 )
 def test_maps_of_12_to_6_layers(rule: str, students: list[int], teachers: list[int]) -> None:
+    """Law: the three rules give the layer maps of TinyBERT and PKD."""
     assert pairs(6, 12, student_layer="each", teacher_layer=rule) == list(zip(students, teachers, strict=True))
 
 
 def test_other_maps() -> None:
+    """Law: each way to state layers gives the pairs written out here."""
     assert pairs(4, 12, student_layer="each", teacher_layer="uniform") == [(1, 3), (2, 6), (3, 9), (4, 12)]
     assert pairs(3, 3, student_layer="each", teacher_layer="each") == [(1, 1), (2, 2), (3, 3)]
     assert pairs(3, 7) == [(3, 7)]
@@ -38,6 +40,7 @@ def test_other_maps() -> None:
 
 
 def test_a_layer_is_no_negative_number() -> None:
+    """Law: layers count from 0."""
     with pytest.raises(ValidationError, match="greater than or equal to 0"):
         Match(student_layer=-1)
 
@@ -63,6 +66,7 @@ def test_a_layer_is_no_negative_number() -> None:
     ],
 )
 def test_maps_that_cannot_be(students: int, teachers: int, row: dict[str, object], message: str) -> None:
+    """Law: a map that leaves a model or drops layers is refused at its row."""
     with pytest.raises(UserError, match=message) as caught:
         pairs(students, teachers, **row)
     assert caught.value.where.startswith("match[0]")
@@ -89,10 +93,12 @@ def test_maps_that_cannot_be(students: int, teachers: int, row: dict[str, object
     ],
 )
 def test_rows_that_mean_nothing_are_refused(row: dict[str, object], message: str) -> None:
+    """Law: a key that its row would not read is refused."""
     with pytest.raises(ValidationError, match=message):
         Match(**row)
 
 
 def test_rows_are_immutable() -> None:
+    """Law: a row is frozen."""
     with pytest.raises(ValidationError, match="frozen"):
         Match().weight = 2.0  # type: ignore[misc]

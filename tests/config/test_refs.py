@@ -27,10 +27,12 @@ def test_a_reference_is_read_and_written_back(path, stage, part):
 
 @pytest.mark.parametrize("path", [None, "stages/a", "a/stage:b", "Stage:a"])
 def test_other_paths_are_no_reference(path):
+    """Law: only a path that begins with stage: is a reference."""
     assert StageRef.parse(path) is None
 
 
 def test_an_ensemble_is_named_by_its_stage():
+    """Law: ensemble_of("ensemble:x") = x, and None for others."""
     assert ensemble_of("ensemble:a") == "a"
     assert ensemble_of("a/ensemble:b") is None
 

@@ -77,6 +77,7 @@ def test_text_arrives_where_nothing_is_allowed_too(written: str, tmp_path: Path)
 
 
 def test_a_name_of_a_run_and_of_stages_may_look_like_a_number(tmp_path: Path) -> None:
+    """Law: names of runs, stages and data are the text of the file."""
     text = RECIPE.format("x").replace("name: run", "name: 007").replace("  s:", "  1.0:").replace("  d:", "  yes:")
     config = load(tmp_path, text.replace("data: d", "data: yes"))
     assert (config.name, list(config.stages), next(iter(config.data))) == ("007", ["1.0"], "yes")
@@ -84,12 +85,14 @@ def test_a_name_of_a_run_and_of_stages_may_look_like_a_number(tmp_path: Path) ->
 
 
 def test_an_override_is_text_where_text_is_asked_for(tmp_path: Path) -> None:
+    """Law: an override is read by the type of its key, as the file is."""
     config = load(tmp_path, RECIPE.format("x"), "data.e.labels=[no, 1.0]", "data.d.text=on", "engine.compile=yes")
     assert (config.data["e"].labels, config.data["d"].text) == (("no", "1.0"), "on")
     assert config.engine.compile is True
 
 
 def test_an_override_goes_below_a_short_form_that_looks_like_a_number(tmp_path: Path) -> None:
+    """Law: 007 in short form is the path 007 when a key is set below it."""
     config = load(tmp_path, OPTIONAL.format("007"), "stages.s.student.dropout=0")
     student = config.stages["s"].student
     assert student is not None
@@ -97,6 +100,7 @@ def test_an_override_goes_below_a_short_form_that_looks_like_a_number(tmp_path: 
 
 
 def test_half_a_character_is_refused(tmp_path: Path) -> None:
+    """Law: a lone surrogate is refused, since no file can hold it."""
     with pytest.raises(UserError, match="half a character"):
         load(tmp_path, RECIPE.format('"\\ud83d"'))
 
@@ -105,6 +109,7 @@ def test_half_a_character_is_refused(tmp_path: Path) -> None:
     ("written", "value"), [("true", True), ("yes", True), ("On", True), ("no", False), ("off", False), ("FALSE", False)]
 )
 def test_a_switch_is_still_a_switch(written: str, value: bool, tmp_path: Path) -> None:
+    """Law: where a switch or a number is asked for, YAML 1.1's words for it are read."""
     text = RECIPE.format("x") + f"engine: {{activation_checkpointing: {written}}}\nseed: 7\nlog_every: 1_000\n"
     config = load(tmp_path, text)
     assert config.engine.activation_checkpointing is value
@@ -159,6 +164,7 @@ def test_every_text_is_read_back_the_same() -> None:
 
 
 def test_values_that_are_no_text_are_read_back_the_same() -> None:
+    """Law: read(write(x)) = x for values that are no text, by our reader and PyYAML's."""
     values = {"a": [True, False, None, 0, -3, 10**12, 0.1, 1e-5, 5e-4, 1e38, -2.5e-30, 1.0], "b": {}, "c": []}
     written = yamlfile.write(values)
     assert yamlfile.parse(written, "x").plain() == values

@@ -73,6 +73,7 @@ def test_shares_times_and_gain(tmp_path: Path, metric: str, task: str) -> None:
 
 
 def test_page_terminal_and_json_show_it(tmp_path: Path) -> None:
+    """Law: page, terminal and JSON have the same ladder."""
     run = write_chain(tmp_path)
     page = write_report(run).read_text()
     assert page.count('id="table-ladder"') == 1
@@ -86,6 +87,7 @@ def test_page_terminal_and_json_show_it(tmp_path: Path) -> None:
 
 
 def test_several_teachers_are_held_as_their_ensemble(tmp_path: Path) -> None:
+    """Law: shares are of the teachers' ensemble where it is scored."""
     run = write_chain(tmp_path, teachers=["stage:top", "somewhere/else"])
     results = json.loads((run / "results.json").read_text())
     results["models"]["ensemble:assistant-1"] = {"overall": {"bits_per_byte": 1.6}}
@@ -96,6 +98,7 @@ def test_several_teachers_are_held_as_their_ensemble(tmp_path: Path) -> None:
 
 
 def test_before_the_results_there_are_gaps(tmp_path: Path) -> None:
+    """Law: a missing score is a gap, not an error."""
     run = write_chain(tmp_path)
     (run / "results.json").unlink()
     rungs = ladder_of(run).rungs
@@ -105,6 +108,7 @@ def test_before_the_results_there_are_gaps(tmp_path: Path) -> None:
 
 
 def test_no_chain_no_ladder(tmp_path: Path) -> None:
+    """Law: a run without a readable chain has no ladder."""
     run = write_chain(tmp_path, mode="another")
     assert read_ladder(read_run(run)) is None
     assert 'id="ladder"' not in write_report(run).read_text()

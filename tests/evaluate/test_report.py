@@ -208,6 +208,7 @@ def column(page: Page, table: str, heading: str, *, header: int = 0) -> list[tup
 
 
 def test_comparisons_are_those_of_the_file(page: Page):
+    """Law: every number of the table is in results.json, exact in the tooltip."""
     rows = comparisons()
     assert len(page.tables["comparisons"]) == 1 + len(rows)
     for heading, key in (("difference", "difference"), ("p", "p"), ("p (Holm)", "p_holm"), ("documents", "n")):
@@ -222,6 +223,7 @@ def test_comparisons_are_those_of_the_file(page: Page):
 
 
 def test_results_are_those_of_the_file(page: Page):
+    """Law: every metric of the table is in results.json, exact in the tooltip."""
     models = results()["models"]
     table = page.tables["results"]
     assert [text for text, _ in table[0]] == ["", "overall", "prose", "code"]
@@ -237,6 +239,7 @@ def test_results_are_those_of_the_file(page: Page):
 
 
 def test_the_best_of_each_column_is_marked(finished: Path):
+    """Law: the best of each column is the extreme of the file."""
     models = results()["models"]
     parts = [[m["overall"] for m in models.values()]]
     parts += [[m["domains"][d] for m in models.values() if m["domains"]] for d in ("prose", "code")]
@@ -246,6 +249,7 @@ def test_the_best_of_each_column_is_marked(finished: Path):
 
 
 def test_stages_are_those_of_the_files(page: Page):
+    """Law: stages, steps, times and sizes are those of run.yaml and DONE."""
     assert [text for text, _ in column(page, "stages", "stage")] == list(STAGES)
     assert [text for text, _ in column(page, "stages", "kind")] == [s[0] for s in STAGES.values()]
     assert [text for text, _ in column(page, "stages", "steps")] == [str(s[1]) for s in STAGES.values()]
@@ -257,6 +261,7 @@ def test_stages_are_those_of_the_files(page: Page):
 
 
 def test_the_headline_claims_what_is_significant_and_no_more(page: Page):
+    """Law: a claim stands in the headline only where `better` says so."""
     verdicts = [text for text in page.texts["p"] if "interval" in text and "documents)" in text]
     assert verdicts[0].startswith("student is better than student-labels: 2.526 against 2.617 bits per byte, 3.5% less")
     assert "p = 0.0001" in verdicts[0]
@@ -270,6 +275,7 @@ def test_the_headline_claims_what_is_significant_and_no_more(page: Page):
 
 
 def test_configuration_and_environment_are_shown(page: Page, finished: Path):
+    """Law: the page holds run.yaml as it is, and env.json."""
     assert page.texts["pre"] == [(finished / "run.yaml").read_text()]
     assert list(zip(page.texts["dt"], page.texts["dd"], strict=True)) == [
         ("cores", "2"),
@@ -279,6 +285,7 @@ def test_configuration_and_environment_are_shown(page: Page, finished: Path):
 
 
 def test_every_figure_is_there_twice(page: Page, finished: Path):
+    """Law: each figure is a PNG file and an SVG in the page."""
     expected = {"validation", "training", "weights-03", "weights-04", "differences-bits-per-byte"}
     assert {p.stem for p in (finished / "plots").glob("*.png")} == expected
     assert {i.removeprefix("figure-") for i in page.ids if i.startswith("figure-")} >= expected
@@ -290,6 +297,7 @@ def test_every_figure_is_there_twice(page: Page, finished: Path):
 
 
 def test_ids_are_unique_and_every_reference_is_inside_the_page(page: Page, finished: Path):
+    """Law: ids are unique, and links stay in the page."""
     assert len(set(page.ids)) == len(page.ids)
     assert page.loads
     assert {load[0] for load in page.loads} == {"#"}
@@ -300,6 +308,7 @@ def test_ids_are_unique_and_every_reference_is_inside_the_page(page: Page, finis
 
 
 def test_nothing_is_loaded_or_run(page: Page, finished: Path):
+    """Law: a browser loads nothing and runs nothing."""
     text = (finished / "report.html").read_text()
     assert not {"script", "link", "iframe", "img", "object", "embed", "base"} & set(page.tags)
     assert not page.handlers
@@ -310,6 +319,7 @@ def test_nothing_is_loaded_or_run(page: Page, finished: Path):
 
 
 def test_names_and_configuration_are_text(tmp_path: Path):
+    """Law: markup in names and configuration is shown, never read."""
     run = write_run(tmp_path / "run")
     teacher = f'$a_1$ {HOSTILE}" onload="x'
     record = run / "stages" / "04-student" / "DONE"
@@ -342,6 +352,7 @@ def test_names_and_configuration_are_text(tmp_path: Path):
 
 
 def test_the_later_line_wins_after_a_resume(tmp_path: Path):
+    """Law: of two lines of one step the later one counts, in its own stage alone."""
     run = tmp_path / "run"
     run.mkdir()
     first = [{"stage": "s", "step": s, "loss": 9.0, "seconds": s, "tokens": s} for s in (10, 20, 30, 40)]
@@ -371,6 +382,7 @@ def test_a_repeated_validation_wins_too(tmp_path: Path):
 
 
 def test_a_run_in_progress(tmp_path: Path):
+    """Law: a run in progress is shown as far as it is, with what is missing named."""
     run = write_run(tmp_path / "run", stages=3, with_results=False)
     (run / "stages" / "03-assistant" / "DONE").unlink()
     with (run / "metrics.jsonl").open("a") as file:
@@ -395,6 +407,7 @@ def test_a_run_in_progress(tmp_path: Path):
 
 @pytest.mark.parametrize("missing", ["run.yaml", "env.json", "metrics.jsonl", "results.json", "stages"])
 def test_any_missing_file_leaves_a_gap(tmp_path: Path, missing: str):
+    """Law: without one of its files the page is still written, and says so."""
     run = write_run(tmp_path / "run")
     shutil.rmtree(run / missing) if missing == "stages" else (run / missing).unlink()
     page = Page(write_report(run).read_text())
@@ -407,6 +420,7 @@ def test_any_missing_file_leaves_a_gap(tmp_path: Path, missing: str):
 
 
 def test_an_empty_folder_and_none(tmp_path: Path):
+    """Law: an empty folder gives an empty page, no folder an error."""
     assert "No stages are known" in write_report(tmp_path).read_text()
     assert terminal_tables(tmp_path) == []
     with pytest.raises(DataError):
@@ -415,6 +429,7 @@ def test_an_empty_folder_and_none(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "results.json", "env.json"])
 def test_a_pipe_is_named_and_not_waited_for(tmp_path: Path, name: str):
+    """Law: a pipe in a file's place is a problem of the report, never read."""
     run = write_run(tmp_path / "run")
     (run / name).unlink()
     os.mkfifo(run / name)
@@ -436,6 +451,7 @@ def test_lines_of_no_stage_are_left_out(tmp_path: Path):
 
 
 def test_broken_files_are_named(tmp_path: Path):
+    """Law: each damaged file is named on the page."""
     run = write_run(tmp_path / "run")
     (run / "results.json").write_text('{"models": ')
     (run / "run.yaml").write_text("stages: [")
@@ -448,6 +464,7 @@ def test_broken_files_are_named(tmp_path: Path):
 
 
 def test_values_that_are_not_finite(tmp_path: Path):
+    """Law: NaN and infinity are shown as gaps and signs, and are null in JSON."""
     run = write_run(tmp_path / "run")
     with (run / "metrics.jsonl").open("a") as file:
         for step, loss in ((310, "NaN"), (320, "null"), (330, "Infinity")):
@@ -471,6 +488,7 @@ def test_values_that_are_not_finite(tmp_path: Path):
 
 
 def test_classification_without_domains(tmp_path: Path):
+    """Law: the columns are the metrics of the file, the best by their own direction."""
     run = write_run(tmp_path / "run")
     models = {
         "student": {
@@ -495,6 +513,7 @@ def test_classification_without_domains(tmp_path: Path):
 
 
 def test_summary_carries_the_files(finished: Path):
+    """Law: the summary's numbers are those of the files."""
     found = summary(finished)
     assert (found["run"], found["state"]) == ("quickstart", "done")
     assert found["models"] == results()["models"]
@@ -515,6 +534,7 @@ def rendered(run: Path, width: int) -> str:
 
 
 def test_terminal_tables_show_the_numbers(finished: Path):
+    """Law: the terminal has the page's numbers."""
     text = rendered(finished, 200)
     assert [table.title for table in terminal_tables(finished)] == ["Stages", "Results", "Comparisons", None]
     for expected in ("ensemble:student", "2.222", "−0.0913", "[−0.1036, −0.0796]", "no difference shown", "918.784"):
@@ -523,6 +543,7 @@ def test_terminal_tables_show_the_numbers(finished: Path):
 
 
 def test_brackets_in_names_are_not_markup(tmp_path: Path):
+    """Law: rich's markup in names is text."""
     run = write_run(tmp_path / "run")
     record = run / "stages" / "03-assistant" / "DONE"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"teachers": ["[red]loud[/red]", "[/]"]}))
@@ -530,6 +551,7 @@ def test_brackets_in_names_are_not_markup(tmp_path: Path):
 
 
 def test_the_page_is_the_same_twice(tmp_path: Path):
+    """Law: equal files give equal pages, byte by byte."""
     run = write_run(tmp_path / "run")
     assert write_report(run).read_text() == write_report(run).read_text()
     assert [path.name for path in run.glob(".*")] == [".report.json"]  # nothing else stays
@@ -558,10 +580,12 @@ def test_the_page_is_the_same_twice(tmp_path: Path):
     ],
 )
 def test_numbers_in_words(text: str, expected: str):
+    """Law: each kind of number has one form."""
     assert text == expected
 
 
 def test_a_cache_stage_shows_what_it_holds_not_steps(tmp_path: Path):
+    """Law: a cache stage shows its caches, and no optimizer steps."""
     facts = {
         "examples": 48,
         "shards": 5,

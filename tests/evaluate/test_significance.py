@@ -96,6 +96,7 @@ def test_bca_follows_the_skew():
 
 
 def test_exact_permutation_equals_scipy():
+    """Law: with few documents p is that of all swaps, as scipy enumerates them."""
     random = np.random.default_rng(1)
     size = random.integers(50, 2000, 8)
     a, b = size * random.normal(0.8, 0.05, 8), size * random.normal(0.85, 0.05, 8)
@@ -110,12 +111,14 @@ def test_exact_permutation_equals_scipy():
 
 
 def test_permutation_of_a_simple_mean_by_hand():
+    """Law: four equal differences are matched by 2 of 16 swaps."""
     # Differences 1, 1, 1, 1 (equal bytes): of 16 swaps only none and all reach |mean| = 1.
     p = permutation_test(BITS, language_scores([2] * 4, [10] * 4), language_scores([1] * 4, [10] * 4))
     assert p == 2 / 16
 
 
 def test_sampled_permutation_approaches_the_exact_one():
+    """Law: sampled p is exact p up to four standard errors."""
     random = np.random.default_rng(5)
     size = random.integers(50, 500, 12)
     a, b = size * random.normal(0.8, 0.05, 12), size * random.normal(0.83, 0.05, 12)
@@ -130,6 +133,7 @@ def test_sampled_permutation_approaches_the_exact_one():
 
 
 def test_p_is_uniform_when_there_is_no_difference():
+    """Law: without a difference p is uniform, so that 5% are below 0.05."""
     found = np.array([permutation_test(BITS, *corpus(seed, 30), Resampling(199, seed=seed)) for seed in range(400)])
     assert stats.kstest(found, "uniform").pvalue > 0.01
     assert abs(np.mean(found <= 0.05) - 0.05) < 3 * math.sqrt(0.05 * 0.95 / 400)
@@ -147,6 +151,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
 
 
 def test_a_real_gain_is_found():
+    """Law: a gain gives a claim, and swapping the models its opposite."""
     row = compare("causal-lm", "student", "labels", *corpus(0, 50, gain=0.02), Resampling(2000))[0]
     assert row["better"] is True
     assert row["p"] == 1 / 2001
@@ -172,6 +177,7 @@ def test_a_ratio_is_not_the_mean_of_ratios():
 
 
 def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch):
+    """Law: the size of a chunk changes draws, not the distribution."""
     ours, theirs = corpus(4, 40)
     whole = (
         permutation_test(BITS, ours, theirs, Resampling(1000)),
@@ -191,6 +197,7 @@ def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_seed_decides():
+    """Law: equal seeds give equal rows, another seed other draws."""
     pair = corpus(1, 30)
     first, again, other = (compare("causal-lm", "c", "b", *pair, Resampling(300, seed=s))[0] for s in (0, 0, 1))
     assert first == again
@@ -198,6 +205,7 @@ def test_the_seed_decides():
 
 
 def test_identical_models_do_not_differ():
+    """Law: equal scores give difference 0 and p 1."""
     scores, _ = corpus(2, 30)
     row = compare("causal-lm", "c", "b", scores, scores, Resampling(200))[0]
     assert (row["difference"], row["low"], row["high"], row["p"], row["better"]) == (0, 0, 0, 1, None)
@@ -210,6 +218,7 @@ def exact_binomial(few: int, many: int) -> float:
 
 @pytest.mark.parametrize(("only_candidate", "only_baseline"), [(0, 0), (5, 5), (1, 9), (9, 1), (0, 6), (3, 20)])
 def test_mcnemar_by_hand(only_candidate: int, only_baseline: int):
+    """Law: p is the two-sided binomial over documents that one model alone has right."""
     candidate = np.array([True] * only_candidate + [False] * only_baseline + [True] * 7 + [False] * 4)
     baseline = np.array([False] * only_candidate + [True] * only_baseline + [True] * 7 + [False] * 4)
     expected = exact_binomial(min(only_candidate, only_baseline), max(only_candidate, only_baseline))
@@ -217,10 +226,12 @@ def test_mcnemar_by_hand(only_candidate: int, only_baseline: int):
 
 
 def test_mcnemar_is_never_zero():
+    """Law: p stays positive where the binomial underflows."""
     assert 0 < mcnemar(np.ones(5000, bool), np.zeros(5000, bool)) < 1e-300
 
 
 def test_holm_worked_example():
+    """Law: the k-th smallest p is multiplied by what is left, and never falls below the one before."""
     # Sorted 0.005, 0.01, 0.03, 0.04 times 4, 3, 2, 1: 0.02, 0.03, 0.06, 0.04; the last may not fall below 0.06.
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.5, 0.9]) == [1.0, 1.0]
@@ -228,6 +239,7 @@ def test_holm_worked_example():
 
 
 def test_correction_over_several_comparisons_takes_claims_back():
+    """Law: in a larger family p_holm grows, and a claim may fall."""
     rows = compare("causal-lm", "c", "b", *corpus(7, 12, gain=0.012), Resampling(5000))
     assert rows[0]["better"] is True
     assert 0.001 < rows[0]["p"] < 0.05
@@ -239,6 +251,7 @@ def test_correction_over_several_comparisons_takes_claims_back():
 
 
 def test_domains_are_tested_apart_and_corrected_together():
+    """Law: one row per domain and one overall, corrected as a family."""
     prose = corpus(0, 40, gain=0.05)
     code = tuple([s | {"domain": "code"} for s in side] for side in corpus(1, 40))
     # The same document names in both domains, in another order for the baseline.
@@ -254,6 +267,7 @@ def test_domains_are_tested_apart_and_corrected_together():
 
 
 def test_classification_uses_mcnemar_and_higher_is_better():
+    """Law: accuracy is compared by McNemar's test, and more is better."""
     labels = np.zeros(60, int)
     ours = class_scores(labels, [0] * 50 + [1] * 10)
     theirs = class_scores(labels, [0] * 35 + [1] * 25)
@@ -266,6 +280,7 @@ def test_classification_uses_mcnemar_and_higher_is_better():
 
 
 def test_regression_compares_correlations_whatever_the_scale():
+    """Law: correlations and their interval are numpy's and scipy's."""
     random = np.random.default_rng(0)
     labels = random.normal(size=80)
     good, bad = labels + 0.3 * random.normal(size=80), labels + 2.0 * random.normal(size=80)
@@ -288,6 +303,7 @@ def test_regression_compares_correlations_whatever_the_scale():
 
 
 def test_regression_p_does_not_depend_on_the_scale_of_the_predictions():
+    """Law: p(a * x + b) = p(x) for predictions x."""
     random = np.random.default_rng(2)
     labels = random.normal(size=40)
     ours, theirs = labels + random.normal(size=40), labels + 1.3 * random.normal(size=40)
@@ -302,6 +318,7 @@ def test_regression_p_does_not_depend_on_the_scale_of_the_predictions():
 
 
 def test_a_diverged_model_is_not_compared_to_a_claim():
+    """Law: NaN scores give p 1, no claim and no interval."""
     ours, theirs = corpus(0, 20)
     theirs[3]["nll"] = math.nan
     row = compare("causal-lm", "c", "b", ours, theirs, Resampling(100))[0]
@@ -311,12 +328,14 @@ def test_a_diverged_model_is_not_compared_to_a_claim():
 
 
 def test_one_document_gives_no_interval():
+    """Law: one document gives p 1 and no interval."""
     row = compare("causal-lm", "c", "b", *corpus(0, 1, gain=1.0))[0]
     assert row["p"] == 1
     assert math.isnan(row["low"])
 
 
 def test_unequal_documents_are_refused():
+    """Law: models must have scored the same documents with equal sizes and labels, once each."""
     ours, theirs = corpus(0, 5)
     with pytest.raises(DataError, match="same documents: 1") as caught:
         compare("causal-lm", "c", "b", ours[:4], theirs)
