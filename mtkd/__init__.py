@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mtkd.losses.laws import check_loss
     from mtkd.losses.spec import LOSSES, loss
     from mtkd.methods.spec import METHODS, method
+    from mtkd.models.formats import number_format
     from mtkd.objective.laws import check_tiled
     from mtkd.planning.plan import plan
     from mtkd.planning.table import Plan
@@ -53,6 +54,7 @@ _HOMES = {
     "load_config": "mtkd.config.read",
     "loss": "mtkd.losses.spec",
     "method": "mtkd.methods.spec",
+    "number_format": "mtkd.models.formats",
     "plan": "mtkd.planning.plan",
     "run": "mtkd.running.run",
     "trait": "mtkd.weightings",
@@ -82,6 +84,7 @@ __all__ = [
     "load_config",
     "loss",
     "method",
+    "number_format",
     "plan",
     "run",
     "trait",

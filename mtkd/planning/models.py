@@ -18,6 +18,7 @@ from mtkd.data.tokenizers import num_real_ids, train_tokenizer
 from mtkd.errors import DataError, UserError
 from mtkd.models.classes import ClassMap, Given, match_classes
 from mtkd.models.folder import check_folder
+from mtkd.models.formats import format_of
 from mtkd.models.info import CLASSIFIER, GLM, ModelInfo, model_info
 from mtkd.models.load import answer_with, smaller_config
 from mtkd.models.load import load_config as load_model_config
@@ -154,8 +155,15 @@ class PlannedModels:
     ) -> PretrainedConfig:
         """Of a teacher that runs; names and shapes in the files of a streamed or sharded one are compared with it."""
         made = self.of(stage, teacher.model, where, reads, teacher.classes)
+        name, backend = format_of(made), BACKENDS[teacher.backend]
+        if name is not None and not backend.formats:
+            raise UserError(
+                f"backend '{teacher.backend}' does not keep weights of number format '{name}'",
+                where=f"{where}.backend",
+                todo="use another backend, or the full weights",
+            )
         folder = resolve_path(teacher.model.path or "", self.config.base)
-        if BACKENDS[teacher.backend].in_files and isinstance(folder, Path) and auto_class != CLASSIFIER:
+        if backend.in_files and isinstance(folder, Path) and auto_class != CLASSIFIER:
             with placed(model=f"{where}.model"):
                 check_folder(folder)
                 check_weights(made, auto_class, folder)

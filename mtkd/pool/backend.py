@@ -42,6 +42,7 @@ class Backend:
         in_files: its weights are read from the model's folder as they are: the model is opened without them.
         shown: the plan names it beside the model.
         several: it needs more than one process.
+        formats: it keeps weights of other number formats than float32 as they are (`mtkd.models.formats`).
         lighter: backends that take less memory for the same teacher, for advice.
     """
 
@@ -49,6 +50,7 @@ class Backend:
     in_files: ClassVar[bool] = False
     shown: ClassVar[bool] = False
     several: ClassVar[bool] = False
+    formats: ClassVar[bool] = True
     lighter: ClassVar[tuple[str, ...]] = ()
 
     def check(self, teacher: TeacherConfig, where: str) -> None:

@@ -146,6 +146,7 @@ class Sharded(Backend):
     """Every rank keeps a part of the weights."""
 
     in_files = shown = several = True
+    formats = False
 
     def memory(self, teachers: Sequence[TeacherSize], place: Place) -> Share:
         """A part of each on every rank; the layer that runs and what is gathered ahead of it; each head once, whole."""

@@ -280,6 +280,7 @@ class StreamedParameters:
             if id(slot.parameter) not in self._held:
                 stored = slot.weight.dtype
                 as_stored = cast and slot.product and stored != torch.float64  # autocast leaves that one alone
+                as_stored = as_stored or not stored.is_floating_point  # whole numbers of a number format
                 slot.parameter.data = self._here(slot.weight, stored if as_stored else torch.float32)
 
     def _after(self, unit: _Unit, *_: Any) -> None:
