@@ -16,8 +16,8 @@ from mtkd.config.read import load_config
 from mtkd.data.sampler import TrainStream
 from mtkd.engine.folder import StageDir
 from mtkd.errors import UserError
-from mtkd.running.build import Workshop
-from mtkd.running.built import BuiltStage
+from mtkd.running.build import BuiltStage
+from mtkd.running.context import RunContext
 
 PROBE = torch.arange(3, 23).reshape(2, 10)  # token ids
 
@@ -104,11 +104,11 @@ def _set_traps(job: Job) -> None:
     TrainStream.__next__, torch.save = draw, write
 
 
-def _export_and_probe(shop: Workshop, built: BuiltStage, folder: StageDir) -> None:
+def _export_and_probe(context: RunContext, built: BuiltStage, folder: StageDir) -> None:
     """The export, and beside it the trained student's own logits on fixed ids, computed under the engine."""
     model = built.objective.student.model.eval()
     with torch.no_grad():
         logits = model(PROBE).logits
-    _export(shop, built, folder)
-    if shop.dist.is_main:
+    _export(context, built, folder)
+    if context.dist.is_main:
         torch.save({"ids": PROBE, "logits": logits}, folder.path / "probe.pt")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import mtkd
-from mtkd.config import Named, OptimizerConfig
+from mtkd.config import DataConfig, ModelConfig, OptimizerConfig, StageConfig, teacher_config
 from mtkd.data.batch import Batch, position_counts
 from mtkd.engine.torch_engine import TorchEngine
 from mtkd.losses.spec import LOSSES
@@ -24,13 +24,16 @@ from mtkd.models.attention import TAP
 from mtkd.models.cards import load_cards
 from mtkd.models.features import HeadLogits
 from mtkd.models.glm import GLMConfig
-from mtkd.models.info import CAUSAL_LM, model_info
+from mtkd.models.info import CAUSAL_LM
 from mtkd.models.numbers import count_parameters
 from mtkd.models.taps import TappedModel
 from mtkd.objective.compile import compile_rows
 from mtkd.objective.tiles import tiled
-from mtkd.planning.footprint import Shape, Step, measure
+from mtkd.planning.data import unread
+from mtkd.planning.footprint import Step, measure
+from mtkd.planning.spec import DataSpec, ModelSpec, StageSpec, TeacherSpec
 from mtkd.pool import LiveTeacher, TeacherPool
+from mtkd.registry import TASKS
 from sides import ours
 from sides.setting import BATCH, LENGTH, forget_peak, peak_mb, resident_mb
 
@@ -234,20 +237,27 @@ def _build(shapes: Target, device: str) -> tuple[TorchEngine, TeacherPool, tuple
 
 def _planned(shapes: Target, device: str) -> int:
     """What `mtkd plan` says of this step: weights, moments, the teacher's bf16, and the footprint."""
-    student = Shape(shapes.student, CAUSAL_LM, shapes.student.vocab_size)
-    teacher = Shape(shapes.teacher, CAUSAL_LM, shapes.teacher.vocab_size, dtype=torch.bfloat16)
-    own, theirs = (model_info(shape.config, CAUSAL_LM) for shape in (student, teacher))
+    student = ModelSpec(shapes.student, CAUSAL_LM, shapes.student.vocab_size)
+    teacher = ModelSpec(shapes.teacher, CAUSAL_LM, shapes.teacher.vocab_size, dtype=torch.bfloat16)
+    match = mtkd.Match(loss="kl")
     rows = compile_rows(
-        [mtkd.Match(loss="kl")], own, {"glm-10b": theirs}, token_level=True, regression=False, where="target"
+        [match], student.info, {"glm-10b": teacher.info}, token_level=True, regression=False, where="target"
+    )
+    data = DataConfig(task="causal-lm", source="random-tokens", documents=8, max_length=shapes.length)
+    instructor = teacher_config({"name": "glm-10b", "model": ModelConfig(path="glm-10b")})
+    spec = StageSpec(
+        name="target",
+        stage=StageConfig(
+            kind="distill", student=ModelConfig(path="glm-2b"), teachers=(instructor,), match=(match,), steps=1
+        ),
+        data=DataSpec("text", data, TASKS.find("causal-lm"), unread(data)),
+        trained={"student": student},
+        teachers=(TeacherSpec(instructor, "stages.target.teachers[0]", teacher, "resident"),),
+        seed=0,
+        rows=tuple(rows),
     )
     step = Step(
-        {"student": student},
-        {"glm-10b": teacher},
-        rows,
-        Named(name="uniform"),
-        "example",
-        token_level=True,
-        regression=False,
+        spec,
         sequences=shapes.sequences,
         length=shapes.length,
         micro_batches=1,

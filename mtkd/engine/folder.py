@@ -7,7 +7,6 @@ runs/<name>/stages/01-<stage>/checkpoints/step-000500/  export/  scores.jsonl  D
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import re
@@ -234,7 +233,7 @@ class StageDir:
         """There when the stage is finished."""
         return self.path / "DONE"
 
-    def done(self) -> dict[str, Any] | None:
+    def done(self) -> Done | None:
         """What `mark_done` recorded; None when the stage is not finished.
 
         Raises:
@@ -242,11 +241,10 @@ class StageDir:
         """
         return read_done(self.done_file)
 
-    def mark_done(self, record: Mapping[str, Any]) -> None:
-        """Record the end of the stage, as `Done`. Atomic, and the last thing a stage writes."""
+    def mark_done(self, record: Done) -> None:
+        """Record the end of the stage. Atomic, and the last thing a stage writes."""
         self.path.mkdir(parents=True, exist_ok=True)
-        Done.model_validate(json.loads(json.dumps(dict(record), allow_nan=False)))
-        write_record(self.done_file, record)
+        write_record(self.done_file, record.values())
 
     def sealed_export(self, write: Callable[[Path], None], facts: Mapping[str, Any]) -> Path:
         """Have the model written aside, seal it and put it in place; for the main rank. Replaces an earlier one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,9 +20,14 @@ Seconds = Annotated[float, Field(ge=0)]
 
 
 class Done(Checked):
-    """The end of a stage.
+    """The record of a finished stage.
 
     Attributes:
+        steps: optimizer steps; of a cache stage its shards. seconds: of training, or that teachers ran.
+        tokens: targets that were learned; of a cache stage positions. parameters: of all exported models.
+        fingerprint: digest of `identity`, which is everything that determines what the stage made.
+        members: parameters of each of several models. caches: what each cache says of itself, by teacher.
+        exported_step: whose model was exported. ended: why training ended.
         manifests: digest of the manifest of what it made: of the export under "", of each cache under its teacher.
     """
 
@@ -35,11 +41,29 @@ class Done(Checked):
     identity: dict[str, Any]
     teachers: list[str] = Field(default_factory=list)
     members: dict[str, Count] = Field(default_factory=dict)
-    caches: dict[str, dict[str, float | str]] = Field(default_factory=dict)
+    caches: dict[str, dict[str, int | float | str]] = Field(default_factory=dict)
     manifests: dict[str, str] = Field(default_factory=dict)
     exported_step: Count = 0
     ended: str = ""
     peak_memory_bytes: Count = 0
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Done:
+        """The record of some facts, as it will be read again.
+
+        Raises:
+            ValueError: a number among them is not finite, or they are of another form.
+        """
+        return cls.model_validate(json.loads(json.dumps(dict(values), allow_nan=False)))
+
+    @property
+    def parts(self) -> list[str]:
+        """The folders below its export: one for each cache, else the export itself."""
+        return list(self.caches) or [""]
+
+    def values(self) -> dict[str, Any]:
+        """What was recorded, as plain values; what an older version did not write stays away."""
+        return self.model_dump(exclude_unset=True)
 
 
 class Environment(Checked):
@@ -78,7 +102,7 @@ class Identity(Checked):
     models: dict[str, str]
 
 
-def read_done(path: Path) -> dict[str, Any] | None:
+def read_done(path: Path) -> Done | None:
     """The record of a finished stage, None when there is none.
 
     Raises:
@@ -86,10 +110,10 @@ def read_done(path: Path) -> dict[str, Any] | None:
     """
     todo = "remove the file and run it again: the stage goes on from the newest of what it kept, or redo the stage"
     try:
-        record = read_record(path, Done, todo)
+        record = Done.model_validate(read_record(path, Done, todo))
     except FileNotFoundError:
         return None
-    if _fingerprint(record["identity"]) != record["fingerprint"]:
+    if _fingerprint(record.identity) != record.fingerprint:
         raise DataError("the file is damaged: its fingerprint is not that of its identity", where=str(path), todo=todo)
     return record
 

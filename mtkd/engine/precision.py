@@ -112,7 +112,7 @@ def _of_stages(run: RunDir) -> Precision | None:
     for stage in (StageDir(path) for paths in run.stage_folders().values() for path in paths):
         identities = [newest_sealed(stage.checkpoints).manifest.get("identity")]
         with suppress(DataError):
-            identities.append((stage.done() or {}).get("identity"))
+            identities.append(record.identity if (record := stage.done()) else None)
         for identity in identities:
             found = identity.get("precision") if isinstance(identity, dict) else None
             if found in ("fp32", "bf16"):

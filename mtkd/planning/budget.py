@@ -8,24 +8,24 @@ then needs less.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from mtkd.config import EngineConfig, StageConfig
+from mtkd.config import EngineConfig
 from mtkd.engine.disk import free_disk
 from mtkd.engine.launch import largest_node, num_processes
 from mtkd.engine.precision import here
 from mtkd.engine.tile import tile_for
 from mtkd.errors import UserError
-from mtkd.objective.compile import Row
-from mtkd.planning.footprint import CachedShape, Footprint, Shape, Step, measure
+from mtkd.planning.footprint import Footprint, Step, measure
 from mtkd.planning.memory import checkpoint_bytes, trained_share
+from mtkd.planning.spec import StageSpec, TeacherSpec
 from mtkd.pool import BACKENDS
 from mtkd.pool.backends import teacher_share
-from mtkd.pool.sizes import Place, Share, TeacherSize
+from mtkd.pool.sizes import Place, Share
 
 GB = 1e9
 _WORTH = 0.01  # a change that saves less than this share of what is needed is no advice
@@ -42,29 +42,6 @@ class Limits:
     host: float | None
     disk: float | None
     source: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Sketch:
-    """A stage as far as its memory goes.
-
-    Attributes:
-        sizes: of the teachers, in pool order. cache_bytes: the most that a cache stage writes; None: not known.
-        exported: bytes of the models that the stage exports.
-        columns: of the widest logits. max_length: of an example, in tokens.
-    """
-
-    name: str
-    stage: StageConfig
-    trained: dict[str, Shape]
-    teachers: dict[str, Shape | CachedShape]
-    sizes: list[TeacherSize]
-    rows: Sequence[Row]
-    token_level: bool
-    exported: int
-    columns: int
-    max_length: int
-    cache_bytes: float | None = None
 
 
 @dataclass(frozen=True)
@@ -128,20 +105,20 @@ def _host_memory() -> float | None:
     return min(found, default=None)
 
 
-def stage_memory(sketch: Sketch, engine: EngineConfig, limits: Limits, *, on_gpu: bool) -> StageMemory:
+def stage_memory(spec: StageSpec, engine: EngineConfig, limits: Limits, *, on_gpu: bool) -> StageMemory:
     """What a stage needs, whether that is there, and what would help if it is not."""
-    made = _needs(sketch, engine, on_gpu)
+    made = _needs(spec, engine, on_gpu)
     fits, verdict = _verdict(made, limits, on_gpu)
-    advice = _advice(sketch, engine, made, limits, on_gpu) if fits is False else []
+    advice = _advice(spec, engine, made, limits, on_gpu) if fits is False else []
     return replace(made, fits=fits, verdict=verdict, advice=advice)
 
 
-def _needs(sketch: Sketch, engine: EngineConfig, on_gpu: bool) -> StageMemory:
+def _needs(spec: StageSpec, engine: EngineConfig, on_gpu: bool) -> StageMemory:
     ranks = num_processes(engine)
     local = min(engine.processes_per_host or largest_node(engine), ranks)
     place = Place(on_gpu, engine.prefetch, ranks, local)
     notes = ["not counted: Python and its libraries, and on a GPU the driver's context and what its allocator rounds"]
-    step, found, there = _step(sketch, engine, on_gpu), None, torch.cuda.is_available()
+    step, found, there = _step(spec, engine, on_gpu), None, torch.cuda.is_available()
     if on_gpu and not there:
         notes.append("steps are counted with a CPU's kernels, for there is no GPU here")
     try:
@@ -154,12 +131,12 @@ def _needs(sketch: Sketch, engine: EngineConfig, on_gpu: bool) -> StageMemory:
         notes.append(
             f"activations, tiles and temporaries are not counted, for a step cannot be made without values: {text}"
         )
-    if sketch.stage.batch.packing:
+    if spec.stage.batch.packing:
         notes.append("packed rows are counted as padded ones of as many tokens")
-    teachers = teacher_share(_at_one_time(sketch), place)
+    teachers = teacher_share([teacher.size for teacher in _at_one_time(spec)], place)
     moment, ranked = "update", dict[str, float]()
-    if sketch.trained:
-        moment, ranked = _trained_parts(sketch, engine, found, step, teachers)
+    if spec.trained:
+        moment, ranked = _trained_parts(spec, engine, found, step, teachers)
     elif found is not None:  # a cache is made while its teacher runs
         moment, ranked = found.moment, {**_moving(found), "teachers' weights": teachers.rank}
     parts = [
@@ -169,7 +146,7 @@ def _needs(sketch: Sketch, engine: EngineConfig, on_gpu: bool) -> StageMemory:
     ]
     if teachers.host:
         parts.append(Part("waiting teachers, pinned", 0, teachers.host / GB))
-    disk = _disk(sketch, engine)
+    disk = _disk(spec, engine)
     if teachers.disk:
         disk["waiting teachers"] = teachers.disk / GB
     return StageMemory(
@@ -177,17 +154,17 @@ def _needs(sketch: Sketch, engine: EngineConfig, on_gpu: bool) -> StageMemory:
         parts,
         sum(part.rank_gb for part in parts),
         sum(part.host_gb for part in parts),
-        (teachers.built + max(sketch.exported, teachers.passing)) * local / GB,
+        (teachers.built + max(spec.exported, teachers.passing)) * local / GB,
         disk,
         notes=notes,
     )
 
 
 def _trained_parts(
-    sketch: Sketch, engine: EngineConfig, found: Footprint | None, step: Step, teachers: Share
+    spec: StageSpec, engine: EngineConfig, found: Footprint | None, step: Step, teachers: Share
 ) -> tuple[str, dict[str, float]]:
     """(moment, bytes of a rank by part) of the largest moment; without what moves where a step could not be made."""
-    held = trained_share(found.trained if found else sketch.exported, engine, num_processes(engine))
+    held = trained_share(found.trained if found else spec.exported, engine, num_processes(engine))
     parts = {"student weights": held.weights, "optimizer": held.optimizer, "DeepSpeed's buffers": held.buckets}
     if found is None:
         gradients = held.weights if held.gradients is None else held.gradients
@@ -219,52 +196,43 @@ def _moving(found: Footprint) -> dict[str, float]:
     }
 
 
-def _at_one_time(sketch: Sketch) -> list[TeacherSize]:
-    """The teachers that are in memory together: of a cache stage one after the other."""
-    sizes = sketch.sizes
-    return sizes if sketch.stage.kind != "cache" else [max(sizes, key=lambda size: size.weights)]
+def _at_one_time(spec: StageSpec) -> tuple[TeacherSpec, ...]:
+    """The teachers that are in memory together: of a cache stage one after the other, so the largest."""
+    if spec.stage.kind != "cache":
+        return spec.teachers
+    return (max(spec.teachers, key=lambda teacher: teacher.numbers.weights),)
 
 
-def _step(sketch: Sketch, engine: EngineConfig, on_gpu: bool) -> Step:
-    stage, batch = sketch.stage, sketch.stage.batch
+def _step(spec: StageSpec, engine: EngineConfig, on_gpu: bool) -> Step:
+    batch, length = spec.stage.batch, spec.data.config.max_length
     share = num_processes(engine) * batch.accumulate
-    sequences = -(-batch.sequences // share) if batch.sequences else (batch.tokens or 0) // share // sketch.max_length
-    teachers = sketch.teachers
-    if stage.kind == "cache":
-        name = max(zip(sketch.sizes, teachers, strict=True), key=lambda pair: pair[0].weights)[1]
-        teachers = {name: teachers[name]}
+    sequences = -(-batch.sequences // share) if batch.sequences else (batch.tokens or 0) // share // length
     return Step(
-        sketch.trained,
-        teachers,
-        sketch.rows,
-        stage.weighting,
-        stage.per,
-        sketch.token_level,
-        regression=False,
+        replace(spec, teachers=_at_one_time(spec)),
         sequences=max(sequences, 1),
-        length=sketch.max_length,
+        length=length,
         micro_batches=batch.accumulate,
-        tile=tile_for(engine, sketch.columns, "cuda" if on_gpu else "cpu"),
+        tile=tile_for(engine, spec.columns, "cuda" if on_gpu else "cpu"),
         on_gpu=on_gpu,
         dtype=torch.bfloat16 if engine.in_bf16 else torch.float32,
         checkpointing=engine.activation_checkpointing,
     )
 
 
-def _disk(sketch: Sketch, engine: EngineConfig) -> dict[str, float]:
+def _disk(spec: StageSpec, engine: EngineConfig) -> dict[str, float]:
     """GB by name."""
-    stage = sketch.stage
+    stage = spec.stage
     if stage.kind == "cache":
-        return {} if sketch.cache_bytes is None else {"cache": sketch.cache_bytes / GB}
+        return {} if spec.cache_bytes is None else {"cache": spec.cache_bytes / GB}
     kept = stage.keep + (stage.export == "best") if stage.save_every or stage.export == "best" else 1
     if stage.steps and stage.save_every:
         kept = min(kept, -(-stage.steps // stage.save_every) + (stage.export == "best"))
     written = kept + (kept > 1)  # the oldest goes when the newest is there
     return {
         f"{written} checkpoints" if written > 1 else "checkpoint": written
-        * checkpoint_bytes(sketch.exported, engine)
+        * checkpoint_bytes(spec.exported, engine)
         / GB,
-        "export": sketch.exported / GB,
+        "export": spec.exported / GB,
     }
 
 
@@ -285,10 +253,10 @@ def _verdict(made: StageMemory, limits: Limits, on_gpu: bool) -> tuple[bool | No
     return True, "fits: " + ", ".join(f"{name} {need:.2f} of {there:.2f} GB" for name, need, there in known)
 
 
-def _advice(sketch: Sketch, engine: EngineConfig, now: StageMemory, limits: Limits, on_gpu: bool) -> list[str]:
+def _advice(spec: StageSpec, engine: EngineConfig, now: StageMemory, limits: Limits, on_gpu: bool) -> list[str]:
     """Changes that help, each by itself; and all of them together where none is enough."""
     found = []
-    for text, changed, other in _changes(sketch, engine, on_gpu):
+    for text, changed, other in _changes(spec, engine, on_gpu):
         try:
             then = _needs(changed, other, on_gpu)
         except UserError:  # an architecture that cannot recompute its layers, say
@@ -309,30 +277,30 @@ def _most(made: StageMemory, on_gpu: bool) -> float:
     return made.rank_gb if on_gpu else max(made.host_gb, made.loading_gb)
 
 
-def _changes(sketch: Sketch, engine: EngineConfig, on_gpu: bool) -> Iterator[tuple[str, Sketch, EngineConfig]]:
+def _changes(spec: StageSpec, engine: EngineConfig, on_gpu: bool) -> Iterator[tuple[str, StageSpec, EngineConfig]]:
     """(what to write into the configuration, the stage and the engine as they then are)."""
-    stage, where = sketch.stage, f"stages.{sketch.name}"
-    if sketch.trained and not engine.activation_checkpointing and not engine.compile:
+    stage, where = spec.stage, spec.where
+    if spec.trained and not engine.activation_checkpointing and not engine.compile:
         yield (
             "engine.activation_checkpointing: true",
-            sketch,
+            spec,
             engine.model_copy(update={"activation_checkpointing": True}),
         )
     if not engine.in_bf16 and (on_gpu or here("cpu").precision == "bf16"):
-        yield "engine.precision: bf16", sketch, engine.model_copy(update={"precision": "bf16"})
-    step = _step(sketch, engine, on_gpu)
+        yield "engine.precision: bf16", spec, engine.model_copy(update={"precision": "bf16"})
+    step = _step(spec, engine, on_gpu)
     tile = min(step.tile, step.sequences * step.length)
-    if sketch.token_level and tile > 16:
+    if spec.token_level and tile > 16:
         smaller = max(tile // 4, 16)
-        yield f"engine.tile: {smaller}", sketch, engine.model_copy(update={"tile": smaller})
+        yield f"engine.tile: {smaller}", spec, engine.model_copy(update={"tile": smaller})
     if engine.kind == "deepspeed" and num_processes(engine) > 1:
         for zero in range(engine.zero_stage + 1, 4):
-            yield f"engine.zero_stage: {zero}", sketch, engine.model_copy(update={"zero_stage": zero})
-    size = (stage.batch.sequences or (stage.batch.tokens or 0) // sketch.max_length) // num_processes(engine)
-    if sketch.trained and size > stage.batch.accumulate:
+            yield f"engine.zero_stage: {zero}", spec, engine.model_copy(update={"zero_stage": zero})
+    size = (stage.batch.sequences or (stage.batch.tokens or 0) // spec.data.config.max_length) // num_processes(engine)
+    if spec.trained and size > stage.batch.accumulate:
         for count in {min(stage.batch.accumulate * 4, size), size}:
             batch = stage.batch.model_copy(update={"accumulate": count})
-            smaller_batch = replace(sketch, stage=stage.model_copy(update={"batch": batch}))
+            smaller_batch = replace(spec, stage=stage.model_copy(update={"batch": batch}))
             yield f"{where}.batch.accumulate: {count}", smaller_batch, engine
     if stage.kind == "cache":  # its teachers are in memory one after the other
         return
@@ -342,5 +310,4 @@ def _changes(sketch: Sketch, engine: EngineConfig, on_gpu: bool) -> Iterator[tup
     for name in dict.fromkeys(lighter for teacher in heavy for lighter in BACKENDS[teacher.backend].lighter):
         if (BACKENDS[name].several and not several) or (BACKENDS[name].in_files and cut):
             continue
-        sizes = [replace(s, backend=name) if name in BACKENDS[s.backend].lighter else s for s in sketch.sizes]
-        yield f"{where}.teachers: backend: {name}", replace(sketch, sizes=sizes), engine
+        yield f"{where}.teachers: backend: {name}", spec.with_backend(name), engine

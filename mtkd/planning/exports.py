@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from mtkd.engine.folder import StageDir
 from mtkd.engine.manifest import MANIFEST, manifest_digest, read_manifest, verify_once
+from mtkd.engine.notes import Done
 from mtkd.errors import DataError
 from mtkd.planning.stages import redo_command
 
@@ -24,7 +23,7 @@ _LARGE, _SMALLEST = 1_000_000_000, 1_000_000
 _EXPORT = re.compile(r".*/stages/\d{2,}-([^/]+)/export")
 
 
-def open_export(name: str, folder: StageDir, record: Mapping[str, Any], part: str = "") -> Path:
+def open_export(name: str, folder: StageDir, record: Done, part: str = "") -> Path:
     """The folder of a finished stage's model, of one of its members, or of a cache.
 
     Args:
@@ -39,7 +38,7 @@ def open_export(name: str, folder: StageDir, record: Mapping[str, Any], part: st
     return folder.export / part
 
 
-def check_finished(name: str, folder: StageDir, record: Mapping[str, Any]) -> list[Path]:
+def check_finished(name: str, folder: StageDir, record: Done) -> list[Path]:
     """Look at what a finished stage made though no stage is to load it: what is passed on must be what was sealed.
 
     Every file is read when that takes seconds; of larger exports and caches the small files, and the sizes of others.
@@ -52,7 +51,7 @@ def check_finished(name: str, folder: StageDir, record: Mapping[str, Any]) -> li
         DataError: as `open_export`.
     """
     gone = []
-    for part in record.get("caches") or {"": {}}:
+    for part in record.parts:
         made = folder.export / part
         if not os.path.lexists(made):
             gone.append(made)
@@ -79,7 +78,7 @@ def check_foreign(folder: Path, largest: int | None = None) -> None:
             run = export.parents[2]
             try:
                 record = StageDir(export.parent).done()
-                _check_export(export, record or {}, "", largest)
+                _check_export(export, record, "", largest)
             except DataError as error:
                 raise _not_sealed(error, f"stage '{match[1]}'", f"mtkd resume {run} --redo {match[1]}") from None
 
@@ -89,12 +88,12 @@ def manifests(export: Path, parts: list[str]) -> dict[str, str]:
     return {part: manifest_digest(export / part) for part in parts}
 
 
-def _check_export(export: Path, record: Mapping[str, Any], part: str, largest: int | None) -> None:
-    part = part if part in (record.get("caches") or {}) else ""
-    known = record.get("manifests", {}).get(part)
+def _check_export(export: Path, record: Done | None, part: str, largest: int | None) -> None:
+    part = part if record and part in record.caches else ""
+    known = record.manifests.get(part) if record else None
     if known is not None and manifest_digest(export / part) != known:
         raise DataError("the manifest is not the one of what the stage made", where=str(export / part / MANIFEST))
-    if record and not known and not part and read_manifest(export).get("identity") != record["identity"]:
+    if record and not known and not part and read_manifest(export).get("identity") != record.identity:
         raise DataError("the manifest is that of another stage", where=str(export / MANIFEST))
     if not part:
         verify_once(export, largest)

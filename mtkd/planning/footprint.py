@@ -9,7 +9,7 @@ formula has to know of it. Where the code asks what a value is, it hears that ev
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,23 +18,21 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import PretrainedConfig
 
 from mtkd.data.batch import Batch
 from mtkd.engine.base import Trainable
 from mtkd.models.create import tapped_model
 from mtkd.models.features import DenseLogits, Features, SparseLogits, SparseRows
 from mtkd.models.forward import features_of, logits_of
-from mtkd.models.info import ModelInfo, model_info
 from mtkd.models.linear import speed_up_linears
 from mtkd.models.pieces import Pieces
 from mtkd.models.taps import TappedModel
 from mtkd.models.vocabulary import VocabularyMap
 from mtkd.objective.cofinetune import CoFinetuning
-from mtkd.objective.compile import Row
 from mtkd.objective.objective import Objective
 from mtkd.objective.wire import Wiring, wire
-from mtkd.pool.cache import CacheContent
+from mtkd.planning.cachefolder import CacheFacts
+from mtkd.planning.spec import ModelSpec, StageSpec
 from mtkd.weightings.base import StageFacts, Weighting
 from mtkd.weightings.make import make_weighting
 from mtkd.weightings.simple import Uniform
@@ -48,44 +46,16 @@ _ODD = "_mtkd_any"
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A model that is built without memory.
-
-    Attributes: num_ids: real ids of the run; kept: rows of a compressed vocabulary, or None for a whole one.
-    """
-
-    config: PretrainedConfig
-    auto_class: str
-    num_ids: int
-    kept: int | None = None
-    dtype: torch.dtype = torch.float32
-
-
-@dataclass(frozen=True)
-class CachedShape:
-    """A teacher whose features are read from a cache."""
-
-    content: CacheContent
-    info: ModelInfo
-
-
-@dataclass(frozen=True)
 class Step:
     """A stage's step on one rank.
 
     Attributes:
-        trained: by name; several are co-finetuned. teachers: by name, in pool order.
+        spec: of the stage; several models that it trains are co-finetuned, and of a cache stage there is one teacher.
         sequences, length: of a micro-batch, padding included. micro_batches: per optimizer step.
         tile: positions. on_gpu: tiles are not cut for a CPU's cache. dtype: bfloat16 runs models under autocast.
     """
 
-    trained: Mapping[str, Shape]
-    teachers: Mapping[str, Shape | CachedShape]
-    rows: Sequence[Row]
-    weighting: Any
-    per: str
-    token_level: bool
-    regression: bool
+    spec: StageSpec
     sequences: int
     length: int
     micro_batches: int
@@ -249,18 +219,18 @@ def measure(step: Step, device: str = "cpu") -> Footprint:
         Exception: whatever the models or losses do that needs values; nothing can be known then.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
-        if not step.trained:
+        if not step.spec.trained:
             return _captured(step)
         try:
             return _measured(step, _trainable(step, None))
         except Exception:
             # Some weightings read values (a solver of scipy's, say); they need little memory of their own.
             made = _measured(step, _trainable(step, Uniform()))
-            return replace(made, notes=(f"weighting '{step.weighting.name}' is counted as uniform",))
+            return replace(made, notes=(f"weighting '{step.spec.stage.weighting.name}' is counted as uniform",))
 
 
 def _measured(step: Step, objective: Trainable) -> Footprint:
-    teachers = [_teacher(shape) for shape in step.teachers.values()]
+    teachers = [_teacher(teacher.gives) for teacher in step.spec.teachers]
     objective.train()
     batch = _batch(step)
     parameters = [p for p in objective.parameters() if p.requires_grad]
@@ -293,15 +263,15 @@ def _measured(step: Step, objective: Trainable) -> Footprint:
 
 def _captured(step: Step) -> Footprint:
     """A cache stage's forward of its one teacher, and a tile of logits with what is read off them."""
-    ((_, shape),) = step.teachers.items()
-    teacher, batch, meter = _teacher(shape), _batch(step), _Meter(())
+    (spec,) = step.spec.teachers
+    teacher, batch, meter = _teacher(spec.gives), _batch(step), _Meter(())
     assert isinstance(teacher, TappedModel)
     with meter, torch.no_grad():
         meter.follow([*teacher.parameters(), *teacher.buffers(), batch.input_ids])
         meter.begin()
         logits = logits_of(teacher, batch, step.dtype)
         meter.teachers, meter.at = meter.live - meter.base, "loss"
-        count = min(step.tile, step.sequences * (step.length if step.token_level else 1))
+        count = min(step.tile, step.sequences * (step.length if step.spec.token_level else 1))
         rows = logits.in_dtype(step.dtype).rows(torch.zeros(count, dtype=torch.int64))
         torch.log_softmax(rows, -1).topk(min(128, rows.shape[-1]), -1)
     return meter.footprint(trained=0, buffers=0)
@@ -309,22 +279,20 @@ def _captured(step: Step) -> Footprint:
 
 def _trainable(step: Step, weighting: Weighting | None) -> Trainable:
     """The stage's objective without values."""
-    models = {name: _model(shape) for name, shape in step.trained.items()}
+    spec = step.spec
+    models = {name: _model(model) for name, model in spec.trained.items()}
     for model in models.values():
         speed_up_linears(model)
         if step.checkpointing:
             model.enable_activation_checkpointing()
     if len(models) > 1:
-        return CoFinetuning(models, regression=step.regression, tile=step.tile, dtype=step.dtype)
+        return CoFinetuning(models, regression=bool(spec.data.regression), tile=step.tile, dtype=step.dtype)
     (student,) = models.values()
-    infos = {
-        name: shape.info if isinstance(shape, CachedShape) else model_info(shape.config, shape.auto_class)
-        for name, shape in step.teachers.items()
-    }
+    infos = {teacher.name: teacher.info for teacher in spec.teachers}
     facts = StageFacts(tuple(infos), (1,) * len(infos), student.info.width, student.info.num_labels, 0)
-    made = weighting or make_weighting(step.weighting, facts, "weighting")
-    how = Wiring(step.per, step.token_level, step.tile, step.dtype)
-    return wire(student, infos, step.rows, made, how, _FewPieces(step.on_gpu))
+    made = weighting or make_weighting(spec.stage.weighting, facts, "weighting")
+    how = Wiring(spec.stage.per, spec.token_level, step.tile, step.dtype)
+    return wire(student, infos, spec.rows, made, how, _FewPieces(step.on_gpu))
 
 
 class _FewPieces(Pieces):
@@ -347,36 +315,36 @@ class _FewPieces(Pieces):
         yield from self.of(rows, rows) if self._on_gpu else super().chunks(rows, logits)
 
 
-def _model(shape: Shape) -> TappedModel:
-    model = tapped_model(shape.config, shape.auto_class, shape.dtype)
+def _model(spec: ModelSpec) -> TappedModel:
+    model = tapped_model(spec.config, spec.auto_class, spec.dtype)
     vocabulary = None
-    if shape.kept is not None:
-        ids = torch.zeros(shape.num_ids, dtype=torch.int64)
-        vocabulary = VocabularyMap(ids[: shape.kept], ids, ids, "")
-    return TappedModel(model, shape.auto_class, shape.num_ids, vocabulary)
+    if spec.kept is not None:
+        ids = torch.zeros(spec.num_ids, dtype=torch.int64)
+        vocabulary = VocabularyMap(ids[: spec.kept], ids, ids, "")
+    return TappedModel(model, spec.auto_class, spec.num_ids, vocabulary)
 
 
-def _teacher(shape: Shape | CachedShape) -> TappedModel | CachedShape:
-    if isinstance(shape, CachedShape):
-        return shape
-    model = _model(shape).eval().requires_grad_(False)
+def _teacher(gives: ModelSpec | CacheFacts) -> TappedModel | CacheFacts:
+    if isinstance(gives, CacheFacts):
+        return gives
+    model = _model(gives).eval().requires_grad_(False)
     speed_up_linears(model)
     return model
 
 
-def _features(step: Step, k: int, teacher: TappedModel | CachedShape, objective: Trainable, batch: Batch) -> Features:
+def _features(step: Step, k: int, teacher: TappedModel | CacheFacts, objective: Trainable, batch: Batch) -> Features:
     assert isinstance(objective, Objective)
     wants = objective.teacher_wants(k)
-    if isinstance(teacher, CachedShape):
+    if isinstance(teacher, CacheFacts):
         return _cached(teacher, wants, batch)
     with torch.no_grad():
         return features_of(teacher, batch, wants, step.dtype)
 
 
-def _cached(shape: CachedShape, wants: frozenset[str], batch: Batch) -> Features:
+def _cached(facts: CacheFacts, wants: frozenset[str], batch: Batch) -> Features:
     """What `mtkd.pool.CachedTeacher` would hand on."""
-    (sequences, length), content = batch.input_ids.shape, shape.content
-    width, positions = shape.info.width, sequences * length
+    (sequences, length), content = batch.input_ids.shape, facts.content
+    width, positions = facts.info.width, sequences * length
     features: Features = {
         key: torch.zeros((sequences, width) if key.startswith("cls") else (sequences, length, width))
         for key in wants - {"logits"}
@@ -397,6 +365,6 @@ def _batch(step: Step) -> Batch:
     shape = (step.sequences, step.length)
     ids = torch.zeros(shape, dtype=torch.int64)
     each = torch.zeros(step.sequences, dtype=torch.int64)
-    targets = ids if step.token_level else each.float() if step.regression else each
+    targets = ids if step.spec.token_level else each.float() if step.spec.data.regression else each
     mask = torch.ones(shape, dtype=torch.bool)
     return Batch(each, ids, mask, targets, token_type_ids=ids, nsp_targets=each, routes=each)

@@ -5,40 +5,30 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig
 
 from mtkd.config import DataConfig, ModelConfig, RunConfig, StageConfig, TeacherConfig
 from mtkd.data.blanks import answer_ids
-from mtkd.data.chat import check_chat_template
-from mtkd.data.encode import around_text
-from mtkd.data.glm_tokens import command_ids
-from mtkd.data.infilling import Infilling
 from mtkd.data.tasks import TaskSpec, check_model
-from mtkd.data.tokenizers import num_real_ids, train_tokenizer
-from mtkd.errors import DataError, UserError
-from mtkd.models.classes import ClassMap, Given, match_classes
+from mtkd.errors import UserError
+from mtkd.models.classes import ClassMap, Given
 from mtkd.models.folder import check_folder
 from mtkd.models.formats import format_of
-from mtkd.models.info import CLASSIFIER, GLM, ModelInfo, model_info
+from mtkd.models.info import CLASSIFIER, GLM, model_info
 from mtkd.models.load import answer_with, smaller_config
 from mtkd.models.load import load_config as load_model_config
-from mtkd.models.numbers import numbers_of
 from mtkd.models.request import ModelRequest, Taught
 from mtkd.models.vocabulary import compressed_teacher, compressed_twice, read_vocabulary
 from mtkd.models.weights import check_weights
+from mtkd.planning.classes import check_given, earlier_classes
 from mtkd.planning.data import DataFacts, DataReader, unread
-from mtkd.planning.footprint import Shape
 from mtkd.planning.locate import (
-    compare_tokenizer,
-    given_tokenizer,
-    missing,
     resolve_path,
-    revision_of,
-    tokenizer_origin,
 )
 from mtkd.planning.places import placed
+from mtkd.planning.spec import DataSpec, ModelSpec
 from mtkd.planning.stages import scored_models
-from mtkd.planning.table import PlannedModel, planned_model
+from mtkd.planning.tokenizer import PlannedTokenizer
 from mtkd.pool import BACKENDS
 from mtkd.registry import TASKS
 
@@ -50,8 +40,7 @@ class PlannedModels:
         config: resolved.
         reader: of the data entries, whose classes the models have; None: what the configuration names is all there is.
     Attributes:
-        tokenizer: the run's, or one with its special tokens that stands in while it does not exist (`stands_in`).
-        num_ids: of the run's tokenizer, at most.
+        tokens: the run's tokenizer as far as it is known.
         made: configurations of the models that earlier stages make, by name.
         compressed: of these models, the ids of those whose vocabulary is compressed.
         notes: place of a model in the configuration -> what its classes are matched with, and what differs in its
@@ -64,34 +53,24 @@ class PlannedModels:
         self.made: dict[str, PretrainedConfig] = {}
         self.compressed: dict[str, int] = {}  # stages whose model has a compressed vocabulary: its ids
         self.notes: dict[str, list[str]] = {}
-        settings = config.tokenizer
-        self.stands_in = settings is not None and settings.train_on is not None
-        card = None if self.stands_in else missing(tokenizer_origin(config)[0], config.base)
-        if self.stands_in:
-            assert settings is not None
-            # A stand-in with the special tokens of the one to come, which has at most `vocab_size` ids.
-            self.tokenizer: PreTrainedTokenizerBase = train_tokenizer(
-                ["stand-in"], settings.vocab_size, commands=settings.commands
-            )
-            self.num_ids = settings.vocab_size
-        elif card is not None:
-            assert card.ids is not None, "cards of GLM have it"
-            self.tokenizer, self.num_ids = train_tokenizer(["stand-in"], card.ids, commands="glm"), card.ids
-            self.stands_in = True  # as little is known of it
-        else:
-            self.tokenizer = given_tokenizer(config)
-            self.num_ids = num_real_ids(self.tokenizer)
+        self.tokens = PlannedTokenizer(config)
 
     def facts(self, data: DataConfig) -> DataFacts:
         """What is known of a `data` entry: its classes, and what its labels are."""
         return unread(data) if self._reader is None else self._reader.facts(self._name_of(data), data)
 
-    def sized(
-        self, role: str, model: ModelConfig, made: PretrainedConfig, data: DataConfig, auto_class: str
-    ) -> tuple[PlannedModel, ModelInfo]:
-        """A line of the plan, and what the rows ask about the model; parameters are counted without memory for them."""
-        info = with_open_labels(model_info(made, auto_class), self.facts(data), auto_class)
-        return planned_model(role, model, info, numbers_of(made, auto_class)), info
+    def spec(
+        self, made: PretrainedConfig, model: ModelConfig, data: DataSpec, *, compressed: bool = False
+    ) -> ModelSpec:
+        """A model without weights. Args: compressed: by the stage that trains it."""
+        return ModelSpec(
+            made,
+            data.auto_class,
+            self.tokens.num_ids,
+            kept=made.vocab_size if compressed or self.vocabulary(model) is not None else None,
+            labels_known=data.facts.known,
+            origin=model,
+        )
 
     def of(
         self,
@@ -109,7 +88,7 @@ class PlannedModels:
         """
         data = self.config.data[self.config.data_name(stage.data)]
         if classes is not None:
-            self._check_given(data, f"{where}.classes")
+            check_given(self._name_of(data), data, self.facts(data), f"{where}.classes")
         block = where if reads is None else f"{where}.model"
         with placed(model=block, data=f"data.{self._name_of(data)}"):
             made, found = self._any(stage, model, where, reads, classes)
@@ -133,7 +112,7 @@ class PlannedModels:
             raise compressed_twice(f"{where}.vocabulary")
         data = self.config.data[self.config.data_name(stage.data)]
         if model.stage is not None:
-            made = smaller_config(self.made[model.stage.model], model, self.tokenizer, self.num_ids)
+            made = smaller_config(self.made[model.stage.model], model, self.tokens.tokenizer, self.tokens.num_ids)
             found = None
             if reads is None or "logits" in reads:
                 found = self._classes_of(model.stage.stage, data, where, classes, "classes" if reads else "")
@@ -143,8 +122,8 @@ class PlannedModels:
             name,
             data,
             (facts.num_labels, facts.classes),
-            self.tokenizer,
-            vocabulary or self.num_ids,
+            self.tokens.tokenizer,
+            vocabulary or self.tokens.num_ids,
             lambda path: resolve_path(path, self.config.base),
         )
         taught = None if reads is None else Taught(reads, classes)
@@ -169,28 +148,11 @@ class PlannedModels:
                 check_weights(made, auto_class, folder)
         return made
 
-    def _check_given(self, data: DataConfig, where: str) -> None:
-        """Refuse `classes` where a teacher's outputs are not classes of their own.
-
-        Raises:
-            UserError: naming the task.
-        """
-        task = TASKS.find(data.task)
-        numbers = self.facts(data).kind == "number"
-        if task.token_level or task.cloze or numbers:
-            why = "its labels are numbers" if numbers else f"task {data.task}"
-            raise UserError(
-                "classes is for classifiers: here the teacher's outputs are not classes of its own",
-                where=where,
-                found=f"data '{self._name_of(data)}': {why}",
-                todo="drop it",
-            )
-
     def _answers(self, data: DataConfig) -> list[list[int]] | None:
         """Token ids of the words of a cloze's classes; a stand-in's while the tokenizer is not there."""
         if not TASKS.find(data.task).cloze:
             return None
-        return answer_ids(data, self.tokenizer, f"data.{self._name_of(data)}")
+        return answer_ids(data, self.tokens.tokenizer, f"data.{self._name_of(data)}")
 
     def _name_of(self, data: DataConfig) -> str:
         return next(name for name, other in self.config.data.items() if other is data)
@@ -216,27 +178,12 @@ class PlannedModels:
         return made
 
     def _classes_of(self, earlier: str, data: DataConfig, where: str, given: Given | None, key: str) -> ClassMap | None:
-        """Which output of an earlier stage's classifier is which class of the data, where both sides are known.
-
-        Args: key: what the user can write to say it; see `match_classes`.
-        """
-        made_on = self.config.data[self.config.data_name(self.config.stages[earlier].data)]
+        """Which output of an earlier stage's classifier is which class of the data; None where a side is not known."""
+        made_on = self.config.data_of(self.config.stages[earlier])
         theirs, ours = self.facts(made_on), self.facts(data)
         if not (made_on.task == data.task == "classify" and theirs.known and ours.known):
             return None
-        try:
-            if theirs.kind != ours.kind:
-                raise DataError(
-                    "",
-                    where=where,
-                    found=", ".join(theirs.classes) or "numbers (a regression)",
-                    allowed=", ".join(ours.classes) or "numbers (a regression)",
-                )
-            return match_classes(theirs.classes, ours.classes, where, given, key=key)
-        except DataError as error:
-            message = f"stage '{earlier}' makes a classifier of other classes"
-            todo = error.todo or "use data of the same classes, or go on from a model that is no classifier"
-            raise DataError(message, where=where, found=error.found, allowed=error.allowed, todo=todo) from None
+        return earlier_classes(earlier, theirs, ours, where, given, key)
 
     def vocabulary(self, model: ModelConfig) -> int | None:
         """Ids of a model that comes with a vocabulary map; None for a whole vocabulary."""
@@ -244,7 +191,7 @@ class PlannedModels:
             return self.compressed.get(model.stage.model)
         if model.path is None:
             return None
-        found = read_vocabulary(resolve_path(model.path, self.config.base), self.tokenizer, "@model.path")
+        found = read_vocabulary(resolve_path(model.path, self.config.base), self.tokens.tokenizer, "@model.path")
         return None if found is None else found.num_kept
 
     def check_scored(self) -> None:
@@ -263,47 +210,15 @@ class PlannedModels:
                     todo="give the model more max_positions, or leave it out of evaluate.stages",
                 )
 
-    def check_chats(self) -> None:
-        """Refuse turns of a chat that the run's tokenizer, trained ones included, cannot write at all."""
-        for name, data in self.config.data.items():
-            if data.chat:
-                check_chat_template(self.tokenizer, f"data.{name}.chat")
-
-    def check_commands(self) -> None:
-        """Refuse GLM's tasks with a tokenizer that lacks what they write, or examples too short for a blank."""
-        for name, data in self.config.data.items():
-            task = TASKS.find(data.task, f"data.{name}.task")
-            with placed(data=f"data.{name}"):
-                if task.cloze:
-                    command_ids(self.tokenizer)
-                if task.laid:
-                    Infilling(self.tokenizer, data, around_text(self.tokenizer)).room(data.max_length)
-
     def check_tokenizer(self, model: ModelConfig, where: str, task: TaskSpec, *, teaches: bool) -> None:
         """Token -> id and the cut of texts of a model and of the run, where both exist before anything is trained."""
         if self.vocabulary(model) is not None:
             if teaches and task.token_level:
                 raise compressed_teacher(model.path or "", where)
             return
-        known = model.path is not None and model.stage is None and missing(model.path, self.config.base) is None
-        if known:
-            assert model.path is not None
-            folder, revision = resolve_path(model.path, self.config.base), revision_of(model)
-            if not self.stands_in:
-                found = compare_tokenizer(self.tokenizer, folder, revision, where, masked=task.masked)
-                for note in found:
-                    self._note(where, note)
+        for note in self.tokens.compare(model, where, masked=task.masked):
+            self._note(where, note)
 
     def _note(self, where: str, note: str) -> None:
         if note not in (known := self.notes.setdefault(where, [])):
             known.append(note)
-
-    def shape(self, made: PretrainedConfig, auto_class: str, model: ModelConfig, stage: str | None = None) -> Shape:
-        """A model without weights. Args: stage: that trains it, for a vocabulary that it compresses."""
-        kept = made.vocab_size if stage in self.compressed or self.vocabulary(model) is not None else None
-        return Shape(made, auto_class, self.num_ids, kept)
-
-
-def with_open_labels(info: ModelInfo, facts: DataFacts, auto_class: str) -> ModelInfo:
-    """The same number of classes for every model while the data was not read; the build compares the real ones."""
-    return replace(info, num_labels=2) if auto_class == CLASSIFIER and not facts.known else info

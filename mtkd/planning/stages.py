@@ -6,23 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mtkd.config import RunConfig, StageConfig, StageRef
-from mtkd.config.read import differences, fingerprint
-from mtkd.data.transforms import TRANSFORMS
 from mtkd.engine.folder import StageDir
-from mtkd.errors import DataError, UserError, nearest
-from mtkd.losses.spec import LOSSES
+from mtkd.errors import UserError, nearest
 from mtkd.methods.rows import stage_rows
-from mtkd.methods.spec import METHODS
 from mtkd.models.info import CAUSAL_LM, MASKED_LM, PRE_TRAINING
 from mtkd.pool import BACKENDS
-from mtkd.registry import SOURCES, TASKS, Registry, plugin_code
-from mtkd.weightings.spec import WEIGHTINGS
+from mtkd.registry import TASKS
 
 CLOZE = "cloze"
 """The head of a model that scores classes by their words: that of the language model (GLM)."""
-
-SEGMENTATION = "segmentation"
-"""Of an identity: how the tokenizer cuts a text; with the same token -> id, other merges give other ids."""
 
 # Fields that change when a stage is saved, not what it makes.
 _BOOKKEEPING = {"save_every", "keep"}
@@ -73,7 +65,7 @@ def changed_stages(config: RunConfig, folders: Mapping[str, StageDir]) -> list[s
     gone: set[str] = set()
     for name, stage in config.stages.items():
         record = folders[name].done()
-        if record is None or name in gone or record["identity"].get("stage") == stage_values(stage):
+        if record is None or name in gone or record.identity.get("stage") == stage_values(stage):
             continue
         found.append(name)
         gone |= set(to_redo(config, [name]))
@@ -167,124 +159,6 @@ def _without_places(values: dict[str, Any]) -> dict[str, Any]:
 def stage_seed(config: RunConfig, stage: StageConfig) -> int:
     """The stage's seed, or the run's."""
     return config.seed if stage.seed is None else stage.seed
-
-
-def identity(
-    config: RunConfig, name: str, *, data: str, tokenizer: str, segmentation: str, models: Mapping[str, str], steps: int
-) -> dict[str, Any]:
-    """Everything that determines what a stage makes; equal identities make equal models.
-
-    Args:
-        data: fingerprint of the raw data. tokenizer: its fingerprint. segmentation: digest of how it cuts a text.
-        models: per use ("student", "teacher NAME") the digest of the weights it starts from.
-        steps: the resolved number of optimizer steps.
-    """
-    stage = config.stages[name]
-    values = {
-        "stage": stage_values(stage),
-        "plugins": _plugin_digests(config, name),
-        "seed": stage_seed(config, stage),
-        "steps": steps,
-        "precision": config.engine.decided_precision,
-        "compile": config.engine.compile,
-        "attention": config.engine.attention,
-        "data": {
-            "config": config.data_of(stage).values(),
-            "fingerprint": data,
-        },
-        "tokenizer": tokenizer,
-        SEGMENTATION: segmentation,
-        "models": dict(models),
-    }
-    if stage.kind == "cache":
-        del values["compile"]  # its teachers never are
-        if stage.cache.targets != "sampled":
-            del values["seed"]  # nothing else is drawn
-    return values
-
-
-def _plugin_digests(config: RunConfig, name: str) -> dict[str, str]:
-    """sha256 of every plug-in that the stage takes something from, and of what these depend on."""
-    stage = config.stages[name]
-    data = config.data_of(stage)
-    used: list[tuple[Registry[Any], str]] = [(WEIGHTINGS, stage.weighting.name), (TASKS, data.task)]
-    used.append((SOURCES, data.source))
-    if stage.method is not None:
-        used.append((METHODS, stage.method.name))
-    used += [(LOSSES, row.loss) for row in stage_rows(stage, data, f"stages.{name}")]
-    used += [(TRANSFORMS, step.name) for step in stage.transforms]
-    origins = {registry.origin(name) for registry, name in used}
-    return plugin_code({path: config.base / path for path in config.plugins}, origins)
-
-
-def finished(folder: StageDir, name: str, wanted: dict[str, Any], redo: Sequence[str] = ()) -> dict[str, Any] | None:
-    """The DONE record of a stage that need not be redone; None when it is not done.
-
-    Args:
-        redo: the stages to name in the error's advice; default: this one.
-
-    Raises:
-        DataError: it is done, but as something else; the message lists every difference.
-    """
-    record = folder.done()
-    if record is None:
-        return None
-    wanted = as_known(record["identity"], wanted)
-    if record["fingerprint"] != fingerprint(wanted):
-        changed = differences(record["identity"], wanted)
-        raise DataError(
-            "this stage is finished, but with another configuration, teacher, data set or tokenizer",
-            where=f"stages.{name}",
-            found="\n           ".join([*changed, f"in {folder.path}"]),
-            todo="undo the change, give the run another name, or redo this stage and what depends on it: "
-            + redo_command(redo or [name]),
-        )
-    return record
-
-
-def as_known(before: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, Any]:
-    """An identity without what the one that was written before, by an earlier release, may not know."""
-    return {key: value for key, value in identity.items() if key in before or key != SEGMENTATION}
-
-
-def check_checkpoint(
-    name: str, manifest: Mapping[str, Any], identity: Mapping[str, Any], layout: Mapping[str, Any]
-) -> None:
-    """Refuse to go on with a checkpoint of another stage than `identity`, or of other processes than `layout`.
-
-    Without ZeRO every process holds all of it: then their number may be another one.
-
-    Args: layout: engine, world_size and zero_stage of this run.
-    Raises:
-        DataError: with every difference, and the command that goes on.
-    """
-    saved = {key: manifest[key] for key in layout}
-    cut = differences(saved, layout)
-    if changed := differences(manifest["identity"], as_known(manifest["identity"], identity)):
-        raise DataError(
-            "the checkpoint belongs to another configuration, teacher, data set or tokenizer",
-            where=f"stages.{name}",
-            found="\n           ".join(changed + cut),
-            todo="undo the change, give the run another name, or begin this stage again: " + redo_command([name]),
-        )
-    whole = [(values["engine"], values["zero_stage"]) == ("deepspeed", 0) for values in (saved, layout)]
-    if cut and not all(whole):
-        raise DataError(
-            "the checkpoint was cut for other processes",
-            where=f"stages.{name}",
-            found="\n           ".join(cut),
-            todo=f"go on as it was begun: {_command_for(saved)}\n"
-            f"           or begin this stage again (earlier ones stay): {redo_command([name])}",
-        )
-
-
-def _command_for(layout: Mapping[str, Any]) -> str:
-    """The command that goes on with a checkpoint of this layout."""
-    options = [f"engine.kind={layout['engine']}"]
-    if layout["engine"] == "deepspeed":
-        options += [f"engine.processes={layout['world_size']}", f"engine.zero_stage={layout['zero_stage']}"]
-    several = " (or a hostfile with as many slots)" if layout["world_size"] > 1 else ""
-    return " ".join(["mtkd run FILE", *(f"-o {option}" for option in options)]) + several
 
 
 def redo_command(names: Sequence[str]) -> str:

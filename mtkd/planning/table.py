@@ -7,12 +7,11 @@ from typing import Any
 
 from rich.table import Table
 
-from mtkd.config import ModelConfig, TeacherConfig
+from mtkd.config import ModelConfig
 from mtkd.models.info import ModelInfo
-from mtkd.models.numbers import Numbers
 from mtkd.planning.budget import StageMemory
-from mtkd.planning.cachefolder import CacheFacts
 from mtkd.planning.dataview import PlannedData, data_tables
+from mtkd.planning.spec import StageSpec, TeacherSpec
 from mtkd.pool import BACKENDS
 
 SKIPPED = "done, skipped"
@@ -20,14 +19,9 @@ SKIPPED = "done, skipped"
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """A model of a stage.
+    """A model of a stage: `role` is "student" or the teacher's name; `parameters` counted on the meta device.
 
-    Attributes:
-        role: "student", or the teacher's name.
-        parameters: counted on the meta device.
-        weight_bytes: of all weights in memory, and `head_bytes` of the output head over the vocabulary among them; 0
-            for a teacher that is not run.
-        backend: where a teacher's weights live; empty for what is trained.
+    Attributes: backend: where a teacher's weights live; empty for what is trained.
     """
 
     role: str
@@ -37,8 +31,6 @@ class PlannedModel:
     width: int
     heads: int
     parameters: int
-    weight_bytes: int = 0
-    head_bytes: int = 0
     backend: str = ""
 
 
@@ -168,7 +160,7 @@ def with_consequences(stages: list[PlannedStage]) -> list[PlannedStage]:
     return list(found.values())
 
 
-def planned_model(role: str, model: ModelConfig, info: ModelInfo, numbers: Numbers) -> PlannedModel:
+def _model(role: str, model: ModelConfig, info: ModelInfo, parameters: int) -> PlannedModel:
     origin = model.path or "fresh"
     if model.keep_layers:
         origin += f" layers {','.join(map(str, model.keep_layers))}"
@@ -176,23 +168,32 @@ def planned_model(role: str, model: ModelConfig, info: ModelInfo, numbers: Numbe
         origin += ", sliced"
     if model.vocabulary:
         origin += f", {info.vocabulary:,} ids"
-    return PlannedModel(
-        role,
-        origin,
-        info.architecture,
-        info.num_layers,
-        info.width,
-        info.num_heads,
-        numbers.parameters,
-        numbers.weights,
-        numbers.head,
+    return PlannedModel(role, origin, info.architecture, info.num_layers, info.width, info.num_heads, parameters)
+
+
+def planned_stage(spec: StageSpec, state: str) -> PlannedStage:
+    """A stage as the table shows it. Args: state: whether it is done."""
+    stage = spec.stage
+    trained = [_model(role, stage.trained[role], m.info, m.num_parameters) for role, m in spec.trained.items()]
+    trains = stage.kind != "cache"
+    return PlannedStage(
+        spec.name,
+        stage.kind,
+        state,
+        spec.needs,
+        [*trained, *map(_teacher, spec.teachers)],
+        [row_text(row.match.weight, row.key, row.pairs) for row in spec.rows] if trains else list(spec.cached),
+        steps=stage.steps,
+        tokens=stage.steps * spec.tokens_per_batch if trains and stage.steps is not None else None,
+        notes=spec.notes,
     )
 
 
-def of_cache(teacher: TeacherConfig, facts: CacheFacts) -> tuple[PlannedModel, ModelInfo]:
-    """A teacher that is not run: its shape as its cache knows it."""
-    made = planned_model(teacher.name, teacher.model, facts.info, Numbers(facts.num_parameters))
-    return replace(made, origin=f"cache {teacher.model.path}"), facts.info
+def _teacher(teacher: TeacherSpec) -> PlannedModel:
+    line = _model(teacher.name, teacher.config.model, teacher.info, teacher.numbers.parameters)
+    if not teacher.runs:
+        line = replace(line, origin=f"cache {teacher.config.model.path}")
+    return replace(line, backend=teacher.backend)
 
 
 def row_text(weight: float, key: str, pairs: tuple[tuple[tuple[int, int], ...], ...]) -> str:

@@ -11,7 +11,7 @@ import gc
 import json
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mtkd.config import BatchConfig, StageConfig, TeacherConfig
+from mtkd.config import BatchConfig, StageConfig
 from mtkd.config.read import differences
 from mtkd.data.load import LoadedData
 from mtkd.data.progress import say
@@ -30,7 +30,7 @@ from mtkd.data.tokenizers import num_real_ids
 from mtkd.engine.dist import alive, on_main, together
 from mtkd.engine.folder import StageDir
 from mtkd.engine.jsonlines import rewind
-from mtkd.engine.notes import Identity, read_seconds, write_seconds
+from mtkd.engine.notes import Done, Identity, read_seconds, write_seconds
 from mtkd.engine.record import read_record, write_record
 from mtkd.engine.seal import MANIFEST, fault_point, remove
 from mtkd.engine.stopping import StopFlag, stop_flag
@@ -41,14 +41,16 @@ from mtkd.models.taps import TappedModel
 from mtkd.planning.cachefolder import model_values, open_cache, origin_of
 from mtkd.planning.caches import check_layers, content_of
 from mtkd.planning.exports import manifests
-from mtkd.planning.stages import as_known, redo_command
-from mtkd.planning.teaching import heads_read
+from mtkd.planning.spec import StageSpec, TeacherSpec
+from mtkd.planning.stages import redo_command
 from mtkd.pool import LiveTeacher, Teacher
 from mtkd.pool.cache import CacheContent, CacheReader, CacheWriter, Record, make_records
-from mtkd.running.build import Workshop
 from mtkd.running.chance import warn_below_chance
 from mtkd.running.console import StageProgress
+from mtkd.running.context import RunContext
+from mtkd.running.identity import as_known, teacher_digest
 from mtkd.running.metrics import JsonLines
+from mtkd.running.models import load_teacher
 from mtkd.running.overflow import overflowing
 
 _IDENTITY, _SECONDS = "identity.json", "seconds.json"
@@ -64,9 +66,8 @@ class _Job:
         place: of the teacher that runs, in the configuration.
     """
 
-    shop: Workshop
-    name: str
-    stage: StageConfig
+    context: RunContext
+    spec: StageSpec
     data: LoadedData
     folder: StageDir
     seconds: float = 0.0
@@ -75,11 +76,19 @@ class _Job:
     place: str = ""
 
     @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def stage(self) -> StageConfig:
+        return self.spec.stage
+
+    @property
     def split(self) -> Split:
         return self.data.splits["train"]
 
 
-def capture(shop: Workshop, name: str, identity: dict[str, Any]) -> dict[str, Any]:
+def capture(context: RunContext, spec: StageSpec, identity: dict[str, Any]) -> dict[str, Any]:
     """Make the caches of a stage, going on with those that an earlier session began.
 
     Returns:
@@ -89,20 +98,20 @@ def capture(shop: Workshop, name: str, identity: dict[str, Any]) -> dict[str, An
         DataError: what was begun is another cache, or inputs change with the epoch.
         NonFiniteError: a teacher's outputs are NaN.
     """
-    stage = shop.config.stages[name]
-    job = _Job(shop, name, stage, shop.data(shop.config.data_name(stage.data)), shop.folder(name))
-    _check_same_every_epoch(job.split, f"stages.{name}.data")
-    if not on_main(shop.dist, lambda: _begun(job, identity)):
+    name, stage = spec.name, spec.stage
+    job = _Job(context, spec, context.data(spec.data.name), context.folder(name))
+    _check_same_every_epoch(job.split, f"{spec.where}.data")
+    if not on_main(context.dist, lambda: _begun(job, identity)):
         unit = len(job.split) * len(stage.teachers)
-        with stop_flag() as stopped, StageProgress(name, unit, 0, shop.dist.is_main, "example") as progress:
-            for i, teacher in enumerate(stage.teachers):
-                _cache(job, teacher, f"stages.{name}.teachers[{i}]", stopped, progress)
-            on_main(shop.dist, lambda: _catch_up(job))  # all were made by an earlier session
-            if not shop.dist.all_ok(not stopped()):
+        with stop_flag() as stopped, StageProgress(name, unit, 0, context.dist.is_main, "example") as progress:
+            for teacher in spec.teachers:
+                _cache(job, teacher, stopped, progress)
+            on_main(context.dist, lambda: _catch_up(job))  # all were made by an earlier session
+            if not context.dist.all_ok(not stopped()):
                 raise on_every_rank(_preempted(job))
         fault_point("before-cache-export", 0)
-        on_main(shop.dist, lambda: job.folder.partial.rename(job.folder.export) and None)
-    shop.dist.barrier()
+        on_main(context.dist, lambda: job.folder.partial.rename(job.folder.export) and None)
+    context.dist.barrier()
     exported = job.folder.export
 
     def read() -> tuple[dict[str, dict[str, Any]], float]:
@@ -110,9 +119,9 @@ def capture(shop: Workshop, name: str, identity: dict[str, Any]) -> dict[str, An
         facts = {t.name: _facts(exported / t.name, job.data) for t in stage.teachers}
         return facts, read_seconds(exported / _SECONDS, _damaged(job))
 
-    made, seconds = together(shop.dist, read, partial(_failed, exported))
+    made, seconds = together(context.dist, read, partial(_failed, exported))
     for teacher_name, facts in made.items():
-        say(f"  {name}/{teacher_name}: {_sentence(facts)}", main=shop.dist.is_main)
+        say(f"  {name}/{teacher_name}: {_sentence(facts)}", main=context.dist.is_main)
     return {
         "stage": name,
         "kind": stage.kind,
@@ -127,7 +136,7 @@ def capture(shop: Workshop, name: str, identity: dict[str, Any]) -> dict[str, An
     }
 
 
-def restore_notes(folder: StageDir, record: Mapping[str, Any]) -> list[Path]:
+def restore_notes(folder: StageDir, record: Done) -> list[Path]:
     """Write the notes of a finished cache again where they are damaged: its DONE has what stood in them.
 
     A stage whose DONE is lost goes on by these notes, so their damage must not stay until then.
@@ -138,13 +147,13 @@ def restore_notes(folder: StageDir, record: Mapping[str, Any]) -> list[Path]:
     """
     identity, seconds = folder.export / _IDENTITY, folder.export / _SECONDS
     damaged = []
-    if not _holds(lambda: read_record(identity, Identity) == record["identity"]):
+    if not _holds(lambda: read_record(identity, Identity) == record.identity):
         remove(identity)
-        write_record(identity, record["identity"])
+        write_record(identity, record.identity)
         damaged.append(identity)
-    if not _holds(lambda: read_seconds(seconds, "") == record["seconds"]):
+    if not _holds(lambda: read_seconds(seconds, "") == record.seconds):
         remove(seconds)
-        write_seconds(seconds, record["seconds"])
+        write_seconds(seconds, record.seconds)
         damaged.append(seconds)
     return damaged
 
@@ -171,7 +180,7 @@ def _begun(job: _Job, identity: dict[str, Any]) -> bool:
         if changed:
             raise DataError(
                 "the caches begun here are of another configuration, teacher, data set or tokenizer",
-                where=f"stages.{job.name}",
+                where=job.spec.where,
                 found="\n           ".join(changed),
                 todo="undo the change, give the run another name, or begin this stage again: "
                 + redo_command([job.name]),
@@ -190,23 +199,24 @@ def _damaged(job: _Job) -> str:
     return f"begin this stage again: {redo_command([job.name])}"
 
 
-def _cache(job: _Job, config: TeacherConfig, where: str, stopped: StopFlag, progress: StageProgress) -> None:
+def _cache(job: _Job, planned: TeacherSpec, stopped: StopFlag, progress: StageProgress) -> None:
     """One teacher's cache in the working folder, as far as it is missing."""
-    shop, dist, job.place = job.shop, job.shop.dist, where
+    context, dist, config = job.context, job.context.dist, planned.config
+    where = job.place = planned.place
     folder = job.folder.partial / config.name
     if dist.broadcast_object((folder / MANIFEST).is_file()):
         finished = together(dist, lambda: CacheReader(folder), partial(_failed, folder))
         job.shards, job.examples = job.shards + finished.num_shards, job.examples + finished.origin.num_examples
         progress.skip(job.examples)
         return
-    model = shop.teacher(config, job.data, where, heads_read(shop.config, job.name))
+    model = load_teacher(context, config, job.data, where, job.spec.heads)
     tapped = model if isinstance(model, TappedModel) else model.model
     token_level = job.data.task.token_level
-    columns = num_real_ids(shop.tokenizer) if token_level else job.data.num_labels
-    content = content_of(job.stage.cache, token_level=token_level, columns=columns, seed=shop.config.seed)
-    check_layers(content, model.info, f"stages.{job.name}.cache", config.name)
-    made, precision = model_values(tapped.model.config), shop.config.engine.decided_precision
-    origin = origin_of(shop.teacher_digest(config), job.data, shop.tokenizer, made, precision)
+    columns = num_real_ids(context.tokenizer) if token_level else job.data.num_labels
+    content = content_of(job.stage.cache, token_level=token_level, columns=columns, seed=context.config.seed)
+    check_layers(content, model.info, f"{job.spec.where}.cache", config.name)
+    made, precision = model_values(tapped.model.config), context.config.engine.decided_precision
+    origin = origin_of(teacher_digest(context, config), job.data, context.tokenizer, made, precision)
 
     def open_writer() -> CacheWriter:
         return CacheWriter(folder, content, origin, job.stage.cache.shard_examples)
@@ -218,9 +228,9 @@ def _cache(job: _Job, config: TeacherConfig, where: str, stopped: StopFlag, prog
     job.examples += origin.num_examples - sum(len(examples) for _, examples in missing)
     progress.skip(job.examples)
     on_main(dist, lambda: _catch_up(job))
-    teacher = LiveTeacher(config.name, model, shop.device, shop.dtype)
+    teacher = LiveTeacher(config.name, model, context.device, context.dtype)
     if missing:
-        warn_below_chance({where: teacher}, job.data, job.stage.batch, shop.device, dist)
+        warn_below_chance({where: teacher}, job.data, job.stage.batch, context.device, dist)
     for start in range(0, len(missing), dist.world_size):
         _round(job, teacher, writer, missing[start : start + dist.world_size], stopped, progress)
     teacher.close()
@@ -238,7 +248,7 @@ def _round(
     progress: StageProgress,
 ) -> None:
     """At most one shard per rank; afterwards every rank knows whether all went well, and whether to stop."""
-    dist, begun = job.shop.dist, time.monotonic()
+    dist, begun = job.context.dist, time.monotonic()
 
     def own_shard() -> int:
         """Examples that this rank has written."""
@@ -265,7 +275,7 @@ def _round(
 def _preempted(job: _Job) -> Preempted:
     return Preempted(
         f"stopped; {job.shards} shards of its caches are written",
-        where=f"stages.{job.name}",
+        where=job.spec.where,
         todo="run it again (without --redo) to go on from there",
     )
 
@@ -275,13 +285,13 @@ def _records(
 ) -> list[Record] | None:
     """What a teacher says about some examples; None when the process was told to stop before the end."""
     wants, records = frozenset({"logits", *content.hidden}), list[Record]()
-    tile = tile_for(job.shop.config.engine, content.columns, job.shop.device.type)
+    tile = tile_for(job.context.config.engine, content.columns, job.context.device.type)
     for batch in _batches(job.split, job.stage.batch, examples):
         if stopped():
             return None
-        batch = batch.to(job.shop.device)
+        batch = batch.to(job.context.device)
         features = teacher.forward(batch, wants)
-        features["logits"] = as_logits(features["logits"]).in_dtype(job.shop.dtype)
+        features["logits"] = as_logits(features["logits"]).in_dtype(job.context.dtype)
         records += make_records(content, batch, features, tile)
         alive()
     for record in records:
@@ -300,7 +310,7 @@ def _check_finite(record: Record, teacher: str, dtype: str, job: _Job) -> None:
     arrays = [*record.targets.values(), *record.traits.values()]
     arrays += [] if record.classes is None else [record.classes]
     if any(np.isnan(values).any() for values in arrays):
-        raise overflowing(teacher, job.place, f"logits of example {record.id}", job.shop.dtype)
+        raise overflowing(teacher, job.place, f"logits of example {record.id}", job.context.dtype)
     for key, values in record.hidden.items():
         if not torch.isfinite(values).all():
             raise NonFiniteError(
@@ -322,13 +332,13 @@ def _failed(folder: Path, message: str) -> UserError:
 def _log(job: _Job) -> None:
     """Where the stage stands, for `mtkd status`, and the seconds for a later session."""
     write_seconds(job.folder.partial / _SECONDS, job.seconds)
-    lines = JsonLines(job.shop.run.metrics_file, job.name)
+    lines = JsonLines(job.context.run.metrics_file, job.name)
     lines.write(job.shards, {"examples": job.examples}, {"seconds": round(job.seconds, 3)})
 
 
 def _catch_up(job: _Job) -> None:
     """Log the shards that a killed session wrote and did not log; drop lines of shards that are no more."""
-    if rewind(job.shop.run.metrics_file, job.name, job.shards) < job.shards:
+    if rewind(job.context.run.metrics_file, job.name, job.shards) < job.shards:
         _log(job)
 
 

@@ -23,45 +23,48 @@ from mtkd.models.forward import LOGITS
 from mtkd.models.taps import TappedModel
 from mtkd.planning.stages import scored_models
 from mtkd.pool import LiveModel
-from mtkd.running.build import Workshop
+from mtkd.running.build import tile_of
+from mtkd.running.context import RunContext
+from mtkd.running.identity import model_digest, teacher_digest
+from mtkd.running.models import load_model, load_teacher
 
 Scores = list[dict[str, Any]]
 
 
-def judge(shop: Workshop) -> dict[str, Any]:
+def judge(context: RunContext) -> dict[str, Any]:
     """Score every model that `evaluate` names and compare them; nothing is redone whose inputs are unchanged.
 
     Returns:
         What results.json holds: task, split, models with overall and per-domain metrics, comparisons.
     """
-    settings = shop.config.evaluate
-    name = shop.config.data_name(settings.data)
-    wanted = [*scored_models(shop.config), *(ENSEMBLE_PREFIX + s for s in settings.ensembles)]
-    context = {
-        "data": shop.raw(name).fingerprint,
-        "config": shop.config.data[name].values(),
+    settings = context.config.evaluate
+    name = context.config.data_name(settings.data)
+    wanted = [*scored_models(context.config), *(ENSEMBLE_PREFIX + s for s in settings.ensembles)]
+    shared = {
+        "data": context.raw(name).fingerprint,
+        "config": context.config.data[name].values(),
         "split": settings.split,
-        "tokenizer": tokenizer_fingerprint(shop.tokenizer, chat=shop.config.data[name].chat),
-        "precision": shop.config.engine.decided_precision,
+        "tokenizer": tokenizer_fingerprint(context.tokenizer, chat=context.config.data[name].chat),
+        "precision": context.config.engine.decided_precision,
     }
-    keys = {model: fingerprint([context, _fingerprints(shop, model)]) for model in wanted}
-    shown = {model: _shown(shop, model) for model in wanted if ensemble_of(model) is None}
+    keys = {model: fingerprint([shared, _fingerprints(context, model)]) for model in wanted}
+    shown = {model: _shown(context, model) for model in wanted if ensemble_of(model) is None}
     inputs = fingerprint([keys, settings.model_dump(mode="json"), shown])
-    path = shop.run.path / "results.json"
-    known = on_main(shop.dist, lambda: _known(path))
+    path = context.run.path / "results.json"
+    known = on_main(context.dist, lambda: _known(path))
     if known.get("inputs") == inputs and on_main(
-        shop.dist, lambda: all(_is_scored(*_files(shop, model), keys[model]) for model in wanted)
+        context.dist, lambda: all(_is_scored(*_files(context, model), keys[model]) for model in wanted)
     ):
         return known
-    scores = {model: _scores(shop, model, keys[model], name) for model in wanted}
-    shop.dist.barrier()
+    scores = {model: _scores(context, model, keys[model], name) for model in wanted}
+    context.dist.barrier()
     results: dict[str, Any] = {}
-    if shop.dist.is_main:
-        results = _results(shop, settings, name, {m: s for m, s in scores.items() if s is not None})
+    if context.dist.is_main:
+        results = _results(context, settings, name, {m: s for m, s in scores.items() if s is not None})
         results["inputs"] = inputs
         results = finite(results)
         write_record(path, results)
-    return dict(shop.dist.broadcast_object(results))
+    return dict(context.dist.broadcast_object(results))
 
 
 def _known(path: Path) -> dict[str, Any]:
@@ -75,42 +78,42 @@ def _known(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _fingerprints(shop: Workshop, model: str) -> list[str]:
+def _fingerprints(context: RunContext, model: str) -> list[str]:
     """Digests of the models behind a name and of their stages' exports: a stage made again may round otherwise."""
     if (together := ensemble_of(model)) is not None:
-        teachers = shop.config.stages[together].teachers
-        models, digests = [t.model for t in teachers], [shop.teacher_digest(t) for t in teachers]
+        teachers = context.config.stages[together].teachers
+        models, digests = [t.model for t in teachers], [teacher_digest(context, t) for t in teachers]
     else:
         models = [ModelConfig(path=str(StageRef.named(model)))]
-        digests = [shop.digest(models[0])]
+        digests = [model_digest(context, models[0])]
     stages = dict.fromkeys(each.stage.stage for each in models if each.stage is not None)
-    exports = [digest for stage in stages for digest in shop.record(stage).get("manifests", {}).values()]
+    exports = [digest for stage in stages for digest in context.record(stage).manifests.values()]
     return digests + exports
 
 
-def _files(shop: Workshop, model: str) -> tuple[Path, Path]:
+def _files(context: RunContext, model: str) -> tuple[Path, Path]:
     """Where the scores of a model are, and the note of what they were computed from."""
     together = ensemble_of(model)
     ref = StageRef.named(together or model)
     stem = "ensemble-scores" if together else f"scores-{ref.part}" if ref.part else "scores"
-    return shop.folder(ref.stage).path / f"{stem}.jsonl", shop.folder(ref.stage).path / f"{stem}.key"
+    return context.folder(ref.stage).path / f"{stem}.jsonl", context.folder(ref.stage).path / f"{stem}.key"
 
 
-def _scores(shop: Workshop, model: str, key: str, data_name: str) -> Scores | None:
+def _scores(context: RunContext, model: str, key: str, data_name: str) -> Scores | None:
     """Scores of one model on the main rank; from its file, if that was made from the same inputs."""
-    file, note = _files(shop, model)
-    if on_main(shop.dist, lambda: _is_scored(file, note, key)):
-        return read_jsonl(file) if shop.dist.is_main else None
-    say(f"scoring {model}", main=shop.dist.is_main)
-    data = shop.data(data_name)
-    split = data.splits.get(shop.config.evaluate.split)
+    file, note = _files(context, model)
+    if on_main(context.dist, lambda: _is_scored(file, note, key)):
+        return read_jsonl(file) if context.dist.is_main else None
+    say(f"scoring {model}", main=context.dist.is_main)
+    data = context.data(data_name)
+    split = data.splits.get(context.config.evaluate.split)
     if split is None:
         raise DataError(
-            "there is no such split to evaluate on", where=f"data.{data_name}", found=shop.config.evaluate.split
+            "there is no such split to evaluate on", where=f"data.{data_name}", found=context.config.evaluate.split
         )
-    models = [m.to(shop.device).eval() for m in _models(shop, model, data)]
-    batches = evaluation_batches(split, shop.config.evaluate.batch, shop.dist.rank, shop.dist.world_size)
-    scorer = Scorer(shop.device, shop.dtype, shop.dist, shop.tile(models))
+    models = [m.to(context.device).eval() for m in _models(context, model, data)]
+    batches = evaluation_batches(split, context.config.evaluate.batch, context.dist.rank, context.dist.world_size)
+    scorer = Scorer(context.device, context.dtype, context.dist, tile_of(context, models))
     records = scorer.records(models, data, split, batches)
     for each in models:
         if not isinstance(each, TappedModel):
@@ -132,33 +135,37 @@ def _is_scored(file: Path, note: Path, key: str) -> bool:
     return True
 
 
-def _models(shop: Workshop, model: str, data: LoadedData) -> list[LiveModel]:
+def _models(context: RunContext, model: str, data: LoadedData) -> list[LiveModel]:
     stage = ensemble_of(model)
     if stage is None:
-        return [shop.model(ModelConfig(path=str(StageRef.named(model))), data, seed=0)]
+        return [load_model(context, ModelConfig(path=str(StageRef.named(model))), data)]
     where, reads = f"stages.{stage}.teachers", LOGITS
-    teachers = shop.config.stages[stage].teachers
-    return [shop.teacher(t, data, f"{where}[{i}]", reads) for i, t in enumerate(teachers)]
+    teachers = context.config.stages[stage].teachers
+    return [load_teacher(context, t, data, f"{where}[{i}]", reads) for i, t in enumerate(teachers)]
 
 
-def _shown(shop: Workshop, model: str) -> dict[str, Any]:
+def _shown(context: RunContext, model: str) -> dict[str, Any]:
     """What the results say of a stage's model in addition to its scores."""
     ref = StageRef.named(model)
-    done = dict(shop.record(ref.stage))
-    if ref.part:
-        done["parameters"] = done["members"][ref.part]
-    return {key: done[key] for key in ("kind", "parameters", "steps", "seconds", "tokens")}
+    done = context.record(ref.stage)
+    return {
+        "kind": done.kind,
+        "parameters": done.members[ref.part] if ref.part else done.parameters,
+        "steps": done.steps,
+        "seconds": done.seconds,
+        "tokens": done.tokens,
+    }
 
 
-def _results(shop: Workshop, settings: EvaluateConfig, data: str, scores: dict[str, Scores]) -> dict[str, Any]:
-    task = shop.config.data[data].task
+def _results(context: RunContext, settings: EvaluateConfig, data: str, scores: dict[str, Scores]) -> dict[str, Any]:
+    task = context.config.data[data].task
     models = {}
     for model, records in scores.items():
         facts: dict[str, Any] = {"overall": summarise(task, records), "domains": by_domain(task, records)}
         if (together := ensemble_of(model)) is not None:
-            facts |= {"kind": "ensemble", "members": [t.name for t in shop.config.stages[together].teachers]}
+            facts |= {"kind": "ensemble", "members": [t.name for t in context.config.stages[together].teachers]}
         else:
-            facts |= _shown(shop, model)
+            facts |= _shown(context, model)
         models[model] = facts
     comparisons: list[dict[str, Any]] = []
     rows = sum(num_rows(scores[pair.candidate]) for pair in settings.comparisons)
@@ -172,7 +179,7 @@ def _results(shop: Workshop, settings: EvaluateConfig, data: str, scores: dict[s
             pair.baseline,
             scores[pair.candidate],
             scores[pair.baseline],
-            Resampling(resamples, settings.confidence, shop.config.seed),
+            Resampling(resamples, settings.confidence, context.config.seed),
         )
     return {
         "task": task,

@@ -21,7 +21,7 @@ from mtkd.engine.folder import RunDir
 from mtkd.engine.jsonlines import append_jsonl, rewind, sync_jsonl
 from mtkd.errors import UserError, on_every_rank
 from mtkd.objective.objective import Objective
-from mtkd.running.built import BuiltStage
+from mtkd.running.build import BuiltStage
 from mtkd.running.state import TrainState
 from mtkd.weightings.faults import FAULTS, check_faults
 

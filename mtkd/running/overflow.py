@@ -15,7 +15,7 @@ from mtkd.data.batch import Batch
 from mtkd.errors import NonFiniteError
 from mtkd.models.broken import remedy
 from mtkd.models.features import ATTENTION, Features, SparseLogits, as_logits, split_key
-from mtkd.running.built import BuiltStage
+from mtkd.running.build import BuiltStage
 
 _TILE = 256  # rows of logits at a time: at 150,000 columns 150 MB in float32
 

@@ -6,7 +6,7 @@ import gc
 import json
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -19,9 +19,10 @@ from mtkd.config import RunConfig, StageRef
 from mtkd.config.read import fingerprint
 from mtkd.data.progress import say
 from mtkd.data.vocabulary import compress_tokenizer
-from mtkd.engine.dist import Dist, on_main
+from mtkd.engine.dist import Dist, on_main, together
 from mtkd.engine.folder import RunDir, StageDir
 from mtkd.engine.make import start_processes
+from mtkd.engine.notes import Done
 from mtkd.engine.seal import fault_point
 from mtkd.engine.watch import note, watched
 from mtkd.errors import UserError
@@ -32,15 +33,16 @@ from mtkd.planning.data import DataReader
 from mtkd.planning.exports import check_finished, manifests, open_export
 from mtkd.planning.labels import with_teachers_classes
 from mtkd.planning.places import in_file, placed
-from mtkd.planning.plan import plan, resolve
-from mtkd.planning.stages import changed_stages, finished, to_redo
-from mtkd.planning.teaching import heads_read
+from mtkd.planning.plan import resolve, specify
+from mtkd.planning.spec import StageSpec
+from mtkd.planning.stages import changed_stages, to_redo
 from mtkd.running.agreement import agree, agree_on_precision, agree_on_run, check_shared
 from mtkd.running.blame import plugin_errors
-from mtkd.running.build import Workshop
-from mtkd.running.built import BuiltStage
+from mtkd.running.build import BuiltStage, build
 from mtkd.running.capture import capture, restore_notes
 from mtkd.running.chance import warn_below_chance
+from mtkd.running.context import RunContext
+from mtkd.running.identity import finished, stage_identity
 from mtkd.running.judge import judge
 from mtkd.running.redo import drop_replaced, pending, set_aside, undone_on_error
 from mtkd.running.remember import remember
@@ -100,54 +102,78 @@ def _run(config: RunConfig, redo: Sequence[str], dist: Dist, device: torch.devic
     config = with_teachers_classes(config, reader)
     begun = on_main(dist, lambda: pending(RunDir(config.folder)))
     again = to_redo(config, [*redo, *(name for name in begun if name in config.stages)])
-    on_main(dist, lambda: _plan_unfinished(config, reader, again))
+    specs = _specify(config, reader, dist, again)
     folder = on_main(dist, lambda: RunDir.create(config, base=Path(config.output)))
     check_shared(dist, folder.path)
     with ExitStack() as held:
-        # On the main rank alone, and told to the others: they would wait for it in their first collective.
+        # On the main rank alone, and passed on to the others: they would wait for it in their first collective.
         on_main(dist, lambda: held.enter_context(folder.lock()))
         on_main(dist, lambda: set_aside(folder, again))
         if dist.is_main:
             held.enter_context(undone_on_error(folder, config))
         run_id = on_main(dist, lambda: remember(config, folder))
         _pathrank(folder, dist, run_id)
-        shop = Workshop(config, folder, dist, device, reader)
-        on_main(dist, lambda: _check_needed(shop))
+        context = RunContext(config, folder, dist, device, reader, specs)
+        on_main(dist, lambda: _check_needed(context))
         for name in config.stages:
-            shop.records[name] = _stage(shop, name, folder)
-        results = judge(shop)
+            context.records[name] = _stage(context, name)
+        results = judge(context)
         report = on_main(dist, lambda: _report(folder))
-    return RunResult(folder.path, report, shop.records, results)
+    return RunResult(folder.path, report, {name: done.values() for name, done in context.records.items()}, results)
 
 
-def _plan_unfinished(config: RunConfig, reader: DataReader, again: Sequence[str]) -> None:
-    """Plan the run as it would be, unless all of it is done and stays so.
+def _specify(config: RunConfig, reader: DataReader, dist: Dist, again: Sequence[str]) -> Mapping[str, StageSpec]:
+    """The specs of all stages; none where all of them are done and stay so. A collective.
 
-    A mistake in the last stage must not wait for the first ones, and none may cost a stage that is to be redone.
+    A mistake in the last stage must not wait for the first ones, and none may cost a stage that is to be redone. The
+    main rank goes first: a mistake is then said once, and the others plan the same at one time.
 
-    Args: again: the stages that are to be redone.
+    Args:
+        again: the stages that are to be redone.
     """
-    folder = RunDir(Path(config.output) / config.name)
-    known = folder.config_file.is_file()
-    if not known or again or not all(folder.stage(i, name).done() for i, name in enumerate(config.stages, 1)):
-        missing = plan(config, reader=reader, redo=again).missing
-        if missing:
+
+    def on_this_rank() -> Mapping[str, StageSpec]:
+        run = specify(config, reader)
+        if run.missing:
             raise UserError(
-                "models or data of this run are not here", where="stages", found="\n           ".join(missing)
+                "models or data of this run are not here", where="stages", found="\n           ".join(run.missing)
             )
+        return run.stages
+
+    def to_do() -> bool:
+        folder = RunDir(Path(config.output) / config.name)
+        stages = [folder.stage(number, name) for number, name in enumerate(config.stages, 1)]
+        return bool(again) or not folder.config_file.is_file() or not all(stage.done() for stage in stages)
+
+    specs: Mapping[str, StageSpec] = {}
+
+    def first() -> bool:
+        nonlocal specs
+        if work := to_do():
+            specs = on_this_rank()
+        return work
+
+    if not on_main(dist, first):
+        return {}
+    return together(dist, lambda: specs if dist.is_main else on_this_rank(), _planned_otherwise)
 
 
-def _check_needed(shop: Workshop) -> None:
-    """Check what finished stages made: damage must not wait for hours of training, nor for whoever loads it."""
-    done = {name: record for name in shop.config.stages if (record := shop.folder(name).done())}
-    to_do = [stage for name, stage in shop.config.stages.items() if name not in done]
+def _planned_otherwise(message: str) -> UserError:
+    return UserError(
+        f"the run cannot be planned on every process: {message}", where="stages", todo="give every node the same files"
+    )
+
+
+def _check_needed(context: RunContext) -> None:
+    """Check what finished stages made: damage must not wait for hours of training, nor for who loads it later."""
+    done = {name: record for name in context.config.stages if (record := context.folder(name).done())}
+    to_do = [stage for name, stage in context.config.stages.items() if name not in done]
     models = [model for s in to_do for model in (*s.trained.values(), *(t.model for t in s.teachers))]
-    for model in models:
-        ref = model.stage
+    for ref in (model.stage for model in models):
         if ref is not None and ref.stage in done:
-            open_export(ref.stage, shop.folder(ref.stage), done[ref.stage], ref.part)
+            open_export(ref.stage, context.folder(ref.stage), done[ref.stage], ref.part)
     for name, record in done.items():
-        for path in check_finished(name, shop.folder(name), record):
+        for path in check_finished(name, context.folder(name), record):
             say(f"stage {name}: what it made is gone, nothing needs it: {path}")
 
 
@@ -165,64 +191,70 @@ def _pathrank(folder: RunDir, dist: Dist, run_id: str) -> None:
         )
 
 
-def _stage(shop: Workshop, name: str, run: RunDir) -> dict[str, Any]:
-    """Make a stage, or find it made."""
-    folder, main = shop.folder(name), shop.dist.is_main
-    wanted = shop.identity(name)
-    agree(shop.dist, wanted, f"stage '{name}': data, tokenizer and models", "give every node the same files")
-    folders = {other: shop.folder(other) for other in shop.config.stages}
-
-    def made() -> dict[str, Any] | None:
-        return finished(folder, name, wanted, list(dict.fromkeys([name, *changed_stages(shop.config, folders)])))
-
-    record = on_main(shop.dist, made)
-    if record is not None:
-        if record.get("caches"):
-            for path in on_main(shop.dist, partial(restore_notes, folder, record)):
-                say(f"  a note of stage '{name}' was damaged, written again: {path}", main=main)
-        work = f"{len(record['caches'])} caches" if record.get("caches") else f"{record['steps']} steps"
-        say(f"stage {name}: done ({work}, {record['seconds']:.0f} s), skipped", main=main)
+def _stage(context: RunContext, name: str) -> Done:
+    """Make a stage, or find that it is done."""
+    folder, stage, dist = context.folder(name), context.config.stages[name], context.dist
+    wanted = stage_identity(context, name)
+    agree(dist, wanted, f"stage '{name}': data, tokenizer and models", "give every node the same files")
+    if (record := _finished(context, name, wanted)) is not None:
         return record
-    say(f"stage {name}: {shop.config.stages[name].kind}", main=main)
-    if shop.config.stages[name].kind == "cache":
-        with placed(stage=f"stages.{name}"):
-            made_caches = capture(shop, name, wanted)
-        cached = {**made_caches, "fingerprint": fingerprint(wanted), "identity": wanted}
-        fault_point("before-done", cached["steps"])
-        on_main(shop.dist, lambda: _mark_done(run, folder, cached))
-        return cached
-    built = shop.build(name)
-    if "logits" in heads_read(shop.config, name):
-        read = {f"stages.{name}.teachers[{i}]": teacher for i, teacher in enumerate(built.pool.teachers)}
-        warn_below_chance(read, built.data, built.stage.batch, shop.device, shop.dist)
-    with placed(stage=f"stages.{name}"):
-        facts = train(built, shop.config, run, folder)
+    say(f"stage {name}: {stage.kind}", main=dist.is_main)
+    spec = context.specs[name]
+    with placed(stage=spec.where):
+        facts = capture(context, spec, wanted) if stage.kind == "cache" else _trained(context, spec, folder)
+    record = Done.of({**facts, "fingerprint": fingerprint(wanted), "identity": wanted})
+    fault_point("before-done", record.steps)
+    on_main(dist, lambda: _mark_done(context.run, folder, record))
+    gc.collect()
+    return record
+
+
+def _finished(context: RunContext, name: str, wanted: dict[str, Any]) -> Done | None:
+    """The record of a stage that is done, as what it is now; None where it is to do."""
+    config, folder, main = context.config, context.folder(name), context.dist.is_main
+    folders = {other: context.folder(other) for other in config.stages}
+
+    def found() -> Done | None:
+        return finished(folder, name, wanted, list(dict.fromkeys([name, *changed_stages(config, folders)])))
+
+    record = on_main(context.dist, found)
+    if record is None:
+        return None
+    if record.caches:
+        for path in on_main(context.dist, partial(restore_notes, folder, record)):
+            say(f"  a note of stage '{name}' was damaged, written again: {path}", main=main)
+    work = f"{len(record.caches)} caches" if record.caches else f"{record.steps} steps"
+    say(f"stage {name}: done ({work}, {record.seconds:.0f} s), skipped", main=main)
+    return record
+
+
+def _trained(context: RunContext, spec: StageSpec, folder: StageDir) -> dict[str, Any]:
+    """Train a stage and export its models. Returns: facts for its DONE record."""
+    built = build(context, spec)
+    if "logits" in spec.heads:
+        read = {planned.place: teacher for planned, teacher in zip(spec.teachers, built.pool.teachers, strict=True)}
+        warn_below_chance(read, built.data, built.stage.batch, context.device, context.dist)
+    facts = train(built, context.config, context.run, folder)
     record = {
-        "stage": name,
+        "stage": spec.name,
         "kind": built.stage.kind,
         "parameters": built.num_parameters(),
         "members": {member: built.num_parameters(member) for member in built.stage.members},
         "teachers": [t.name for t in built.stage.teachers],
         **facts,
-        "fingerprint": fingerprint(wanted),
-        "identity": wanted,
     }
-    _export(shop, built, folder)
-    record["manifests"] = on_main(shop.dist, lambda: manifests(folder.export, [""]))
-    fault_point("before-done", facts["steps"])
-    on_main(shop.dist, lambda: _mark_done(run, folder, record))
+    _export(context, built, folder)
+    record["manifests"] = on_main(context.dist, lambda: manifests(folder.export, [""]))
     built.close()
-    del built
-    gc.collect()
     return record
 
 
-def _mark_done(run: RunDir, folder: StageDir, record: dict[str, Any]) -> None:
+def _mark_done(run: RunDir, folder: StageDir, record: Done) -> None:
     folder.mark_done(record)
     drop_replaced(run)
 
 
-def _export(shop: Workshop, built: BuiltStage, folder: StageDir) -> None:
+def _export(context: RunContext, built: BuiltStage, folder: StageDir) -> None:
     """Write every model so that plain transformers loads it, tokenizer included; members in folders of their own."""
     states = {name: built.engine.model_state(name) for name in built.objective.models}
 
@@ -233,10 +265,10 @@ def _export(shop: Workshop, built: BuiltStage, folder: StageDir) -> None:
             folder = path / name if built.stage.members else path
             with quiet():
                 model.model.save_pretrained(folder, state_dict=state)
-            shop.tokenizer.save_pretrained(folder)
+            context.tokenizer.save_pretrained(folder)
             if model.vocabulary is not None:
                 compress_tokenizer(folder, model.vocabulary.kept.tolist(), model.vocabulary.to_kept.tolist())
                 model.vocabulary.save(folder)
 
     facts = {"stage": built.name, "identity": built.identity}
-    on_main(shop.dist, lambda: folder.sealed_export(write, json.loads(json.dumps(facts))))
+    on_main(context.dist, lambda: folder.sealed_export(write, json.loads(json.dumps(facts))))

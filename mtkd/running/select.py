@@ -12,7 +12,7 @@ from mtkd.engine.seal import check_seal
 from mtkd.errors import DataError, UserError
 from mtkd.evaluate.metrics import LOWER_IS_BETTER, summarise
 from mtkd.evaluate.score import Scorer
-from mtkd.running.built import BuiltStage
+from mtkd.running.build import BuiltStage
 from mtkd.running.metrics import MetricsLog
 from mtkd.running.state import TrainState
 

@@ -9,6 +9,7 @@ from mtkd.config import RunConfig
 from mtkd.engine.folder import RunDir, StageDir
 from mtkd.engine.jsonlines import readable_jsonl
 from mtkd.engine.lock import holder
+from mtkd.engine.notes import Done
 from mtkd.engine.runyaml import own_config
 from mtkd.engine.seal import newest_sealed
 
@@ -49,8 +50,8 @@ def _stage(name: str, folder: StageDir, line: dict[str, Any]) -> dict[str, Any]:
         return {
             "stage": name,
             "state": "done",
-            "step": record["steps"],
-            "seconds": round(record["seconds"], 1),
+            "step": record.steps,
+            "seconds": round(record.seconds, 1),
             "checkpoint": _caches(record) or "-",
         }
     newest = newest_sealed(folder.checkpoints)
@@ -63,9 +64,7 @@ def _stage(name: str, folder: StageDir, line: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _caches(record: dict[str, Any]) -> str:
+def _caches(record: Done) -> str:
     """The caches of a cache stage, in a few words; "" for another stage."""
-    caches = record.get("caches") or {}
-    return "; ".join(
-        f"{n}: {f['bytes'] / 1e6:,.1f} MB, {f['bytes_per_position']:.0f} B each" for n, f in caches.items()
-    )
+    sizes = {name: (float(f["bytes"]), float(f["bytes_per_position"])) for name, f in record.caches.items()}
+    return "; ".join(f"{name}: {size / 1e6:,.1f} MB, {each:.0f} B each" for name, (size, each) in sizes.items())

@@ -24,8 +24,9 @@ from mtkd.engine.seal import Found, newest_sealed, save_sealed
 from mtkd.engine.stopping import StopFlag, stop_flag
 from mtkd.errors import DataError, NonFiniteError, Preempted, on_every_rank
 from mtkd.objective.looks import after_step, before_step
-from mtkd.running.built import BuiltStage
+from mtkd.running.build import BuiltStage
 from mtkd.running.console import StageProgress
+from mtkd.running.identity import check_checkpoint
 from mtkd.running.metrics import Meter, MetricsLog
 from mtkd.running.overflow import check_teachers
 from mtkd.running.select import check_selection, note_score, take_best, validate
@@ -232,7 +233,7 @@ def _restore(built: BuiltStage, folder: StageDir) -> TrainState:
                 todo="remove this folder to train the stage from its beginning",
             )
         return TrainState()
-    built.check_layout(found.manifest)
+    check_checkpoint(built.name, found.manifest, built.identity, built.layout)
     state = TrainState(**json.loads((found.path / _STATE).read_text()))
     state.meters = regrouped(state.meters, dist.world_size)
     built.engine.load(found.path)

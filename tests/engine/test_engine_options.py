@@ -24,8 +24,8 @@ from mtkd.engine.torch_engine import TorchEngine
 from mtkd.errors import UserError
 from mtkd.models.attention import use_attention
 from mtkd.models.taps import TappedModel
-from mtkd.planning.stages import identity
 from mtkd.pool import LiveTeacher, offload
+from mtkd.running.identity import identity
 
 
 @pytest.fixture

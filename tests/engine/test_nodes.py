@@ -28,7 +28,7 @@ from mtkd.engine.launch import Started, launch, needs_launcher, num_processes, p
 from mtkd.engine.seal import newest_sealed
 from mtkd.engine.testing import run_distributed
 from mtkd.errors import EXIT_LOST, DataError, UserError
-from mtkd.planning.stages import check_checkpoint
+from mtkd.running.identity import check_checkpoint
 
 TEACHER_BACKEND = "resident"  # on the two nodes; the undisturbed run has a resident one
 STUDENT = f"runs/{NAME}/stages/02-student"

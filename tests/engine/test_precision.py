@@ -18,8 +18,8 @@ from mtkd.engine.dist import Dist
 from mtkd.engine.precision import Choice, begun_in, choose, here, of_processor, slowdown, warning, with_precision
 from mtkd.engine.testing import run_distributed
 from mtkd.errors import UserError
-from mtkd.planning.stages import identity
 from mtkd.running.agreement import agree_on_precision
+from mtkd.running.identity import identity
 from mtkd.running.remember import reopen
 
 SAPPHIRE = {"architecture": "x86_64", "cpu_name": "Intel Xeon", "avx2": True, "avx512_bf16": True, "amx_bf16": True}

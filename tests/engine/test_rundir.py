@@ -18,6 +18,7 @@ from mtkd.config import RunConfig
 from mtkd.config.read import config_digest, fingerprint, load_config
 from mtkd.engine import lock
 from mtkd.engine.folder import RunDir, StageDir, environment
+from mtkd.engine.notes import Done
 from mtkd.engine.record import json_object
 from mtkd.engine.seal import MANIFEST, check_seal
 from mtkd.errors import EXIT_USAGE, DataError, UserError
@@ -243,8 +244,8 @@ def test_a_stage_is_done_when_its_record_is_there(tmp_path: Path) -> None:
     stage = StageDir(tmp_path / "01-a")
     assert stage.done() is None
     assert stage.done() is None
-    stage.mark_done(DONE)
-    assert stage.done() == DONE
+    stage.mark_done(Done.of(DONE))
+    assert stage.done() == Done.of(DONE)
 
 
 DONE = {
@@ -263,7 +264,7 @@ DONE = {
 def test_any_damage_of_the_record_of_a_stage_is_told_with_file_and_remedy(tmp_path: Path) -> None:
     """Law: a record is read as it was written, or not at all: any flipped bit, any cut, any other form is refused."""
     stage = StageDir(tmp_path / "01-a")
-    stage.mark_done(DONE)
+    stage.mark_done(Done.of(DONE))
     whole = stage.done_file.read_bytes()
     flipped = [whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :] for i in range(len(whole))]
     cut = [whole[:i] for i in range(len(whole) - 2)]
@@ -279,7 +280,7 @@ def test_any_damage_of_the_record_of_a_stage_is_told_with_file_and_remedy(tmp_pa
         assert str(stage.done_file) in caught.value.where
         assert caught.value.todo
     stage.done_file.write_text(json.dumps(DONE))  # of a version without digests
-    assert stage.done() == DONE
+    assert stage.done() == Done.of(DONE)
     stage.done_file.unlink()
     stage.done_file.mkdir()
     with pytest.raises(DataError, match="not a plain file"):

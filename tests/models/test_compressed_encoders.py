@@ -19,7 +19,8 @@ from mtkd.engine.dist import Dist
 from mtkd.engine.folder import RunDir
 from mtkd.errors import DataError, UserError
 from mtkd.models.info import MASKED_LM
-from mtkd.running.build import Workshop
+from mtkd.running.context import RunContext
+from mtkd.running.models import load_model
 
 KEEP = 0.6
 BATCH = {"batch": {"sequences": 4}, "steps": 2}
@@ -75,7 +76,7 @@ def test_pre_training_then_classes(tmp_path: Path) -> None:
     mtkd.plan(config)
     result = mtkd.run(config)
     num_ids = num_real_ids(wordpiece())
-    shop = Workshop(config, RunDir(tmp_path / "runs" / "run"), Dist(), torch.device("cpu"))
+    context = RunContext(config, RunDir(tmp_path / "runs" / "run"), Dist(), torch.device("cpu"))
     text = "abc dab back, dad"
     for stage, auto, data in (
         ("pre", AutoModelForMaskedLM, "text"),
@@ -83,16 +84,16 @@ def test_pre_training_then_classes(tmp_path: Path) -> None:
     ):
         plain, tokenizer = (a.from_pretrained(result.export(stage)) for a in (auto, AutoTokenizer))
         assert plain.config.vocab_size == round(KEEP * num_ids)
-        own = shop.model(ModelConfig(path=f"stage:{stage}"), shop.data(data), 0).eval()
-        batch = shop.data(data).splits["test"].collate([0])
-        batch.input_ids = torch.tensor([shop.tokenizer(text)["input_ids"]])
+        own = load_model(context, ModelConfig(path=f"stage:{stage}"), context.data(data)).eval()
+        batch = context.data(data).splits["test"].collate([0])
+        batch.input_ids = torch.tensor([context.tokenizer(text)["input_ids"]])
         batch.attention_mask, batch.token_type_ids = torch.ones_like(batch.input_ids).bool(), None
         assert own.vocabulary is not None
         assert own.vocabulary.is_removed(batch.input_ids).any()
         wanted = plain(**tokenizer(text, return_tensors="pt")).logits.flatten(0, -2)
         ours = own(batch, frozenset({"logits"}))["logits"].rows(torch.arange(len(wanted)))  # type: ignore[union-attr]
         torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-5)
-        labels = shop.tokenizer("ab dad", add_special_tokens=False)["input_ids"]
+        labels = context.tokenizer("ab dad", add_special_tokens=False)["input_ids"]
         assert not own.vocabulary.is_removed(torch.tensor(labels)).any()  # the class names' own ids stay
     assert AutoModelForSequenceClassification.from_pretrained(result.export("whole")).config.vocab_size == num_ids
 

@@ -48,7 +48,7 @@ def test_zero_shards_more_with_every_stage() -> None:
 
 
 def needed(case: Case, limits: Limits, *, on_gpu: bool = True, **engine: Any) -> StageMemory:
-    return stage_memory(case.sketch(), case.engine.model_copy(update=engine), limits, on_gpu=on_gpu)
+    return stage_memory(case.spec(), case.engine.model_copy(update=engine), limits, on_gpu=on_gpu)
 
 
 def test_a_verdict_names_what_is_short_and_by_how_much() -> None:
@@ -102,7 +102,7 @@ def test_several_ranks_are_told_to_shard() -> None:
 def test_no_advice_is_refused_when_it_is_taken() -> None:
     """A cut teacher, and those of a cache stage, cannot be sharded."""
     case = Case([Match(loss="kl")], kind="deepspeed", processes=16)
-    sketch = case.sketch()
+    spec = case.spec()
     cut = teacher_config({"name": "t0", "model": ModelConfig(path="x", keep_layers=(1, 2))})
     caching = StageConfig(kind="cache", teachers=case.stage.teachers, batch=BatchConfig(sequences=16))
     for stage, told in (
@@ -110,7 +110,7 @@ def test_no_advice_is_refused_when_it_is_taken() -> None:
         (case.stage.model_copy(update={"teachers": (cut,)}), False),
         (caching, False),
     ):
-        texts = [text for text, *_ in _changes(replace(sketch, stage=stage), case.engine, on_gpu=True)]
+        texts = [text for text, *_ in _changes(replace(spec, stage=stage), case.engine, on_gpu=True)]
         assert any("backend: sharded" in text for text in texts) is told, (stage.kind, texts)
 
 
@@ -134,17 +134,17 @@ def test_ranks_of_one_host_share_its_memory() -> None:
     assert together.host_gb == pytest.approx(4 * together.rank_gb)
     assert apart.host_gb == pytest.approx(2 * apart.rank_gb)
     pinned = needed(Case([Match(loss="kl")], ("offload",), kind="deepspeed", processes=4), Limits(None, None, None))
-    assert pinned.host_gb == pytest.approx(4 * every.sizes()[0].weights / GB)
+    assert pinned.host_gb == pytest.approx(4 * every.spec().teachers[0].numbers.weights / GB)
 
 
 def test_a_stage_that_needs_values_is_planned_without_its_step() -> None:
     """A loss that reads numbers: weights are counted all the same, and the plan says what is not."""
     case = Case([Match(loss="kl")])
-    sketch = replace(case.sketch(), rows=[object()])
-    found = stage_memory(sketch, case.engine, Limits(None, None, None), on_gpu=False)
+    spec = replace(case.spec(), rows=(object(),))
+    found = stage_memory(spec, case.engine, Limits(None, None, None), on_gpu=False)
     assert "activations, tiles and temporaries are not counted" in found.notes[1]
-    own = sketch.exported / GB
-    assert found.rank_gb == pytest.approx(4 * own + sketch.sizes[0].weights / GB)
+    own = spec.exported / GB
+    assert found.rank_gb == pytest.approx(4 * own + spec.teachers[0].numbers.weights / GB)
 
 
 def test_checkpoints_are_as_large_as_planned(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from tiny import CPU
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mtkd.config import BatchConfig, EngineConfig, ModelConfig, Named, StageConfig, teacher_config
+from mtkd.config import BatchConfig, DataConfig, EngineConfig, ModelConfig, Named, StageConfig, teacher_config
 from mtkd.config.match import Match
 from mtkd.data.batch import Batch
 from mtkd.engine.dist import Dist
@@ -23,10 +23,11 @@ from mtkd.models.taps import TappedModel
 from mtkd.objective.compile import compile_rows
 from mtkd.objective.objective import Objective
 from mtkd.objective.wire import Wiring, wire
-from mtkd.planning.budget import Limits, Sketch, StageMemory, stage_memory
-from mtkd.planning.footprint import CachedShape, Shape
+from mtkd.planning.budget import Limits, StageMemory, stage_memory
+from mtkd.planning.data import unread
+from mtkd.planning.spec import DataSpec, ModelSpec, StageSpec, TeacherSpec
 from mtkd.pool import LiveTeacher, Teacher, TeacherPool, offload
-from mtkd.pool.sizes import TeacherSize
+from mtkd.registry import TASKS
 from mtkd.weightings.make import make_weighting, stage_facts
 
 IDS, SEQUENCES, LENGTH = 8_000, 4, 128
@@ -88,22 +89,27 @@ class Case:
             batch=BatchConfig(sequences=SEQUENCES * accumulate * self.engine.processes, accumulate=accumulate),
         )
 
-    def sizes(self) -> list[TeacherSize]:
-        size = sum(p.untyped_storage().nbytes() for p in tapped(self.teacher, 1).parameters())
-        head, layers = 4 * IDS * self.teacher.hidden_size, self.teacher.num_hidden_layers
-        return [TeacherSize(size, head, backend, layers) for backend in self.backends]
-
-    def sketch(self) -> Sketch:
-        """What the planner would make of it."""
+    def spec(self) -> StageSpec:
+        """What the plan would make of it."""
         student, teacher = tapped(STUDENT, 0), tapped(self.teacher, 1)
-        rows = self._rows(student, [teacher] * len(self.names))
-        own = sum(p.untyped_storage().nbytes() for p in student.parameters())
-        trained, shape = {"student": Shape(STUDENT, HEAD, IDS)}, Shape(self.teacher, HEAD, IDS)
-        teachers: dict[str, Shape | CachedShape] = dict.fromkeys(self.names, shape)
-        return Sketch("s", self.stage, trained, teachers, self.sizes(), rows, True, own, IDS, LENGTH)
+        data = DataConfig(task="causal-lm", source="random-tokens", documents=8, max_length=LENGTH)
+        shape = ModelSpec(self.teacher, HEAD, IDS)
+        teachers = [
+            TeacherSpec(config, f"stages.s.teachers[{k}]", shape, backend)
+            for k, (config, backend) in enumerate(zip(self.stage.teachers, self.backends, strict=True))
+        ]
+        return StageSpec(
+            name="s",
+            stage=self.stage,
+            data=DataSpec("text", data, TASKS.find("causal-lm"), unread(data)),
+            trained={"student": ModelSpec(STUDENT, HEAD, IDS)},
+            teachers=tuple(teachers),
+            seed=0,
+            rows=tuple(self._rows(student, [teacher] * len(self.names))),
+        )
 
     def planned(self) -> StageMemory:
-        return stage_memory(self.sketch(), self.engine, NO_LIMITS, on_gpu=False)
+        return stage_memory(self.spec(), self.engine, NO_LIMITS, on_gpu=False)
 
     def _rows(self, student: TappedModel, teachers: Sequence[TappedModel]) -> Any:
         infos = {name: teacher.info for name, teacher in zip(self.names, teachers, strict=True)}

@@ -23,7 +23,8 @@ from mtkd.engine.folder import RunDir
 from mtkd.engine.jsonlines import read_jsonl
 from mtkd.errors import DataError, NonFiniteError, UserError
 from mtkd.pool.cache import CacheReader
-from mtkd.running.build import Workshop
+from mtkd.running.context import RunContext
+from mtkd.running.identity import model_digest
 from mtkd.running.run import RunResult
 from mtkd.running.status import status
 
@@ -203,10 +204,10 @@ def test_the_cache_in_another_precision_is_refused(whole: Path, tmp_path: Path) 
 
 def test_what_is_cut_from_a_teacher_is_a_part_of_its_digest(whole: Path) -> None:
     values = load_config(whole / "run.yaml")
-    shop = Workshop(values, RunDir(run_of(whole)), Dist(), torch.device("cpu"))
+    context = RunContext(values, RunDir(run_of(whole)), Dist(), torch.device("cpu"))
     models = [ModelConfig(path="stage:teacher", keep_layers=layers) for layers in (None, (1,), (2,), (1, 2))]
     models.append(ModelConfig(path="stage:teacher", slice={"heads": 1}))
-    assert len({shop.digest(model) for model in models}) == len(models)
+    assert len({model_digest(context, model) for model in models}) == len(models)
 
 
 def assert_both_digests(error: DataError) -> None:

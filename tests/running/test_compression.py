@@ -19,7 +19,7 @@ from tiny_run import NAME, tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mtkd
-import mtkd.running.build
+import mtkd.running.models
 from mtkd.config import ModelConfig
 from mtkd.config.match import Match
 from mtkd.data.batch import position_counts
@@ -39,7 +39,9 @@ from mtkd.models.info import CAUSAL_LM
 from mtkd.models.load import compress_model
 from mtkd.models.taps import TappedModel
 from mtkd.models.vocabulary import VocabularyMap
-from mtkd.running.build import Workshop
+from mtkd.running.context import RunContext
+from mtkd.running.identity import stage_identity
+from mtkd.running.models import load_model
 
 K = 20
 
@@ -174,8 +176,8 @@ def config_of(folder: Path, **student: object) -> mtkd.RunConfig:
     return tiny_config(folder, stages={"student": {"student": {**STUDENT, **student}}, "on": ON})
 
 
-def shop_of(folder: Path) -> Workshop:
-    return Workshop(config_of(folder), RunDir(folder / "runs" / NAME), Dist(), CPU)
+def context_of(folder: Path) -> RunContext:
+    return RunContext(config_of(folder), RunDir(folder / "runs" / NAME), Dist(), CPU)
 
 
 @pytest.mark.parametrize(("stage", "number"), [("student", 2), ("on", 3)])
@@ -184,15 +186,15 @@ def test_an_export_works_by_itself_on_plain_text(made: Path, stage: str, number:
     export = made / "runs" / NAME / "stages" / f"0{number}-{stage}" / "export"
     plain, report = AutoModelForCausalLM.from_pretrained(export, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    tokenizer, shop = AutoTokenizer.from_pretrained(export), shop_of(made)
-    rows = round(KEEP * len(shop.tokenizer))
+    tokenizer, context = AutoTokenizer.from_pretrained(export), context_of(made)
+    rows = round(KEEP * len(context.tokenizer))
     assert plain.get_input_embeddings().weight.shape[0] == plain.get_output_embeddings().weight.shape[0] == rows
     assert max(tokenizer.get_vocab().values()) == rows - 1
-    student = shop.model(ModelConfig(path=f"stage:{stage}"), shop.data("text"), 0).eval()
+    student = load_model(context, ModelConfig(path=f"stage:{stage}"), context.data("text")).eval()
     assert student.vocabulary is not None
     removed = 0
     for text in ("the teacher shows a student how one word follows another", "features remain far apart", "Zebra 12"):
-        ids = torch.tensor([shop.tokenizer(text)["input_ids"]])
+        ids = torch.tensor([context.tokenizer(text)["input_ids"]])
         removed += int(student.vocabulary.is_removed(ids).sum())
         batch = dataclasses.replace(
             causal_batch([ids.shape[1]]), input_ids=ids, attention_mask=torch.ones_like(ids).bool()
@@ -221,11 +223,11 @@ def test_another_corpus_is_another_student(made: Path) -> None:
     changes["stages"] = {"student": {"student": {"vocabulary": {"keep": KEEP, "counts": "counted"}}, "data": "text"}}
     changes["stages"] |= {"teacher": {"data": "text"}, "on": None}
     config = tiny_config(made, **changes, tokenizer={"train_on": "text"}, evaluate={"data": "text"})
-    first = Workshop(config, RunDir(made / "runs" / NAME), Dist(), CPU).identity("student")
+    first = stage_identity(RunContext(config, RunDir(made / "runs" / NAME), Dist(), CPU), "student")
     (made / "data" / "other.jsonl").write_text('{"text": "the far apart word"}\n')
     changes["data"]["counted"]["files"] = {"train": "other.jsonl"}
     config = tiny_config(made, **changes, tokenizer={"train_on": "text"}, evaluate={"data": "text"})
-    second = Workshop(config, RunDir(made / "runs" / NAME), Dist(), CPU).identity("student")
+    second = stage_identity(RunContext(config, RunDir(made / "runs" / NAME), Dist(), CPU), "student")
     assert first["models"]["student vocabulary"] != second["models"]["student vocabulary"]
     with pytest.raises(DataError, match="finished, but with another") as error:
         mtkd.run(config_of(made, vocabulary={"keep": 0.25}))
@@ -258,17 +260,17 @@ def test_a_stopped_student_goes_on_bit_for_bit(made: Path, tmp_path: Path, monke
 
 def map_of_rank(folder: str) -> list[list[int]]:
     """The student's map on this rank, where every rank rounds the embedding in its own way."""
-    dist, make = Dist.current(), mtkd.running.build.make_vocabulary
+    dist, make = Dist.current(), mtkd.running.models.make_vocabulary
 
     def rounded(*args: object) -> VocabularyMap:
         *first, table = args
         noise = torch.randn(table.shape, generator=torch.Generator().manual_seed(dist.rank))  # type: ignore[attr-defined]
         return make(*first, table + noise)
 
-    mtkd.running.build.make_vocabulary = rounded
-    shop = shop_of(Path(folder))
-    shop.dist = dist
-    student = shop.model(ModelConfig(path="stage:teacher", **STUDENT), shop.data("text"), 0)
+    mtkd.running.models.make_vocabulary = rounded
+    context = context_of(Path(folder))
+    context.dist = dist
+    student = load_model(context, ModelConfig(path="stage:teacher", **STUDENT), context.data("text"))
     assert student.vocabulary is not None
     return [student.vocabulary.kept.tolist(), student.vocabulary.to_kept.tolist()]
 

@@ -169,12 +169,12 @@ def times(folder: Path) -> dict[str, int]:
 
 
 def load_no_model() -> None:
-    import mtkd.running.build
+    import mtkd.running.models
 
     def refuse(*args: object, **options: object) -> None:
         os._exit(99)
 
-    mtkd.running.build.build_model = refuse  # type: ignore[assignment]
+    mtkd.running.models.build_model = refuse  # type: ignore[assignment]
 
 
 def test_an_unwritable_run_folder_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:

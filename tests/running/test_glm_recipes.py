@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import mtkd
 from mtkd.config import RunConfig
+from mtkd.engine.dist import Dist
 from mtkd.errors import UserError
 from mtkd.models.glm import GLMForConditionalGeneration, GLMForSequenceClassification
 from mtkd.planning.data import DataReader
 from mtkd.planning.plan import resolve
-from mtkd.running.run import _plan_unfinished
+from mtkd.running.run import _specify
 
 RECIPES = Path(__file__).parents[2] / "configs" / "glm"
 
@@ -75,7 +76,9 @@ def test_a_recipe_without_its_teacher_is_refused_before_anything_is_read(
     monkeypatch.chdir(tmp_path)
     recipe = mtkd.load_config(RECIPES / f"{name}.yaml", [f"output={tmp_path}"])
     with pytest.raises(UserError, match="convert-glm FOLDER glm-10b"):
-        _plan_unfinished(recipe, DataReader(recipe.base), [])  # of `mtkd.run`, which would start DeepSpeed first
+        _specify(
+            resolve(recipe), DataReader(recipe.base), Dist(), []
+        )  # of `mtkd.run`, which would start DeepSpeed first
     assert list(tmp_path.iterdir()) == []
 
 

@@ -16,9 +16,10 @@ from mtkd.config.read import differences, fingerprint
 from mtkd.data.tokenizers import train_tokenizer
 from mtkd.engine.dist import Dist
 from mtkd.engine.folder import RunDir
+from mtkd.engine.notes import Done
 from mtkd.errors import DataError
-from mtkd.planning.stages import as_known, check_checkpoint, finished
-from mtkd.running.build import Workshop
+from mtkd.running.context import RunContext
+from mtkd.running.identity import as_known, check_checkpoint, finished, stage_identity
 
 LAYOUT = {"engine": "torch", "world_size": 1, "zero_stage": 0}
 
@@ -29,15 +30,25 @@ class Finished:
     path = Path("stages/01-teacher")
 
     def __init__(self, identity: dict[str, Any]) -> None:
-        self.record = {"fingerprint": fingerprint(identity), "identity": identity}
+        counts = {"steps": 1, "seconds": 1.0, "tokens": 1, "parameters": 1}
+        self.record = Done.of(
+            {
+                "stage": "teacher",
+                "kind": "finetune",
+                **counts,
+                "fingerprint": fingerprint(identity),
+                "identity": identity,
+            }
+        )
 
-    def done(self) -> dict[str, Any]:
+    def done(self) -> Done:
         return self.record
 
 
 def identity_of(folder: Path) -> dict[str, Any]:
     config = tiny_config(folder, tokenizer={"path": str(folder / "tokenizer"), "train_on": None})
-    return Workshop(config, RunDir(folder / "runs" / NAME), Dist(), torch.device("cpu")).identity("teacher")
+    context = RunContext(config, RunDir(folder / "runs" / NAME), Dist(), torch.device("cpu"))
+    return stage_identity(context, "teacher")
 
 
 def test_other_merges_make_another_stage(tmp_path: Path) -> None:

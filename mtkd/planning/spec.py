@@ -1,0 +1,203 @@
+"""What a stage is, without weights: the plan makes it once, and everything that follows reads it.
+
+The plan's table, the count of memory, the build, the capture of caches: each is given the same `StageSpec`. Nothing in
+it depends on the machine: a tile's size, the number of processes and what is done already are asked elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from transformers import PretrainedConfig
+
+from mtkd.config import DataConfig, ModelConfig, StageConfig, TeacherConfig
+from mtkd.data.tasks import TaskSpec
+from mtkd.models.info import CLASSIFIER, ModelInfo, model_info
+from mtkd.models.numbers import Numbers, numbers_of
+from mtkd.objective.compile import Row
+from mtkd.planning.cachefolder import CacheFacts
+from mtkd.planning.data import DataFacts
+from mtkd.planning.stages import needed_stages
+from mtkd.pool import BACKENDS
+from mtkd.pool.sizes import TeacherSize
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """The data of a stage.
+
+    Attributes:
+        name: of the `data` entry.
+        facts: what its rows say: classes, kind of label.
+    """
+
+    name: str
+    config: DataConfig
+    task: TaskSpec
+    facts: DataFacts
+
+    @property
+    def auto_class(self) -> str:
+        """The class of transformers that has the head for these data."""
+        return self.task.class_for(self.config)
+
+    @property
+    def regression(self) -> bool | None:
+        """Whether labels are numbers; None while the data is not read."""
+        if self.task.token_level:
+            return False
+        return self.facts.kind == "number" if self.facts.known else None
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model without weights.
+
+    Attributes:
+        config: transformers' configuration, as the stage will load it.
+        auto_class: its head.
+        num_ids: real ids of the run; of a tokenizer that the run trains the most that it may have.
+        kept: rows of a compressed vocabulary; None for a whole one.
+        labels_known: False while only the data can tell the number of classes.
+        origin: what the user asked for.
+    """
+
+    config: PretrainedConfig
+    auto_class: str
+    num_ids: int
+    kept: int | None = None
+    dtype: torch.dtype = torch.float32
+    labels_known: bool = True
+    origin: ModelConfig | None = None
+
+    @cached_property
+    def info(self) -> ModelInfo:
+        """Shape and capabilities; of a classifier with unknown classes, two."""
+        info = model_info(self.config, self.auto_class)
+        return with_open_labels(info, self.auto_class, known=self.labels_known)
+
+    @cached_property
+    def numbers(self) -> Numbers:
+        """Its size in its number format; counted without memory for it."""
+        return numbers_of(self.config, self.auto_class)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameters, tied ones once."""
+        return self.numbers.parameters
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """A teacher of a stage.
+
+    Attributes:
+        config: of the teacher. place: of it in the user's file.
+        gives: the model that runs, or the cache that stands for it.
+        backend: where its weights live; the configuration's, unless the plan tries another one.
+    """
+
+    config: TeacherConfig
+    place: str
+    gives: ModelSpec | CacheFacts
+    backend: str
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @property
+    def info(self) -> ModelInfo:
+        return self.gives.info
+
+    @property
+    def numbers(self) -> Numbers:
+        """The size of its model; one that does not run takes no memory."""
+        return self.gives.numbers if isinstance(self.gives, ModelSpec) else Numbers(self.gives.num_parameters)
+
+    @property
+    def runs(self) -> bool:
+        """Whether a model runs; else its answers are read."""
+        return BACKENDS[self.backend].runs
+
+    @property
+    def size(self) -> TeacherSize:
+        """What its weights occupy."""
+        numbers, backend = self.numbers, BACKENDS[self.config.backend]
+        size = backend.size(self.config, numbers.weights, numbers.head, self.info.num_layers)
+        return replace(size, backend=self.backend)
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage of a run.
+
+    Attributes:
+        stage: as configured.
+        trained: what it trains, by role: "student", or the members.
+        teachers: in pool order.
+        rows: of its objective, compiled against student and teachers; none for a cache.
+        heads: which of the teachers' predictions are read (`mtkd.planning.teaching`): these heads must be trained.
+        seed: of initialisation, order and dropout.
+        cached: of a cache stage what is kept, a line per teacher. cache_bytes: the most that it writes; None: unknown.
+        notes: what was decided for the user, a sentence each.
+    """
+
+    name: str
+    stage: StageConfig
+    data: DataSpec
+    trained: Mapping[str, ModelSpec]
+    teachers: tuple[TeacherSpec, ...]
+    seed: int
+    heads: frozenset[str] = frozenset()
+    rows: tuple[Row, ...] = ()
+    cached: tuple[str, ...] = ()
+    cache_bytes: float | None = None
+    notes: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def where(self) -> str:
+        """Its place in the user's file."""
+        return f"stages.{self.name}"
+
+    @property
+    def needs(self) -> list[str]:
+        """The earlier stages that it cannot be made without."""
+        return needed_stages(self.stage)
+
+    @property
+    def token_level(self) -> bool:
+        """Whether targets are tokens."""
+        return self.data.task.token_level
+
+    @property
+    def exported(self) -> int:
+        """Bytes of the models that it exports."""
+        return sum(model.numbers.weights for model in self.trained.values())
+
+    @property
+    def columns(self) -> int:
+        """Of the widest logits: rows of a head; of a cache stage the ids that it keeps some of."""
+        if self.token_level and self.stage.kind == "cache":
+            return max(t.gives.num_ids for t in self.teachers if isinstance(t.gives, ModelSpec))
+        infos = [*(model.info for model in self.trained.values()), *(teacher.info for teacher in self.teachers)]
+        return max(info.vocabulary if self.token_level else info.num_labels for info in infos)
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """Tokens of a batch, at most."""
+        batch = self.stage.batch
+        return batch.tokens or (batch.sequences or 0) * self.data.config.max_length
+
+    def with_backend(self, name: str) -> StageSpec:
+        """The stage with those teachers under another backend that would take less memory there."""
+        teachers = (replace(t, backend=name) if name in BACKENDS[t.backend].lighter else t for t in self.teachers)
+        return replace(self, teachers=tuple(teachers))
+
+
+def with_open_labels(info: ModelInfo, auto_class: str, *, known: bool) -> ModelInfo:
+    """Two classes for every classifier while the data is not read; the build compares the real numbers."""
+    return replace(info, num_labels=2) if auto_class == CLASSIFIER and not known else info

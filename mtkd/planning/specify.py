@@ -1,0 +1,184 @@
+"""From the configuration of a stage to its `StageSpec`; whatever can be wrong without weights is refused here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from mtkd.config import RunConfig, StageConfig, TeacherConfig
+from mtkd.data.tasks import TaskSpec
+from mtkd.engine.precision import device_of
+from mtkd.errors import UserError
+from mtkd.methods.rows import placed_rows
+from mtkd.models.info import check_packing
+from mtkd.objective.cofinetune import check_members
+from mtkd.objective.compile import Row, compile_rows
+from mtkd.planning.cachefolder import CacheFacts, check_precision_of, check_tokenizer_of, read_facts
+from mtkd.planning.caches import (
+    bytes_per_token,
+    check_cacheable,
+    check_cached,
+    check_layers,
+    check_same_data,
+    compressed_from_cache,
+    content_of,
+    describe,
+    train_tokens,
+)
+from mtkd.planning.data import DataReader
+from mtkd.planning.ladder import Look
+from mtkd.planning.models import PlannedModels
+from mtkd.planning.spec import DataSpec, ModelSpec, StageSpec, TeacherSpec, with_open_labels
+from mtkd.planning.stages import model_name, never_trained, stage_seed
+from mtkd.planning.teaching import heads_read
+from mtkd.pool import BACKENDS
+from mtkd.pool.backends import check_room
+from mtkd.pool.sizes import Place
+from mtkd.registry import TASKS
+
+
+class Specifier:
+    """Makes the specs of a run's stages; they are asked for in order.
+
+    Args:
+        config: resolved.
+        reader: of the data entries; None: what the configuration names is all that is known.
+    """
+
+    def __init__(self, config: RunConfig, reader: DataReader | None = None) -> None:
+        self.config = config
+        self.models = PlannedModels(config, reader)
+        self._caches: dict[str, CacheFacts] = {}  # NAME/TEACHER -> what an earlier cache stage will have made
+
+    def look(self) -> Look:
+        """What the ladder of a chain asks about models."""
+        return Look(self.stage, self.models.unread, self.models.made)
+
+    def stage(self, name: str) -> StageSpec:
+        """The spec of a stage.
+
+        Raises:
+            UserError: whatever would fail later for a reason that can be known now.
+        """
+        stage = self.config.stages[name]
+        spec = StageSpec(
+            name=name,
+            stage=stage,
+            data=self._data(stage),
+            trained={},
+            teachers=(),
+            seed=stage_seed(self.config, stage),
+            heads=heads_read(self.config, name),
+        )
+        if stage.kind == "cache":
+            check_cacheable(stage, spec.data.config, spec.where)
+        spec = replace(spec, trained=self._trained(spec))
+        spec = replace(spec, teachers=tuple(self._teacher(spec, i, t) for i, t in enumerate(stage.teachers)))
+        spec = self._with_caches(spec) if stage.kind == "cache" else self._with_rows(spec)
+        sizes, place = [teacher.size for teacher in spec.teachers], Place(device_of(self.config.engine) == "cuda")
+        check_room(sizes, place, self.config.folder, f"{spec.where}.teachers")
+        return replace(spec, notes=self._notes(name))
+
+    def _data(self, stage: StageConfig) -> DataSpec:
+        name = self.config.data_name(stage.data)
+        data = self.config.data[name]
+        return DataSpec(name, data, TASKS.find(data.task, f"data.{name}.task"), self.models.facts(data))
+
+    def _trained(self, spec: StageSpec) -> dict[str, ModelSpec]:
+        """What the stage trains; its models are known to later stages from here on."""
+        stage, models = spec.stage, self.models
+        made = {role: models.of(stage, model, stage.place(spec.name, role)) for role, model in stage.trained.items()}
+        models.made |= {model_name(spec.name, stage, role): config for role, config in made.items()}
+        trained = {}
+        for role, model in stage.trained.items():
+            own = model_name(spec.name, stage, role)
+            if model.vocabulary is not None or models.vocabulary(model) is not None:
+                models.compressed[own] = made[role].vocab_size
+            models.check_tokenizer(model, stage.place(spec.name, role), spec.data.task, teaches=False)
+            trained[role] = models.spec(made[role], model, spec.data, compressed=own in models.compressed)
+        return trained
+
+    def _teacher(self, spec: StageSpec, number: int, teacher: TeacherConfig) -> TeacherSpec:
+        place, models = f"{spec.where}.teachers[{number}]", self.models
+        if not BACKENDS[teacher.backend].runs:
+            return TeacherSpec(teacher, place, self._cache(spec, teacher, f"{place}.model"), teacher.backend)
+        made = models.of_teacher(spec.stage, teacher, spec.data.auto_class, place, spec.heads)
+        models.check_tokenizer(teacher.model, place, spec.data.task, teaches=True)
+        BACKENDS[teacher.backend].check(teacher, place)
+        return TeacherSpec(teacher, place, models.spec(made, teacher.model, spec.data), teacher.backend)
+
+    def _cache(self, spec: StageSpec, teacher: TeacherConfig, where: str) -> CacheFacts:
+        """What is known of the cache that stands for a teacher; that of an earlier stage need not exist yet."""
+        ref, data = teacher.model.stage, spec.data
+        if ref is None:
+            facts = read_facts(teacher.model.path or "", self.config.base, data.auto_class, where)
+            check_precision_of(facts, self.config.engine.decided_precision, where)
+            if not self.models.tokens.stands_in:
+                check_tokenizer_of(facts, self.models.tokens.tokenizer, where)
+        else:
+            facts = self._caches[ref.model]
+            check_same_data(self.config, self.config.stages[ref.stage], spec.stage, where)
+        return replace(facts, info=with_open_labels(facts.info, data.auto_class, known=data.facts.known))
+
+    def _with_rows(self, spec: StageSpec) -> StageSpec:
+        """The stage with its rows, each of which its models can answer."""
+        if spec.stage.batch.packing:
+            live = [t.gives for t in spec.teachers if isinstance(t.gives, ModelSpec)]
+            _check_packed(spec.data.task, [*spec.trained.values(), *live], f"{spec.where}.batch.packing")
+        if spec.stage.members:
+            check_members({role: model.info for role, model in spec.trained.items()}, f"{spec.where}.members")
+        rows = self._rows(spec)
+        caches = {t.name: t.gives for t in spec.teachers if isinstance(t.gives, CacheFacts)}
+        check_cached(spec.stage, rows, caches, token_level=spec.token_level, where=spec.where)
+        if caches and spec.token_level and spec.name in self.models.compressed:
+            raise compressed_from_cache(next(iter(caches)), f"{spec.where}.student.vocabulary")
+        return replace(spec, rows=tuple(rows))
+
+    def _rows(self, spec: StageSpec) -> Sequence[Row]:
+        data, first = spec.data, next(iter(spec.trained.values()))
+        return compile_rows(
+            placed_rows(spec.stage, data.config, spec.where, data.facts.kind == "number"),
+            first.info,
+            {t.name: t.info for t in spec.teachers},
+            token_level=spec.token_level,
+            regression=data.regression,
+        )
+
+    def _with_caches(self, spec: StageSpec) -> StageSpec:
+        """The stage with what it keeps of each teacher, which later stages may read."""
+        size, lines, tokens = 0.0, list[str](), train_tokens(spec.data.config, self.config.base)
+        for teacher in spec.teachers:
+            assert isinstance(teacher.gives, ModelSpec), "the configuration refuses a cache of a cache"
+            columns = teacher.gives.num_ids if spec.token_level else teacher.info.num_labels
+            content = content_of(spec.stage.cache, token_level=spec.token_level, columns=columns, seed=self.config.seed)
+            check_layers(content, teacher.info, f"{spec.where}.cache", teacher.name)
+            name = f"{spec.name}/{teacher.name}"
+            self.models.made[name] = teacher.gives.config
+            self._caches[name] = CacheFacts(content, teacher.info, teacher.numbers.parameters, spec.where)
+            size += bytes_per_token(content, teacher.info)
+            remark = BACKENDS[teacher.backend].remark(spec.tokens_per_batch)
+            text = f"{teacher.name}: {describe(content, teacher.info, tokens)}"
+            lines.append("; ".join(filter(None, (text, remark))))
+        return replace(spec, cached=tuple(lines), cache_bytes=None if tokens is None else size * tokens)
+
+    def _notes(self, name: str) -> tuple[str, ...]:
+        """What was decided of a stage's models."""
+        prefix = f"stages.{name}."
+        places = {place: notes for place, notes in self.models.notes.items() if place.startswith(prefix)}
+        lines = [f"{place}: {note}" for place, notes in places.items() for note in notes]
+        if self.config.stages[name].kind == "distill" and never_trained(self.config, name):
+            lines.append("no row compares logits: the model never learns to predict here, and is not scored")
+        return tuple(lines)
+
+
+def _check_packed(task: TaskSpec, models: Sequence[ModelSpec], where: str) -> None:
+    """Refuse to pack examples, or for models, that cannot share a row."""
+    if task.laid:
+        raise UserError(
+            f"examples of task '{task.name}' have two parts, each with a mask of its own",
+            where=where,
+            found="packing",
+            todo="drop packing",
+        )
+    for model in models:
+        check_packing(model.info, where)

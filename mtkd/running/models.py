@@ -1,0 +1,146 @@
+"""Models and teachers of a stage, loaded: each has the run's tokenizer and the head of the stage's data."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mtkd.config import ModelConfig, TeacherConfig
+from mtkd.data.load import LoadedData
+from mtkd.data.tokenizers import num_real_ids
+from mtkd.models.classes import teacher_classes
+from mtkd.models.folder import find_folder
+from mtkd.models.info import CLASSIFIER
+from mtkd.models.load import build_model, compress_model
+from mtkd.models.request import ModelRequest, Taught
+from mtkd.models.taps import TappedModel, input_table
+from mtkd.models.vocabulary import VocabularyMap, compressed_teacher, compressed_twice, make_vocabulary, read_vocabulary
+from mtkd.planning.cachefolder import cache_folder, cached_teacher
+from mtkd.planning.locate import compare_tokenizer, revision_of
+from mtkd.planning.places import placed
+from mtkd.pool import BACKENDS, CachedTeacher, LiveModel, Site
+from mtkd.running.context import RunContext
+from mtkd.running.identity import teacher_digest
+
+
+def load_model(
+    context: RunContext,
+    model: ModelConfig,
+    data: LoadedData,
+    *,
+    seed: int = 0,
+    where: str = "model",
+    teacher: LiveModel | None = None,
+    taught: Taught | None = None,
+    empty: bool = False,
+) -> TappedModel:
+    """A model for the data's task, with taps.
+
+    Args:
+        seed: of everything that is newly initialised.
+        where: its block in the configuration; of a teacher the teacher's, whose `model` it is.
+        teacher: whose embedding tells which ids are alike, for a fresh student with a compressed vocabulary.
+        taught: of a frozen teacher: what is read of it; None for a model that is trained, or was here.
+        empty: without its weights, as `build_model` has it.
+    Raises:
+        UserError: its tokenizer, head, classes or shape are not what the stage needs.
+    """
+    with placed(model=where if taught is None else f"{where}.model", data=f"data.{data.name}", teacher=where):
+        num_ids, task = num_real_ids(context.tokenizer), data.task.class_for(data.config)
+        vocabulary = vocabulary_of(context, model, where)
+        if model.path is not None and vocabulary is None:
+            folder, revision = context.resolve(model.path), revision_of(model)
+            compare_tokenizer(context.tokenizer, folder, revision, where, masked=data.task.masked)
+        request = ModelRequest.of_data(
+            data.name,
+            data.config,
+            (data.num_labels, data.label_names),
+            context.tokenizer,
+            num_ids if vocabulary is None else vocabulary.num_kept,
+            context.resolve,
+        )
+        tables = [] if teacher is None else [teacher.embedding_table]
+        built = build_model(
+            model,
+            replace(request, taught=taught, seed=seed, where=where),
+            on_loaded=lambda whole: tables.insert(0, input_table(whole)),
+            empty=empty,
+        )
+        if model.vocabulary is not None:
+            if vocabulary is not None:
+                raise compressed_twice(f"{where}.vocabulary")
+            vocabulary = _vocabulary(context, model, built, tables[0])
+            built = compress_model(built, task, vocabulary, seed)
+        columns = None
+        if taught is not None and "logits" in taught.reads and task == CLASSIFIER and request.answers is None:
+            classes = teacher_classes(built.config, data.label_names, data.num_labels, where, taught.classes)
+            columns = None if classes.in_order else classes.columns
+        return TappedModel(built, task, num_ids, vocabulary, columns)
+
+
+def vocabulary_of(context: RunContext, model: ModelConfig, where: str) -> VocabularyMap | None:
+    """The map that comes with a model's folder; None for a model with a whole vocabulary."""
+    return read_vocabulary(context.resolve(model.path), context.tokenizer, where) if model.path else None
+
+
+def _vocabulary(context: RunContext, model: ModelConfig, built: PreTrainedModel, table: Tensor) -> VocabularyMap:
+    """The part of the ids that a model is to keep; the main rank's, on every rank. Args: table: [V,H]."""
+    assert model.vocabulary is not None
+    name = context.config.data_name(model.vocabulary.counts)
+    with placed(data=f"data.{name}"):
+        own = make_vocabulary(
+            model.vocabulary,
+            context.config.data[name],
+            context.raw(name),
+            context.tokenizer,
+            built.config,
+            table,
+        )
+    return context.dist.broadcast_object(own)  # near ties could be rounded differently elsewhere
+
+
+def load_teacher(
+    context: RunContext, teacher: TeacherConfig, data: LoadedData, where: str, reads: frozenset[str]
+) -> LiveModel:
+    """A teacher that runs, with its weights where its backend keeps them; a collective.
+
+    Its logits are those of the data's classes, in their order.
+
+    Args:
+        reads: which of its predictions are read (`mtkd.planning.teaching`): their heads must be in its files.
+    Raises:
+        UserError: as `load_model`; weights that cannot be read, or are not finite.
+    """
+    with placed(model=f"{where}.model", teacher=where):
+        assert teacher.model.path is not None
+        if data.task.token_level and vocabulary_of(context, teacher.model, where) is not None:
+            raise compressed_teacher(teacher.model.path, where)
+        backend = BACKENDS[teacher.backend]
+        taught = Taught(reads, teacher.classes)
+        model = load_model(context, teacher.model, data, where=where, taught=taught, empty=backend.in_files)
+        folder = partial(find_folder, teacher.model.path, teacher.model.revision, context.resolve, weights=True)
+        site = Site(context.device, context.dtype, context.dist, folder, context.run.offload_file(teacher.name))
+        return backend.open(teacher, model, site, where)
+
+
+def open_cached(context: RunContext, teacher: TeacherConfig, data: LoadedData, where: str) -> CachedTeacher:
+    """A teacher's cache, which is that of the run's data, tokenizer and (where the run knows it) teacher.
+
+    Raises:
+        DataError: it is of another teacher, tokenizer, data set or precision, or not what was sealed.
+    """
+    ref = teacher.model.stage
+    if ref is None:
+        folder, digest = cache_folder(teacher.model.path or "", context.config.base, where), None
+    else:
+        folder = context.folder(ref.stage).export / ref.part
+        source = next(t for t in context.config.stages[ref.stage].teachers if t.name == ref.part)
+        digest = teacher_digest(context, source)
+    precision = context.config.engine.decided_precision
+    cache = cached_teacher(teacher.name, folder, data, context.tokenizer, digest, precision, where)
+    if ref is not None:  # after it said what else it may be: another teacher's
+        context.export_of(ref)
+    return cache
