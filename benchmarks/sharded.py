@@ -163,7 +163,7 @@ def train(backend: str, count: int, folder: str) -> dict[str, float]:
     from mtkd.objective.settings import Wiring
     from mtkd.pool import LiveTeacher, TeacherPool
     from mtkd.running.train import global_counts
-    from mtkd.weightings.simple import Uniform
+    from mtkd.weightings.constant import Uniform
 
     dist, device = init_distributed("cpu"), torch.device("cpu")
     tapped = partial(TappedModel, auto_class="AutoModelForCausalLM", num_ids=VOCABULARY)

@@ -74,7 +74,7 @@ def measure(arm: str, count: int, steps: int, folder: Path) -> dict[str, float]:
     from mtkd.objective.objective import Objective
     from mtkd.objective.settings import Wiring
     from mtkd.pool import TeacherPool
-    from mtkd.weightings.simple import Uniform
+    from mtkd.weightings.constant import Uniform
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))
     backend, *options = arm.split("-")

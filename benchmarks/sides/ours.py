@@ -18,7 +18,7 @@ from mtkd.objective.objective import Objective
 from mtkd.objective.projection import make_projections
 from mtkd.objective.settings import Wiring
 from mtkd.pool import LiveTeacher, TeacherPool
-from mtkd.weightings.simple import Uniform
+from mtkd.weightings.constant import Uniform
 from sides.setting import BATCH, BETA, LEARNING_RATE, LENGTH, STUDENT, TEACHER, VOCABULARY, bert, llama, token_ids
 
 JSD = mtkd.Match(loss="jsd", options={"beta": BETA})

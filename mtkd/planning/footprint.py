@@ -34,8 +34,8 @@ from mtkd.objective.wire import Wiring, wire
 from mtkd.planning.cachefolder import CacheFacts
 from mtkd.planning.spec import ModelSpec, StageSpec
 from mtkd.weightings.base import StageFacts, Weighting
+from mtkd.weightings.constant import Uniform
 from mtkd.weightings.make import make_weighting
-from mtkd.weightings.simple import Uniform
 
 MOMENTS = ("teachers", "forward", "loss", "backward", "update")
 """Parts of a step, in order: `forward` ends with the student's features, `loss` where the backward pass begins."""

@@ -1,16 +1,16 @@
 """Weightings: how much each teacher counts, per example or per token. ``traits -> weights [T,B,L]`` (L may be 1)."""
 
 from mtkd.weightings import (
-    dropped,
+    certainty,
+    constant,
+    correctness,
+    dropout,
     facts,
     gradients,
-    labels,
     learned,
     reinforced,
-    routed,
-    simple,
+    routing,
     uncertainty,
-    unlabelled,
 )
 from mtkd.weightings.base import StageFacts, Weighting
 from mtkd.weightings.traits import FACTS, TRAITS, Around, Traits, fact, trait
@@ -22,16 +22,16 @@ __all__ = [
     "StageFacts",
     "Traits",
     "Weighting",
-    "dropped",
+    "certainty",
+    "constant",
+    "correctness",
+    "dropout",
     "fact",
     "facts",
     "gradients",
-    "labels",
     "learned",
     "reinforced",
-    "routed",
-    "simple",
+    "routing",
     "trait",
     "uncertainty",
-    "unlabelled",
 ]

@@ -12,7 +12,7 @@ from mtkd.data.batch import NO_LABEL, Batch
 from mtkd.errors import UserError
 from mtkd.models.features import DenseLogits
 from mtkd.weightings import TRAITS, Around, Traits, trait
-from mtkd.weightings.simple import Fixed
+from mtkd.weightings.constant import Fixed
 from mtkd.weightings.spec import WEIGHTINGS
 
 NAMES = ("ce", "entropy", "confidence", "margin", "agreement")
@@ -250,7 +250,7 @@ def test_ca_mkd_of_two_teachers_is_the_softmax_of_minus_ce() -> None:
 
     from mtkd.models.features import DenseLogits
     from mtkd.weightings import Traits
-    from mtkd.weightings.labels import CAMKD
+    from mtkd.weightings.correctness import CAMKD
 
     torch.manual_seed(0)
     logits, labels = torch.randn(2, 5, 4), torch.randint(0, 4, (5,))
