@@ -89,7 +89,7 @@ def jsd(
         return _scaled(_kl(log_s, log_t) if beta else _kl(log_t, log_s), temperature, scale)
     probs_s, probs_t = log_s.exp(), log_t.exp()
     # The derivative through m is the same for every column and vanishes in the softmax, so m needs no graph. Where both
-    # sides underflow their terms are 0 whatever log m is, as long as it is finite.
+    # sides underflow their terms are 0 for any finite log m.
     with torch.no_grad():
         log_m = _log(torch.lerp(probs_s, probs_t, beta))
     to_teacher = (probs_t * (log_t - log_m)).sum(-1)

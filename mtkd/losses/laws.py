@@ -149,15 +149,15 @@ def _lengthened(case: Case) -> Case:
 def _shape_law(spec: LossSpec, case: Case, options: Options) -> None:
     """One float32 value per position, un-reduced; the same at each call."""
     for dtype in (torch.float32, torch.bfloat16):
-        held = replace(case, student=case.student.to(dtype))
+        cast = replace(case, student=case.student.to(dtype))
         try:
-            values, _ = _evaluated(spec, held, options)
+            values, _ = _evaluated(spec, cast, options)
         except ValueError as error:  # of `LossSpec`, which would spread a mean over the positions otherwise
-            raise LawBroken("shape", spec.name, f"{error} ({held})") from error
+            raise LawBroken("shape", spec.name, f"{error} ({cast})") from error
         if values.shape != case.mask.shape or values.dtype != torch.float32:
-            raise LawBroken("shape", spec.name, f"{list(values.shape)} {values.dtype} for {held}")
-        if not torch.equal(_evaluated(spec, held, options)[0], values):
-            raise LawBroken("repeatable", spec.name, f"two calls differ for {held}")
+            raise LawBroken("shape", spec.name, f"{list(values.shape)} {values.dtype} for {cast}")
+        if not torch.equal(_evaluated(spec, cast, options)[0], values):
+            raise LawBroken("repeatable", spec.name, f"two calls differ for {cast}")
 
 
 def _non_negative_law(spec: LossSpec, case: Case, options: Options) -> None:
@@ -180,16 +180,16 @@ def _padding_law(spec: LossSpec, case: Case, options: Options) -> None:
     values, gradient = _evaluated(spec, case, options)
     for garbage in _GARBAGE:
         spoiled = _spoiled(case, garbage)
-        found, slope = _evaluated(spec, spoiled, options)
-        if not (torch.equal(found, values) and torch.equal(slope, gradient)):
+        spoiled_values, slope = _evaluated(spec, spoiled, options)
+        if not (torch.equal(spoiled_values, values) and torch.equal(slope, gradient)):
             raise LawBroken("padding", spec.name, f"{garbage} at padded positions changes {case}")
     padded = _padded(case.mask, gradient, case.position_axes[0])
     if bool(values[~case.mask].any()) or bool(gradient[padded].any()):
         raise LawBroken("padding", spec.name, f"padded positions have a value or a gradient for {case}")
     # In float64: other shapes are other kernels, and values near 0 may be differences of large numbers.
-    sides = [_exact(spec, held, options) for held in (_lengthened(case), case)]
-    for what, found, wanted in zip(("values", "gradient"), *sides, strict=True):
-        inner = found[tuple(slice(size) for size in wanted.shape)]
+    sides = [_exact(spec, one, options) for one in (_lengthened(case), case)]
+    for what, longer, wanted in zip(("values", "gradient"), *sides, strict=True):
+        inner = longer[tuple(slice(size) for size in wanted.shape)]
         if difference(inner, wanted) > TOLERANCE:
             raise LawBroken("padding", spec.name, f"more padding changes the {what} of {case}")
 
@@ -202,10 +202,10 @@ def _finite_law(spec: LossSpec, case: Case, options: Options) -> None:
     for one in (case, *extreme):
         for dtype in (torch.float32, torch.bfloat16):
             teacher = one.teacher if spec.labels else one.teacher.to(dtype)
-            held = replace(one, student=one.student.to(dtype), teacher=teacher)
-            for what, found in zip(("value", "gradient"), _evaluated(spec, held, options), strict=True):
-                if not bool(found.isfinite().all()):
-                    raise LawBroken("finite", spec.name, f"a {what} is not finite for {held}, sizes up to {EXTREME}")
+            cast = replace(one, student=one.student.to(dtype), teacher=teacher)
+            for what, result in zip(("value", "gradient"), _evaluated(spec, cast, options), strict=True):
+                if not bool(result.isfinite().all()):
+                    raise LawBroken("finite", spec.name, f"a {what} is not finite for {cast}, sizes up to {EXTREME}")
 
 
 def _gradient_law(spec: LossSpec, case: Case, options: Options) -> None:
@@ -218,8 +218,8 @@ def _gradient_law(spec: LossSpec, case: Case, options: Options) -> None:
     teacher = case.teacher if spec.labels and not case.teacher.is_floating_point() else case.teacher.double()
 
     def values(student: Tensor) -> Tensor:
-        found = spec.function(student, teacher, case.mask, **dict(options))
-        return found.masked_fill(~case.mask, 0)
+        values = spec.function(student, teacher, case.mask, **dict(options))
+        return values.masked_fill(~case.mask, 0)
 
     student = case.student.double().requires_grad_()
     try:
@@ -231,9 +231,9 @@ def _gradient_law(spec: LossSpec, case: Case, options: Options) -> None:
 LOSS_LAWS = (_shape_law, _non_negative_law, _equality_law, _padding_law, _finite_law, _gradient_law)
 
 
-def difference(found: Tensor, wanted: Tensor) -> float:
+def difference(values: Tensor, wanted: Tensor) -> float:
     """Largest difference, in units of the largest entry wanted; infinite where not a number."""
     if wanted.numel() == 0:
         return 0.0
-    gap = (found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)
+    gap = (values - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)
     return float(gap.nan_to_num(torch.inf))

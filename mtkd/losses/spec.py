@@ -1,4 +1,4 @@
-"""What is known of a registered loss, and how it is called from Python.
+"""A registered loss: its function, what it reads, and the laws it keeps; `LOSSES` holds all of them.
 
     mtkd.LOSSES["kl"](student, teacher, mask, temperature=2.0)      one value per position
 
@@ -60,7 +60,7 @@ class LossSpec:
     def __call__(
         self, student: Any, teacher: Any, mask: Any = None, options: Mapping[str, Any] | None = None, **named: Any
     ) -> Any:
-        """The loss per position, 0 where `mask` is False whatever stands there (NaN and infinity included).
+        """The loss per position; 0 where `mask` is False, even for NaN and infinity there.
 
         Masking comes before the arithmetic: ``inf * 0`` after it would be NaN, in the gradient too.
 
@@ -70,7 +70,8 @@ class LossSpec:
             teacher: the same leading axes; or labels, one per position.
             mask: one entry per position, bool or 0 and 1: [n], [B] or [B,L]. None: every position counts, which saves
                 three copies of vocabulary size.
-            options: of the loss, as a row has them. named: the same as keywords; these win.
+            options: of the loss, as a row has them.
+            named: the same as keywords; these win.
 
         Raises:
             UserError: a keyword that is no option of this loss, or of the wrong type.

@@ -1,4 +1,4 @@
-"""What is known of a registered method, and how its rows are read from Python.
+"""A registered method: its function, its steps and its paper; `METHODS` holds all of them.
 
     mtkd.METHODS["kd"](temperature=4.0)                             its rows, by label
 
@@ -20,7 +20,7 @@ STEPS = ("pre-train", "fine-tune", "prediction")
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """A method of the literature: a function from its options to the rows it is made of.
+    """A method of the literature: a function from its options to its rows.
 
     Attributes:
         function: ``(**options) -> {label: Match}``; a method of several steps has an option ``step``.

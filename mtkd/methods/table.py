@@ -33,7 +33,7 @@ def _row(name: str, spec: MethodSpec) -> dict[str, str]:
             family = _FAMILIES.get(row.loss, row.loss)
             if family not in cells[column]:
                 cells[column].append(family)
-    shown = {feature: " ".join(found) for feature, found in cells.items()}
+    shown = {feature: " ".join(families) for feature, families in cells.items()}
     return {"name": name, "stages": _stages(spec), **shown, "must be equal": ", ".join(spec.must_be_equal) or "-"}
 
 

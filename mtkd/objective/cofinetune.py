@@ -39,7 +39,9 @@ def check_members(infos: Mapping[str, ModelInfo], where: str) -> None:
     """Refuse models that cannot share their pooling and prediction layers.
 
     Args:
-        infos: by member, in order. where: the stage's `members` in the configuration.
+        infos: by member, in order.
+        where: the stage's `members` in the configuration.
+
     Raises:
         UserError: not classifiers, an architecture whose head is not known, other layers or widths.
     """
@@ -76,13 +78,13 @@ def check_members(infos: Mapping[str, ModelInfo], where: str) -> None:
 def share_heads(models: Mapping[str, TappedModel]) -> None:
     """Make the pooling and prediction parameters of every model those of the first one; checked before."""
     first, *others = models.values()
-    for theirs in others:
-        pairs = zip(_HEADS[first.info.architecture], _HEADS[theirs.info.architecture], strict=True)
+    for other in others:
+        pairs = zip(_HEADS[first.info.architecture], _HEADS[other.info.architecture], strict=True)
         for source, target in pairs:
-            layer, shared = theirs.model.get_submodule(target), first.model.get_submodule(source)
+            layer, shared = other.model.get_submodule(target), first.model.get_submodule(source)
             assert {n for n, _ in layer.named_parameters()} >= {n for n, _ in shared.named_parameters()}
             for name, parameter in layer.named_parameters():
-                # a bias that only one side has (decoders' heads have none) stays the model's own
+                # A bias that only one side has (decoders' heads have none) stays the model's own.
                 layer.register_parameter(name, dict(shared.named_parameters()).get(name, parameter))
 
 
@@ -92,7 +94,9 @@ class CoFinetuning(Trainable):
     Args:
         members: by name; their heads are shared here.
         regression: squared error instead of cross entropy.
-        tile: positions per tile of a validation. dtype: bfloat16 runs the models under autocast.
+        tile: positions per tile of a validation.
+        dtype: bfloat16 runs the models under autocast.
+
     Source: Wu et al. 2021, One Teacher is Enough? / MT-BERT, arXiv 2106.01023, section on co-finetuning.
     """
 
@@ -101,18 +105,18 @@ class CoFinetuning(Trainable):
     ) -> None:
         super().__init__()
         share_heads(members)
-        # a name may hold a dot, which the name of a module may not
+        # A member's name may have a dot, which the name of a module may not.
         self.members, self._names = nn.ModuleList(members.values()), tuple(members)
         self.tile, self.dtype = tile, dtype
         self._loss = LOSSES["label_mse" if regression else "ce"]
 
     @property
     def models(self) -> dict[str, TappedModel]:
-        found = {}
+        models = {}
         for name, member in zip(self._names, self.members, strict=True):
             assert isinstance(member, TappedModel)
-            found[name] = member
-        return found
+            models[name] = member
+        return models
 
     def forward(
         self, batch: Batch, teachers: list[Features], counts: dict[str, int]
@@ -129,7 +133,7 @@ class CoFinetuning(Trainable):
         labels, mask = batch.targets, batch.target_mask
         for name, model in self.models.items():
             logits = logits_of(model, batch, self.dtype)
-            scores = logits.rows(torch.arange(len(labels), device=labels.device))
+            scores = logits.rows(torch.arange(len(labels), device=labels.device))  # [B,C]
             value = self._loss(scores, labels, mask).sum() / max(counts["targets"], 1)
             total = total + value
             metrics[ROW + name] = value.detach()

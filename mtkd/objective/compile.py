@@ -1,4 +1,7 @@
-"""Match rows checked against the models they compare: everything a row can get wrong is found here, at plan time."""
+"""Compile Match rows: check each against the models that it compares, and resolve its loss and layers.
+
+Everything that a row can get wrong is refused here, at plan time.
+"""
 
 from __future__ import annotations
 
@@ -69,9 +72,10 @@ class Row:
 
 @contextmanager
 def at_row(place: str) -> Iterator[None]:
-    """Within it an error at ``@row...`` is at the row's own place, or at that of the method whose row it is.
+    """Move an error at ``@row...`` to the row's own place, or to that of the method whose row it is.
 
-    Args: place: as `mtkd.methods.rows.placed_rows` has it: ``stages.s.match[0]``, or ``stages.s.method: LABEL``.
+    Args:
+        place: a key of `mtkd.methods.rows.placed_rows`: ``stages.s.match[0]``, or ``stages.s.method: LABEL``.
     """
     block, of_method, label = place.partition(": ")
     try:
@@ -165,7 +169,7 @@ def _check_loss(match: Match, spec: LossSpec, token_level: bool, regression: boo
 
 
 def _check_values(match: Match, spec: LossSpec) -> None:
-    """Try the options on a tiny input, so that a value the loss refuses (temperature 0) is found before training."""
+    """Try the options on a tiny input: a value that the loss refuses (temperature 0) is refused before training."""
     if not match.options:
         return
     heads = match.options.get("heads", 0)

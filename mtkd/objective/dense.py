@@ -37,13 +37,14 @@ def inner_row(
     total = torch.zeros((), device=mask.device)
     for k, teacher in enumerate(teachers):
         for pair, (student_layer, teacher_layer) in enumerate(row.pairs[k]):
-            ours, theirs = student[row.feature_key(student_layer)], teacher[row.feature_key(teacher_layer)]
-            assert isinstance(ours, Tensor)
-            assert isinstance(theirs, Tensor)
+            source, target = student[row.feature_key(student_layer)], teacher[row.feature_key(teacher_layer)]
+            assert isinstance(source, Tensor)
+            assert isinstance(target, Tensor)
             key = projection_key(row, position, k, pair)
             if key in projections:
-                ours = projections[key](ours.float())
-            values = row.spec(ours, theirs, mask, row.match.options)  # [B,L] or [B]
+                # The adapter's weight is float32; autocast may have left the features in bfloat16.
+                source = projections[key](source.float())
+            values = row.spec(source, target, mask, row.match.options)  # [B,L] or [B]
             if row.match.weighted:
                 values = values * (weights[k] if values.dim() == 2 else weights[k][:, 0])
             share = len(row.pairs[k]) if row.match.layer_reduction == "mean" else 1
@@ -60,10 +61,10 @@ def next_sentence_row(
         weights: of sequences, [T,B,1].
     """
     index = batch.real.nonzero().squeeze(-1)  # [n]
-    ours = as_logits(student["nsp_logits"]).rows(index)  # [n,2]
+    student_logits = as_logits(student["nsp_logits"]).rows(index)  # [n,2]
     if row.from_labels:
         assert batch.nsp_targets is not None, "the task says that there are next-sentence labels"
-        value: Tensor = row.spec(ours, batch.nsp_targets[index], None, row.match.options).sum()
+        value: Tensor = row.spec(student_logits, batch.nsp_targets[index], None, row.match.options).sum()
         return value
-    theirs = [as_logits(teacher["nsp_logits"]).rows(index) for teacher in teachers]  # T of [n,2]
-    return ensemble_losses(row, ours, theirs, weights[:, index, 0], None).sum()
+    teacher_logits = [as_logits(teacher["nsp_logits"]).rows(index) for teacher in teachers]  # T of [n,2]
+    return ensemble_losses(row, student_logits, teacher_logits, weights[:, index, 0], None).sum()

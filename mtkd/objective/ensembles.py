@@ -20,8 +20,11 @@ def ensemble_losses(
     """Per-position loss of one logits row over all teachers.
 
     Args:
-        student: [m,V]. teachers: T of [m,V], or sparse: then completed by the student. weights: [T,m]. mask: [m], or
-            None when every position counts.
+        student: [m,V].
+        teachers: T of [m,V], or sparse: then the student completes them.
+        weights: [T,m].
+        mask: [m], or None when every position counts.
+
     Returns:
         [m]. ``losses``: ``sum_k w_k l(s, t_k)``. ``probabilities`` and ``logits``: ``(sum_k w_k) l(s, mixture)``, the
         mixture arithmetic (of softmax at the row's temperature) or geometric (of logits), with weights of sum 1.
@@ -40,14 +43,15 @@ def ensemble_losses(
     if ensemble == "losses":
         losses = [w * spec(student, t, mask, own) for w, (t, own) in zip(weights, pairs, strict=True)]
         return torch.stack(losses).sum(0)
-    total = weights.sum(0)
-    shares = weights / total.clamp_min(1e-30)
+    total = weights.sum(0)  # [m]
+    shares = weights / total.clamp_min(1e-30)  # [T,m]; where all weights are 0 the loss is 0, not 0/0
     if ensemble == "logits":
         mixture = sum(w[:, None] * t for w, t in zip(shares, wholes, strict=True))
     else:
         temperature, _ = spec.temperature(options)
         probs = sum(w[:, None] * torch.softmax(t / temperature, -1) for w, t in zip(shares, wholes, strict=True))
-        assert isinstance(probs, Tensor)
+        assert isinstance(probs, Tensor)  # [m,V]
+        # A probability that underflows has no logarithm; the smallest float's is finite and weighs nothing.
         mixture = probs.clamp_min(torch.finfo(probs.dtype).tiny).log() * temperature
     return total * spec(student, mixture, mask, options)
 
@@ -62,7 +66,9 @@ def soft_target_losses(
 ) -> Tensor:
     """``T^2 (sum_k w_k c(p_k) - <sum_k w_k p_k, log p_S>)``, [m]: the student is read once for any T.
 
-    Args: mixed, constant: the two sums over the teachers, [m,V] and [m].
+    Args:
+        mixed: the teachers' mixture, [m,V].
+        constant: the part without the student, [m].
     """
     temperature, factor = spec.temperature(options)
     log_student = _log_probs(student, mask, temperature)
@@ -85,7 +91,7 @@ def _mixture(
         log_probs = _log_probs(teacher, mask, temperature)
         probs = log_probs.exp()
         constant = constant + weight * teacher_term(log_probs, probs)
-        if learned:  # the weights' gradients need every teacher's own probabilities
+        if learned:  # the weights' gradients need every teacher's own probabilities, so memory holds T of [m,V]
             mixed = mixed + weight[:, None] * probs
         else:
             mixed.addcmul_(probs, weight[:, None])

@@ -18,7 +18,8 @@ from mtkd.objective.objective import Counts, Objective
 from mtkd.objective.targets import positions_of
 from mtkd.weightings.gradients import has_gradient
 
-_AT_ONCE = 2**18  # entries of a gradient that are multiplied in float64 at one time: 2 MB per teacher
+_AT_ONCE = 2**18
+"""Entries of a gradient that are multiplied in float64 at one time: 2 MB per teacher. Not tuned."""
 
 
 @torch.no_grad()
@@ -31,8 +32,8 @@ def gram(
 ) -> Tensor:
     """``G_jk = <dd_j/dz, dd_k/dz>`` of a micro-batch, [T,T] float64; a step's is the sum over its batches and ranks.
 
-    d_k is what the stage's weighted rows on logits would be with teacher k alone, z the student's logits at the
-    positions that count. With the student in eval mode: dropout would draw another z than training does.
+    d_k is the loss of the stage's weighted rows on logits with teacher k alone; z are the student's logits at the
+    positions that count. The student must be in eval mode: dropout would draw another z than training does.
 
     Args:
         counts: global numbers of positions of the step.
@@ -43,11 +44,12 @@ def gram(
     at = positions_of(rows, batch, objective.token_level)
     total = torch.zeros(len(teachers), len(teachers), dtype=torch.float64, device=at.index.device)
     with whole_head():
-        student, theirs = logits.in_dtype(objective.dtype), objective.teacher_logits(teachers)
+        student, teacher_logits = logits.in_dtype(objective.dtype), objective.teacher_logits(teachers)
         for piece in objective.pieces.of(len(at.index), objective.tile):
             index, has_label = at.index[piece], at.has_label[piece]  # [m]
-            ours = student.rows(index)  # [m,V]
-            gradients = [_gradient(objective, rows, ours, read(each, index), has_label, counts) for each in theirs]
+            tile = student.rows(index)  # [m,V]
+            targets = (read(each, index) for each in teacher_logits)
+            gradients = [_gradient(objective, rows, tile, target, has_label, counts) for target in targets]
             total += _products(torch.stack(gradients))  # [T,m*V] -> [T,T]
     return total
 
@@ -73,7 +75,7 @@ def _gradient(
     has_label: Tensor,
     counts: Counts,
 ) -> Tensor:
-    """Of one teacher's loss on a tile with respect to the student's logits [m,V], flat."""
+    """The gradient of one teacher's loss on a tile with respect to the student's logits [m,V], flat [m*V]."""
     if isinstance(teacher, SparseRows) and teacher.tail is None:
         raise UserError(
             "drawn targets are unbiased in a gradient, not in inner products of gradients",

@@ -22,7 +22,7 @@ from mtkd.objective.tiles import tiled
 def check_tiled(loss: str | LossSpec, options: Options | None = None) -> None:
     """A loss on logits is the same in tiles as over all positions at once, and with several teachers as their sum.
 
-    In float32 to 1e-6 of the largest entry, beside the loss's own rounding. With bfloat16 products the error against
+    In float32 to 1e-6 of the largest entry, plus the loss's own rounding. With bfloat16 products the error against
     float32 is at most twice (values) and three times (gradients) that of plain autocast: flash-attention's rule.
 
     Raises:
@@ -110,20 +110,20 @@ def _gradients(loss: Tensor, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def _same_in_tiles_law(spec: LossSpec, options: Options) -> None:
     """Tiles that divide the positions and tiles that do not, padded columns, with and without a soft cap.
 
-    Errors count in units of a tensor's largest entry over a few draws. Beside the tolerance, a loss whose terms cancel
-    may have twice the error that it has over all positions at once.
+    Errors count in units of a tensor's largest entry over a few draws. The tolerance grows by twice the error that the
+    loss has over all positions at once: terms that cancel are allowed their rounding.
     """
     heads = [_head(spec, options, seed, 12, capped=seed % 2 == 1) for seed in range(4)]
     exact, plain = ([_whole(head, dtype) for head in heads] for dtype in (torch.float64, torch.float32))
     for tile in (1, 4, 5, 12, 50):
-        found = [_in_tiles(head, tile, torch.float32) for head in heads]
+        tiled_values = [_in_tiles(head, tile, torch.float32) for head in heads]
         for i, what in enumerate(("loss", *_PARTS)):
-            tiles, whole, wanted = (torch.stack([x[i] for x in side]) for side in (found, plain, exact))
+            tiles, whole, wanted = (torch.stack([x[i] for x in side]) for side in (tiled_values, plain, exact))
             gap, allowed = difference(tiles, wanted), 2 * difference(whole, wanted) + TOLERANCE
             if not gap <= allowed:
                 text = f"{what} is off by {gap:.1e} of its size in tiles of {tile}; {allowed:.1e} would be rounding"
                 raise LawBroken("tiled", spec.name, text)
-        if any(bool(x[i][head.columns :].any()) for x, head in zip(found, heads, strict=True) for i in (2, 3)):
+        if any(bool(x[i][head.columns :].any()) for x, head in zip(tiled_values, heads, strict=True) for i in (2, 3)):
             raise LawBroken("tiled", spec.name, "padded vocabulary columns have a gradient")
 
 
@@ -135,25 +135,28 @@ def _empty_law(spec: LossSpec, options: Options) -> None:
     loss, _ = tiled(student, head.index, weights, head.tile_loss, tile=4, dtype=torch.float32)
     if not loss.requires_grad:
         raise LawBroken("tiled", spec.name, "no positions give a loss without gradients")
-    found = torch.autograd.grad(loss, head.parts[:3], allow_unused=True)
-    if float(loss.detach()) != 0 or any(x is None or bool(x.any()) for x in found):
+    gradients = torch.autograd.grad(loss, head.parts[:3], allow_unused=True)
+    if float(loss.detach()) != 0 or any(x is None or bool(x.any()) for x in gradients):
         raise LawBroken("tiled", spec.name, f"no positions give a loss of {float(loss.detach())}, or no zero gradient")
 
 
 def _bfloat16_law(spec: LossSpec, options: Options) -> None:
-    """Errors against float32 beside those of plain autocast, each the largest over a few draws."""
-    ours, plain = [0.0] * 5, [0.0] * 5
+    """Errors against float32 next to those of plain autocast; each error is the largest over a few draws."""
+    tiled_errors, plain_errors = [0.0] * 5, [0.0] * 5
     for seed in range(8):
         head = _head(spec, options, seed, 12, capped=False)
         exact = _whole(head, torch.float32)
-        for errors, found in ((ours, _in_tiles(head, 5, torch.bfloat16)), (plain, _whole(head, torch.bfloat16))):
-            for i, (x, y) in enumerate(zip(found, exact, strict=True)):
+        for errors, values in (
+            (tiled_errors, _in_tiles(head, 5, torch.bfloat16)),
+            (plain_errors, _whole(head, torch.bfloat16)),
+        ):
+            for i, (x, y) in enumerate(zip(values, exact, strict=True)):
                 errors[i] = max(errors[i], float((x - y).abs().max()))
     for i, what in enumerate(("loss", *_PARTS)):
         factor = 3 if i else 2
-        if not ours[i] <= factor * plain[i] + TOLERANCE:
-            found_text = f"bfloat16 error of the {what} is {ours[i]:.1e}, plain autocast's {plain[i]:.1e}"
-            raise LawBroken("tiled in bfloat16", spec.name, found_text)
+        if not tiled_errors[i] <= factor * plain_errors[i] + TOLERANCE:
+            text = f"bfloat16 error of the {what} is {tiled_errors[i]:.1e}, plain autocast's {plain_errors[i]:.1e}"
+            raise LawBroken("tiled in bfloat16", spec.name, text)
 
 
 def _ensemble_law(spec: LossSpec, options: Options) -> None:
@@ -169,11 +172,11 @@ def _ensemble_law(spec: LossSpec, options: Options) -> None:
     row = Row(Match(loss=spec.name, options=dict(options)), spec, spec.name, (((0, 0),),) * 3)
     for mask in (torch.arange(12) % 5 != 3, None):
         every = torch.ones(12, dtype=torch.bool) if mask is None else mask
-        found = ensemble_losses(row, student, teachers, leaves[1], mask)
+        together = ensemble_losses(row, student, teachers, leaves[1], mask)
         plain = torch.stack([w * spec(student, t, every, options) for w, t in zip(leaves[1], teachers, strict=True)])
-        sides = [(x, *_gradients(x.sum(), leaves)) for x in (found, plain.sum(0))]
-        for what, ours, theirs in zip(("values", "student's gradient", "weights' gradient"), *sides, strict=True):
-            gap = difference(ours.detach(), theirs.detach())
+        sides = [(x, *_gradients(x.sum(), leaves)) for x in (together, plain.sum(0))]
+        for what, ensemble, wanted in zip(("values", "student's gradient", "weights' gradient"), *sides, strict=True):
+            gap = difference(ensemble.detach(), wanted.detach())
             if not gap <= TOLERANCE:
                 raise LawBroken("ensemble", spec.name, f"{what} of three teachers are off by {gap:.1e} of their size")
 

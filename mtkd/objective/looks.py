@@ -29,27 +29,28 @@ def before_step(
     micro_batches: list[Batch],
     counts: dict[str, int],
 ) -> Iterable[tuple[Batch, list[Features]]]:
-    """The step's micro-batches with their teachers' features; tells the objective what they have in common.
+    """The step's micro-batches with their teachers' features; the objective learns the step's number and Gram matrix.
 
-    Teachers are asked one micro-batch at a time, unless the weighting reads the Gram matrix of the whole step: then
-    their features of all micro-batches are held, so that no teacher runs twice.
+    Teachers run one micro-batch at a time. If the weighting reads the Gram matrix of the whole step, memory holds their
+    features of all micro-batches, so that no teacher runs twice.
     """
     if not isinstance(objective, Objective):
         return ((batch, pool.forward(batch)) for batch in micro_batches)
     if "gram" not in objective.weighting.reads or len(objective.teacher_names) < 2:
         objective.begin_step(step)
         return ((batch, pool.forward(batch)) for batch in micro_batches)
-    held = [pool.forward(batch) for batch in micro_batches]
+    features_of_step = [pool.forward(batch) for batch in micro_batches]
     count = len(objective.teacher_names)
     objective.student.eval()
     with torch.no_grad():
         parts = []
-        for batch, features in zip(micro_batches, held, strict=True):
+        for batch, features in zip(micro_batches, features_of_step, strict=True):
             parts.append(gram(objective, batch, features, counts, engine.whole_head))
     objective.train()
+    # Every rank solves for its weights from the same sum, so no rank can have others.
     total = engine.dist.sum(torch.stack(parts).sum(0).reshape(-1).tolist())
     objective.begin_step(step, torch.tensor(total, dtype=torch.float64).reshape(count, count))
-    return list(zip(micro_batches, held, strict=True))
+    return list(zip(micro_batches, features_of_step, strict=True))
 
 
 def after_step(objective: Trainable, engine: Engine, micro_batches: list[Batch]) -> None:
@@ -60,10 +61,11 @@ def after_step(objective: Trainable, engine: Engine, micro_batches: list[Batch])
     if not weighting.rewarded or not objective.teacher_names:
         return
     objective.student.eval()
-    mine = weighting.judged([_losses(objective, batch, engine) for batch in micro_batches])
+    own = weighting.judged([_losses(objective, batch, engine) for batch in micro_batches])
     objective.train()
-    total = engine.dist.sum(mine.tolist())
-    weighting.reward(torch.tensor(total, dtype=torch.float64, device=mine.device))
+    # Summed over ranks: a reward by each rank's own examples would let the copies of the policy drift apart.
+    total = engine.dist.sum(own.tolist())
+    weighting.reward(torch.tensor(total, dtype=torch.float64, device=own.device))
 
 
 @torch.no_grad()

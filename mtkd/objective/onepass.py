@@ -32,18 +32,14 @@ _FAR = 0.05
 
 @dataclass
 class _Group:
-    """Cached teachers whose values stack: their numbers, and at all n selected positions the columns they know.
-
-    `probs` [n,T,k] and `tail` [n,T] are probabilities (tail 0 for drawn columns), `constant` [n,T] is
-    ``sum_v p log p``: the part of a KL divergence without the student.
-    """
+    """Cached teachers whose values stack: their numbers, and the columns that they know at all n selected positions."""
 
     teachers: list[int]
     temperature: float
     ids: Tensor  # [n,T,k]
-    probs: Tensor
-    tail: Tensor
-    constant: Tensor
+    probs: Tensor  # [n,T,k]
+    tail: Tensor  # [n,T], a probability; 0 for drawn columns
+    constant: Tensor  # [n,T], sum_v p log p: the part of a KL divergence without the student
 
 
 class ReadOnce:
@@ -54,7 +50,9 @@ class ReadOnce:
 
     Args:
         rows: the logits rows of the stage. Every selected position counts in all of them.
-        logits: of all teachers. index: flat positions that are selected, [n]. labels: there, [n].
+        logits: of all teachers.
+        index: flat positions that are selected, [n].
+        labels: there, [n].
     """
 
     def __init__(self, rows: Sequence[Row], logits: Sequence[Logits], index: Tensor, labels: Tensor) -> None:
@@ -71,7 +69,7 @@ class ReadOnce:
         self.groups = _groups(known)
 
     def serves(self, row: Row) -> bool:
-        """Whether the row's losses against the cached teachers are read here."""
+        """Whether the row's losses against the cached teachers come from here."""
         return bool(self.groups) and row.key in self.keys
 
     def at(self, student: Tensor, positions: slice) -> OneTile:
@@ -97,12 +95,12 @@ def _groups(known: Mapping[int, SparseRows]) -> list[_Group]:
         kinds.setdefault((rows.temperature, rows.ids.shape[1] if rows.tail is not None else -1), []).append(k)
     groups = []
     for (temperature, _), members in kinds.items():
-        held = [known[k] for k in members]
-        width = max(r.ids.shape[1] for r in held)
-        probs = torch.stack([_widened(r.log_probs.exp(), width) for r in held], 1)
-        ids = torch.stack([_widened(r.ids, width) for r in held], 1)
-        tails = [torch.zeros(len(r), device=r.ids.device) if r.tail is None else r.tail.exp() for r in held]
-        constants = [_negative_entropy(r) for r in held]
+        group = [known[k] for k in members]
+        width = max(r.ids.shape[1] for r in group)
+        probs = torch.stack([_widened(r.log_probs.exp(), width) for r in group], 1)
+        ids = torch.stack([_widened(r.ids, width) for r in group], 1)
+        tails = [torch.zeros(len(r), device=r.ids.device) if r.tail is None else r.tail.exp() for r in group]
+        constants = [_negative_entropy(r) for r in group]
         groups.append(_Group(members, temperature, ids, probs, torch.stack(tails, 1), torch.stack(constants, 1)))
     return groups
 
@@ -120,7 +118,7 @@ def _negative_entropy(rows: SparseRows) -> Tensor:
 
 
 class OneTile:
-    """One tile's student against all cached teachers; each temperature's pass is made when a row first asks."""
+    """One tile's student against all cached teachers; each temperature's pass runs when a row first asks."""
 
     def __init__(self, once: ReadOnce, student: Tensor, positions: slice) -> None:
         self._once, self._student, self._positions = once, student, positions
@@ -147,8 +145,8 @@ class OneTile:
             else:
                 values = cross + group.constant[self._positions]
             own = weights.t() if len(group.teachers) == len(weights) else weights[group.teachers].t()
-            found = (own * values).sum(-1)
-            total = found if total is None else total + found
+            losses = (own * values).sum(-1)
+            total = losses if total is None else total + losses
         assert total is not None
         return total if factor == 1 else factor * total
 
@@ -201,7 +199,7 @@ class _CrossEntropies(torch.autograd.Function):
         cross = -(probs * log_kept).sum(-1) - tail * log_outside
         inside = cross.new_zeros(cross.shape)
         if needs_mean:
-            # sum over the others of s log s; a soft target in the tail's shape adds their entropy to the cross entropy
+            # Sum over the others of s log s: a soft target in the tail's shape adds their entropy to the cross entropy.
             sums = ((powers * scaled).sum(-1, keepdim=True) / total - log_total) - (kept * log_kept).sum(-1)
             inside = tail * _entropy_outside(scaled, ids, tail, outside, sums)
         label = cross.new_zeros(len(cross))
@@ -237,7 +235,10 @@ class _CrossEntropies(torch.autograd.Function):
 def _outside(
     scaled: Tensor, powers: Tensor, total: Tensor, ids: Tensor, kept: Tensor, tail: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The student's mass outside the kept columns and its log, [m,T]; summed anew where that is too coarse."""
+    """The student's mass outside the kept columns and its log, [m,T].
+
+    One minus the kept mass where that is exact enough; else the mass is summed over the other columns.
+    """
     tiny = torch.finfo(powers.dtype).tiny
     outside = (1 - kept.sum(-1)).clamp_min(tiny)
     coarse = outside.square() < _SURE * tail
@@ -255,14 +256,14 @@ def _outside(
 
 def _entropy_outside(scaled: Tensor, ids: Tensor, tail: Tensor, outside: Tensor, sums: Tensor) -> Tensor:
     """Entropy of the student over the columns not kept, from their sums of s log s, [m,T]; 0 without a tail."""
-    # drawn columns have no tail, and their unused places repeat a column: `outside` means nothing there
-    found = (outside.log() - sums / outside).masked_fill(tail == 0, 0)
+    # Drawn columns have no tail, and their unused places repeat a column: `outside` means nothing there.
+    entropy = (outside.log() - sums / outside).masked_fill(tail == 0, 0)
     far = outside < _FAR * tail
     if bool(far.any()):
         position, teacher = far.nonzero(as_tuple=True)
         log_others = _others(scaled, ids, position, teacher).log_softmax(-1)
-        found[position, teacher] = -negative_entropy(log_others, log_others.exp())
-    return found
+        entropy[position, teacher] = -negative_entropy(log_others, log_others.exp())
+    return entropy
 
 
 def _others(scaled: Tensor, ids: Tensor, position: Tensor, teacher: Tensor) -> Tensor:

@@ -27,9 +27,11 @@ def make_projections(
 
     MT-BERT's per-layer projections exist at equal width too (Wu et al. 2021, equation 4: W_ij per teacher and layer).
 
-    Args: seed: of their initialisation, independent of the global random state.
+    Args:
+        seed: of their initialisation.
     """
     projections = nn.ModuleDict()
+    # The global random state stays: dropout must not depend on how many adapters a stage has.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for position, row in enumerate(rows):
@@ -48,5 +50,5 @@ def make_projections(
 def _adapter(source: int, target: int) -> nn.Linear:
     linear = nn.Linear(source, target, bias=False)
     if source == target:
-        nn.init.eye_(linear.weight)  # starts as no change
+        nn.init.eye_(linear.weight)  # at first it changes nothing
     return linear

@@ -27,14 +27,12 @@ class Positions:
     """The positions of a micro-batch that logits rows read.
 
     Attributes:
-        index: flat positions, [n].
-        labels: the targets there, [n]; `has_label`: where there is one, [n] bool.
         everywhere: positions without a target are among them.
     """
 
-    index: Tensor
-    labels: Tensor
-    has_label: Tensor
+    index: Tensor  # [n], flat positions
+    labels: Tensor  # [n], the targets there
+    has_label: Tensor  # [n] bool, where there is one
     everywhere: bool
 
     def mask(self, row: Row, token_level: bool) -> Tensor | None:
@@ -55,13 +53,12 @@ class Tile:
     """One tile of the student, as every row of a pass reads it.
 
     Attributes:
-        student: its logits, [m,V]. weights: of the teachers, [T,m].
         at: its place among the n positions.
-        shared: what several rows read off the student, by who made it; it lives as long as the tile.
+        shared: what several rows read off the student, by its maker; it lives as long as the tile.
     """
 
-    student: Tensor
-    weights: Tensor
+    student: Tensor  # [m,V], its logits
+    weights: Tensor  # [T,m], of the teachers
     at: slice
     shared: dict[Hashable, Any] = field(default_factory=dict)
 
@@ -75,7 +72,11 @@ class Targets(Protocol):
 
 
 class Labels:
-    """The labels. `mask` [n] or None: where the row counts."""
+    """The labels.
+
+    Args:
+        mask: where the row counts, [n], or None.
+    """
 
     def __init__(self, row: Row, labels: Tensor, mask: Tensor | None) -> None:
         self._row, self._labels, self._mask = row, labels, mask
@@ -85,14 +86,19 @@ class Labels:
 
 
 class Together:
-    """Several teachers at the same time. `members`: their numbers; `teachers` are shared by the rows of a step."""
+    """Several teachers at the same time.
+
+    Args:
+        teachers: shared by the rows of a step.
+        members: numbers of the teachers that are read.
+    """
 
     def __init__(self, row: Row, teachers: TeacherTiles, members: Sequence[int], mask: Tensor | None) -> None:
         self._row, self._teachers, self._members, self._mask = row, teachers, list(members), mask
 
     def losses(self, tile: Tile) -> Tensor:
-        theirs = self._teachers(tile.at)
-        members = [theirs[k] for k in self._members]
+        rows = self._teachers(tile.at)
+        members = [rows[k] for k in self._members]
         return ensemble_losses(self._row, tile.student, members, tile.weights[self._members], _part(self._mask, tile))
 
 
@@ -103,8 +109,8 @@ class Alone:
         self._row, self._teachers, self._number, self._mask = row, teachers, number, mask
 
     def losses(self, tile: Tile) -> Tensor:
-        theirs, weights = self._teachers(tile.at, only=self._number), tile.weights[self._number, None]
-        return ensemble_losses(self._row, tile.student, theirs, weights, _part(self._mask, tile))
+        rows, weights = self._teachers(tile.at, only=self._number), tile.weights[self._number, None]
+        return ensemble_losses(self._row, tile.student, rows, weights, _part(self._mask, tile))
 
 
 class Kept:
@@ -127,11 +133,14 @@ class Kept:
 class Mixture:
     """The weighted teachers of a row of soft targets as one distribution, a tile at a time.
 
-    The teachers take turns: whatever their number, one teacher's tile and the mixture's exist.
+    The teachers take turns: memory holds one teacher's tile and the mixture's, for any number of teachers.
 
     Args:
-        row: of several teachers, with a loss that `mixes`. logits: one per teacher, none of a cache.
-        index: flat positions, [n]. weights: at these positions, [T,n]; constants. size: positions per tile.
+        row: of several teachers, with a loss that `mixes`.
+        logits: one per teacher, none of a cache.
+        index: flat positions, [n].
+        weights: at these positions, [T,n]; constants.
+        size: positions per tile.
     """
 
     def __init__(
@@ -158,7 +167,7 @@ class Mixture:
             self._add(self._logits[k].rows(self._index[whole]), weights, first=k == 0)
 
     def _add(self, logits: Tensor, weights: Tensor, *, first: bool) -> None:
-        """One teacher's share; a function of its own, so that nothing of it is left when the next one is read."""
+        """Add one teacher's share; in a function of its own, so that its tile is freed before the next one exists."""
         spec = self._row.spec
         temperature, _ = spec.temperature(self._row.match.options)
         assert spec.teacher_term is not None
@@ -180,15 +189,16 @@ class TeacherTiles:
         self._tiles: list[Tensor | SparseRows] = []
 
     def __call__(self, at: slice, only: int | None = None) -> list[Tensor | SparseRows]:
-        """T of [m,V], or what is known of a cached one; `at` lies within one tile, or is everything.
+        """T of [m,V], or the columns that a cached teacher keeps.
 
         Args:
+            at: within one tile, or everything.
             only: the number of the one teacher that is read; the others' tiles then do not exist.
         """
         size = max(at.stop - at.start, self._size)
         start = at.start - at.start % size
-        # Reading a head may be a collective: every rank reads equally often, even one without positions. So an empty
-        # tile counts as read as well.
+        # Reading a head may be a collective: every rank must read equally often, even one without positions. So an
+        # empty tile counts as read, too.
         length = min(at.stop, len(self._index)) - start
         if (start, only) != self._asked or (self._tiles and len(self._tiles[0]) < length):
             self._tiles = []  # the old tile is freed before there is a new one
@@ -232,12 +242,15 @@ def passes_for(
     size: int,
     pieces: Pieces | None,
 ) -> list[Pass]:
-    """Who is compared with the student, and when.
+    """Decide who is compared with the student in which pass.
 
     Args:
-        rows: all logits rows of the stage. counts: their global numbers of positions.
-        logits: of the teachers, in pool order. weights: theirs at the positions, [T,n].
-        size: positions per tile. pieces: how a tile is cut; None where there are no tiles.
+        rows: all logits rows of the stage.
+        counts: their global numbers of positions.
+        logits: of the teachers, in pool order.
+        weights: of the teachers at the positions, [T,n].
+        size: positions per tile.
+        pieces: how a tile is cut; None where there are no tiles.
     """
     check_known(rows, logits)
     teachers = TeacherTiles(logits, positions.index, size)

@@ -3,7 +3,7 @@
 For a tile of positions the student's logits are computed from its hidden states and head, the rows' losses are formed
 with ordinary autograd inside the tile, and the gradient with respect to the tile's logits is folded into the gradients
 of the hidden states and the head before the next tile. The backward pass then only hands these gradients on, scaled.
-Memory: tile * V per live temporary, plus the head's own gradient, whatever the number of positions.
+Memory: tile * V per live temporary, plus the head's own gradient, for any number of positions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TileLoss = Callable[[Tensor, Tensor, slice], tuple[Tensor, Tensor]]
 
 @dataclass
 class _Plan:
-    """What the autograd function needs beside its differentiable inputs."""
+    """What the autograd function needs in addition to its differentiable inputs."""
 
     columns: int
     transform: Callable[[Tensor], Tensor] | None
@@ -62,7 +62,7 @@ def tiled(
         (loss, metrics): scalars [] and [M].
     """
     hidden = head.hidden.reshape(-1, head.hidden.shape[-1])[index]
-    # Read here: inside an autograd function the grad mode is always off.
+    # The grad mode is read here, because inside an autograd function it is always off.
     plan = _Plan(head.columns, head.transform, dtype, tile, (tile_loss, *more), pieces, torch.is_grad_enabled())
     return _Tiled.apply(hidden, head.weight, head.bias, weights, plan)
 
@@ -74,7 +74,8 @@ class _Tiled(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         needs = tuple(plan.differentiate and need for need in ctx.needs_input_grad)
         folded = _Folded(hidden, weight, bias, weights, plan, needs)
-        # An empty set of positions still goes through once, so that every gradient exists on every rank.
+        # A rank without positions goes through one empty tile: a gradient that is missing on one rank would make the
+        # others wait for it for ever.
         tiles = plan.pieces.of(max(hidden.shape[0], 1), plan.tile)
         total, metrics = _sum_pairs([folded.step(positions, any(needs[:4])) for positions in tiles])
         ctx.folded = folded
@@ -86,7 +87,7 @@ class _Tiled(torch.autograd.Function):
         if ctx.folded is None:
             raise RuntimeError("a tiled loss can go through backward only once: its gradients were handed over")
         grads = ctx.folded.grads
-        # Handed over, not kept: autograd may then adopt the head's gradient instead of copying it.
+        # No reference stays here, so autograd may adopt the head's gradient instead of copying it.
         ctx.folded = None
         if float(grad_loss) != 1.0:
             for grad in grads:
@@ -114,11 +115,11 @@ class _Folded:
         needs: tuple[bool, ...],
     ) -> None:
         self.plan, self.weights = plan, weights
-        self.hidden = hidden.to(plan.dtype)
-        self.weight = weight[: plan.columns].to(plan.dtype)
-        self.bias = None if bias is None else bias[: plan.columns].float()
+        self.hidden = hidden.to(plan.dtype)  # [n,H]
+        self.weight = weight[: plan.columns].to(plan.dtype)  # [V,H]
+        self.bias = None if bias is None else bias[: plan.columns].float()  # [V]
         self.grad_hidden = torch.zeros_like(hidden) if needs[0] else None
-        # [H,V]: the products that add to it are twice as fast this way round
+        # [H,V] and not [V,H]: the products that add to it are twice as fast this way round.
         self.grad_weight = weight.new_zeros(weight.shape[::-1], dtype=torch.float32) if needs[1] else None
         self.grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs[2] else None
         self.grad_weights = torch.zeros_like(weights) if needs[3] else None
@@ -127,8 +128,8 @@ class _Folded:
 
     def step(self, positions: slice, differentiate: bool) -> tuple[Tensor, Tensor]:
         """Loss and metrics of one tile; its gradient is folded in."""
-        hidden = self.hidden[positions]
-        logits = product(hidden, self.weight).float()
+        hidden = self.hidden[positions]  # [m,H]
+        logits = product(hidden, self.weight).float()  # [m,V]
         if self.bias is not None:
             logits += self.bias
         once = len(self.plan.passes) == 1
@@ -160,7 +161,7 @@ class _Folded:
         inputs = [logits, weights] if self.grad_weights is not None else [logits]
         with torch.enable_grad():
             loss, metrics = self._loss(tile_loss, logits, weights, positions)
-            # all rows of a chunk may be masked out
+            # Where all rows of a chunk are masked out, the loss depends on nothing.
             grads = torch.autograd.grad(loss, inputs, allow_unused=True) if loss.requires_grad else [None, None]
         if self.grad_weights is not None and grads[1] is not None:
             self.grad_weights[:, positions] += grads[1]

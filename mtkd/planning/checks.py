@@ -134,13 +134,13 @@ def _check_heads(config: RunConfig, name: str) -> None:
         if ref is None:
             continue
         where, earlier = f"stages.{name}.teachers[{i}]", ref.stage
-        theirs, ours = (head_for(config, s.data) for s in (config.stages[earlier], stage))
-        if not can_teach(theirs, ours) and (read or ours == PRE_TRAINING):
+        earlier_head, head = (head_for(config, s.data) for s in (config.stages[earlier], stage))
+        if not can_teach(earlier_head, head) and (read or head == PRE_TRAINING):
             raise UserError(
                 f"stage '{earlier}' made its model for another task: here its predictions would come from a new head",
                 where=where,
-                found=f"{theirs} on data '{config.data_name(config.stages[earlier].data)}'",
-                allowed=ours,
+                found=f"{earlier_head} on data '{config.data_name(config.stages[earlier].data)}'",
+                allowed=head,
                 todo="fine-tune the teacher on this stage's data first, or compare hidden states and attention alone",
             )
         if read and never_trained(config, ref.model):
@@ -167,7 +167,7 @@ def _check_route(config: RunConfig, name: str) -> None:
 
 
 def _check_labels(config: RunConfig, stage: StageConfig, where: str) -> None:
-    """Refuse whatever reads the labels of made-up texts."""
+    """Refuse a stage that reads the labels of made-up texts."""
     name = config.data_name(stage.data)
     data = config.data[name]
     if data.labelled:

@@ -1,4 +1,4 @@
-"""Weights that do not look at the batch."""
+"""Constant weights: the same for every example and step."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class Fixed(Weighting):
     def __init__(self, teachers: tuple[str, ...], weights: Mapping[str, float]) -> None:
         super().__init__()
         if not isinstance(weights, Mapping) or set(weights) != set(teachers):
-            found = ", ".join(weights) if isinstance(weights, Mapping) else repr(weights)
+            names = ", ".join(weights) if isinstance(weights, Mapping) else repr(weights)
             raise UserError(
                 "fixed weights name every teacher once",
                 where="@weighting.options.weights",
-                found=found,
+                found=names,
                 allowed=teachers,
             )
         values = torch.tensor([float(weights[name]) for name in teachers])

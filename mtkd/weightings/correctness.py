@@ -1,4 +1,4 @@
-"""Weights from how well each teacher predicts the labels."""
+"""Weights from each teacher's errors: how well it predicts the labels."""
 
 from __future__ import annotations
 

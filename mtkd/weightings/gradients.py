@@ -19,7 +19,7 @@ def has_gradient(row: Match) -> bool:
 
 
 class _GradientSpace(Weighting):
-    """Solves for the step's weights; teachers are taken in the order of their names, so theirs does not matter."""
+    """Solves for the step's weights, with the teachers in the order of their names: pool order changes nothing."""
 
     def __init__(self, teachers: tuple[str, ...], largest: float) -> None:
         super().__init__()
@@ -43,14 +43,14 @@ class AEKD(_GradientSpace):
     g_k is the gradient of teacher k's loss (the stage's weighted rows on logits) with respect to the student's logits,
     over the whole optimizer step: the Gram matrix is summed over micro-batches and ranks before it is solved, in a
     forward pass of the student (without dropout) of its own. `c` bounds how far a teacher may dominate: ``c = 1`` is
-    `mgda`, ``c <= 1/T`` is uniform. One weight per teacher and step. Solved exactly (`mtkd/weightings/hull.py`),
-    whatever the gradients' norms are.
+    `mgda`, ``c <= 1/T`` is uniform. One weight per teacher and step. Solved exactly (`mtkd/weightings/hull.py`)
+    for gradients of any norms.
 
     The authors' code takes each gradient's mean over the batch first (one vector of classes per teacher), may divide it
     by its norm, and gets C from the nu of a one-class support vector machine. Here, as in the paper's formula, the
     gradients of all positions count as they are.
 
-    A small gradient attracts weight: whoever is near to the student counts more, right or wrong. Without a label row in
+    A small gradient attracts weight: a teacher near to the student counts more, right or wrong. Without a label row in
     the stage a teacher as unsure as a fresh student therefore wins (measured: tests/weightings/test_stress.py); with
     one, labels keep the student near to the teachers that are right.
 

@@ -67,13 +67,13 @@ class _Problem:
 
     def enumerated(self) -> Array:
         """Every set of weights at a bound is tried; the best is the minimum, because it is among them."""
-        found: list[tuple[float, float, Array]] = []  # objective, rounding of it, weights
+        candidates: list[tuple[float, float, Array]] = []  # objective, rounding of it, weights
         for bounds in self._patterns():
             weights = self._stationary(np.array(bounds))
             if weights is not None:
-                found.append((*self._value(weights), weights))
-        least = min(value for value, _, _ in found)
-        ties = [weights for value, size, weights in found if value - least <= _TIE * size]
+                candidates.append((*self._value(weights), weights))
+        least = min(value for value, _, _ in candidates)
+        ties = [weights for value, size, weights in candidates if value - least <= _TIE * size]
         return min(ties, key=lambda weights: float(weights @ weights))
 
     def descended(self, weights: Array) -> Array:
@@ -118,7 +118,7 @@ class _Problem:
         free = np.flatnonzero(bounds == _FREE)
         if not len(free):
             return weights
-        share = self.share[free] / self.share[free].max()  # 1 at most: the system's rank is then told by one number
+        share = self.share[free] / self.share[free].max()  # 1 at most, so that one number decides the system's rank
         system = np.zeros((len(free) + 1, len(free) + 1))
         system[:-1, :-1] = self.cosines[np.ix_(free, free)]
         system[:-1, -1] = system[-1, :-1] = share
@@ -126,11 +126,11 @@ class _Problem:
         right = np.array([*-pull, (1 - weights.sum()) / self.share[free].max()])
         left, values, rows = np.linalg.svd(system)
         rank = int((values > _RANK * values[0]).sum())
-        found = (rows[:rank].T @ ((left.T @ right)[:rank] / values[:rank]))[:-1] * self.share[free]
+        solution = (rows[:rank].T @ ((left.T @ right)[:rank] / values[:rank]))[:-1] * self.share[free]
         if rank < len(system):
             open_ways = (rows[rank:, :-1] * self.share[free]).T
-            found = found - open_ways @ np.linalg.lstsq(open_ways, found, rcond=_RANK)[0]
-        weights[free] = found
+            solution = solution - open_ways @ np.linalg.lstsq(open_ways, solution, rcond=_RANK)[0]
+        weights[free] = solution
         return weights
 
     def _value(self, weights: Array) -> tuple[float, float]:

@@ -111,14 +111,14 @@ def _teacher_bank() -> Iterator[Teachers]:
     shapes = {"classes": (3, 5, 3), "numbers": (3, 3, 1), "tokens": (3, 3, 6, 11)}
     targets = {"classes": classes, "numbers": numbers, "tokens": tokens}
     for kind, shape in shapes.items():
-        held = targets[kind]
-        mask = ~held.isnan() if kind == "numbers" else held != NO_LABEL
+        kind_targets = targets[kind]
+        mask = ~kind_targets.isnan() if kind == "numbers" else kind_targets != NO_LABEL
         drawn = torch.randn(shape, generator=generator)
         scaled = {f"{kind} at scale {scale:g}": scale * drawn for scale in LOSS_SCALES}
         scaled[f"{kind} of equal teachers"] = drawn[:1].expand_as(drawn)
         for what, logits in scaled.items():
             for per in ("example", "token") if kind == "tokens" else ("example",):
-                yield Teachers(f"{what} per {per}", logits, held, mask, per)
+                yield Teachers(f"{what} per {per}", logits, kind_targets, mask, per)
     sparse = tokens.masked_fill(torch.arange(6) % 2 == 1, NO_LABEL)
     drawn = 2 * torch.randn(3, 3, 6, 11, generator=generator)
     same = drawn[:, :, :1].expand_as(drawn), torch.where(sparse == NO_LABEL, NO_LABEL, sparse[:, :1])
@@ -134,12 +134,12 @@ def _made(
     names = tuple(_TEACHERS[k] for k in order)
     classes = 0 if case.targets.dim() == 2 else case.logits.shape[-1]
     facts = StageFacts(names, tuple(10 + 10 * k for k in order), _WIDTH, classes, seed=0)
-    given = {"teachers": names, "facts": facts}
+    facts_of = {"teachers": names, "facts": facts}
     asked = [name for name in GIVEN if name in inspect.signature(spec.cls).parameters]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        made: Weighting = spec.construct({**make(names), **{name: given[name] for name in asked}})
-        return made
+        weighting: Weighting = spec.construct({**make(names), **{name: facts_of[name] for name in asked}})
+        return weighting
 
 
 def _trained(spec: WeightingSpec, make: OptionsOf, case: Teachers) -> Weighting:
@@ -182,16 +182,16 @@ def _values_law(spec: WeightingSpec, make: OptionsOf, case: Teachers) -> None:
     traits = case.traits(_ORDER, module)
     weights = module(traits)
     if weights.shape != traits.shape or weights.dtype != torch.float32:
-        found = f"{list(weights.shape)} {weights.dtype} instead of {list(traits.shape)} float32"
-        raise LawBroken("shape", spec.name, f"{found} for {case.what}")
+        text = f"{list(weights.shape)} {weights.dtype} instead of {list(traits.shape)} float32"
+        raise LawBroken("shape", spec.name, f"{text} for {case.what}")
     if not bool(weights.isfinite().all()):
         raise LawBroken("finite", spec.name, f"a weight is not finite for {case.what}")
     if not spec.negative and not bool((weights >= 0).all()):
         raise LawBroken("non-negative", spec.name, f"a weight of {float(weights.min())} for {case.what}")
     sums = weights.sum(0)
     if spec.sums_to_one and difference(sums, torch.ones_like(sums)) > TOLERANCE:
-        found = f"weights sum to {float(sums.min())} .. {float(sums.max())}"
-        raise LawBroken("sums to one", spec.name, f"{found} for {case.what}")
+        text = f"weights sum to {float(sums.min())} .. {float(sums.max())}"
+        raise LawBroken("sums to one", spec.name, f"{text} for {case.what}")
 
 
 def _one_teacher_law(spec: WeightingSpec, make: OptionsOf, case: Teachers) -> None:
@@ -206,8 +206,8 @@ def _one_teacher_law(spec: WeightingSpec, make: OptionsOf, case: Teachers) -> No
 def _order_law(spec: WeightingSpec, make: OptionsOf, case: Teachers) -> None:
     """Teachers in another order have the same weights in that order."""
     order = (2, 0, 1)
-    found, wanted = _weights(spec, make, case, order), _weights(spec, make, case)[list(order)]
-    if difference(found, wanted) > TOLERANCE:
+    weights, wanted = _weights(spec, make, case, order), _weights(spec, make, case)[list(order)]
+    if difference(weights, wanted) > TOLERANCE:
         raise LawBroken("order", spec.name, f"weights follow the teachers' positions for {case.what}")
 
 
@@ -284,21 +284,21 @@ def _penalty_law(spec: WeightingSpec, make: OptionsOf, case: Teachers) -> None:
     """The penalty of a step is the sum over its micro-batches; finite; its gradient stays within the weighting."""
     module = _trained(spec, make, case)
     logits = case.logits.clone().requires_grad_()
-    found: list[Tensor | None] = []
+    penalties: list[Tensor | None] = []
     for rows in (_EVERY, *_CUTS):
         traits = replace(case, logits=logits).traits(_ORDER, module, rows)
         module(traits)
-        found.append(module.penalty(traits))
-    if found[0] is None:
+        penalties.append(module.penalty(traits))
+    if penalties[0] is None:
         return
-    values = [float(value.detach()) for value in found if value is not None]
+    values = [float(value.detach()) for value in penalties if value is not None]
     if not all(map(math.isfinite, values)):
         raise LawBroken("finite", spec.name, f"a penalty of {values[0]} for {case.what}")
     gap = abs(sum(values[1:]) - values[0])
-    if len(values) != len(found) or gap > TOLERANCE * max(abs(values[0]), 1):
+    if len(values) != len(penalties) or gap > TOLERANCE * max(abs(values[0]), 1):
         text = f"{values[1:]} of the micro-batches do not add up to {values[0]} of the step for {case.what}"
         raise LawBroken("penalty", spec.name, text)
-    if found[0].requires_grad and torch.autograd.grad(found[0], logits, allow_unused=True)[0] is not None:
+    if penalties[0].requires_grad and torch.autograd.grad(penalties[0], logits, allow_unused=True)[0] is not None:
         raise LawBroken("detached", spec.name, f"the penalty's gradient reaches the teachers for {case.what}")
 
 

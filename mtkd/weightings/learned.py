@@ -21,7 +21,7 @@ def gate_state(traits: Traits) -> Tensor:
     """The student's pooled hidden state, layer-normalised and divided by its width, [B,H].
 
     Divided, because Adam moves every parameter by about its learning rate: a product with the state then moves by no
-    more than a single parameter does, whatever the width.
+    more than a single parameter does, for any width.
     """
     pooled = traits.pooled.float()
     return nn.functional.layer_norm(pooled, pooled.shape[-1:]) / pooled.shape[-1]

@@ -40,9 +40,9 @@ def make_weighting(named: Named, facts: StageFacts, where: str) -> Weighting:
     """
     spec = WEIGHTINGS.find(named.name, f"{where}.name")
     check_options(named.options, spec.options(), where)
-    given = {"teachers": facts.teachers, "facts": facts}
+    filled = {"teachers": facts.teachers, "facts": facts}
     parameters = inspect.signature(spec.cls).parameters
-    options = {**named.options, **{name: given[name] for name in GIVEN if name in parameters}}
+    options = {**named.options, **{name: filled[name] for name in GIVEN if name in parameters}}
     try:
         weighting: Weighting = spec.construct(options)
     except UserError as error:  # its place is within the block of the weighting

@@ -83,7 +83,7 @@ class RLKD(Weighting):
         self.credit, self.lr, self.decay = credit, lr, decay
         self._names, self._seed = facts.teachers, facts.seed
         self._order = sorted(range(len(facts.teachers)), key=facts.teachers.__getitem__)
-        # beside the parameter, whose own shape ZeRO-3 empties
+        # Kept next to the parameter: ZeRO-3 empties the shape of the parameter itself.
         self.policy_shape = shape = (len(facts.teachers), 1 + facts.classes + facts.width + 1)
         self.policy = nn.Parameter(torch.zeros(shape))
         self.register_buffer("gradient", torch.zeros(shape))

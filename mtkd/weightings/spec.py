@@ -93,9 +93,9 @@ class WeightingSpec:
 
     def options(self) -> dict[str, inspect.Parameter]:
         """The parameters of its constructor that a stage may set; those of `GIVEN` come from mtkd."""
-        given = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)  # not nn.Module's *args
+        kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)  # not nn.Module's *args
         parameters = inspect.signature(self.cls).parameters
-        return {n: p for n, p in parameters.items() if n not in GIVEN and p.kind in given}
+        return {n: p for n, p in parameters.items() if n not in GIVEN and p.kind in kinds}
 
     def __call__(self, **named: Any) -> Any:
         """The weighting, of these options; `teachers` (names) and `facts` (`StageFacts`) where it asks for them.
@@ -117,11 +117,11 @@ class WeightingSpec:
 
     def construct(self, named: Mapping[str, Any]) -> Any:
         """The weighting of these checked keywords, with what the decorator declares."""
-        made = self.cls(**named)
-        made.negative = self.negative
+        weighting = self.cls(**named)
+        weighting.negative = self.negative
         reads = self.reads(named, num_teachers=2)  # one teacher alone reads no more than two
-        made.reads = reads.allowed if reads else allowed_undeclared(made.reads)
-        return made
+        weighting.reads = reads.allowed if reads else allowed_undeclared(weighting.reads)
+        return weighting
 
 
 WEIGHTINGS: Registry[WeightingSpec] = Registry("weighting", "mtkd.weightings")
@@ -158,5 +158,5 @@ def weighting(
 
 
 def among(*names: str) -> ReadsRule:
-    """A rule: these are read where there are several teachers; one alone has the weight 1 whatever it predicts."""
+    """A rule: these are read where there are several teachers; one alone has the weight 1 for any prediction."""
     return lambda options, num_teachers: names if num_teachers > 1 else ()

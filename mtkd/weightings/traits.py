@@ -47,7 +47,7 @@ def trait(function: TraitFunction) -> TraitFunction:
 
 @cache
 def reads_labels(function: TraitFunction) -> bool:
-    """Whether a trait cannot be told without labels: it is asked once for one position that has none."""
+    """Whether a trait needs labels: it is asked once for one position that has none."""
     try:
         function(torch.zeros(1, 2, device="cpu"), None)
     except Exception:  # a trait of a user's own may refuse in any way
