@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import cache_runs
 import pytest
@@ -17,12 +17,13 @@ from torch import Tensor
 
 import mtkd
 from mtkd.config import Named
+from mtkd.config.cache import Trait
 from mtkd.config.match import Match
 from mtkd.config.read import load_config
 from mtkd.data.batch import position_counts
 from mtkd.errors import LawBroken, UserError
 from mtkd.models.features import DenseLogits
-from mtkd.weightings import FACTS, Around, StageFacts, Traits, Weighting
+from mtkd.weightings import FACTS, TRAITS, Around, StageFacts, Traits, Weighting
 from mtkd.weightings.laws import check_weighting
 from mtkd.weightings.make import make_weighting
 from mtkd.weightings.spec import WEIGHTINGS, WeightingSpec
@@ -79,6 +80,13 @@ def test_who_reads_predictions(name: str, looks: bool) -> None:
     reads = spec.reads({}, 2)
     assert reads is not None
     assert reads.predictions == looks
+
+
+def test_the_configuration_names_the_built_in_traits() -> None:
+    """The one list besides the registry is the YAML's, which is read before torch; this keeps them equal."""
+    assert set(get_args(Trait)) == {
+        name for name, function in TRAITS.items() if function.__module__ == "mtkd.weightings.traits"
+    }
 
 
 class Undeclared(Weighting):
