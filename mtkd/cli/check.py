@@ -70,7 +70,7 @@ def _names(laws: tuple[Callable[..., None], ...]) -> tuple[str, ...]:
 
 
 def _checked(check: Callable[[], None], where: str) -> None:
-    """Run some laws; whatever goes wrong in them is the plug-in author's to mend."""
+    """Run some laws; every error in them becomes one of the plug-in."""
     try:
         check()
     except LawBroken as error:

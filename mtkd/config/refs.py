@@ -1,6 +1,6 @@
 """References to what an earlier stage makes: `stage:NAME` for its one model, `stage:NAME/PART` for one of several.
 
-Nobody outside `config/` takes such a string apart: `StageRef.parse` does it, `ModelConfig.stage` has the result.
+No code outside `config/` takes such a string apart: `StageRef.parse` does it, `ModelConfig.stage` has the result.
 """
 
 from __future__ import annotations

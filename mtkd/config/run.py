@@ -79,7 +79,7 @@ class RunConfig(Config):
         """As far as the configuration alone can tell whether a stage's models do the task of `evaluate.data`."""
         ours, theirs = (self.data.get(self.data_name(name)) for name in (stage.data, self.evaluate.data))
         if ours is None or theirs is None:
-            return True  # an unknown name is told elsewhere
+            return True  # an unknown name is refused elsewhere
         return ours.task == theirs.task and ours.next_sentence >= theirs.next_sentence
 
     @property

@@ -1,4 +1,4 @@
-"""A teacher of the pool: one block per backend, told apart by the key `backend`."""
+"""A teacher of the pool: one block per backend, chosen by the key `backend`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Classes = tuple[str | None, ...] | dict[str, str | None]
 
 
 class ShardedConfig(Config):
-    """The ZeRO-3 engine of a sharded teacher; each teacher has its own, whatever the student's is."""
+    """The ZeRO-3 engine of a sharded teacher; each teacher has its own, at any ZeRO stage of the student."""
 
     prefetch_parameters: Annotated[int, Field(ge=0, le=1_000_000_000_000)] = Field(
         10_000_000,
@@ -224,7 +224,7 @@ _BLOCKS: dict[str, type[Teacher]] = {
 BUILT_IN = tuple(_BLOCKS)
 """The backends that a configuration can name without a plug-in."""
 
-# Keys that some backends have and others do not, and what is said where one stands that nobody reads.
+# Keys that some backends have and others do not, and the message where one is set that its backend does not read.
 _ONLY = {
     "sharded": "sharded is for backend: sharded, not for {backend}; drop it",
     "classes": "a cache holds the logits of the data's classes; give classes where the cache is made",

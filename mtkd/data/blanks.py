@@ -49,7 +49,7 @@ class InfillExamples:
 
 
 def prepare_infill(request: PrepareRequest) -> Split:
-    """Every document cut into blocks of at most `max_length` tokens with their blanks and pieces, whatever is drawn.
+    """Every document cut into blocks of at most `max_length` tokens with their blanks and pieces, for every draw.
 
     The special tokens before a text begin every block; those after a text end the last block of each document.
     """

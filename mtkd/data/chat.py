@@ -136,7 +136,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, source: str, turns: Turns, where
         )
     except _TooSlow:
         raise
-    except Exception as error:  # jinja's own, and whatever Python raises for what a template does
+    except Exception as error:  # jinja's own, and what Python raises for the template's code
         raise _failed(tokenizer, error, where) from error
     given = sum(len(turn["content"]) for turn in turns)
     if len(text) > _MOST_ADDED + 10 * given:

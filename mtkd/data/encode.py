@@ -71,7 +71,7 @@ def around_text(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int
 
 
 def described(request: PrepareRequest, rows: np.ndarray, of_example: np.ndarray, scored: np.ndarray) -> Documents:
-    """What examples were cut from: rows are told apart by their number, unless the configuration or source names them.
+    """What examples were cut from: rows are named by their number, unless the configuration or source names them.
 
     Raises:
         DataError: two rows with one name, or a row without name or domain.

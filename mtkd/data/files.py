@@ -100,7 +100,7 @@ def read_files(files: Sequence[DataFile], named: Sequence[str] = ()) -> FileRows
 
 
 def columns_of(file: DataFile) -> list[str] | None:
-    """The column names, where they can be told from the beginning of the file; None where they cannot."""
+    """The column names, where the beginning of the file shows them; None where they cannot."""
     if file.kind == "txt":
         return ["text"]
     if file.kind == "parquet":

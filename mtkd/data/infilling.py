@@ -114,7 +114,7 @@ class Infilling:
         return _sentence_ends(self._tokenizer)
 
     def room(self, max_length: int) -> int:
-        """Most tokens of a block, so that an example has at most `max_length` whatever is drawn.
+        """Most tokens of a block, so that an example has at most `max_length` for every draw.
 
         Raises:
             UserError: not even one.

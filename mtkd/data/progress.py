@@ -38,7 +38,7 @@ class Working:
 
     Args:
         what: the work, as in "reading a.jsonl".
-        total: units of all of it; None where nobody knows before the end.
+        total: units of all of it; None where it is unknown before the end.
         unit: what is counted; "bytes" are shown as MB.
     """
 

@@ -93,7 +93,7 @@ def has_labels(config: DataConfig) -> bool:
 
 
 def check_source(config: DataConfig, base: Path, where: str = "@data") -> None:
-    """Refuse before reading: unknown source or task, options nobody reads, missing files or columns.
+    """Refuse before reading: unknown source or task, options that are not read, missing files or columns.
 
     Raises:
         UserError, DataError: naming the field.

@@ -39,7 +39,7 @@ class TaskSpec:
         architectures: the only ones that can do it; () for all that have the head.
         varies: inputs change with the epoch, unless `redraw` is false.
         laid: examples have two parts and positions of their own.
-        cloze: a class is scored by its words (`verbalizers`) in place of a blank; no weights beside the language
+        cloze: a class is scored by its words (`verbalizers`) in place of a blank; no weights besides the language
             model's.
     """
 

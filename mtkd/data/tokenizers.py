@@ -244,8 +244,8 @@ def _text_rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     For `tokenizer_fingerprint` alone, which finished stages and caches know in this form.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    told = json.loads(backend.to_str()) if backend is not None else {}
-    return {name: told.get(name) or {} for name in ("normalizer", "pre_tokenizer")}
+    settings = json.loads(backend.to_str()) if backend is not None else {}
+    return {name: settings.get(name) or {} for name in ("normalizer", "pre_tokenizer")}
 
 
 def _non_empty(texts: Iterable[str]) -> Iterable[str]:

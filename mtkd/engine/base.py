@@ -43,7 +43,7 @@ class Trainable(nn.Module):
         return [p for head in heads if head is not None for p in head if p is not None]
 
     def step_counts(self, batch: Batch) -> Mapping[str, int]:
-        """Numbers of a micro-batch that are summed over a step beside those of `position_counts`; same names always."""
+        """Numbers of a micro-batch that are summed over a step in addition to `position_counts`; same names always."""
         return {}
 
     def own_rates(self) -> dict[int, float]:
@@ -61,7 +61,7 @@ def gradient_of(loss: Tensor) -> Tensor:
 
 
 def all_finite(module: Trainable) -> bool:
-    """Whether this rank's parameters are finite, and what the objective keeps beside them is not NaN.
+    """Whether this rank's parameters are finite, and what else the objective keeps is not NaN.
 
     One look at all of them, for a moment at which they are written to disk anyway.
     """

@@ -16,7 +16,7 @@ _WORDS = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "No usable tempo
 
 
 def refused(error: OSError) -> UserError:
-    """What is told of a file or folder that the system refused."""
+    """The error for a file or folder that the system refused."""
     return full_disk(error) or UserError(
         f"the system refused it: {error.strerror or error}",
         where=str(error.filename or ""),
@@ -25,7 +25,7 @@ def refused(error: OSError) -> UserError:
 
 
 def full_disk(error: BaseException) -> UserError | None:
-    """What is told when a full disk is behind an error, whoever raised it; None when it is another one."""
+    """The error to show when a full disk is the cause of another; None when it is not."""
     for one in _chain(error):
         if getattr(one, "errno", None) in _FULL or any(word in str(one) for word in _WORDS):
             file = getattr(one, "filename", None)

@@ -37,7 +37,7 @@ class Dist:
     @classmethod
     def current(cls) -> Dist:
         """This process in torch's default process group; alone when there is none."""
-        # A group can only exist when somebody has imported torch already, so a light process stays light.
+        # A group can only exist when torch is imported already, so a light process stays light.
         if not _has_group():
             return cls()
         distributed = sys.modules["torch.distributed"]
@@ -139,7 +139,7 @@ def on_main(dist: Dist, action: Callable[[], Object]) -> Object:
 
     Raises:
         UserError: the action's own; for its OSError one that names the file. Any other error keeps its type on the
-            main rank, and the others are told: nobody waits for a rank that has left.
+            main rank, and the others receive it: no rank waits for one that has left.
     """
     outcome: list[Object | UserError] = []
     bug: Exception | None = None
@@ -168,7 +168,7 @@ def together(
     failed: Callable[[str], UserError],
     reason: Callable[[Exception], str] = lambda error: f"{type(error).__name__}: {error}",
 ) -> Object:
-    """Do `job` on every rank; when it fails on one of them, all raise, so that nobody waits for one that has left.
+    """Do `job` on every rank; when it fails on one of them, all raise, so that none waits for one that has left.
 
     Args:
         failed: what to raise, given the reasons of the ranks that failed. reason: an error in words.
@@ -184,8 +184,8 @@ def together(
         error = caught
     if dist.all_ok(error is None):
         return done[0]
-    told = dist.gather_objects(f"rank {dist.rank}: {reason(error)}" if error else "")
-    message = dist.broadcast_object("; ".join(filter(None, told or [])))
+    reasons = dist.gather_objects(f"rank {dist.rank}: {reason(error)}" if error else "")
+    message = dist.broadcast_object("; ".join(filter(None, reasons or [])))
     if error is not None and not isinstance(error, OSError | RuntimeError):
         raise error
     raise on_every_rank(failed(message)) from error

@@ -34,7 +34,7 @@ SEAL_LINE = "# sha256 of the lines above: "
 """The last line of run.yaml begins so."""
 _OFFLOADED = ".offload-"
 BEFORE = ".before-"
-"""What a stage made before it is redone lies beside it under its name with this prefix."""
+"""What a stage made before it is redone lies next to it, under its name with this prefix."""
 _ASIDE = re.compile(re.escape(BEFORE) + r"(\d{2,}-(.+))")
 
 
@@ -122,7 +122,7 @@ class RunDir:
         return self.path / f"{_OFFLOADED}{teacher}"
 
     def stage(self, index: int, name: str) -> StageDir:
-        """The folder of a stage: the one there is under this name, whatever its number; else a new one's.
+        """The folder of a stage: the one there is under this name, with any number; else a new one's.
 
         Args:
             index: number of a new folder, counted from 1. It is for readers: a stage that was inserted or moved must

@@ -16,7 +16,7 @@ def read_hostfile(path: str) -> dict[str, int]:
     """Processes by node, in the order of the file.
 
     Raises:
-        UserError: with the line, for whatever DeepSpeed would refuse or misread.
+        UserError: with the line, for what DeepSpeed would refuse or misread.
     """
     where = f"engine.hostfile: {path}"
     if not Path(path).is_file():

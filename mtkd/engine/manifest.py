@@ -21,7 +21,7 @@ MANIFEST = "MANIFEST.json"
 _MAX_MANIFEST_BYTES = 64_000_000
 _OWN = {"format", "files", "sha256"}
 
-# Files whose digest was right in this process -> what told them apart then: size, time of change, number on the disk.
+# Files whose digest was right in this process -> what identified them then: size, time of change, number on the disk.
 _right: dict[tuple[str, str], tuple[int, int, int]] = {}
 
 
@@ -30,7 +30,7 @@ def seal(folder: Path, facts: Mapping[str, Any]) -> None:
 
     Args:
         facts: JSON values, e.g. step, world size, ZeRO stage, config digest, data fingerprint, versions. No times:
-            equal content is to give an equal manifest. They stand beside the manifest's own fields.
+            equal content is to give an equal manifest. They stand next to the manifest's own fields.
     """
     files = {}
     for name, path in sorted(_files(folder)):

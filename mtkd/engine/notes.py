@@ -89,7 +89,7 @@ class Results(Checked):
 
 
 class ScoresNote(Checked):
-    """Beside a file of scores: what they were computed from, and the digest of the file."""
+    """Next to a file of scores: what they were computed from, and the digest of the file."""
 
     key: str
     scores: str

@@ -101,7 +101,7 @@ def _launchers() -> list[psutil.Process]:
     """This rank's launcher, with what stands above it where that could be killed and the launcher would go on.
 
     That is DeepSpeed's outer launcher, or the ssh server with the shell that it started for one command. A shell in
-    which somebody types does not count: it may be left.
+    which a person types does not count: it may be left.
     """
     import psutil
 

@@ -88,9 +88,9 @@ def choose(config: RunConfig, *, planned: bool = False) -> Choice:
 
 
 def begun_in(folder: Path) -> Precision | None:
-    """The precision of the run in this folder; None where there is none, or nothing that it could be told by.
+    """The precision of the run in this folder; None where there is none, or nothing that shows it.
 
-    A run.yaml that is damaged is written anew by the run; until then the stages tell.
+    A run.yaml that is damaged is written again by the run; until then the stages show it.
     """
     run = RunDir(folder)
     if not run.config_file.exists():

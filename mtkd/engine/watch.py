@@ -63,10 +63,10 @@ def watched(dist: Dist, timeout: float, logs: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        told = watch.failed(error)
-        if told is error:
+        reason = watch.failed(error)
+        if reason is error:
             raise
-        raise told from error
+        raise reason from error
     else:
         watch.done()
 
@@ -92,7 +92,7 @@ class _Watch:
         self._finish({"left": True})
 
     def failed(self, error: BaseException) -> BaseException:
-        """What to raise for `error`: itself, told to the others, or the reason of another rank that caused it."""
+        """What to raise for `error`: itself, sent to the others, or the reason of another rank that caused it."""
         if not isinstance(error, UserError | Stopped) and self._logs.is_dir():
             note(self._logs / f"rank-{self._dist.rank}.log", "".join(traceback.format_exception(error)))
         # a lost peer is a RuntimeError of torch's; anything else is this rank's own
@@ -153,7 +153,7 @@ class _Watch:
             self._judge(Verdict(**{**fields, "stopped": tuple(map(tuple, fields["stopped"]))}))
 
     def _look(self, now: float) -> None:
-        """Whether nobody gets further. The main rank asks all and judges; the others ask only whether it lives."""
+        """Whether no rank gets further. The main rank asks all and judges; the others ask only whether it lives."""
         peers = self._links.peers()
         if seconds_still() <= self._timeout:
             self._asked = None

@@ -133,7 +133,7 @@ def tap_attention(
     attention_mask: Tensor | None,
     **kwargs: Any,  # transformers' attention interface
 ) -> tuple[Tensor, None]:
-    """Record the operands if somebody asked for this layer, then attend with SDPA."""
+    """Record the operands if this layer is asked for, then attend with SDPA."""
     recorder = _active.get()
     if recorder is not None:
         recorder.num_calls += 1
@@ -154,7 +154,7 @@ def tap_attention(
 
 
 def use_attention(kernel: str, device: str, precision: str = "fp32") -> None:
-    """Let scaled dot product attention use one kernel only, or ("auto") whatever torch chooses.
+    """Let scaled dot product attention use one kernel only, or ("auto") the one that torch chooses.
 
     For the whole process, not around a forward pass: activation checkpointing runs the forward again in the backward.
 

@@ -1,4 +1,4 @@
-"""What is told of a model that overflows, or whose weights are damaged; the same words wherever it is found."""
+"""The error for a model that overflows, or whose weights are damaged: the same words in every place."""
 
 from __future__ import annotations
 

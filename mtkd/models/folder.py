@@ -1,6 +1,6 @@
 """Where a model's files are, and whether they may be opened: hub ids, cards and stages become checked local folders.
 
-A model folder is data from somebody else. It may point outside itself (shard names, links), ask for code (remote code,
+A model folder is data from others. It may point outside itself (shard names, links), ask for code (remote code,
 attention kernels from the hub) or be code (pickle). All of that is refused before a file outside is opened.
 """
 
@@ -21,7 +21,7 @@ from mtkd.models.formats import FORMATS
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 MAP_FILE = "vocabulary_map.json"
-"""Beside a model with a compressed vocabulary; see `mtkd.models.vocabulary`."""
+"""Next to a model with a compressed vocabulary; see `mtkd.models.vocabulary`."""
 _CONFIGS = ["config.json", "generation_config.json"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _CODE_HINT = "use a model whose architecture transformers has itself"

@@ -36,7 +36,7 @@ def head_forward(head: nn.Linear, hidden: Tensor) -> Tensor:
         recorder.head_input = hidden
         if hasattr(head.weight, "ds_id") and not head.weight.requires_grad:
             # ZeRO-3 gathered it for this call and frees it after. What shares its memory keeps it for the tiles, so
-            # that it is gathered once per forward, on every rank, whatever their numbers of tiles. A student's (it
+            # that it is gathered once per forward, on every rank, for any numbers of tiles. A student's (it
             # requires gradients) is the objective's own parameter.
             recorder.head = (head.weight.detach(), None if head.bias is None else head.bias.detach())
         if not recorder.whole_logits:

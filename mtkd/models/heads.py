@@ -1,7 +1,7 @@
 """Which weights of a model's head its folder holds. What is missing is drawn at random when the model is loaded.
 
 Whether a folder is a classifier or a language model is read off the names in its files. `architectures` in its
-config.json is what somebody wrote there.
+config.json is only a claim.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Head:
 
     @property
     def whole(self) -> bool:
-        """Nothing is missing: somebody has trained it."""
+        """Nothing is missing: it is trained."""
         return not self.missing
 
     @property

@@ -261,7 +261,7 @@ def check_head(config: PretrainedConfig, auto_class: str) -> None:
 def is_causal(config: PretrainedConfig, auto_class: str) -> bool:
     """Whether a token attends only to earlier ones: decoders, and encoders that say ``is_decoder``.
 
-    GLM does unless it is told how long the part is that it reads in both directions; its classifiers always are.
+    GLM does unless it knows how long the part is that it reads in both directions; its classifiers always are.
     """
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,

@@ -14,7 +14,7 @@ def speed_up_linears(model: nn.Module) -> None:
     """Let every `nn.Linear` (and GPT-2's `Conv1D`) of a model multiply through `mtkd.models.products.linear`.
 
     Nothing but the layers' `forward` changes: parameters, hooks, names and what is saved stay as they are. Layers of
-    other classes, and those whose `forward` is somebody else's already (the tapped output head), are left alone.
+    other classes, and those whose `forward` is replaced already (the tapped output head), are left alone.
     """
     for layer in model.modules():
         if "forward" in vars(layer):

@@ -1,7 +1,7 @@
 """Packing: the real tokens of several examples share the rows that a decoder runs on, each example for itself.
 
 A batch keeps its B examples of L padded positions. Only what the model multiplies changes: examples are laid side by
-side in R rows of C columns (first fit, longest first), positions start anew in each, a token attends to its own
+side in R rows of C columns (first fit, longest first), positions start at 0 in each, a token attends to its own
 example alone, and what comes out is put back where the example is in the batch, zeros at its padding. Losses, weights
 and caches never see it.
 """
@@ -91,7 +91,7 @@ def make_layout(attention_mask: Tensor, width: int, columns: int | None = None) 
     slots = (within + torch.tensor(starts, device=device)[:, None]).reshape(-1)[places]
     position_ids = torch.zeros(len(chosen) * num_columns, dtype=torch.int64, device=device)
     position_ids = position_ids.index_copy(0, slots, within.reshape(-1)[places]).view(len(chosen), num_columns)
-    same = owner[:, :, None] == owner[:, None, :]  # free slots attend to one another: nobody reads them
+    same = owner[:, :, None] == owner[:, None, :]  # free slots attend to one another; they are never read
     mask = (same & _triangle(num_columns, device))[:, None]
     return Layout(attention_mask, len(chosen), num_columns, places, slots, position_ids, mask)
 

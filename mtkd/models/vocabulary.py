@@ -90,7 +90,7 @@ class VocabularyMap(nn.Module):
         return (weights[ids] / sums[self.to_kept[ids]]).log().float()
 
     def save(self, folder: Path) -> None:
-        """Write it beside an exported model."""
+        """Write it next to an exported model."""
         values = {name: getattr(self, name).tolist() for name in ("kept", "to_kept", "counts")}
         (folder / MAP_FILE).write_text(json.dumps({"tokenizer": self.tokenizer, **values}))
 

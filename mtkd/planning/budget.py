@@ -1,7 +1,7 @@
 """Does a stage fit, where does its memory go, and what would make it fit: the part of `mtkd plan` about memory.
 
 A stage's needs are the weights that stay (`mtkd.planning.memory`) and the largest moment of a step
-(`mtkd.planning.footprint`). Advice is never a rule of thumb: each change is planned anew, and named only if the stage
+(`mtkd.planning.footprint`). Advice is never a rule of thumb: each change is planned again, and named only if the stage
 then needs less.
 """
 

@@ -1,4 +1,4 @@
-"""What one optimizer step needs beside weights, counted on tensors that have shapes and no values.
+"""What one optimizer step needs in addition to weights, counted on tensors that have shapes and no values.
 
 A stage's own objective and teachers are built of torch's fake tensors (any size, no memory) and make one step:
 teachers, forward, tiles, backward. Every storage that comes into being is followed until it is freed, so what an
@@ -67,7 +67,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of a step beside weights, moments and teachers' weights, at its largest moment.
+    """Bytes of a step without weights, moments and teachers' weights, at its largest moment.
 
     Attributes:
         moment: one of `MOMENTS`.
@@ -76,7 +76,7 @@ class Footprint:
         activations: what the student's forward left for the backward pass.
         rest: tiles, temporaries, gradients of activations.
         trained: bytes of the trained parameters: all gradients take as much. buffers: of the trained models.
-        ungraded: the most of teachers, activations and rest together, at whatever moment.
+        ungraded: the most of teachers, activations and rest together, at any moment.
         asked: the most while the teachers run, without gradients.
         notes: what was left out, in words.
     """
@@ -216,7 +216,7 @@ def measure(step: Step, device: str = "cpu") -> Footprint:
     Args:
         device: whose kernels are taken: "cpu", or "cuda" where there is one.
     Raises:
-        Exception: whatever the models or losses do that needs values; nothing can be known then.
+        Exception: the models or losses do something that needs values; nothing can be known then.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
         if not step.spec.trained:

@@ -23,7 +23,7 @@ def with_teachers_classes(config: RunConfig, reader: DataReader) -> RunConfig:
     """The run with `labels` of every data entry that has none, named or in its rows: those of its teachers.
 
     Raises:
-        UserError: the teachers' classes are not the same, or nobody names any.
+        UserError: the teachers' classes are not the same, or none are named.
         DataError: as `DataReader.facts`.
     """
     data = dict(config.data)

@@ -311,7 +311,7 @@ def from_slice(shape: ModelConfig, above: Model, where: str) -> ModelConfig:
 
 
 def _check_inherited(shape: ModelConfig, also: tuple[str, ...], where: str) -> None:
-    """Refuse what a model that begins as a part of another one takes from it, and nobody would read here."""
+    """Refuse what a model that begins as a part of another one takes from it, and that has no effect here."""
     given = [name for name in (*also, "max_positions", "tie_embeddings") if name in shape.model_fields_set]
     if given:
         raise UserError(

@@ -7,7 +7,7 @@ from mtkd.pool import BACKENDS
 
 
 def check_backends(config: RunConfig) -> None:
-    """Refuse a teacher whose backend nobody has registered.
+    """Refuse a teacher whose backend is not registered.
 
     Raises:
         UserError: with the nearest known name.

@@ -1,4 +1,4 @@
-"""What a backend says of itself. Nobody outside `pool/` and `config/` compares its name."""
+"""What a backend says of itself. No code outside `pool/` and `config/` compares its name."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Backend:
     Attributes:
         runs: a model runs; else its answers are read from somewhere.
         in_files: its weights are read from the model's folder as they are: the model is opened without them.
-        shown: the plan names it beside the model.
+        shown: the plan names it next to the model.
         several: it needs more than one process.
         formats: it keeps weights of other number formats than float32 as they are (`mtkd.models.formats`).
         lighter: backends that take less memory for the same teacher, for advice.

@@ -73,7 +73,7 @@ class LiveTeacher:
 
 
 class Resident(Backend):
-    """The weights stay in memory beside the student's."""
+    """The weights stay in memory with the student's."""
 
     lighter = ("offload", "sharded")
 

@@ -41,7 +41,7 @@ from mtkd.pool.waiting import MappedParameters, PinnedParameters, Waiting
 
 @dataclass
 class MappedLogits:
-    """`HeadLogits` of a mapped head: whatever is made of the head is made for the rows that are read, and dropped.
+    """`HeadLogits` of a mapped head: what is made of the head is made for the rows that are read, and dropped.
 
     Selecting columns or casting once, as `HeadLogits` does, would keep a copy of every teacher's head; one per tile is
     a few per cent of the tile's product.
@@ -205,7 +205,7 @@ class Offload(Backend):
         """The largest one counts.
 
         Of a GPU in pinned memory; the heads stay until a micro-batch is done. Of a CPU in a file, whose pages in the
-        kernel's cache are nobody's memory.
+        kernel's cache belong to no process.
         """
         whole, heads = sum(t.weights for t in teachers), sum(t.head for t in teachers)
         if not place.on_gpu:

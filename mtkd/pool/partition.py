@@ -140,9 +140,9 @@ def partition(
                 buffer.copy_(read_numbers(weights[name], 0, buffer.numel()).view(buffer.shape))
 
     together(dist, fill, lambda reasons: DataError(f"the weights cannot be read: {reasons}", where=where))
-    told = dist.broadcast_object(sorted({n for names in dist.gather_objects(broken) or [] for n in names}))
-    if told:
-        raise broken_weights(where, ", ".join(told[:5]))
+    damaged = dist.broadcast_object(sorted({n for names in dist.gather_objects(broken) or [] for n in names}))
+    if damaged:
+        raise broken_weights(where, ", ".join(damaged[:5]))
 
 
 def _give_blocks_back() -> None:
@@ -156,7 +156,7 @@ def _give_blocks_back() -> None:
 
 
 def _parameter(stored: StoredWeight, half: bool, device: torch.device, dist: Dist) -> nn.Parameter:
-    """A frozen parameter of the whole shape with the values of this rank's part; the others are whatever was there."""
+    """A frozen parameter of the whole shape with the values of this rank's part; the others are undefined."""
     keeps = half and stored.dtype == torch.bfloat16 and len(stored.shape) > 1
     values = torch.empty(stored.shape, dtype=torch.bfloat16 if keeps else torch.float32, device=device)
     parameter = nn.Parameter(values, requires_grad=False)

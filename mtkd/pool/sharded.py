@@ -2,7 +2,7 @@
 
 Each teacher has a DeepSpeed engine of its own (ZeRO-3, no optimizer), independent of the student's ZeRO stage and of
 the other teachers. Its forward is a collective of all ranks: they must run the same teachers in the same order, and the
-pool does: every teacher runs on every micro-batch, whatever its weights are and whether or not a row of it counts.
+pool does: every teacher runs on every micro-batch, with any weights and whether or not a row of it counts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from mtkd.pool.sizes import Place, Share, TeacherSize
 class ShardedModel(ElsewhereModel):
     """A frozen `TappedModel` under its own ZeRO-3 engine.
 
-    Logits it gives hold the whole output head, gathered once by the forward pass; its memory is free when nobody holds
+    Logits it gives hold the whole output head, gathered once by the forward pass; its memory is free when no one holds
     them any more, normally after the micro-batch.
 
     Args:
@@ -84,7 +84,7 @@ class ShardedModel(ElsewhereModel):
 
     @contextmanager
     def _out_of_turn(self) -> Iterator[None]:
-        """Within it the model may run otherwise than a forward pass does; the order of layers is learned anew after."""
+        """Within it the model may run otherwise than a forward pass does. The order of layers is learned again."""
         try:
             yield
         finally:

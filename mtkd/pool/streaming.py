@@ -2,11 +2,11 @@
 
 For a teacher that is larger than memory. The files are mapped read-only and never copied to another place: a layer's
 pages are read into the kernel's page cache by a second thread while the layer before it runs, become this process's
-memory when the layer touches them, and are given back after it. A forward pass so reads every weight once, whatever
-the size of its batch: a large batch is what makes it cheap.
+memory when the layer touches them, and are given back after it. A forward pass so reads every weight once, at any
+size of its batch: a large batch is what makes it cheap.
 
 Values are those of a resident teacher. That one has every weight in float32, and autocast rounds it to bfloat16 again
-where a product asks for it; here a product of that kind takes a weight as it is stored, and whatever else a layer has
+where a product asks for it; here a product of that kind takes a weight as it is stored, and what else a layer has
 is made float32 while it runs.
 """
 
@@ -72,7 +72,7 @@ class WeightFiles:
         if not count:
             return torch.empty(weight.shape, dtype=weight.dtype)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given buffer is not writable")  # nobody writes a frozen teacher
+            warnings.filterwarnings("ignore", "The given buffer is not writable")  # a frozen teacher is never written
             if weight.start % weight.dtype.itemsize:  # files of old writers; a product of such operands may crash
                 raw = torch.frombuffer(self._maps[weight.file], dtype=torch.uint8, count=weight.num_bytes,
                                        offset=weight.start).clone().view(weight.dtype)  # fmt: skip
@@ -100,7 +100,7 @@ class WeightFiles:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         for mapped in self._maps.values():
-            with suppress(BufferError):  # logits that somebody still holds: the mapping goes with them
+            with suppress(BufferError):  # logits that are still in use: the mapping goes with them
                 mapped.close()
         self._descriptors, self._maps = {}, {}
 
@@ -131,7 +131,7 @@ class StreamedParameters:
     """Parameters in the files of a model's folder; a `Waiting` (`mtkd.pool.waiting`) that goes layer by layer.
 
     A layer is an element of an outermost `ModuleList`. Outside of layers every module with parameters of its own comes
-    by itself; of an embedding only the rows that are looked up. Between times every parameter is NaN, so that whatever
+    by itself; of an embedding only the rows that are looked up. Between times every parameter is NaN, so that what
     would read it then is noticed (`OffloadedModel.verify` runs once).
 
     Args:

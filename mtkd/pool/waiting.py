@@ -70,9 +70,9 @@ class MappedParameters:
     """Parameters in a file that is mapped into memory and has no name any more.
 
     Pages are read when they are touched, and given back with MADV_DONTNEED: the resident set holds one teacher at a
-    time. They stay in the kernel's page cache as long as nobody else needs the memory, so a turn costs page faults,
+    time. They stay in the kernel's page cache while nothing else needs the memory, so a turn costs page faults,
     not reads. The file is written by the main rank from the model as it was built (loaded, cut, compressed, cast),
-    mapped by every rank, and unlinked: nobody can change it, and it is gone with the last process however that ends.
+    mapped by every rank, and unlinked: none can change it, and it is gone with the last process however that ends.
 
     Args:
         parameters: float32 on the CPU; their storage is replaced.
@@ -89,7 +89,7 @@ class MappedParameters:
         starts = dist.broadcast_object(_starts(parameters, _LINE, [p.data_ptr() % _LINE for p in parameters]))
         self._size, self._parameters = max(starts[-1], 1), list(parameters)
         self._descriptor = _shared(parameters, starts, self._size, file, dist)
-        # Private and writable only because torch warns about read-only buffers; nobody writes a frozen teacher.
+        # Private and writable only because torch warns about read-only buffers; a frozen teacher is never written.
         self._map = mmap.mmap(
             self._descriptor, self._size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE
         )
@@ -130,7 +130,7 @@ class MappedParameters:
             self._descriptor = -1
             for parameter in self._parameters:
                 parameter.data = torch.empty(0)  # read by mistake, it has the wrong shape
-            with suppress(BufferError):  # logits that somebody still holds: the mapping goes with them
+            with suppress(BufferError):  # logits that are still in use: the mapping goes with them
                 self._map.close()
 
 
@@ -138,7 +138,7 @@ class PinnedParameters:
     """Parameters in pinned host memory that are copied to the device for each turn, on a stream of their own.
 
     The body (everything but the output head) is freed at the end of the turn. The head stays on the device as long as
-    somebody holds logits made from it, normally until the micro-batch is done: copying V x H numbers once per tile
+    logits made from it are in use, normally until the micro-batch is done: copying V x H numbers once per tile
     would take longer than the tile's product. Device memory: the largest body, the next one where it is prefetched,
     and the heads of all teachers.
 

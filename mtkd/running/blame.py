@@ -1,4 +1,4 @@
-"""An exception that passes through a plug-in's file is the plug-in's: it is told with file and line, exit code 2."""
+"""An exception that passes through a plug-in's file is the plug-in's: a message with file and line, exit code 2."""
 
 from __future__ import annotations
 

@@ -283,7 +283,7 @@ def _preempted(job: _Job) -> Preempted:
 def _records(
     job: _Job, teacher: Teacher, content: CacheContent, examples: range, stopped: StopFlag
 ) -> list[Record] | None:
-    """What a teacher says about some examples; None when the process was told to stop before the end."""
+    """What a teacher says about some examples; None when a signal stopped the process before the end."""
     wants, records = frozenset({"logits", *content.hidden}), list[Record]()
     tile = tile_for(job.context.config.engine, content.columns, job.context.device.type)
     for batch in _batches(job.split, job.stage.batch, examples):

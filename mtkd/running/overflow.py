@@ -45,7 +45,7 @@ def check_teachers(built: BuiltStage, batches: Sequence[Batch], dtype: torch.dty
 
 
 def overflowing(teacher: str, where: str, found: str, dtype: torch.dtype) -> NonFiniteError:
-    """What is told of a teacher that gives NaN or infinity.
+    """The error for a teacher that gives NaN or infinity.
 
     Args: found: of what, and where in the data. dtype: teachers run in.
     """

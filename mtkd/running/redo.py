@@ -37,7 +37,7 @@ def pending(run: RunDir) -> list[str]:
         DataError: the note of it is damaged.
     """
     file = _note(run)
-    if not file.parent.is_dir():  # no run yet, or a file in its place, which is told when the folder is made
+    if not file.parent.is_dir():  # no run yet, or a file in its place, which is refused when the folder is made
         return []
     try:
         return list(read_record(file, _Asked, "remove the file, and give --redo again", old=False)["stages"])
@@ -77,7 +77,7 @@ def undone_on_error(run: RunDir, config: RunConfig) -> Iterator[None]:
     except Preempted:
         raise
     except Exception:
-        with suppress(OSError, DataError):  # what ended the run is told, not this
+        with suppress(OSError, DataError):  # the error that ended the run is the one to show
             if names := put_back(run, config):
                 say(f"put back as they were before --redo: {', '.join(names)}")
             if left := sorted(run.set_aside()):

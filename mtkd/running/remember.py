@@ -41,7 +41,7 @@ def reopen(path: Path) -> RunConfig:
 
 
 def remember(config: RunConfig, folder: RunDir) -> str:
-    """Keep run.yaml and the folder that its relative paths start from up to date; damaged ones are written anew.
+    """Keep run.yaml and the folder that its relative paths start from up to date; damaged ones are written again.
 
     Returns:
         The run's id: by the clock of this, the main rank, when it was first started.

@@ -212,7 +212,7 @@ def _order_law(spec: WeightingSpec, make: OptionsOf, case: Teachers) -> None:
 
 
 def _labels_law(spec: WeightingSpec, make: OptionsOf, case: Teachers) -> None:
-    """A weighting that does not declare `needs_labels` gives the same weights whatever the labels are."""
+    """A weighting that does not declare `needs_labels` gives the same weights for any labels."""
     if spec.needs_labels:
         return
     other = case.targets.flip(-1) + 1 if case.targets.is_floating_point() else (case.targets + 1) % 3

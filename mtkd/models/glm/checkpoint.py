@@ -36,7 +36,7 @@ class Checkpoint:
         source: file or folder.
         parts: per model-parallel rank the weights by published name.
         hub: whether it is the hub port's, which was meant for the other GELU.
-        settings: of config.json or model_config.json beside the weights; {} without one.
+        settings: of config.json or model_config.json next to the weights; {} without one.
     """
 
     source: Path

@@ -71,14 +71,14 @@ def convert_checkpoint(
     Args:
         source: a file or folder of one of the four forms.
         out: a folder that does not exist.
-        heads: attention heads; default: of config.json beside the weights, else of the card of that shape.
+        heads: attention heads; default: of config.json next to the weights, else of the card of that shape.
         hidden_act: default: the tanh form for the original's checkpoints, the erf form for the hub port's.
         vocabulary: a folder with vocab.json and merges.txt (GPT-2) or vocab.txt (BERT), whose tokenizer, with GLM's
-            commands, goes along; default: those files beside the weights, if they are there.
-        with_tokenizer: false: no tokenizer goes along, whatever lies beside the weights.
+            commands, goes along; default: those files next to the weights, if they are there.
+        with_tokenizer: false: no tokenizer goes along, even if one is next to the weights.
 
     Raises:
-        UserError: `out` exists, or a number of heads that nobody knows or that does not fit.
+        UserError: `out` exists, or a number of heads that is unknown or does not fit.
         DataError: a source that is not a GLM: names, shapes, parts, or a pickle with more than weights.
     """
     if vocabulary is not None and not with_tokenizer:
@@ -120,7 +120,7 @@ def convert_checkpoint(
 
 
 def _tokenizer(source: Path, vocabulary: Path | None, config: GLMConfig) -> PreTrainedTokenizerFast | None:
-    """The tokenizer that goes along; None without a vocabulary beside the weights."""
+    """The tokenizer that goes along; None without a vocabulary next to the weights."""
     folder = vocabulary or (source if source.is_dir() else source.parent)
     found = tokenizer_beside(folder)
     if found is None and vocabulary is not None:
@@ -225,36 +225,36 @@ def _config(opened: Checkpoint, weights: Mapping[str, Stored], heads: int | None
 
 
 def _activation(opened: Checkpoint) -> str:
-    """What the configuration beside the weights says, else what the form was published with."""
-    beside = opened.settings.get("hidden_act")
-    if beside is None:
+    """What the configuration next to the weights says, else what the form was published with."""
+    stated = opened.settings.get("hidden_act")
+    if stated is None:
         return HUB_ACTIVATION if opened.hub else ORIGINAL_ACTIVATION
-    if beside not in (HUB_ACTIVATION, ORIGINAL_ACTIVATION):
+    if stated not in (HUB_ACTIVATION, ORIGINAL_ACTIVATION):
         raise DataError(
             "the configuration next to the weights has an activation that no published GLM has",
             where=str(opened.source),
-            found=beside,
+            found=stated,
             allowed=[ORIGINAL_ACTIVATION, HUB_ACTIVATION],
             todo="give it with --hidden-act",
         )
-    return str(beside)
+    return str(stated)
 
 
 def _heads(opened: Checkpoint, sizes: Mapping[str, int], given: int | None) -> int:
     """The number of heads, which no shape tells."""
-    beside = opened.settings.get("num_attention_heads")
-    if given is not None and isinstance(beside, int) and beside != given:
+    stated = opened.settings.get("num_attention_heads")
+    if given is not None and isinstance(stated, int) and stated != given:
         raise UserError(
             "the configuration next to the weights has another number of heads",
             where="--heads",
             found=given,
-            allowed=beside,
+            allowed=stated,
         )
     shape = (sizes["layers"], sizes["width"])
     cards = {
         card.heads for card in load_cards().values() if card.architecture == GLM and (card.layers, card.width) == shape
     }
-    found = given or beside or (cards.pop() if len(cards) == 1 else None)
+    found = given or stated or (cards.pop() if len(cards) == 1 else None)
     if not isinstance(found, int) or found < 1 or sizes["width"] % found:
         raise UserError(
             "the number of attention heads cannot be read from the weights",

@@ -74,7 +74,7 @@ def rename(published: Collection[str], where: str) -> dict[str, str]:
             unexpected.append(f"{name} (in addition to {ours[new]})")
         else:
             ours[new] = name
-    # Counted, not read off the largest number: that is whatever somebody else wrote.
+    # Counted, not read off the largest number, which comes from an untrusted file.
     numbers = {found[1] for name in ours if (found := re.match(r"glm\.layers\.(\d+)\.", name))}
     wanted = our_names(len(numbers) or 1)
     known = set(wanted)

@@ -9,7 +9,7 @@ a step below is put a whole step below. The largest log-probability itself is no
 (the tail) known, it follows from the sum, so rounding never changes the total. Every position takes the same number of
 bytes, so that any of them is found without an index.
 
-**Sampled.** The distinct ids of k draws with their counts, whole bytes each; a position's number of them beside it.
+**Sampled.** The distinct ids of k draws with their counts, whole bytes each; then a position's number of them.
 
 Source: Elias 1974, Efficient storage and retrieval by content and address of static files; Fano 1971, On the number of
 bits required to implement an associative memory. Draws: Anshumann et al. 2025, Sparse Logit Sampling: Accelerating
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 
 FLOOR = -100.0
-"""The smallest log-probability that is told apart, nats: exp(-100) is 0 in float32, but 0 * -100 is no NaN."""
+"""The smallest log-probability that is resolved, nats: exp(-100) is 0 in float32, but 0 * -100 is no NaN."""
 
 _LEAST_STEP = 4e-6
 """Between two log-probabilities, nats: float32 tells them apart down to -32, and more than 1e-14 is kept of a mass."""

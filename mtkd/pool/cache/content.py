@@ -13,7 +13,7 @@ from mtkd.models.features import split_key
 TARGETS = ("top", "sampled", "classes")
 DTYPES: tuple[str, ...] = get_args(Dtype)
 SCALARS: tuple[str, ...] = tuple(name for name in get_args(Trait) if name != "ce")
-"""Traits that may be stored beside the targets, 4 bytes per position each; `ce` has a field of its own."""
+"""Traits that may be stored with the targets, 4 bytes per position each; `ce` has a field of its own."""
 PER_EXAMPLE = ("cls",)
 """Stored features with one vector per example; `hidden` and `embedding` have one per token."""
 
