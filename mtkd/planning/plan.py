@@ -71,7 +71,7 @@ def plan(
         reader: of the data entries, which the run goes on with.
         redo: stages that are to be made again: the run is planned as it would be then.
     Raises:
-        UserError: whatever would fail later for a reason that can be known now.
+        UserError: what would fail later for a reason that can be known now.
     """
     with in_file(config):
         precision = choose(config, planned=memory)
@@ -89,7 +89,7 @@ def specify(config: RunConfig, reader: DataReader) -> Specified:
     Args:
         reader: of the data entries, which the run goes on with.
     Raises:
-        UserError: whatever would fail later for a reason that can be known now.
+        UserError: what would fail later for a reason that can be known now.
     """
     with in_file(config):
         specifier = Specifier(config, reader)

@@ -1,4 +1,4 @@
-"""From the configuration of a stage to its `StageSpec`; whatever can be wrong without weights is refused here."""
+"""From the configuration of a stage to its `StageSpec`; what can be wrong without weights is refused here."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Specifier:
         """The spec of a stage.
 
         Raises:
-            UserError: whatever would fail later for a reason that can be known now.
+            UserError: what would fail later for a reason that can be known now.
         """
         stage = self.config.stages[name]
         spec = StageSpec(

@@ -73,7 +73,7 @@ def build(context: RunContext, spec: StageSpec) -> BuiltStage:
     """Load and wire everything of a stage.
 
     Raises:
-        UserError: whatever the plan could not see without weights.
+        UserError: what the plan could not see without weights.
     """
     config, stage = context.config, spec.stage
     with placed(stage=spec.where):

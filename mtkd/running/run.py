@@ -82,7 +82,7 @@ def run(config: RunConfig, redo: Sequence[str] = ()) -> RunResult:
     Called again on the same configuration it goes on where it stopped; finished stages are not redone.
 
     Args:
-        redo: stages that are made anew first of all, with everything that depends on them.
+        redo: stages that are made again first of all, with everything that depends on them.
 
     Raises:
         UserError: and its subclasses, whose `exit_code` is that of the command line.
