@@ -72,6 +72,7 @@ def divergence(loss: str, p: Tensor, q: Tensor) -> Tensor:
 @pytest.mark.parametrize("loss", ["kl", "reverse_kl", "jsd"])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_completed_divergences_are_those_of_k_plus_one_outcomes(loss: str, temperature: float) -> None:
+    """A cached teacher is its k columns and one tail: value and gradient of the formula over k + 1 outcomes."""
     student, teacher = draw(0).requires_grad_(), sparse(draw(1), temperature=temperature)
     assert teacher.tail is not None
     values = LOSSES[loss].function(student, densify(teacher, student), None, temperature=temperature)
@@ -134,7 +135,7 @@ def serving(
     return [torch.cat(part) for part in zip(*parts, strict=True)]
 
 
-@pytest.mark.parametrize(("loss", "scale"), itertools.product(["kl", "soft_ce"], [True, False]))
+@pytest.mark.parametrize(("loss", "scale"), [*itertools.product(["kl", "soft_ce"], [True, False])])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("kept", [(5, 5, 5), (5, 3, 8), (COLUMNS, 1, 2)])
 def test_one_pass_equals_completed_rows_and_the_formula(
@@ -216,6 +217,7 @@ def test_unused_places_of_drawn_targets_count_nothing() -> None:
 
 
 def test_the_pass_has_the_gradient_of_finite_differences() -> None:
+    """Of cross entropies and labels in one pass; torch's gradcheck in float64."""
     from mtkd.objective.onepass import _CrossEntropies
 
     teachers = [sparse(draw(i)) for i in (30, 31)]
@@ -261,6 +263,7 @@ def objective_loss(hidden: Tensor, weight: Tensor, teachers: Sequence[Logits], r
 
 
 def test_sampled_targets_have_the_whole_gradient_and_value_in_the_mean() -> None:
+    """Drawn targets are unbiased: the mean of 4,000 draws is the whole teacher's, within 4.5 standard errors."""
     logits, student = draw(50)[:1], draw(51)[:1].requires_grad_()
     kl = (logits.log_softmax(-1).exp() * (logits.log_softmax(-1) - student.log_softmax(-1))).sum()
     (exact,) = torch.autograd.grad(kl, student)
@@ -327,6 +330,7 @@ def test_a_row_at_another_temperature_is_refused_while_training_too() -> None:
 
 
 def test_traits_of_a_cached_teacher() -> None:
+    """Those of the columns it keeps are the live teacher's; one that was not stored is refused."""
     logits = draw(70).float()
     teacher = cached(sparse(logits))
     teacher.traits["ce"] = torch.arange(POSITIONS).float()
@@ -359,6 +363,8 @@ def test_what_no_cache_can_give_is_refused() -> None:
 
 
 def test_a_user_written_loss_takes_a_cached_teacher() -> None:
+    """It is given k + 1 outcomes and needs to know of no cache."""
+
     def total_variation(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
         return (student.softmax(-1) - teacher.softmax(-1)).abs().sum(-1) / 2
 

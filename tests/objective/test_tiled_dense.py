@@ -232,11 +232,12 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("num_teachers", "alone"), [(1, False), (2, False), (3, False), (4, False), (3, True)])
+@pytest.mark.parametrize(("num_teachers", "alone"), [(1, False), (3, False), (3, True)])
 @pytest.mark.parametrize(("loss", "options"), CASES)
 def test_rows_in_tiles_are_the_formulas_over_all_logits(
     loss: str, options: dict[str, float], num_teachers: int, alone: bool
 ) -> None:
+    """Every loss and ensemble against its definition in float64; in bfloat16 at most twice the dense error."""
     student, heads = Student(), teachers(num_teachers)
     weights = 0.1 + torch.rand(num_teachers, BATCH, LENGTH, generator=torch.Generator().manual_seed(2))
     kinds = ("losses", "logits") if loss in ON_VECTORS else ("losses", "probabilities", "logits")

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import errno
-import json
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +15,7 @@ import pytest
 import torch
 from tiny import CPU, causal_batch, causal_model, class_batch, classifier, make_objective
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from mtkd.config import Named, OptimizerConfig
 from mtkd.config.match import Match
@@ -268,67 +267,63 @@ def test_whatever_reads_the_weights_at_build_takes_a_turn(
     assert torch.equal(table, model.embedding_table)  # a copy: it outlives the file
 
 
-_MEASURE = """
-import json, sys, tempfile, torch
-from pathlib import Path
-from transformers import LlamaConfig, LlamaForCausalLM
-from mtkd.data.batch import Batch
-from mtkd.engine.dist import Dist
-from mtkd.models import attention
-from mtkd.models.taps import TappedModel
-from mtkd.pool import LiveTeacher, TeacherPool, offload
-
-CPU, V = torch.device("cpu"), 8_000
-config = LlamaConfig(vocab_size=V, hidden_size=512, num_hidden_layers=4, num_attention_heads=4,
-    intermediate_size=1024, pad_token_id=0, attn_implementation="mtkd_tap")
-
-def resident_set(*names):  # bytes
-    with open("/proc/self/status") as file:
-        found = dict(line.split(":", 1) for line in file)
-    return sum(int(found[name].split()[0]) for name in names) * 1024
-
-def teacher(k):
-    torch.manual_seed(k)
-    model = TappedModel(LlamaForCausalLM(config), "AutoModelForCausalLM", V)
-    if sys.argv[1] == "offload":
-        return LiveTeacher(str(k), offload(model, CPU, Path(sys.argv[2]) / str(k), Dist()), CPU, torch.float32)
-    return LiveTeacher(str(k), model, CPU, torch.float32)
-
-ids = torch.randint(1, V, (1, 16), generator=torch.Generator().manual_seed(0))
-batch = Batch(torch.arange(1), ids, torch.ones_like(ids).bool(), torch.full_like(ids, -100))
-one = teacher(9)  # what the libraries load at the first pass is not the teachers'
-for logits in [one.forward(batch, frozenset({"logits"}))["logits"]]:
-    logits.rows(torch.arange(16))
-size = sum(p.numel() * 4 for p in one._model.parameters())
-one.close()
-del one, logits
-before = resident_set("RssAnon", "RssFile")
-pool = TeacherPool([teacher(k) for k in range(4)], [frozenset({"logits"})] * 4)
-Path("/proc/self/clear_refs").write_text("5")  # the largest resident set starts anew: loading does not count
-for _ in range(3):
-    for features in pool.forward(batch):
-        features["logits"].rows(torch.arange(16))
-growth = resident_set("RssAnon", "RssFile") - before
-print(json.dumps({"size": size, "growth": growth, "peak": resident_set("VmHWM") - before}))
-"""
+_M_ARENA_MAX, _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -8, -1, -3  # of mallopt
 
 
-# glibc keeps freed blocks for itself, how many and how large depends on what came before; musl knows none of these.
-TRIMMED = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072"}
+def resident_set(*names: str) -> int:
+    """Lines of the kernel's about this process, bytes."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return sum(int(fields[name].split()[0]) for name in names) * 1024
+
+
+def measured(backend: str, folder: str) -> dict[str, int]:
+    """Bytes of one teacher's weights, and what four teachers add to this process."""
+    # glibc keeps freed blocks for itself, how many and how large depends on what came before; musl has no mallopt.
+    allocator = ctypes.CDLL(None)
+    if hasattr(allocator, "mallopt"):
+        for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, 65_536), (_M_TRIM_THRESHOLD, 131_072)):
+            allocator.mallopt(option, value)
+    ids = 8_000
+    config = LlamaConfig(
+        vocab_size=ids,
+        hidden_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=1024,
+        pad_token_id=0,
+        attn_implementation="mtkd_tap",
+    )
+
+    def teacher(k: int) -> LiveTeacher:
+        torch.manual_seed(k)
+        model = TappedModel(LlamaForCausalLM(config), "AutoModelForCausalLM", ids)
+        held = offload(model, CPU, Path(folder) / str(k), Dist()) if backend == "offload" else model
+        return LiveTeacher(str(k), held, CPU, torch.float32)
+
+    tokens = torch.randint(1, ids, (1, 16), generator=torch.Generator().manual_seed(0))
+    batch = Batch(torch.arange(1), tokens, torch.ones_like(tokens).bool(), torch.full_like(tokens, -100))
+    logits = frozenset({"logits"})
+    one = teacher(9)  # what the libraries load at the first pass is not the teachers'
+    one.forward(batch, logits)["logits"].rows(torch.arange(16))  # type: ignore[union-attr]
+    size = one.num_parameters * 4
+    one.close()
+    del one
+    before = resident_set("RssAnon", "RssFile")
+    pool = TeacherPool([teacher(k) for k in range(4)], [logits] * 4)
+    Path("/proc/self/clear_refs").write_text("5")  # the largest resident set starts again: loading does not count
+    for _ in range(3):
+        for features in pool.forward(batch):
+            features["logits"].rows(torch.arange(16))  # type: ignore[union-attr]
+    growth = resident_set("RssAnon", "RssFile") - before
+    return {"size": size, "growth": growth, "peak": resident_set("VmHWM") - before}
 
 
 @pytest.mark.slow
 def test_memory_is_one_teachers_not_four(tmp_path: Path) -> None:
     """The resident set (anonymous and file pages) that four teachers add: after their turns, and at its largest."""
-    measured: dict[str, dict[str, Any]] = {}
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **TRIMMED}
-    for backend in ("offload", "resident"):
-        command = [sys.executable, "-c", _MEASURE, backend, str(tmp_path)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
-        assert done.returncode == 0, done.stderr
-        measured[backend] = json.loads(done.stdout.splitlines()[-1])
-    size = measured["offload"]["size"]
+    ((offloaded,), (resident,)) = (run_distributed(measured, 1, b, str(tmp_path)) for b in ("offload", "resident"))
+    size = offloaded["size"]
     assert size > 50e6
-    assert measured["resident"]["growth"] > 2.5 * size  # the measure sees what offloading saves
-    assert measured["offload"]["growth"] < 0.5 * size
-    assert 0.5 * size < measured["offload"]["peak"] < 1.5 * size
+    assert resident["growth"] > 2.5 * size  # the measure sees what offloading saves
+    assert offloaded["growth"] < 0.5 * size
+    assert 0.5 * size < offloaded["peak"] < 1.5 * size
