@@ -30,6 +30,7 @@ def collectives() -> dict[str, object]:
 
 
 def test_collectives_of_two_ranks() -> None:
+    """Place, sum, agreement, broadcast and gather, each against what is written out here."""
     first, second = run_distributed(collectives, 2)
     assert first["place"] == (0, 2, 0, True)
     assert second["place"] == (1, 2, 1, False)
@@ -127,6 +128,7 @@ leave({code})
 
 
 def test_who_is_no_rank_stays() -> None:
+    """`leave` does nothing without a process group."""
     program = "import torch; from mtkd.engine.dist import leave; leave(3); print('here')"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600, check=False)
     assert (done.returncode, done.stdout) == (0, "here\n"), done.stderr

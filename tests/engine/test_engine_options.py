@@ -38,6 +38,7 @@ def switches() -> Iterator[None]:
 @pytest.mark.usefixtures("switches")
 @pytest.mark.parametrize(("kernel", "used"), [("auto", "flash"), ("flash", "flash"), ("math", "math")])
 def test_attention_runs_on_the_chosen_kernel(kernel: str, used: str) -> None:
+    """As torch's profiler names the kernel that ran."""
     use_attention(kernel, "cpu")
     query = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(0))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -81,6 +82,8 @@ def test_a_kernel_that_the_found_device_lacks_is_refused() -> None:
     ],
 )
 def test_what_changes_numbers_identifies_a_stage(tmp_path: Path, engine: dict[str, Any], changes: bool) -> None:
+    """A setting is part of a stage's identity exactly when it changes numbers."""
+
     def of(**engine: Any) -> dict[str, Any]:
         config = tiny_config(tmp_path, engine=engine)
         return identity(config, "student", data="d", tokenizer="t", segmentation="s", models={}, steps=1)
@@ -151,6 +154,7 @@ def test_flash_needs_bf16_on_a_gpu() -> None:
     ],
 )
 def test_what_changes_a_cache_identifies_it(tmp_path: Path, overrides: list[str], changes: bool) -> None:
+    """A seed counts for drawn targets only; nothing that a cache stage does not read counts."""
     file = cache_runs.write(tmp_path, cache_runs.values(tmp_path, cache={}, student={}))
 
     def of(overrides: list[str]) -> dict[str, Any]:

@@ -48,6 +48,7 @@ def gradient(cuts: list[list[int]], packing: bool = False, rows=ROWS) -> torch.T
     "cuts", [[[0, 1, 2, 3], [4, 5, 6, 7]], [[i] for i in range(8)], [[0, 1, 2, 3, 4, 5, 6], [7], []]]
 )
 def test_gradient_does_not_depend_on_the_cut(cuts):
+    """Gradients of micro-batches, an empty one among them, add up to that of the whole batch."""
     whole = gradient([list(range(8))])
     torch.testing.assert_close(gradient(cuts), whole, rtol=1e-4, atol=1e-5 * float(whole.abs().max()))
 
@@ -96,6 +97,7 @@ def _engine_losses(kind: str, zero_stage: int, tied: bool, accumulate: int, pack
 
 @pytest.mark.parametrize("accumulate", [2, 8])
 def test_accumulation_gives_the_same_losses(accumulate):
+    """2 and 8 micro-batches a step train as one does."""
     expected = _engine_losses("torch", 0, False, 1)
     assert _engine_losses("torch", 0, False, accumulate) == pytest.approx(expected, rel=1e-5)
 
@@ -106,6 +108,7 @@ def test_accumulation_gives_the_same_losses(accumulate):
     [(0, False, False), (1, False, True), (2, True, False), (3, False, False), (3, True, True)],
 )
 def test_deepspeed_equals_torch(zero_stage, tied, packing):
+    """Two ranks under every ZeRO stage come to the losses and the exported weights of one process."""
     expected = _engine_losses("torch", 0, tied, 1)  # never packed
     ranks = run_distributed(partial(_engine_losses, "deepspeed", zero_stage, tied, 2, packing), 2, timeout=1200)
     assert ranks[0] == pytest.approx(expected, rel=1e-5)
@@ -142,6 +145,7 @@ def test_large_products_equal_torchs_own_and_resume_bit_by_bit(tmp_path, monkeyp
 
 
 def test_padding_changes_nothing():
+    """Five more columns of padding: the same loss, the same gradients."""
     objective, pool = causal_objective()
     values = []
     for padding in (0, 5):

@@ -69,6 +69,7 @@ def group(folder: Path, fault: str, bad: int, *, timeout: float = 3600, ranks: i
 @pytest.mark.slow
 @pytest.mark.parametrize("bad", [0, 1])
 def test_a_killed_rank_ends_the_others_and_is_named(tmp_path: Path, bad: int) -> None:
+    """kill -9 of the main rank or of another: the rest ends with EXIT_LOST, first says who died."""
     ended = group(tmp_path, "kill", bad)()
     assert ended.codes[bad] == -signal.SIGKILL
     assert ended.codes[1 - bad] == EXIT_LOST, ended.output

@@ -149,4 +149,5 @@ def test_a_run_goes_on_from_its_last_good_checkpoint_once_the_cause_of_a_nan_is_
 
 
 def test_json_has_null_for_what_is_not_finite() -> None:
+    """JSON knows no NaN."""
     assert to_json({"a": [math.nan, (math.inf, 1.5)], "b": -math.inf}) == '{"a": [null, [null, 1.5]], "b": null}'

@@ -156,6 +156,7 @@ class LateClock:
 
 @pytest.mark.slow
 def test_ranks_that_were_started_differently_name_what_differs(tmp_path: Path) -> None:
+    """F27: options, --redo and clocks; each rank says the same and there is one run id."""
     for name in ("options", "redo", "fine"):
         (tmp_path / name).mkdir()
         stages = {"teacher": {"steps": 1}, "student": None}
@@ -284,6 +285,7 @@ def test_a_wrong_start_is_refused_before_anything_is_started(
 
 
 def test_the_plan_shows_a_command_that_a_user_can_type(tmp_path: Path) -> None:
+    """For one process, several, a hostfile and Slurm."""
     (tmp_path / "hosts").write_text("node-a slots=3\nnode-b slots=1\n")
     for engine, command in [
         ({}, "mtkd run FILE"),
@@ -412,6 +414,7 @@ sys.exit(launcher.launch(config, ["run", "FILE"], launcher.Started(), Path("."),
 
 
 def test_a_launcher_of_several_processes_needs_the_engine_for_them(tmp_path: Path) -> None:
+    """`kind: torch` under a launcher would train the same model several times."""
     environment = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     code, output = processes.run(tmp_path, "run", str(write_yaml(tmp_path)), environment=environment)
     assert (code, "engine.kind: a launcher started several processes" in output) == (2, True), output

@@ -91,6 +91,7 @@ def test_a_machine_chooses_the_same_every_time() -> None:
     ],
 )
 def test_the_precision_of_a_run_that_is_there(text: str | None, wanted: str | None, tmp_path: Path) -> None:
+    """Read from its run.yaml; a file without the key is from before `auto`, when it was fp32."""
     if text is not None:
         (tmp_path / "run.yaml").write_text(text)
     assert begun_in(tmp_path) == wanted
@@ -105,6 +106,7 @@ def test_of_a_damaged_run_yaml_nothing_is_believed(tmp_path: Path) -> None:
 
 
 def test_nothing_that_counts_sees_auto(tmp_path: Path) -> None:
+    """`auto` is decided before an identity is taken, which refuses it."""
     config = tiny_config(tmp_path, engine={"precision": "auto"})
     with pytest.raises(AssertionError):
         identity(config, "teacher", data="d", tokenizer="t", segmentation="s", models={}, steps=1)
@@ -204,6 +206,7 @@ def _decide(folder: str) -> tuple[str, str]:
 
 @pytest.mark.slow
 def test_the_main_rank_decides_and_speaks_for_the_others(tmp_path: Path) -> None:
+    """Ranks on unlike machines train in one precision, and one line names the slow ones."""
     write_yaml(tmp_path, engine={"precision": "auto"})
     (first, said), (second, silent) = run_distributed(_decide, 2, str(tmp_path))
     assert (first, second, silent) == ("bf16", "bf16", "")
@@ -213,6 +216,7 @@ def test_the_main_rank_decides_and_speaks_for_the_others(tmp_path: Path) -> None
 
 
 def test_the_doctor_says_what_auto_means() -> None:
+    """With the measured ratio of times."""
     from typer.testing import CliRunner
 
     from mtkd.cli.app import app

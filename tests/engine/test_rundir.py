@@ -61,6 +61,7 @@ def test_a_run_is_made_and_found_again(config: RunConfig, tmp_path: Path) -> Non
 
 
 def test_the_layout(tmp_path: Path) -> None:
+    """Where a run keeps what: the paths that users and tools rely on."""
     run = RunDir(tmp_path)
     stage = run.stage(1, "teacher")
     paths = [

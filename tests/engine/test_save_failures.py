@@ -43,6 +43,7 @@ def fail_on(rank: int, error: str, parent: str) -> tuple[str, list[str], list[st
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_every_rank_is_told_when_one_has_no_disk_space(rank: int, tmp_path: Path) -> None:
+    """One rank's ENOSPC is every rank's error, with its number, and leaves no half checkpoint."""
     for message, left, files in run_distributed(fail_on, 2, rank, "os", str(tmp_path)):
         assert message.startswith("UserError")
         assert f"rank {rank}: OSError: [Errno 28] No space left on device (free: " in message
@@ -95,6 +96,7 @@ def save_over_the_limit(parent: str) -> str:
 
 
 def test_a_file_size_limit_is_reported_with_bytes(tmp_path: Path) -> None:
+    """RLIMIT_FSIZE, as a quota: the message names the bytes."""
     # torch.save raises RuntimeError here and leaves a truncated file
     (message,) = run_distributed(save_over_the_limit, 1, str(tmp_path))
     (size,) = (entry["size"] for entry in check_seal(tmp_path / "step-000001")["files"].values())

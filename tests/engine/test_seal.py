@@ -56,6 +56,7 @@ def names(parent: Path) -> list[str]:
 
 
 def test_a_checkpoint_is_sealed_found_and_pruned(tmp_path: Path) -> None:
+    """The newest by number is found whole, and two are kept."""
     for step in (5, 90, 100, 1_000_000):
         path = save(tmp_path, step)
         assert check_seal(path)["step"] == step
@@ -250,6 +251,7 @@ def test_damage_is_refused_with_file_and_reason_and_the_older_one_used(
 
 @pytest.mark.parametrize("content", ["../../../etc", "step-000009", "", "step-000002/../../x", "\x00"])
 def test_latest_files_are_ignored(content: str, tmp_path: Path) -> None:
+    """Files that other libraries read the newest step from decide nothing here."""
     save(tmp_path, 1)
     save(tmp_path, 2)
     (tmp_path / "latest").write_text(content)
@@ -340,6 +342,7 @@ def test_an_export_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_seal_covers_exactly_what_is_there(tmp_path: Path) -> None:
+    """Every file with its size and the SHA-256 that `sha256sum` prints."""
     shards(3)(tmp_path)
     seal(tmp_path, {})
     files: dict[str, Any] = check_seal(tmp_path)["files"]

@@ -90,6 +90,7 @@ def test_a_trait_that_was_not_stored_is_named(tmp_path: Path) -> None:
 
 
 def test_drawn_targets_have_no_gram(tmp_path: Path) -> None:
+    """A weighting that reads gradients is refused where a cache holds drawn targets."""
     content = CacheContent("sampled", 50, 1.0, NUM_IDS)
     with pytest.raises(UserError, match="inner products"):
         results("uniform", tmp_path, content, (0, 1), kd(temperature=1.0).values())

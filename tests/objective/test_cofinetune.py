@@ -39,6 +39,7 @@ def members() -> dict[str, TappedModel]:
 
 
 def test_loss_is_the_sum_and_the_shared_gradient_too() -> None:
+    """Joint models are separate copies whose losses, and whose gradients of the shared head, are added."""
     torch.manual_seed(0)
     batch = class_batch(LENGTHS)
     alone = {name: model.model for name, model in members().items()}
@@ -74,6 +75,7 @@ def test_loss_is_the_sum_and_the_shared_gradient_too() -> None:
 
 
 def test_different_architectures_share_by_role() -> None:
+    """Pooler and classifier are one tensor each, though every architecture has its own names for them."""
     shape = {"vocab_size": 61, "num_labels": 3, "attn_implementation": "mtkd_tap", "pad_token_id": 0}
     roberta = RobertaForSequenceClassification(
         RobertaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32, **shape)
@@ -122,6 +124,7 @@ def _losses(kind: str, zero_stage: int) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_deepspeed_equals_torch(zero_stage: int) -> None:
+    """Losses and exported heads of two ranks are those of one process."""
     expected = _losses("torch", 0)
     assert expected[3:7] == expected[7:11] == expected[11:]  # the exported heads are one
     ranks = run_distributed(partial(_losses, "deepspeed", zero_stage), 2, timeout=1200)
@@ -170,6 +173,7 @@ def write_run(folder: Path, **co: object) -> Path:
 
 
 def test_a_whole_run(tmp_path: Path) -> None:
+    """Plan, scores, exports and a second start of a stage that trains two teachers with one head."""
     config = mtkd.load_config(write_run(tmp_path))
     planned = mtkd.plan(config, memory=True).stages
     assert [len(stage.memory.notes) for stage in planned if stage.memory] == [1, 1]  # both steps could be counted
@@ -204,6 +208,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path: Path, change: dict[str, object], text: str) -> None:
+    """A stage of kind `cofinetune` has members alone; another kind has none."""
     with pytest.raises(UserError, match=text):
         mtkd.load_config(write_run(tmp_path, **change))
 
@@ -219,10 +224,12 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, change: dict[str, object],
     ],
 )
 def test_members_are_named(tmp_path: Path, override: str, text: str) -> None:
+    """`stage:NAME/MEMBER` wherever a model of such a stage is meant; anything else is refused."""
     with pytest.raises(UserError, match=text):
         mtkd.load_config(write_run(tmp_path), [override])
 
 
 def test_token_tasks_are_refused_at_plan_time(tmp_path: Path) -> None:
+    """Only classification has heads that can be shared."""
     with pytest.raises(UserError, match="classify"):
         mtkd.plan(mtkd.load_config(write_run(tmp_path), ["data.data.task=masked-lm"]))

@@ -65,6 +65,7 @@ def by_loops(loss: str, ensemble: str, temperature: float, data: tuple[Tensor, l
 @pytest.mark.parametrize("ensemble", ["losses", "probabilities", "logits"])
 @pytest.mark.parametrize(("num_teachers", "temperature"), [(1, 2.0), (2, 1.0), (3, 1.0), (3, 3.0)])
 def test_against_loops(loss: str, ensemble: str, num_teachers: int, temperature: float) -> None:
+    """Every ensemble of every divergence is the formula computed position by position with scipy."""
     data = problem(num_teachers)
     found = ensemble_losses(row(loss, ensemble=ensemble, options={"temperature": temperature}), *data, MASK)
     wanted = torch.tensor(by_loops(loss, ensemble, temperature, data), dtype=torch.float32)
@@ -72,6 +73,7 @@ def test_against_loops(loss: str, ensemble: str, num_teachers: int, temperature:
 
 
 def test_the_three_ways_to_meet_are_three_different_things() -> None:
+    """Losses, probabilities and logits give values that differ: each comparison below can fail."""
     found = [ensemble_losses(row(ensemble=e), *problem(2), MASK) for e in ("losses", "probabilities", "logits")]
     for a, b in itertools.combinations(found, 2):
         assert float((a - b)[MASK].abs().min()) > 1e-3
@@ -80,6 +82,7 @@ def test_the_three_ways_to_meet_are_three_different_things() -> None:
 @pytest.mark.parametrize("loss", ["kl", "soft_ce"])
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_the_mixture_is_the_plain_sum_in_value_and_gradient(loss: str, temperature: float) -> None:
+    """For kl and soft_ce the teachers are mixed first; that is the weighted sum of their losses."""
     student, teachers, weights = problem(3)
     options = {"temperature": temperature}
     student.requires_grad_()
@@ -111,6 +114,7 @@ def test_the_mixture_looks_at_the_student_once(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("extreme", [100.0, 1e4])
 def test_the_mixture_of_teachers_who_are_sure_of_different_things(extreme: float) -> None:
+    """Of two sure teachers and a uniform student: log 3, the gradient the mean of both; nothing overflows."""
     student = torch.zeros(1, 3, requires_grad=True)
     teachers = [torch.tensor([[extreme, 0.0, 0.0]]), torch.tensor([[0.0, extreme, 0.0]])]
     found = ensemble_losses(row(), student, teachers, torch.full((2, 1), 0.5), torch.ones(1, dtype=torch.bool))
@@ -162,6 +166,7 @@ def test_the_gradient_of_a_weight_is_its_teachers_loss(loss: str, num_teachers: 
 
 @pytest.mark.parametrize("ensemble", ["losses", "probabilities", "logits"])
 def test_learned_weights_get_a_gradient_in_every_ensemble(ensemble: str) -> None:
+    """It is the finite difference of the loss by the weight."""
     student, teachers, weights = problem(2)
     weights = weights.double().requires_grad_()
 
@@ -179,6 +184,7 @@ def test_learned_weights_get_a_gradient_in_every_ensemble(ensemble: str) -> None
 
 
 def test_a_row_that_is_not_weighted_sums_over_teachers() -> None:
+    """`weighted: false` is weight 1 for each."""
     student, teachers, weights = problem(3)
     found = ensemble_losses(row(weighted=False), student, teachers, weights, MASK)
     wanted = sum(LOSSES["kl"](student, t, MASK) for t in teachers)
@@ -188,6 +194,7 @@ def test_a_row_that_is_not_weighted_sums_over_teachers() -> None:
 @pytest.mark.parametrize("ensemble", ["losses", "probabilities", "logits"])
 @pytest.mark.parametrize("loss", ["kl", "jsd"])
 def test_masked_positions_may_hold_anything(loss: str, ensemble: str) -> None:
+    """NaN and infinity there change no value and no gradient, bit by bit."""
     student, teachers, weights = problem(2)
     results = []
     for garbage in (0.0, torch.nan, torch.inf):

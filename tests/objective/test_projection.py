@@ -47,6 +47,7 @@ def test_one_adapter_per_row_and_teacher_of_another_width() -> None:
 
 
 def test_nothing_to_adapt() -> None:
+    """Rows on logits, labels and maps, and relations with heads of their own, have no adapter."""
     matches = (Match(), Match(loss="ce", target="labels"), Match(feature="scores", loss="attention_mse"))
     assert len(projections(*matches)) == 0
     assert len(projections(Match(feature="query", loss="relation_kl", options={"heads": 4}))) == 0
@@ -71,6 +72,7 @@ def test_names_agree_with_what_the_objective_looks_up() -> None:
 
 
 def test_the_cls_row_is_adapted_too() -> None:
+    """Its adapter exists for the teacher of another width alone."""
     match = Match(feature="cls", loss="normalized_mse", student_layer="each", teacher_layer="skip")
     assert sorted(projections(match)) == ["row0_teacher1"]
 

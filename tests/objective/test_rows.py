@@ -56,6 +56,7 @@ def relation(feature: str, **options: object) -> Match:
 
 @pytest.mark.parametrize("feature", ["query", "key", "value"])
 def test_relation_heads_allow_other_head_counts(feature: str) -> None:
+    """`heads` cuts the width of both sides: it must divide both, and replaces the models' own counts."""
     assert compiled(relation(feature, heads=48), teacher=WIDE)[0].pairs == (((2, 4),),)
     refused("needs equal head counts", relation(feature), teacher=WIDE)
     refused("student's .* width 96", relation(feature, heads=9), teacher=WIDE)
@@ -86,6 +87,7 @@ def test_maps_of_a_causal_and_another_model_are_refused() -> None:
 
 
 def test_features_a_model_cannot_give() -> None:
+    """The refusal names the side, and the teacher's architecture."""
     without = dataclasses.replace(TEACHER, architecture="deberta", taps=PLAIN)
     match = Match(feature="scores", loss="attention_mse")
     assert "deberta" in refused("cannot come from the teacher 'big'", match, teacher=without).message
@@ -123,6 +125,7 @@ def test_options_of_every_loss_on_logits_can_be_tried(loss: str) -> None:
 
 
 def test_losses_that_do_not_fit_the_row() -> None:
+    """By feature, by target, by ensemble: a loss that cannot read them is refused."""
     refused("cannot read feature 'hidden'", Match(feature="hidden", loss="kl"))
     refused("cannot read feature 'logits'", Match(loss="attention_kl"))
     refused("compares with labels", Match(loss="ce"))
@@ -153,6 +156,7 @@ NUMBER = {**CLASSES, "regression": True}
 
 
 def test_classification_rows() -> None:
+    """Student and teacher have as many classes; positions and numeric losses are refused."""
     refused("another number of classes", Match(), **{**CLASSES, "teacher": dataclasses.replace(TEACHER, num_labels=3)})
     refused("positions is for token tasks", Match(positions="all"), **CLASSES)
     refused("label_mse needs numeric labels", Match(loss="label_mse", target="labels"), **CLASSES)
@@ -160,6 +164,7 @@ def test_classification_rows() -> None:
 
 
 def test_regression_rows() -> None:
+    """Divergences and class losses are refused for a number; losses of vectors are not."""
     refusals = {"needs at least two classes": Match(), "needs class labels": Match(loss="ce", target="labels")}
     for message, match in refusals.items():
         with pytest.raises(UserError, match=message):
@@ -181,12 +186,14 @@ def test_regression_rows() -> None:
     ],
 )
 def test_positions_a_row_counts(match: Match, at_tokens: str, at_classes: str | None) -> None:
+    """What a row's sum is divided by: targets, tokens or sequences, by feature and task."""
     assert compiled(match)[0].counted(True) == at_tokens
     if at_classes is not None:
         assert compiled(match, **CLASSES)[0].counted(False) == at_classes  # type: ignore[arg-type]
 
 
 def test_what_rows_want() -> None:
+    """The features a row asks of each side, and the key its metric has."""
     soft, hard, scores = compiled(
         Match(), Match(loss="ce", target="labels"), Match(feature="scores", loss="attention_mse")
     )

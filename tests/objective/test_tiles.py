@@ -62,6 +62,7 @@ def close(found: Tensor | None, wanted: Tensor | None) -> None:
 
 @pytest.mark.parametrize("tile", [1, 3, 11, 64])
 def test_several_rows_share_the_pass(tile: int) -> None:
+    """Loss, metrics and gradients of several rows in tiles of any size are those over all logits."""
     problem = Problem()
     loss, metrics = problem.in_tiles(tile)
     found = torch.autograd.grad(loss, problem.parts)
@@ -76,6 +77,7 @@ def test_several_rows_share_the_pass(tile: int) -> None:
 
 @pytest.mark.parametrize("logits", [1, 30, 60])  # chunks of 1, 2 and 4 rows: they divide a tile of 5 or do not
 def test_chunks_inside_a_tile(logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How a tile's elementwise work is cut changes no value and no gradient."""
     problem = Problem()
     wanted_loss, wanted_metrics = problem.whole()
     wanted = torch.autograd.grad(wanted_loss, problem.parts)
@@ -92,6 +94,7 @@ def test_chunks_inside_a_tile(logits: int, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_gradients_are_scaled_by_what_comes_after() -> None:
+    """Of 3 x loss^2 the gradients are those of the dense formula: backward multiplies what forward has worked out."""
     problem = Problem()
     found = torch.autograd.grad(3 * problem.in_tiles()[0] ** 2, problem.parts)
     wanted = torch.autograd.grad(3 * problem.whole()[0] ** 2, problem.parts)
@@ -132,6 +135,7 @@ def test_a_frozen_part_gets_no_gradient_and_changes_no_other(frozen: int) -> Non
 
 
 def test_without_bias() -> None:
+    """A head without a bias is one whose bias is 0."""
     problem = Problem()
     problem.bias = torch.zeros(COLUMNS + 3, requires_grad=True)
     head = HeadLogits(problem.hidden, problem.weight, None, COLUMNS)
@@ -165,6 +169,7 @@ def test_bfloat16_parts_get_gradients_of_their_own_dtype() -> None:
 
 
 def test_a_tile_in_which_no_row_reads_the_logits() -> None:
+    """It adds nothing to the loss and to no gradient."""
     problem = Problem()
 
     def only_some(student: Tensor, weights: Tensor, at: slice) -> tuple[Tensor, Tensor]:

@@ -60,6 +60,7 @@ def test_an_override_may_undo_the_choice_of_a_step(tmp_path: Path) -> None:
 
 
 def test_random_tokens_count_nothing(tmp_path: Path) -> None:
+    """A vocabulary cannot be cut by how frequent made-up tokens are."""
     noise = {"source": "random-tokens", "documents": 4}
     student = {**SMALL, "vocabulary": {"keep": 0.9, "counts": "noise"}}
     with pytest.raises(UserError, match="no frequencies to count"):
