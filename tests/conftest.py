@@ -23,6 +23,24 @@ import processes
 multiprocessing.set_forkserver_preload(list(processes.PRELOADED))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_reports() -> Iterator[None]:
+    """Runs draw no report, which takes as long as the rest of a tiny run; see `reports`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mtkd.running.run.write_report", lambda folder: folder / "report.html")
+        yield
+
+
+@pytest.fixture(scope="module")
+def reports() -> Iterator[None]:
+    """Runs of this module draw their report."""
+    from mtkd.evaluate.report import write_report
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mtkd.running.run.write_report", write_report)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _no_process_stays() -> Iterator[None]:
     yield

@@ -197,7 +197,6 @@ class Workplace:
         _write_sst2(self.folder / SST2)
         _write_bert(self.folder / "minilm-tiny", self.folder / SST2 / "train.tsv")
         monkeypatch.setattr("mtkd.data.sources.stdlib_documents", made_up_documents)
-        monkeypatch.setattr("mtkd.running.run.write_report", lambda folder: folder / "report.html")
         _forget_plugins(monkeypatch)
 
     def config(self, recipe: Recipe, *overrides: str) -> RunConfig:

@@ -45,7 +45,7 @@ def twice_kl(student, teacher, mask):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> tuple[Path, mtkd.RunResult]:
+def made(reports, tmp_path_factory) -> tuple[Path, mtkd.RunResult]:
     """A run with a user's own weighting and loss, made through the library."""
     folder = tmp_path_factory.mktemp("cli")
     (folder / "plugin.py").write_text(PLUGIN)

@@ -6,9 +6,6 @@ import hashlib
 import json
 import pickle
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +16,7 @@ import torch
 
 from mtkd.data.batch import NO_LABEL, Batch
 from mtkd.engine.record import record_text
+from mtkd.engine.testing import RankError, run_distributed
 from mtkd.errors import DataError, UserError
 from mtkd.models.features import DenseLogits, Features, SparseLogits
 from mtkd.pool.cache import CacheContent, CacheOrigin, CacheReader, CacheWriter, Record, make_records, verify
@@ -173,24 +171,14 @@ def test_draws_are_a_function_of_seed_example_and_place(tmp_path: Path) -> None:
     assert (alone[7].targets["ids"][0] != alone[7].targets["ids"][1]).any()
 
 
-KILLED = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from test_cache import SAMPLED, written
-written(Path({folder!r}), SAMPLED)
-"""
-
-
 @pytest.mark.parametrize("point", ["before-cache-shard@2", "after-cache-shard@2", "before-manifest"])
 def test_a_kill_loses_at_most_one_shard_and_the_rest_is_written_the_same(
     tmp_path: Path, point: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MTKD_TEST_KILL_AT", point)
-    code = KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "c"))
-    done = subprocess.run([sys.executable, "-c", code], timeout=600, check=False)
-    assert done.returncode == -signal.SIGKILL
-    monkeypatch.delenv("MTKD_TEST_KILL_AT")
+    with monkeypatch.context() as patch:
+        patch.setenv("MTKD_TEST_KILL_AT", point)
+        with pytest.raises(RankError, match="rank 0 ended with exit code -9"):
+            run_distributed(written, 1, tmp_path / "c", SAMPLED)
     # half a file of a writer that died inside the write
     (tmp_path / "c" / f".tmp-{shard_name(2)}-1").write_bytes(b"half")
     with pytest.raises(DataError, match="no manifest"):

@@ -33,11 +33,6 @@ NEAR = 2e-4
 HIDDEN = {"feature": "hidden", "loss": "mse", "weight": 0.5}
 
 
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mtkd.running.run, "write_report", lambda folder: folder / "report.html")
-
-
 def made(folder: Path, **changes: Any) -> RunResult:
     """The run of `cache_runs.values`."""
     return mtkd.running.run.run(cache_runs.config(folder, cache_runs.values(folder, **changes)))
@@ -49,9 +44,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cached")
     student = {"match": [HIDDEN], "weighting": "ca_mkd", "steps": 14}
     cache = {**EXACT, "traits": ["ce"], "hidden": ["hidden.1"], "dtype": "float32"}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mtkd.running.run, "write_report", lambda folder: folder / "report.html")
-        made(folder, cache=cache, student=student)
+    made(folder, cache=cache, student=student)
     return folder
 
 
@@ -71,6 +64,7 @@ def test_a_student_of_caches_is_the_student_of_the_teachers(whole: Path) -> None
 
 
 def test_the_record_says_what_was_made(whole: Path) -> None:
+    """DONE and `mtkd status` against the files of the cache."""
     record = json.loads((run_of(whole) / "stages" / "03-cache" / "DONE").read_text())
     for name in TEACHERS:
         facts = record["caches"][name]
@@ -134,6 +128,7 @@ def test_redoing_the_cache_redoes_what_reads_it(whole: Path, tmp_path: Path) -> 
 
 
 def test_a_changed_cache_makes_what_reads_it_stale(whole: Path, tmp_path: Path) -> None:
+    """It is refused with the option that changed."""
     folder = again(whole, tmp_path)
     with pytest.raises(DataError, match="--redo cache") as caught:
         mtkd.running.run.run(load_config(folder / "run.yaml", ["stages.cache.cache.k=299"]))
@@ -163,6 +158,7 @@ def elsewhere(whole: Path, folder: Path, *overrides: str, **top: Any) -> None:
 
 
 def test_many_runs_share_a_cache(whole: Path, tmp_path: Path) -> None:
+    """A student of another run's cache is the same to the bit."""
     elsewhere(whole, tmp_path)
     ours, theirs = weights(run_of(tmp_path), "student"), weights(run_of(whole), "student")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -243,6 +239,7 @@ def test_classes_with_every_kind_of_weighting(tmp_path: Path) -> None:
 
 
 def test_sampled_targets_teach(tmp_path: Path) -> None:
+    """The student's divergence from them falls."""
     values = cache_runs.values(tmp_path, cache={"targets": "sampled", "k": 200, "shard_examples": 48}, student={})
     del values["stages"]["live"]
     values["evaluate"] = {"stages": ["teacher"], "resamples": 100}

@@ -205,6 +205,7 @@ def test_an_export_works_by_itself_on_plain_text(made: Path, stage: str, number:
 
 
 def test_what_the_plan_and_the_results_say(made: Path) -> None:
+    """Parameters by plan and results agree; the share of removed ids is the student's alone."""
     config = config_of(made)
     results = json.loads((made / "runs" / NAME / "results.json").read_text())
     planned = {stage.name: stage.models[0].parameters for stage in mtkd.plan(config).stages}
@@ -235,6 +236,7 @@ def test_another_corpus_is_another_student(made: Path) -> None:
 
 
 def test_a_stopped_student_goes_on_bit_for_bit(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights and vocabulary map of it and of the next stage are those of the undisturbed run."""
     draw, calls = TrainStream.__next__, []
 
     def stop(stream: TrainStream) -> list:

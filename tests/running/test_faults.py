@@ -219,6 +219,7 @@ def test_no_token_reaches_the_run_folder(tmp_path: Path) -> None:
 
 
 def test_two_runs_on_one_folder(whole: Path, tmp_path: Path) -> None:
+    """The second is refused with the first one's process id; when that one is killed, the run goes on."""
     command = ("run", str(with_teacher(whole, tmp_path)))
     freeze = partial(processes.watch, ids_file(tmp_path), 5, signal.SIGSTOP)
     holder = processes.start(tmp_path, *command, prepare=freeze)
@@ -239,6 +240,7 @@ def test_two_runs_on_one_folder(whole: Path, tmp_path: Path) -> None:
 
 
 def test_numbers_that_are_not_finite_end_the_run(whole: Path, tmp_path: Path) -> None:
+    """At the step, with the stage and exit code 64; the last finite checkpoint stays."""
     file = with_teacher(whole, tmp_path, stages={"student": {"optimizer": {"lr": 1e30}, "save_every": 1}})
     processes.assert_refused(tmp_path, ("run", str(file)), 64, "not finite at step 2", "stages.student: ")
     newest = tmp_path / STUDENT / "checkpoints"

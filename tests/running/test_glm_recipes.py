@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from golden_recipes import made_up_documents
 from tiny_glm import cloze_model, stage, tokenizer, values
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -36,6 +37,7 @@ UNPADDED = 1_920_122_880 - 38 * 2048
 
 
 def test_the_recipes_are_planned_without_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Published numbers of parameters, stages and rows; what is missing is named with the command."""
     monkeypatch.chdir(tmp_path)
     plan = mtkd.plan(mtkd.load_config(RECIPES / "glm10b-to-2b.yaml"))
     found = {(s.name, m.role): m.parameters for s in plan.stages for m in s.models}
@@ -118,7 +120,10 @@ def shortened(name: str, folder: Path) -> RunConfig:
 
 
 @pytest.mark.slow
-def test_the_toy_recipe_runs(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("reports")
+def test_the_toy_recipe_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two tasks, with every stage's model as transformers' own class, and a report."""
+    monkeypatch.setattr("mtkd.data.sources.stdlib_documents", made_up_documents)
     result = mtkd.run(shortened("toy", tmp_path))
     assert result.results["task"] == "glm-cloze"
     assert set(result.results["models"]) == {"teacher", "prediction", "labels-only"}
@@ -133,7 +138,10 @@ def test_the_toy_recipe_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_toy_chain_runs(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("reports")
+def test_the_toy_chain_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Teacher, rung, student and the control that skips the rung; compared with each other."""
+    monkeypatch.setattr("mtkd.data.sources.stdlib_documents", made_up_documents)
     result = mtkd.run(shortened("toy-chain", tmp_path))
     assert set(result.results["models"]) == {"published", "glm-7b", "student", "direct"}
     assert all(model["overall"]["perplexity"] > 1 for model in result.results["models"].values())

@@ -93,6 +93,7 @@ def test_padding_and_neighbours_change_nothing() -> None:
     "cuts", [[[0, 1, 2, 3], [4, 5, 6, 7]], [[i] for i in range(8)], [[0, 1, 2, 3, 4, 5, 6], [7], []]]
 )
 def test_gradient_does_not_depend_on_the_cut(cuts: list[list[int]]) -> None:
+    """Micro-batches of GLM's two parts, an empty one among them, add up to the whole batch."""
     split = split_of()
 
     def gradient(parts: list[list[int]]) -> torch.Tensor:
@@ -185,6 +186,7 @@ def _losses(kind: str, task: str, zero_stage: int) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("task", "zero_stage"), [("glm-infill", 1), ("glm-cloze", 3)])
 def test_deepspeed_equals_torch(task: str, zero_stage: int) -> None:
+    """Losses of two ranks are those of one process."""
     expected = _losses("torch", task, 0)
     first, second = run_distributed(partial(_losses, "deepspeed", task, zero_stage), 2, timeout=1200)
     assert first == pytest.approx(expected, rel=1e-5)

@@ -78,6 +78,7 @@ def test_the_plan_counts_one_offloaded_teacher(tmp_path: Path) -> None:
 
 
 def test_on_a_gpu_heads_and_the_next_body_stay() -> None:
+    """The plan's bytes of offloaded teachers, written out for a GPU with and without prefetch, and a CPU."""
     teachers = [TeacherSize(100, 30, "offload"), TeacherSize(90, 40, "offload"), TeacherSize(7, 1, "resident")]
     on_gpu = Share(7 + 70 + 70, 7 + 70, host=2 * 190, built=7, passing=2 * 100)
     assert teacher_share(teachers, Place(True, False, 2, 2)) == on_gpu

@@ -53,6 +53,7 @@ def first_one_then_the_other(parent: str) -> list[str]:
 
 @pytest.mark.slow
 def test_two_processes_go_on_as_one_and_one_as_two(tmp_path: Path) -> None:
+    """The same examples in the same order; weights and losses to rounding."""
     file = {name: str(write(tmp_path / name)) for name in ("whole", "two-to-one", "one-to-two")}
     for name, stop, code in (("whole", 0, 0), ("one-to-two", STOP, 75)):
         watch = partial(processes.watch, ids_file(tmp_path / name), stop, signal.SIGTERM)
@@ -106,6 +107,7 @@ def test_a_rank_that_does_not_see_the_files_of_others_yet_goes_with_them(tmp_pat
 
 
 def test_the_meters_of_other_processes_keep_their_sums() -> None:
+    """However many processes there were and are: sums over all of them stay."""
     two = [{"sums": {"loss": 1.0, "kl": 0.5}, "seen": 4}, {"sums": {"loss": 2.0, "kl": 0.25}, "seen": 4}]
     assert regrouped(two, 2) == two
     assert regrouped(two, 1) == [{"sums": {"loss": 3.0, "kl": 0.75}, "seen": 4}]

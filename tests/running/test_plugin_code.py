@@ -128,6 +128,7 @@ def test_files_that_are_named_count(folder: Path, text: str, names: set[str]) ->
 
 
 def test_files_from_where_the_run_was_started(folder: Path) -> None:
+    """A file that a plug-in names is looked for next to it first, then there."""
     file = write(folder, {"mine.py": "open('there.json')"})
     assert depends_on(file) == {}
     Path("there.json").write_text("1")
@@ -148,6 +149,7 @@ def test_a_link_counts_by_what_it_leads_to(folder: Path) -> None:
 
 
 def test_variables_count_by_their_digest(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variables that a plug-in reads count, and no value is kept; those of a rank or set by it do not."""
     text = (
         "import os\nfrom os import environ, getenv\n"
         "a = os.environ['ALPHA'], environ.get('BETA', '1'), getenv('TEMPERATURE')\n"

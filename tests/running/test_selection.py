@@ -77,6 +77,7 @@ def test_it_ends_after_patience_and_exports_the_best_step(whole: Path, ended: Pa
 @runs
 @pytest.mark.parametrize("after_the_best", [-1, 1, 4])
 def test_a_resume_in_the_middle_changes_nothing(whole: Path, ended: Path, tmp_path: Path, after_the_best: int) -> None:
+    """Stopped before and after the best step: the same end, export and record."""
     stop = record(ended)["exported_step"] + after_the_best
     file = str(with_teacher(whole, tmp_path, stages={"student": FIELDS | SELECT}))
     code, output = processes.run(tmp_path, "run", file, prepare=partial(processes.watch, ids_file(tmp_path), stop))
@@ -127,6 +128,7 @@ def stage(**fields: Any) -> StageConfig:
 
 
 def test_which_metric_decides() -> None:
+    """The export's, else that of the early stop, else the loss; two that differ are refused."""
     assert stage().selects == ""
     assert stage(evaluate_every=1, export="best").selects == "loss"
     assert stage(evaluate_every=1, export="best", export_metric="accuracy").selects == "accuracy"
@@ -141,6 +143,7 @@ def test_which_metric_decides() -> None:
 
 
 def test_the_plan_refuses_what_cannot_be_chosen_by(tmp_path: Path) -> None:
+    """A metric that the task lacks, or data without a validation split."""
     fields = {"evaluate_every": 1, "early_stop": {"metric": "accuracy"}}
     config = load_config(write_yaml(tmp_path, stages={"student": fields}))
     with pytest.raises(UserError, match=r"stages.student.early_stop.metric: task 'causal-lm' has no such metric"):

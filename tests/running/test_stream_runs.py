@@ -24,11 +24,6 @@ from mtkd.pool.sizes import Place, TeacherSize
 STREAMED = [{**teacher, "backend": "streamed"} for teacher in LIVE]
 
 
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mtkd.running.run, "write_report", lambda folder: folder / "report.html")
-
-
 @pytest.mark.slow
 def test_caches_and_students_are_those_of_resident_teachers(tmp_path: Path) -> None:
     whole, other = tmp_path / "whole", tmp_path / "other"

@@ -92,7 +92,7 @@ def config(folder: Path, **evaluate: Any) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+def made(reports: None, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     folder = tmp_path_factory.mktemp("two-tasks")
     write_data(folder)
     return mtkd.run(config(folder))
@@ -111,6 +111,7 @@ def metrics(made: RunResult, stage: str) -> dict[str, float]:
 
 
 def test_each_stage_has_the_rows_of_its_step(made: RunResult) -> None:
+    """As its metrics name them: labels, then layers with and without predictions, then soft targets."""
     layers = ["row/0:embedding:mse", "row/1:hidden:mse", "row/2:scores:attention_mse"]
 
     def rows(stage: str) -> list[str]:
