@@ -52,7 +52,7 @@ def needed(case: Case, limits: Limits, *, on_gpu: bool = True, **engine: Any) ->
 
 
 def test_a_verdict_names_what_is_short_and_by_how_much() -> None:
-    case = Case([Match(loss="kl")], ("resident",) * 3)
+    case = Case([Match(loss="kl")])
     whole = needed(case, Limits(None, None, None))
     assert whole.fits is None
     assert needed(case, Limits(whole.rank_gb * 1.01 * GB, 10 * GB, GB, HERE)).fits is True
@@ -92,7 +92,7 @@ def test_advice_is_what_the_plan_says_of_the_changed_run() -> None:
 
 
 def test_several_ranks_are_told_to_shard() -> None:
-    case = Case([Match(loss="kl")], teacher=llama(512, 8), kind="deepspeed", processes=16)
+    case = Case([Match(loss="kl")], teacher=llama(512, 4), kind="deepspeed", processes=16)
     whole = needed(case, Limits(None, None, None))
     advice = needed(case, Limits(whole.rank_gb * 0.5 * GB, None, None, HERE)).advice
     assert any(line.startswith("engine.zero_stage: 3") for line in advice)
