@@ -32,8 +32,9 @@ def ensemble_losses(
     if not row.match.weighted:
         weights = torch.ones_like(weights)
     spec, options, ensemble = row.spec, row.match.options, row.match.ensemble
-    pairs = [completed(row, student, teacher) for teacher in teachers]
+    pairs = [completed(row, student, teacher) for teacher in teachers]  # T of ([m,V], options)
     wholes = [whole for whole, _ in pairs]
+    # A single teacher needs no mixture: the plain loss, bit by bit.
     if len(teachers) == 1:
         return weights[0] * spec(student, wholes[0], mask, pairs[0][1])
     if ensemble == "losses" and spec.mixes(options):

@@ -39,6 +39,7 @@ def gram(
         counts: global numbers of positions of the step.
         whole_head: gathers a sharded output head; entered after the forward pass, whose own end shards it again.
     """
+    # A forward pass of its own: the weights of the step's first micro-batch depend on the gradients of its last.
     logits = logits_of(objective.student, batch, objective.dtype)
     rows = [row for row in objective.rows if has_gradient(row.match)]
     at = positions_of(rows, batch, objective.token_level)
@@ -50,6 +51,7 @@ def gram(
             tile = student.rows(index)  # [m,V]
             targets = (read(each, index) for each in teacher_logits)
             gradients = [_gradient(objective, rows, tile, target, has_label, counts) for target in targets]
+            # Products of a tile at a time: the T gradients of all positions would be T tensors of vocabulary size.
             total += _products(torch.stack(gradients))  # [T,m*V] -> [T,T]
     return total
 
@@ -82,7 +84,7 @@ def _gradient(
             where="@stage.weighting",
             todo="make the cache with targets: top, or take another weighting",
         )
-    leaf = student.clone().requires_grad_()
+    leaf = student.clone().requires_grad_()  # [m,V]; logits and not parameters, so one backward pass of the loss alone
     loss = student.new_zeros(())
     with torch.enable_grad():
         for row in rows:

@@ -103,10 +103,12 @@ class Objective(Trainable):
         Returns:
             (loss [], metrics): summed over the micro-batches and ranks of a step, both are the step's values.
         """
+        # One forward pass for all rows: what no row and no fact asks for is not kept.
         features = features_of(self.student, batch, self.student_wants, self.dtype)
         batch, logits = self.mapped(batch), self.teacher_logits(teachers)
         weights = self.weigher.weights(batch, logits, features, counts)
         metrics = dict(weights.metrics)
+        # float32 under autocast, too: a bfloat16 sum of ten rows would lose the small ones.
         total = torch.zeros((), device=batch.input_ids.device)
         for position, row in enumerate(self.rows):
             if not row.is_logits:
@@ -136,6 +138,7 @@ class Objective(Trainable):
         """The teachers' logits over the student's columns, cast once for the weights and the rows together."""
         logits = [as_logits(teacher["logits"]) for teacher in teachers]
         vocabulary = self.student.vocabulary
+        # Columns before the softmax: a compressed student is compared with the teacher's distribution over its own ids.
         if vocabulary is not None and self.token_level:
             logits = [x.select(vocabulary.kept) for x in logits]
         return [x.in_dtype(self.dtype) for x in logits]
@@ -165,7 +168,7 @@ class Objective(Trainable):
     ) -> tuple[Tensor, Tensor]:
         """All logits rows in one pass: tiled over a vocabulary, whole over classes. (loss [], row values [R])."""
         positions = positions_of(self._logit_rows, batch, self.token_level)
-        spread = weights.expand(-1, -1, batch.targets.shape[1]) if self.token_level else weights  # [T,B,L]
+        spread = weights.expand(-1, -1, batch.targets.shape[1]) if self.token_level else weights  # [T,B,L], [T,B,1]
         at_positions = spread.flatten(1)[:, positions.index]  # [T,n]
         head = as_logits(student)
         in_tiles = isinstance(head, HeadLogits)
@@ -179,6 +182,7 @@ class Objective(Trainable):
             size=self.tile,
             pieces=self.pieces if in_tiles else None,
         )
+        # Class logits exist whole, with a handful of columns: there is nothing to cut.
         if not isinstance(head, HeadLogits):
             return first(head.rows(positions.index), at_positions, slice(0, len(positions.index)))
         tile, dtype, pieces = self.tile, self.dtype, self.pieces

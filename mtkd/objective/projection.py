@@ -42,6 +42,7 @@ def make_projections(
                     continue
                 for pair in range(len(row.pairs[k])):
                     key = projection_key(row, position, k, pair)
+                    # Layer pairs of a row share an adapter unless it says per_layer.
                     if key not in projections:
                         projections[key] = _adapter(student.width, teacher.width)
     return projections

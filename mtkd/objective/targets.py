@@ -42,6 +42,7 @@ class Positions:
 
 def positions_of(rows: Sequence[Row], batch: Batch, token_level: bool) -> Positions:
     """The positions that these rows read: of targets alone, of every token, or of every example."""
+    # Without a row over all positions, prompts and padding never reach the head: most of a batch of instructions.
     everywhere = not token_level or any(row.match.positions == "all" for row in rows)
     every = batch.token_mask if token_level else batch.real  # [B,L] or [B]
     index = (every if everywhere else batch.target_mask).reshape(-1).nonzero().squeeze(-1)  # [n]
@@ -225,6 +226,7 @@ class Pass:
         tile = Tile(student, weights, at)
         total, values = student.new_zeros(()), student.new_zeros(self.num_rows)
         for number, row, targets, count in self.members:
+            # Divided by the global count here, so that tiles, micro-batches and ranks only add up.
             value = targets.losses(tile).sum() / count
             total = total + row.match.weight * value
             values[number] = value.detach()
@@ -257,7 +259,9 @@ def passes_for(
     once = None if positions.everywhere else ReadOnce(rows, logits, positions.index, positions.labels)
     soft = [row for row in rows if not row.from_labels]
     several = len(logits) > 1 and pieces is not None and not any(isinstance(x, SparseLogits) for x in logits)
+    # Teachers that need not meet have a pass each. The student's logits of a tile are computed once for all passes.
     apart = several and all(_alone(row) for row in soft) and bool(soft)
+    # A mixture made before the student is read has constant weights: learned ones need a gradient through it.
     learned = weights.requires_grad and torch.is_grad_enabled()
 
     def targets(row: Row, turn: int) -> Targets:

@@ -88,6 +88,7 @@ class Weigher:
         """
         if not logits:
             return Weights(torch.zeros(0, len(batch.keys), 1, device=batch.input_ids.device))
+        # Facts are detached: no gradient reaches student or teachers through the weights.
         around = self._around(batch, student, counts)
         traits = Traits(logits, around, self._how.per, self._how.tile, self._pieces, self._weighting.reads)
         values = self._weighting(traits)
@@ -103,6 +104,7 @@ class Weigher:
         read = batch.real[:, None]  # [B,1] or [B,L]
         if self._how.weights_per_token:
             read = batch.token_mask if self._beyond_targets else batch.target_mask
+        # Counted on the device and read with the metrics: asking for a bool here would make every step wait.
         faults = weight_faults(values.detach(), read, sound=traits.sound)
         metrics = {**self._means(values, batch, counts), **faults}
         return Weights(values, self._weighting.penalty(traits), metrics)

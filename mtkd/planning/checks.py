@@ -1,4 +1,12 @@
-"""What can be refused of a run before any data or weights are read: names, options, and what does not fit together."""
+"""Refuse a run by its configuration alone, before data or weights are read.
+
+Each rule has one place:
+
+    fields, types, references to earlier stages         pydantic (`mtkd.config`)
+    names, options, files, columns, heads, metrics      here: all that `mtkd validate` sees
+    layers, widths, vocabularies, caches, labels        the plan (`mtkd.planning.specify`, `labels`, `caches`)
+    weights, tokenizers of folders, classes in the data the build (`mtkd.running.build`)
+"""
 
 from __future__ import annotations
 
@@ -35,7 +43,7 @@ from mtkd.weightings.spec import WEIGHTINGS
 
 
 def check(config: RunConfig) -> None:
-    """Plug-ins, names, options and data files: everything that can be checked without reading data or weights.
+    """Check plug-ins, names, options and data files.
 
     Raises:
         UserError: at the first thing that is wrong.
@@ -81,7 +89,7 @@ def _texts(value: object, location: Location) -> Iterator[tuple[Location, str]]:
 
 
 def _check_registered(config: RunConfig) -> None:
-    """Every registered name and option a run uses, before anything is loaded.
+    """Check every registered name and option of the run, before anything is loaded.
 
     Raises:
         UserError: at the first unknown name or option.

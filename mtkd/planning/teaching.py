@@ -17,9 +17,8 @@ def heads_read(config: RunConfig, name: str) -> frozenset[str]:
     data = config.data[config.data_name(stage.data)]
     rows = stage_rows(stage, data, where)
     heads = {row.feature for row in rows if row.target == "teacher" and row.feature in HEADS and row.weight}
-    weighs = (
-        bool(stage.teachers) and stage_reads(stage, where, token_level=TASKS.find(data.task).token_level).predictions
-    )
-    if weighs or stage.kind == "cache" or name in config.evaluate.ensembles:
+    reads = stage_reads(stage, where, token_level=TASKS.find(data.task).token_level)
+    weighed = bool(stage.teachers) and reads.predictions
+    if weighed or stage.kind == "cache" or name in config.evaluate.ensembles:
         heads.add("logits")
     return frozenset(heads)

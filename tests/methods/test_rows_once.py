@@ -10,6 +10,26 @@ import tiny_run
 
 import mtkd
 from mtkd.methods import rows as methods_rows
+from mtkd.planning import specify
+
+
+def test_rows_are_compiled_once_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage's rows meet its models once in a plan, and once in a run, whose build takes them from the spec."""
+    places: list[str] = []
+    original = specify.compile_rows
+
+    def counted(matches: Any, *sides: Any, **options: Any) -> Any:
+        places.extend(matches)
+        return original(matches, *sides, **options)
+
+    monkeypatch.setattr(specify, "compile_rows", counted)
+    tiny_run.write_data(tmp_path / "data")
+    config = tiny_run.tiny_config(tmp_path)
+    mtkd.plan(config)
+    once = list(places)
+    assert len(once) == len(set(once))
+    mtkd.run(config)
+    assert places == once + once
 
 
 def test_a_method_is_read_once_for_a_plan_and_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
