@@ -4,7 +4,7 @@
     launch/gpu-check --out results.json --device cpu --toy    # every line of it, at toy sizes
 
 Each part is a process of its own with a budget of seconds; what failed, or had no time left, says so in the results
-beside what was measured. Nothing is estimated. Kept results lie in `benchmarks/gpu/`.
+next to what was measured. Nothing is estimated. Kept results lie in `benchmarks/gpu/`.
 """
 
 from __future__ import annotations

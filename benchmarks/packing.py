@@ -54,7 +54,7 @@ ARMS = {
 
 
 def data_folder() -> Path:
-    """$MTKD_DATA, or ../shared/data beside the repository."""
+    """$MTKD_DATA, or ../shared/data next to the repository."""
     return Path(os.environ.get("MTKD_DATA", ROOT.parent / "shared" / "data"))
 
 

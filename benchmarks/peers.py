@@ -9,7 +9,7 @@
 Every measurement is a process of its own; arms alternate over rounds, with THP_MEM_ALLOC_ENABLE=0 and 1 (a switch of
 torch that moves such timings by itself, up to two times). Each is kept as a line of OUTPUT/measurements.jsonl with the
 digest of the code it measured: stop it and call again, and it goes on. At the end the tables between the markers of
-benchmarks/README.md and benchmarks/plots/peers.svg are written anew (not with --quick).
+benchmarks/README.md and benchmarks/plots/peers.svg are written again (not with --quick).
 
 First-step losses of the arms of a comparison must agree to 1e-4 relative; an arm that differs is reported as doing
 other work and does not count.

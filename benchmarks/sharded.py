@@ -1,4 +1,4 @@
-"""Three sharded teachers of 300 MB beside a student on two processes: what each process holds, and what a step takes.
+"""Three sharded teachers of 300 MB and a student on two processes: what each process holds, and what a step takes.
 
     python benchmarks/sharded.py                  # everything, about ten minutes; --rounds 1 for a look
 
@@ -138,7 +138,7 @@ def load(way: str, folder: str) -> dict[str, float]:
     dist = init_distributed("cpu")
     tiny = WAYS[way](Path(folder) / "tiny", dist)
     before = status_mb("RssAnon", "RssFile", "RssShmem")
-    Path("/proc/self/clear_refs").write_text("5")  # the largest resident set starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # the largest resident set starts at 0
     begun = time.perf_counter()
     model = WAYS[way](Path(folder) / "0", dist)
     dist.barrier()
@@ -233,8 +233,8 @@ def main() -> None:
         results = {}
         for name, (backend, count) in arms.items():
             found = results[name] = measured(train, backend, count, folder, rounds=rounds)
-            told = f"{found['peak']:.0f} | {found['seconds']:.2f} | {found['first_loss']:.6f}"
-            print(f"| {name} | {told} |", flush=True)
+            cells = f"{found['peak']:.0f} | {found['seconds']:.2f} | {found['first_loss']:.6f}"
+            print(f"| {name} | {cells} |", flush=True)
     student, peak = results["none"]["peak"], results["3 sharded"]["peak"]
     share = TEACHERS * one / 2 + layer
     for what, value, bound in (

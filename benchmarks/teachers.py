@@ -1,4 +1,4 @@
-"""K teachers in one distillation step: resident against offloaded, bf16 and the kernels of attention beside them.
+"""K teachers in one distillation step: resident against offloaded, bf16 and the kernels of attention.
 
     python benchmarks/teachers.py                           # K = 1..4, both backends, alternating
     python benchmarks/teachers.py --arms resident,resident-bf16,resident-math --teachers 1
@@ -102,7 +102,7 @@ def measure(arm: str, count: int, steps: int, folder: Path) -> dict[str, float]:
     losses, seconds, work = [], [], []
     for step in range(steps + 1):
         if step == 1:
-            Path("/proc/self/clear_refs").write_text("5")  # the largest resident set starts anew
+            Path("/proc/self/clear_refs").write_text("5")  # the largest resident set starts at 0
         begun, busy = time.perf_counter(), time.process_time()
         loss, _ = engine.forward(batch, pool.forward(batch), position_counts([batch]))
         engine.backward(loss)

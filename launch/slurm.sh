@@ -19,7 +19,7 @@ processes="${SLURM_GPUS_ON_NODE:-1}"
 export PATH="$PWD/.venv/bin:$PATH"
 code=0
 mtkd run -o engine.kind=deepspeed -o engine.launcher=slurm -o engine.processes="$processes" "$@" || code=$?
-if [ "$code" = 75 ]; then # told to stop, and saved
+if [ "$code" = 75 ]; then # stopped by a signal, and saved
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

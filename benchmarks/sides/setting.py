@@ -79,7 +79,7 @@ def peak_mb() -> float:
 
 
 def forget_peak() -> None:
-    """Let `peak_mb` begin anew."""
+    """Let `peak_mb` begin at 0."""
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
 

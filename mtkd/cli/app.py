@@ -165,6 +165,9 @@ def list_names(
     if as_json:
         _print_json(rows)
         return
+    if not rows:
+        typer.echo(f"no {what} are registered; they come from plug-ins: --plugin FILE")
+        return
     _print_tables(tables(what, rows, _console().width))
 
 

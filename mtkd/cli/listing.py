@@ -33,10 +33,9 @@ def listing(what: str, plugins: tuple[str, ...] = ()) -> list[dict[str, Any]]:
 
 
 def tables(what: str, rows: list[dict[str, Any]], width: int) -> list[Table]:
-    """The rows of a listing for a terminal of `width` columns; methods are the table, then labels and options."""
+    """The rows (at least one) for a terminal of `width` columns; methods are the table, then labels and options."""
     if what != "methods":
-        columns = [*rows[0]] if rows else ["name"]  # all transforms are those of plug-ins
-        return [_table(what, columns, [[*map(str, row.values())] for row in rows])]
+        return [_table(what, [*rows[0]], [[*map(str, row.values())] for row in rows])]
     keys = ("name", "from", "options", "source")
     details = [[*(row[key] for key in keys[:2]), _labels(row["rows"]), *(row[key] for key in keys[2:])] for row in rows]
     more = _table("", ["name", "from", "labels of rows, per step", "options", "source"], details)

@@ -164,6 +164,12 @@ def test_ls(what, made):
         assert names["twice_kl"]["from"].endswith("plugin.py")
 
 
+def test_a_list_without_entries_says_where_they_come_from():
+    """Law: an empty list is a sentence, and [] in JSON."""
+    assert "--plugin FILE" in invoke("ls", "transforms")
+    assert json.loads(invoke("ls", "transforms", "--json")) == []
+
+
 RECIPES = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
 
 
