@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from mtkd.data.chat import check_chat_template
 from mtkd.data.split import PrepareRequest, Split
-from mtkd.data.tasks import TaskSpec, check_task
+from mtkd.data.tasks import TaskSpec
 from mtkd.data.tokenizers import tokenizer_fingerprint
 from mtkd.registry import TASKS
 
@@ -61,7 +61,6 @@ def load_data(
     Raises:
         UserError, DataError: naming the file and row where there is one.
     """
-    check_task(config, f"data.{name}")
     if config.chat:
         check_chat_template(tokenizer, f"data.{name}.chat")
     task: TaskSpec = TASKS.find(config.task, f"data.{name}.task")

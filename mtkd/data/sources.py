@@ -45,7 +45,7 @@ class NotReached(DataError):
 
 
 def read_source(config: DataConfig, base: Path) -> Raw:
-    """Every row of a source.
+    """Every row of a source that `check_source` has passed.
 
     Args:
         base: folder of the YAML file; relative paths are looked for there first, then in the working directory.
@@ -161,7 +161,6 @@ def _stdlib_source(config: DataConfig, base: Path) -> Raw:
     """Prose and code of this Python installation itself, split by module."""
     from datasets import Dataset
 
-    check_source(config, base)
     documents = stdlib_documents(tuple(d for d in DOMAINS if d in (config.domains or DOMAINS)))
     digest = hashlib.sha256()
     for document in documents:
@@ -180,7 +179,6 @@ def _stdlib_source(config: DataConfig, base: Path) -> Raw:
 
 def _files_source(config: DataConfig, base: Path) -> Raw:
     """Local files and saved data sets; see `mtkd.data.files`."""
-    check_source(config, base)
     files = find_files(config, base)
     named = (*_read_columns(config), config.teacher, *((config.label,) if has_labels(config) else ()))
     made = {split: read_files(parts, named) for split, parts in files.items()}
@@ -198,7 +196,6 @@ def _hub_source(config: DataConfig, base: Path) -> Raw:
     """A data set of the Hugging Face hub, through `datasets`."""
     import datasets
 
-    check_source(config, base)
     assert config.path is not None
     try:
         found = datasets.load_dataset(config.path, config.subset, revision=config.revision)
@@ -230,7 +227,6 @@ def _random_tokens_source(config: DataConfig, base: Path) -> Raw:
     """No data at all: a train split of texts whose every token is sampled from the vocabulary."""
     from datasets import Dataset
 
-    check_source(config, base)
     assert config.documents is not None
     # Placeholders of the right length; `transfer_tokens` replaces every one of their tokens.
     text = " ".join(["a"] * max(config.max_length - 2, 1))

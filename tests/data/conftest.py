@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from mtkd.config import DataConfig
 from mtkd.data.load import LoadedData, load_data
 from mtkd.data.raw import Raw
+from mtkd.data.tasks import check_task
 from mtkd.data.tokenizers import train_tokenizer
 
 
@@ -29,7 +30,9 @@ def load(tokenizer: PreTrainedTokenizerFast) -> Callable[..., LoadedData]:
         columns: dict[str, list], tokenizer: PreTrainedTokenizerFast = tokenizer, **fields: object
     ) -> LoadedData:
         raw = Raw({"train": Dataset.from_dict(columns)}, "0" * 64, "test")
-        return load_data("corpus", DataConfig(source="files", **fields), raw, tokenizer)
+        config = DataConfig(source="files", **fields)
+        check_task(config, "data.corpus")
+        return load_data("corpus", config, raw, tokenizer)
 
     return loader
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from mtkd.config import DataConfig
 from mtkd.data.raw import Raw
-from mtkd.data.sources import choose_rows, read_source
+from mtkd.data.sources import check_source, choose_rows, read_source
 
 WORDS = (
     *("the", "teacher", "and", "a", "student", "share", "one", "vocabulary", "while", "loss,", "weight", "&"),
@@ -23,5 +23,6 @@ def sentences(count: int, seed: int = 0, longest: int = 60) -> list[str]:
 
 
 def load_raw(config: DataConfig, base: Path) -> Raw:
-    """The rows of a source as a run chooses them: validation held out, limits applied."""
+    """The rows of a source as a run chooses them: checked, validation held out, limits applied."""
+    check_source(config, base)
     return choose_rows(read_source(config, base), config)
