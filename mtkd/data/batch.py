@@ -58,7 +58,7 @@ class Batch:
         routes: number of the teacher that the data names for each example, [B] int64 (-1 in filler rows), or None.
         origin: number of the document that each row is of, in its split, [B] int64 (-1 in filler rows); None for a
             batch that no split made.
-        views: the same rows in other tokenizers, by a name of the tokenizer.
+        views: the same rows in other tokenizers, by a name of the tokenizer; STUDENT only in what `read_by` gives.
     """
 
     keys: Tensor  # [B]
@@ -97,28 +97,29 @@ class Batch:
         Raises:
             UserError: the batch has no such view.
         """
-        if tokenizer == STUDENT:
-            return View(self.input_ids, self.attention_mask, self.token_type_ids, self.position_ids, self.sep)
-        if tokenizer not in self.views:
+        if tokenizer in self.views:
+            return self.views[tokenizer]
+        if tokenizer != STUDENT:
             raise UserError(
                 "the batch has no view of this name",
                 found=tokenizer,
                 allowed=sorted(self.views) or "the student's alone",
                 todo="a transform of the stage adds it to `Batch.views`",
             )
-        return self.views[tokenizer]
+        return View(self.input_ids, self.attention_mask, self.token_type_ids, self.position_ids, self.sep)
 
     def read_by(self, tokenizer: str) -> Batch:
         """The batch for a model with this tokenizer: the same rows, and its view in the place of the student's.
 
-        Targets of token tasks are ids and places of the student's text: in another view nothing is asked.
+        Targets of token tasks are ids and places of the student's text: in another view nothing is asked. `view()` is
+        the student's text still: there the features of the model must stand in the end.
         """
         if tokenizer == STUDENT:
             return self
         view = self.view(tokenizer)
         targets = torch.full_like(view.input_ids, NO_LABEL) if self.targets.dim() == 2 else self.targets
         fields = {f.name: getattr(view, f.name) for f in dataclasses.fields(view)}
-        return replace(self, targets=targets, **fields)
+        return replace(self, targets=targets, views={**self.views, STUDENT: self.view()}, **fields)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""

@@ -61,7 +61,9 @@ def test_each_teacher_reads_its_own_view() -> None:
     assert isinstance(second, Reader)
     assert first.read == [batch]
     for seen in (*second.announced, *second.read):
-        assert seen.view() == batch.views[OTHER]
+        assert seen.input_ids is batch.views[OTHER].input_ids
+        assert seen.attention_mask is batch.views[OTHER].attention_mask
+        assert seen.view().input_ids is batch.input_ids  # where its features must stand
         assert torch.equal(seen.keys, batch.keys)
     assert len(second.announced) == len(second.read) == 1
 
