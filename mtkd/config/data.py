@@ -236,7 +236,7 @@ class DataConfig(Config):
         return self
 
     def values(self, without: Collection[str] = ()) -> dict[str, Any]:
-        """The fields as plain values, which identify stages, caches and scores.
+        """The fields as plain values, by which stages, caches and scores differ from others.
 
         A field of `_SAID_WHEN_SET` stands there only where it is not its default.
         """

@@ -95,9 +95,9 @@ def prepare_cloze(request: PrepareRequest) -> Split:
         if ids.count(int(tokenizer.mask_token_id)) != 1:
             where = request.origin.where(row)
             raise DataError("a text holds the blank itself", where=where, found=texts[row][:160], allowed=f"no {BLANK}")
-        kept = _fitted(owners, config.max_length)
-        num_cut += len(kept) < len(ids)
-        encoded.append([ids[place] for place in kept])
+        places = _fitted(owners, config.max_length)
+        num_cut += len(places) < len(ids)
+        encoded.append([ids[place] for place in places])
     lengths = np.array([len(ids) for ids in encoded], np.int64)
     note = f"{request.origin.name} ({request.split}), max_length {config.max_length}: "
     note += f"{num_cut:,} of {len(texts):,} texts cut, the blank never"
@@ -121,16 +121,16 @@ def answer_ids(config: DataConfig, tokenizer: PreTrainedTokenizerBase, where: st
         UserError: words without a token, or the same tokens for two classes.
     """
     words = [config.verbalizers[name] for name in config.classes]
-    found = list(tokenize(tokenizer, words))
-    for number, (text, ids) in enumerate(zip(words, found, strict=True)):
-        if not ids or ids in found[:number]:
+    answers = list(tokenize(tokenizer, words))
+    for number, (text, ids) in enumerate(zip(words, answers, strict=True)):
+        if not ids or ids in answers[:number]:
             raise UserError(
                 "words without a token" if not ids else "two classes have the same tokens",
                 where=f"{where}.verbalizers.{config.classes[number]}",
                 found=text,
                 todo="choose other words",
             )
-    return found
+    return answers
 
 
 def _filled(request: PrepareRequest) -> tuple[list[str], list[list[tuple[int, int]]]]:
@@ -189,5 +189,5 @@ def _fitted(owners: Sequence[int], most: int) -> list[int]:
         )
     for _ in range(max(0, len(owners) - most)):
         max(fields.values(), key=len).pop()
-    kept = {place for places in fields.values() for place in places}
-    return [place for place, owner in enumerate(owners) if owner == -1 or place in kept]
+    remaining = {place for places in fields.values() for place in places}
+    return [place for place, owner in enumerate(owners) if owner == -1 or place in remaining]

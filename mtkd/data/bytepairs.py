@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 def byte_pairs(texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = ()) -> Tokenizer:
     """Byte-level BPE learnt from texts; the special tokens come first and count among its ids.
 
-    Args: vocab_size: ids, at least those of every byte and special token.
+    Args:
+        vocab_size: ids, at least those of every byte and special token.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 

@@ -46,7 +46,8 @@ class _TooSlow(Exception):
 def check_chat_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
     """Refuse turns of a chat where nothing says how they are written, or what does cannot be relied on.
 
-    Args: where: `chat` of the data entry.
+    Args:
+        where: `chat` of the data entry.
     Raises:
         DataError: there is no chat template (the run trains its tokenizer, or it came without one); it fails on a
             simple question and answer, leaves out one of them, or writes something else each time.
@@ -63,8 +64,8 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
     pairs = [("ab", "cd"), ("ef", "cd"), ("ab", "gh")]
     opened, added = write_turns(tokenizer, [p for p, _ in pairs], [r for _, r in pairs], lambda _: where)
     for text in (*opened, *added):
-        if found := _ADDRESS.search(text):
-            raise _useless(tokenizer, where, "writes an object, not its text", text[: found.end()][-160:])
+        if address := _ADDRESS.search(text):
+            raise _useless(tokenizer, where, "writes an object, not its text", text[: address.end()][-160:])
     if opened[0] == opened[1]:
         raise _useless(tokenizer, where, "leaves out the prompt", opened[0] or "no text")
     if added[0] == added[2]:
@@ -76,7 +77,8 @@ def write_turns(
 ) -> tuple[list[str], list[str]]:
     """Per row a user's turn with the opening of the assistant's, and what the template adds with the response.
 
-    Args: place: number of a row here -> where it stands, for messages.
+    Args:
+        place: number of a row here -> where it stands, for messages.
     Raises:
         DataError: the template fails on a row, does not come to an end, or cannot be split into turns.
     """
@@ -95,9 +97,9 @@ def write_turns(
         try:
             _in_time(lambda stop=stop: write(stop))  # type: ignore[misc]
         except _TooSlow:
-            found = f"{_name(tokenizer)}: longer than {_SECONDS:g} s"
+            detail = f"{_name(tokenizer)}: longer than {_SECONDS:g} s"
             raise DataError(
-                "the chat template does not come to an end", where=place(len(opened)), found=found, todo=_PLAIN
+                "the chat template does not come to an end", where=place(len(opened)), found=detail, todo=_PLAIN
             ) from None
     return opened, added
 
@@ -105,12 +107,12 @@ def write_turns(
 def _source(tokenizer: PreTrainedTokenizerBase, place: Callable[[int], str]) -> str:
     """The template that writes turns, behind its guard."""
     try:
-        found: object = tokenizer.get_chat_template()
+        template: object = tokenizer.get_chat_template()
     except Exception as error:  # several templates, none of them the default
         raise _failed(tokenizer, error, place(0)) from error
-    if not isinstance(found, str):
-        raise DataError("the chat template is no text", where=place(0), found=f"{_name(tokenizer)}: {found!r}"[:160])
-    return _GUARD + found
+    if not isinstance(template, str):
+        raise DataError("the chat template is no text", where=place(0), found=f"{_name(tokenizer)}: {template!r}"[:160])
+    return _GUARD + template
 
 
 def _write(tokenizer: PreTrainedTokenizerBase, source: str, prompt: str, response: str, where: str) -> tuple[str, str]:
@@ -129,21 +131,25 @@ def _write(tokenizer: PreTrainedTokenizerBase, source: str, prompt: str, respons
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, source: str, turns: Turns, where: str, *, opening: bool = False) -> str:
-    """The text of turns. Args: opening: whether the assistant's turn is begun behind them."""
+    """The text of turns.
+
+    Args:
+        opening: whether the assistant's turn is begun behind them.
+    """
     try:
         text = str(
             tokenizer.apply_chat_template(turns, chat_template=source, tokenize=False, add_generation_prompt=opening)
         )
     except _TooSlow:
         raise
-    except Exception as error:  # jinja's own, and what Python raises for the template's code
+    except Exception as error:  # jinja's own, and all that Python raises for what a template does
         raise _failed(tokenizer, error, where) from error
-    given = sum(len(turn["content"]) for turn in turns)
-    if len(text) > _MOST_ADDED + 10 * given:
+    length = sum(len(turn["content"]) for turn in turns)
+    if len(text) > _MOST_ADDED + 10 * length:
         raise DataError(
             "the chat template writes far more than it is given",
             where=where,
-            found=f"{_name(tokenizer)}: {len(text):,} characters for turns of {given:,}",
+            found=f"{_name(tokenizer)}: {len(text):,} characters for turns of {length:,}",
             todo=_PLAIN,
         )
     return text
@@ -220,8 +226,8 @@ def _not_alone(tokenizer: PreTrainedTokenizerBase, name: str, line: int, where: 
 
 
 def _useless(tokenizer: PreTrainedTokenizerBase, where: str, what: str, text: str) -> DataError:
-    found = f"{_name(tokenizer)}: {text[:160]!r}"
-    return DataError(f"the chat template {what}", where=where, found=found, todo=_PLAIN)
+    shown = f"{_name(tokenizer)}: {text[:160]!r}"
+    return DataError(f"the chat template {what}", where=where, found=shown, todo=_PLAIN)
 
 
 def _name(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -44,12 +44,12 @@ def hold_out(raw: Raw, config: DataConfig, codes: Codes) -> Raw:
     if "train" not in raw.splits:
         raise UserError("there is no train split to hold out from", where="@data.validation_share")
     total = len(raw.splits["train"])
-    held = min(max(1, round(total * config.validation_share)), total - 1)
-    if held < 1:
+    size = min(max(1, round(total * config.validation_share)), total - 1)
+    if size < 1:
         raise DataError("too few rows to hold any out", where=raw.origin("train").name, found=f"{total} rows")
     order = _random(config.seed, "validation").permutation(total)
     classes = codes(raw, "train")
-    taken = order[:held] if classes is None else by_class(classes, order, held, leave=True)
+    taken = order[:size] if classes is None else by_class(classes, order, size, leave=True)
     chosen = {"train": np.setdiff1d(order, taken), "validation": np.sort(taken)}
     splits = {**raw.splits, **{s: raw.splits["train"].select(rows) for s, rows in chosen.items()}}
     origins = {**raw.origins, **{s: raw.origin("train").select(rows) for s, rows in chosen.items()}}
@@ -76,8 +76,8 @@ def limit(raw: Raw, config: DataConfig, codes: Codes) -> Raw:
     return replace(raw, splits=splits, origins=origins)
 
 
-def by_class(classes: np.ndarray, order: np.ndarray, wanted: int, *, leave: bool = False) -> np.ndarray:
-    """`wanted` rows in which every class has its share: one row at least where there is room, then in proportion.
+def by_class(classes: np.ndarray, order: np.ndarray, num_rows: int, *, leave: bool = False) -> np.ndarray:
+    """`num_rows` rows in which every class has its share: one row at least where there is room, then in proportion.
 
     Rows without a class (-1) are a group of their own that needs no row.
 
@@ -86,31 +86,31 @@ def by_class(classes: np.ndarray, order: np.ndarray, wanted: int, *, leave: bool
         leave: leave a row of every class behind, where there is room.
 
     Returns:
-        Row numbers, [wanted].
+        Row numbers, [num_rows].
     """
     names, sizes = np.unique(classes, return_counts=True)
     real = (names >= 0).astype(np.int64)
     most = np.maximum(sizes - real, 0) if leave else sizes
-    if most.sum() < wanted:  # no room to leave one of each behind
+    if most.sum() < num_rows:  # no room to leave one of each behind
         most = sizes
-    counts = _shares(sizes, np.minimum(real, most), most, wanted)
+    counts = _shares(sizes, np.minimum(real, most), most, num_rows)
     taken = [order[classes[order] == name][:count] for name, count in zip(names, counts, strict=True)]
     return np.concatenate(taken)
 
 
-def _shares(sizes: np.ndarray, least: np.ndarray, most: np.ndarray, wanted: int) -> np.ndarray:
-    """How many of each group: in proportion to the sizes, within bounds, `wanted` in all; [groups].
+def _shares(sizes: np.ndarray, least: np.ndarray, most: np.ndarray, total: int) -> np.ndarray:
+    """How many of each group: in proportion to the sizes, within bounds, `total` in all; [groups].
 
     Where there is no room for one of each, the largest groups have it.
     """
-    if least.sum() > wanted:
+    if least.sum() > total:
         chosen = np.zeros_like(sizes)
-        chosen[np.argsort(-sizes * least, kind="stable")[:wanted]] = 1
+        chosen[np.argsort(-sizes * least, kind="stable")[:total]] = 1
         return chosen
-    exact = wanted * sizes / sizes.sum()
+    exact = total * sizes / sizes.sum()
     counts = np.clip(np.floor(exact).astype(np.int64), least, most)
-    while counts.sum() != wanted:
-        step = 1 if counts.sum() < wanted else -1
+    while counts.sum() != total:
+        step = 1 if counts.sum() < total else -1
         open_groups = counts < most if step > 0 else counts > least
         lacking = np.where(open_groups, step * (exact - counts), -np.inf)
         counts[np.argmax(lacking)] += step

@@ -119,11 +119,11 @@ class Rows:
             one_each = np.full(self.num_rows, self.no_target)
             one_each[: len(targets)] = targets
             return torch.from_numpy(one_each)
-        asked = np.full((self.num_rows, length), NO_LABEL, np.int64)
-        for row, values in zip(asked, targets, strict=False):
+        padded = np.full((self.num_rows, length), NO_LABEL, np.int64)
+        for row, values in zip(padded, targets, strict=False):
             assert isinstance(values, np.ndarray)
             row[: len(values)] = values
-        return torch.from_numpy(asked)
+        return torch.from_numpy(padded)
 
 
 def collate_tokens(examples: Examples, rows: Rows) -> Batch:

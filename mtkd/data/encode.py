@@ -71,7 +71,7 @@ def around_text(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int
 
 
 def described(request: PrepareRequest, rows: np.ndarray, of_example: np.ndarray, scored: np.ndarray) -> Documents:
-    """What examples were cut from: rows are named by their number, unless the configuration or source names them.
+    """What examples were cut from: rows differ by their number, unless the configuration or source names them.
 
     Raises:
         DataError: two rows with one name, or a row without name or domain.
@@ -82,19 +82,21 @@ def described(request: PrepareRequest, rows: np.ndarray, of_example: np.ndarray,
         every = column_of(request, request.domains, "domain")
         domains = [every[row] for row in rows]
     if request.names:
-        kept = np.zeros(len(request.rows), bool)
-        kept[rows] = True
-        check_names(request.rows, request.origin, request.names, request.domains, kept)
+        mask = np.zeros(len(request.rows), bool)
+        mask[rows] = True
+        check_names(request.rows, request.origin, request.names, request.domains, mask)
         every = column_of(request, request.names, "name")
         names = [every[row] for row in rows]
     teachers = teachers_of(request.rows, request.config.teacher)
     return Documents(of_example, names, domains, scored, tuple(teachers[row] for row in rows) if teachers else ())
 
 
-def check_names(rows: Dataset, origin: Origin, names: str, domains: str, kept: np.ndarray) -> None:
+def check_names(rows: Dataset, origin: Origin, names: str, domains: str, mask: np.ndarray) -> None:
     """Names are unique within a domain: scores of two models are compared row by row.
 
-    Args: names, domains: the columns; "" for none. kept: which rows count, bool [rows].
+    Args:
+        names, domains: the columns; "" for none.
+        mask: which rows count, bool [rows].
 
     Raises:
         DataError: two rows with one name, or a row without name or domain.
@@ -104,7 +106,7 @@ def check_names(rows: Dataset, origin: Origin, names: str, domains: str, kept: n
         return
     first: dict[tuple[str, str], int] = {}
     every = read_texts(rows, names, origin, "name")
-    for row in map(int, np.flatnonzero(kept)):
+    for row in map(int, np.flatnonzero(mask)):
         other = first.setdefault((domain_of[row], every[row]), row)
         if other != row:
             raise DataError(

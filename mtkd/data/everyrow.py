@@ -60,7 +60,7 @@ def look_at_rows(name: str, config: DataConfig, raw: Raw, tokenizer: PreTrainedT
     Raises:
         UserError, DataError: naming the file and row.
     """
-    made, unmade, notes = dict[str, Split](), dict[str, str](), list[str]()
+    splits, unmade, notes = dict[str, Split](), dict[str, str](), list[str]()
     with Working(f"looking at the rows of data.{name}", sum(map(len, raw.splits.values()))) as working:
         done = 0
         for split, rows in raw.splits.items():
@@ -72,23 +72,24 @@ def look_at_rows(name: str, config: DataConfig, raw: Raw, tokenizer: PreTrainedT
             check_names(rows, raw.origin(split), config.name or raw.names, config.domain or raw.domains, texts.kept)
             working.at(done := done + len(rows) // 2)
             if tokenizer is not None:
-                _tokenise(name, texts, raw, split, tokenizer, (made, unmade, notes))
+                _tokenise(name, texts, raw, split, tokenizer, (splits, unmade, notes))
             working.at(done := done + len(rows) - len(rows) // 2)
-    return Looked(made, tuple(notes), unmade)
+    return Looked(splits, tuple(notes), unmade)
 
 
 def check_routes(rows: Dataset, origin: Origin, config: DataConfig, teachers: Sequence[str], where: str) -> None:
     """Refuse a row that names no teacher of the stage, for weighting: route.
 
-    Args: where: of the weighting.
+    Args:
+        where: of the weighting.
 
     Raises:
         DataError: no such column; or naming the row.
     """
     require_column(rows, config.teacher, origin, "teacher")
-    kept = _Texts(config, rows, origin).kept
+    mask = _Texts(config, rows, origin).kept
     for row, teacher in enumerate(teachers_of(rows, config.teacher)):
-        if kept[row] and teacher not in teachers:
+        if mask[row] and teacher not in teachers:
             raise DataError(
                 "a row names a teacher that the stage does not have" if teacher else "a row names no teacher",
                 where=origin.where(row),
@@ -128,9 +129,9 @@ class _Texts:
         blank = np.flatnonzero(~self.filled)
         if not len(blank):
             return []
-        said = "left out" if self.task.token_level else "read as an empty text"
+        effect = "left out" if self.task.token_level else "read as an empty text"
         count = f"{len(blank):,} of {len(self.filled):,} rows have no text, the first is {self.origin.where(blank[0])}"
-        return [f"{self.origin.name} ({split}): {count}; {said}"]
+        return [f"{self.origin.name} ({split}): {count}; {effect}"]
 
     def chosen(self, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
         """The rows to tokenise: all of them, or some that are evenly spread and all that may be too short."""
@@ -155,10 +156,10 @@ _Found = tuple[dict[str, Split], dict[str, str], list[str]]
 
 
 def _tokenise(
-    name: str, texts: _Texts, raw: Raw, split: str, tokenizer: PreTrainedTokenizerBase, found: _Found
+    name: str, texts: _Texts, raw: Raw, split: str, tokenizer: PreTrainedTokenizerBase, results: _Found
 ) -> None:
     """Make examples of the chosen rows; add to splits, reasons and notes."""
-    made, unmade, notes = found
+    splits, unmade, notes = results
     rows, origin = raw.splits[split], raw.origin(split)
     chosen = texts.chosen(tokenizer)
     every = len(chosen) == len(rows)
@@ -167,10 +168,10 @@ def _tokenise(
         few = replace(raw, splits={split: rows.select(chosen)}, origins={split: origin.select(chosen)})
         notes.append(f"{origin.name} ({split}): {len(chosen):,} of {len(rows):,} rows were tokenised for this plan")
     try:
-        made[split] = load_data(name, texts.config, few, tokenizer, (split,)).splits[split]
+        splits[split] = load_data(name, texts.config, few, tokenizer, (split,)).splits[split]
     except DataError as error:
         if every or error.where != origin.name:
             raise
         unmade[split] = f"the {len(chosen):,} rows looked at make no example: {error.message}"
     else:
-        notes += made[split].note.splitlines()
+        notes += splits[split].note.splitlines()

@@ -77,7 +77,8 @@ class FileRows:
 def read_files(files: Sequence[DataFile], named: Sequence[str] = ()) -> FileRows:
     """Local files as one dataset in memory, row after row; of several files the columns that all of them have.
 
-    Args: named: columns that the configuration names; of several files all have one, or none.
+    Args:
+        named: columns that the configuration names; of several files all have one, or none.
 
     Raises:
         DataError: naming the file, the line or row, and what is wrong with it.
@@ -100,7 +101,7 @@ def read_files(files: Sequence[DataFile], named: Sequence[str] = ()) -> FileRows
 
 
 def columns_of(file: DataFile) -> list[str] | None:
-    """The column names, where the beginning of the file shows them; None where they cannot."""
+    """The column names, where the beginning of the file shows them; None where it does not."""
     if file.kind == "txt":
         return ["text"]
     if file.kind == "parquet":
@@ -165,12 +166,12 @@ def read_texts(rows: Dataset, column: str, origin: Origin, option: str) -> list[
     values = values_of(rows, column)
     for row, value in enumerate(values):
         if not isinstance(value, str):
-            found = "nothing" if value is None else value
+            shown = "nothing" if value is None else value
             keys = ", ".join(map(str, value)) if isinstance(value, dict) else ""
             raise DataError(
                 f"no text in column '{column}'",
                 where=origin.where(row),
-                found=found,
+                found=shown,
                 allowed="text",
                 todo=f"copy one of its keys ({keys}) into a column of its own" if keys else "",
             )
@@ -272,8 +273,8 @@ def _joined(files: Sequence[DataFile], parts: Sequence[Dataset], named: Sequence
     if not shared:
         raise DataError("the files of a split have no column in common", where=filled[-1][0].name, found=list(every))
     types = {name: _type_of(name, filled) for name in shared}
-    kept = [_with_types(rows.select_columns(shared), types) for _, rows in filled]
-    return concatenate_datasets(kept), [name for name in every if name not in shared]
+    alike = [_with_types(rows.select_columns(shared), types) for _, rows in filled]
+    return concatenate_datasets(alike), [name for name in every if name not in shared]
 
 
 def _type_of(name: str, filled: Sequence[tuple[DataFile, Dataset]]) -> Any:
@@ -282,29 +283,29 @@ def _type_of(name: str, filled: Sequence[tuple[DataFile, Dataset]]) -> Any:
     from datasets import Value
     from datasets.features.features import generate_from_arrow_type
 
-    first, wanted = filled[0][0], filled[0][1].features[name]
+    first, common = filled[0][0], filled[0][1].features[name]
     for file, rows in filled[1:]:
         feature = rows.features[name]
-        types = [pa.schema([(name, one.pa_type)]) if isinstance(one, Value) else None for one in (wanted, feature)]
+        types = [pa.schema([(name, one.pa_type)]) if isinstance(one, Value) else None for one in (common, feature)]
         try:
-            if feature == wanted:
+            if feature == common:
                 continue
             if types[0] is None or types[1] is None:
                 raise pa.ArrowTypeError
-            wanted = generate_from_arrow_type(pa.unify_schemas(types, promote_options="permissive").field(0).type)
+            common = generate_from_arrow_type(pa.unify_schemas(types, promote_options="permissive").field(0).type)
         except pa.ArrowTypeError:
             raise DataError(
                 f"column '{name}' has another type than in {first.name}",
                 where=file.name,
                 found=str(feature),
-                allowed=str(wanted),
+                allowed=str(common),
                 todo="write the files of a split in the same way",
             ) from None
-    return wanted
+    return common
 
 
 def _with_types(rows: Dataset, types: Mapping[str, Any]) -> Dataset:
     from datasets import Features
 
-    wanted = Features(types)
-    return rows if rows.features == wanted else rows.cast(wanted)
+    features = Features(types)
+    return rows if rows.features == features else rows.cast(features)

@@ -118,8 +118,8 @@ def command_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
         DataError: it lacks [MASK], <|startofpiece|> or <|endofpiece|>.
     """
     ids = tokenizer.get_vocab()
-    found = {name: ids[name] for name in (*BLANKS, HIDDEN, START, END) if name in ids}
-    missing = [name for name in ("[MASK]", START, END) if name not in found]
+    by_name = {name: ids[name] for name in (*BLANKS, HIDDEN, START, END) if name in ids}
+    missing = [name for name in ("[MASK]", START, END) if name not in by_name]
     if missing:
         raise DataError(
             "the tokenizer has not got GLM's commands",
@@ -127,15 +127,15 @@ def command_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
             found=f"missing: {', '.join(missing)}",
             todo="build one with mtkd.models.glm.gpt2_tokenizer or bert_tokenizer, or train one with commands: glm",
         )
-    return found
+    return by_name
 
 
 def _check(tokens: list[str], ids: list[int], needed: Sequence[str], commands: Sequence[str], file: Path) -> None:
     """Refuse a vocabulary behind which the commands would not stand at the next ids."""
-    known = set(tokens)
-    twice = len(tokens) - len(known)
-    missing = [token for token in needed if token not in known]
-    taken = [token for token in commands if token in known]
+    present = set(tokens)
+    twice = len(tokens) - len(present)
+    missing = [token for token in needed if token not in present]
+    taken = [token for token in commands if token in present]
     if missing or taken or twice or ids != list(range(len(ids))):
         raise DataError(
             "is not a plain vocabulary",

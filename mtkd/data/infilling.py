@@ -114,7 +114,7 @@ class Infilling:
         return _sentence_ends(self._tokenizer)
 
     def room(self, max_length: int) -> int:
-        """Most tokens of a block, so that an example has at most `max_length` for every draw.
+        """Most tokens of a block, so that an example has at most `max_length`, for every draw.
 
         Raises:
             UserError: not even one.
@@ -127,7 +127,8 @@ class Infilling:
     def most(self, size: int, *, last: bool = True) -> int:
         """Most tokens of an example made of a block of `size`: every stretch adds its blank and its start.
 
-        Args: last: of its text, so that the special tokens after a text follow.
+        Args:
+            last: of its text, so that the special tokens after a text follow.
         """
         stretches = self._wanted(size, last) if self._shares[:_GMASK].any() else 1
         return self._whole(size, last) + 2 * stretches
@@ -143,18 +144,22 @@ class Infilling:
     def draw(self, tokens: np.ndarray, example: int, epoch: int, *, last: bool = True) -> Drawn:
         """The objective and the stretches of one block."""
         random = np.random.default_rng([self._seed, _PURPOSE, epoch, example])
-        kind, wanted = int(random.choice(3, p=self._shares / self._shares.sum())), self._wanted(len(tokens), last)
+        kind, least = int(random.choice(3, p=self._shares / self._shares.sum())), self._wanted(len(tokens), last)
         if kind == _SMASK:
-            if found := self._sentences(tokens, wanted, random):
-                return Drawn(kind, found)
+            if sentences := self._sentences(tokens, least, random):
+                return Drawn(kind, sentences)
             # a single sentence: all of it would be asked for
             kind = _MASK if self._shares[_MASK] or not self._shares[_GMASK] else _GMASK
         if kind == _GMASK:
             return self._long(len(tokens), random)
-        return Drawn(kind, self._spans(len(tokens), wanted, random))
+        return Drawn(kind, self._spans(len(tokens), least, random))
 
     def lay_out(self, tokens: np.ndarray, example: int, epoch: int, *, last: bool = True) -> LaidOut:
-        """A block in its two parts. Args: last: of its text, so that the special tokens after a text follow."""
+        """A block in its two parts.
+
+        Args:
+            last: of its text, so that the special tokens after a text follow.
+        """
         drawn = self.draw(tokens, example, epoch, last=last)
         random = np.random.default_rng([self._seed, _PURPOSE, epoch, example, 1])
         text = [*self._before, *tokens.tolist(), *(self._after if last else [])]
@@ -162,11 +167,11 @@ class Infilling:
         sep = len(inputs)
         targets, first, second = [NO_LABEL] * sep, list(range(sep)), [0] * sep
         for number in random.permutation(len(pieces)):
-            shown, asked = self._piece(pieces[number], drawn, random)
+            shown, predicted = self._piece(pieces[number], drawn, random)
             inputs += shown
-            targets += asked
-            first += [places[number]] * len(asked)
-            second += range(1, len(asked) + 1)
+            targets += predicted
+            first += [places[number]] * len(predicted)
+            second += range(1, len(predicted) + 1)
         return LaidOut(
             np.array(inputs, np.int64), np.array(targets, np.int64), np.array([first, second], np.int64), sep
         )
@@ -202,10 +207,10 @@ class Infilling:
         length = int(random.integers(least, max(least + 1, size)))
         return Drawn(_GMASK, [(size - length, size)], suffix=True)
 
-    def _spans(self, size: int, wanted: int, random: np.random.Generator) -> list[Span]:
-        """Spans of Poisson lengths until they cover what is wanted, at least one token apart, at random places."""
+    def _spans(self, size: int, least: int, random: np.random.Generator) -> list[Span]:
+        """Spans of Poisson lengths until they cover `least` tokens, one token apart or more, at random places."""
         lengths = list[int]()
-        while sum(lengths) < wanted:
+        while sum(lengths) < least:
             # what lies outside must hold the gaps; the last span of a short block is cut
             lengths.append(max(1, min(self._length(random), size - sum(lengths) - len(lengths))))
         while len(lengths) > 1 and sum(lengths) + len(lengths) - 1 > size:
@@ -227,8 +232,8 @@ class Infilling:
         first = -math.log1p(-random.random() * -math.expm1(-mean))
         return 1 + int(random.poisson(max(mean - first, 0.0)))
 
-    def _sentences(self, tokens: np.ndarray, wanted: int, random: np.random.Generator) -> list[Span]:
-        """Whole sentences in random order until they cover what is wanted; [] where the block is one sentence."""
+    def _sentences(self, tokens: np.ndarray, least: int, random: np.random.Generator) -> list[Span]:
+        """Whole sentences in random order until they cover `least` tokens; [] where the block is one sentence."""
         ends = np.flatnonzero(self._ends[tokens]) + 1
         cuts = [0, *ends.tolist()]
         if cuts[-1] < len(tokens):
@@ -238,7 +243,7 @@ class Infilling:
             return []
         chosen = list[Span]()
         for number in random.permutation(len(sentences)):
-            if sum(end - begin for begin, end in chosen) >= wanted:
+            if sum(end - begin for begin, end in chosen) >= least:
                 break
             chosen.append(sentences[number])
         return sorted(chosen)
@@ -263,5 +268,5 @@ def _sentence_ends(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """Whether a sentence may end with an id, bool [ids]: it holds one of the marks that end one."""
     texts = tokenizer.batch_decode([[number] for number in range(num_real_ids(tokenizer))])
     special = set(tokenizer.all_special_ids)
-    found = [n not in special and any(mark in text for mark in _SENTENCE_ENDS) for n, text in enumerate(texts)]
-    return np.array(found, bool)
+    ends = [n not in special and any(mark in text for mark in _SENTENCE_ENDS) for n, text in enumerate(texts)]
+    return np.array(ends, bool)

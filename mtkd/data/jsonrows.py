@@ -146,8 +146,8 @@ def _rows_of(value: Any, file: DataFile) -> list[Any]:
         return value["data"]
     lists = [key for key, item in value.items() if isinstance(item, list) and item and isinstance(item[0], dict)]
     if len(lists) == 1:
-        found: list[Any] = value[lists[0]]
-        return found
+        rows: list[Any] = value[lists[0]]
+        return rows
     raise DataError(
         "the rows stand under `data`" if lists else "a .json file must hold one array of objects",
         where=file.name,
@@ -158,6 +158,6 @@ def _rows_of(value: Any, file: DataFile) -> list[Any]:
 
 
 def _malformed(text: str, place: str, error: json.JSONDecodeError) -> DataError:
-    found = text if len(text) <= 80 else text[max(0, error.pos - 40) : error.pos + 40]
+    excerpt = text if len(text) <= 80 else text[max(0, error.pos - 40) : error.pos + 40]
     where = place if "line" in place else f"{place}, line {error.lineno}"
-    return DataError(f"malformed JSON: {error.msg}, column {error.colno}", where=where, found=found)
+    return DataError(f"malformed JSON: {error.msg}, column {error.colno}", where=where, found=excerpt)

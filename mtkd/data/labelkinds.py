@@ -47,7 +47,9 @@ class Kind:
 def kind_of(counts: Mapping[Value, int], where: Callable[[str], str]) -> Kind:
     """The kind of some labels.
 
-    Args: counts: distinct values (text stripped) -> rows that have it. where: text -> place of a row that has it.
+    Args:
+        counts: distinct values (text stripped) -> rows that have it.
+        where: text -> place of a row that has it.
 
     Raises:
         DataError: numbers next to `nan`, or a column of which no rule can tell.

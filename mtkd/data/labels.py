@@ -66,15 +66,15 @@ def find_labels(config: DataConfig, raw: Raw) -> FoundLabels:
 def _from_values(config: DataConfig, values: list[Value | None], origin: Origin) -> FoundLabels:
     counts = Counter(value for value in values if value is not None)
     if config.label_kind == "auto":
-        found = kind_of(counts, lambda text: origin.where(values.index(text)))
+        kind = kind_of(counts, lambda text: origin.where(values.index(text)))
     else:
-        found = Kind(config.label_kind, "set by label_kind")
-    if found.name == "number":
-        return FoundLabels("number", (), found.why, found.by_values)
+        kind = Kind(config.label_kind, "set by label_kind")
+    if kind.name == "number":
+        return FoundLabels("number", (), kind.why, kind.by_values)
     ordered = in_order({name_of(value) for value in counts})
     if len(ordered) < 2:
         raise DataError("all rows have the same label", where=origin.name, found=ordered[0], allowed="two classes")
-    return FoundLabels("class", tuple(ordered), found.why, found.by_values)
+    return FoundLabels("class", tuple(ordered), kind.why, kind.by_values)
 
 
 def label_values(rows: Dataset, column: str, origin: Origin) -> list[Value | None]:
@@ -137,8 +137,8 @@ def class_codes(config: DataConfig, rows: Dataset, origin: Origin, names: tuple[
     """Class number of every row, -1 for none or an unknown one, [rows] int64."""
     numbers = {name: number for number, name in enumerate(names)}
     values = label_values(rows, config.label, origin)
-    found = [None if v is None else _class_of(v, numbers) for v in values]
-    return np.array([-1 if number is None else number for number in found], np.int64)
+    codes = [None if v is None else _class_of(v, numbers) for v in values]
+    return np.array([-1 if number is None else number for number in codes], np.int64)
 
 
 def _class_of(value: Value, numbers: dict[str, int]) -> int | None:

@@ -31,7 +31,8 @@ _SAVE = "save it as UTF-8 (in a spreadsheet: CSV UTF-8; in a shell: iconv -f {} 
 def read_lines(file: DataFile, *, shown: bool = False) -> Iterator[str]:
     """The lines without their ends, a byte order mark left out.
 
-    Args: shown: say how far it is when it takes long.
+    Args:
+        shown: say how far it is when it takes long.
 
     Raises:
         DataError: a line that is not UTF-8, or a compressed file that is damaged.

@@ -65,7 +65,7 @@ def load_data(
         check_chat_template(tokenizer, f"data.{name}.chat")
     task: TaskSpec = TASKS.find(config.task, f"data.{name}.task")
     label_names, num_labels = task.labels(config, raw)
-    made: dict[str, Split] = {}
+    tokenised: dict[str, Split] = {}
     marked: list[str] = []  # in their fingerprint: caches of 28 November and before have these tokens twice
     for split in splits:
         if split in raw.splits:
@@ -80,15 +80,17 @@ def load_data(
                 names=config.name or raw.names,
                 domains=config.domain or raw.domains,
             )
-            made[split] = task.prepare(request)
-            made[split].redraws = config.redraw
-            if found := request.seen["marked"]:
+            tokenised[split] = task.prepare(request)
+            tokenised[split].redraws = config.redraw
+            if count := request.seen["marked"]:
                 marked.append(split)
-                said = f"{raw.origin(split).name} ({split}): {found:,} texts bring their own beginning or end token, "
-                made[split].note = "\n".join(filter(None, [made[split].note, said + "which stands there once"]))
+                note = f"{raw.origin(split).name} ({split}): {count:,} texts bring their own beginning or end token, "
+                tokenised[split].note = "\n".join(
+                    filter(None, [tokenised[split].note, note + "which stands there once"])
+                )
     options = config.values(PLACES)
     of_tokenizer = tokenizer_fingerprint(tokenizer, chat=config.chat)
     parts = [raw.fingerprint, of_tokenizer, json.dumps(options, sort_keys=True), *label_names]
     parts += [f"marks once: {', '.join(marked)}"] if marked else []
     fingerprint = hashlib.sha256("\0".join(parts).encode()).hexdigest()
-    return LoadedData(name, config, task, made, label_names, num_labels, fingerprint)
+    return LoadedData(name, config, task, tokenised, label_names, num_labels, fingerprint)

@@ -53,7 +53,8 @@ def marks_of(request: PrepareRequest) -> Marks:
 def without_marks(request: PrepareRequest, texts: Sequence[str], *, begin: bool = True, end: bool = True) -> list[str]:
     """Texts without their own marks; how many had some is counted in `request.seen`.
 
-    Args: begin, end: which of the two sides is looked at.
+    Args:
+        begin, end: which of the two sides is looked at.
     """
     marks = marks_of(request)
     marks = Marks(marks.begin if begin else (), marks.end if end else ())

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FOLLOWS, RANDOM = 0, 1  # BERT's order of the two classes
-_STREAM = 1  # next to the masking's random numbers of the same (seed, epoch, example)
+_STREAM = 1  # apart from the masking's random numbers of the same (seed, epoch, example)
 
 
 class PairExamples:

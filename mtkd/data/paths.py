@@ -99,13 +99,13 @@ def find_files(config: DataConfig, base: Path, where: str = "@data") -> dict[Spl
     for split in SPLITS:
         if split not in config.files:
             continue
-        given, place = config.files[split], f"{where}.files.{split}"
-        names = [given] if isinstance(given, str) else list(given)
+        entry, place = config.files[split], f"{where}.files.{split}"
+        names = [entry] if isinstance(entry, str) else list(entry)
         if not names:
             raise UserError("no file is named", where=place, allowed="a path, a pattern, or a list of them")
         files: dict[Path, DataFile] = {}
         for i, name in enumerate(names):
-            at = place if isinstance(given, str) else f"{place}[{i}]"
+            at = place if isinstance(entry, str) else f"{place}[{i}]"
             if name in names[:i]:
                 raise UserError("the file is named twice", where=at, found=name, todo="drop one of them")
             for path, shown in _matches(name, config, base, at):
@@ -309,8 +309,8 @@ def _described_folder(path: Path, shown: str, config: DataConfig, split: Split, 
         path, shown = path / split, f"{shown.rstrip('/')}/{split}"
     for entry in sorted(path.iterdir()) if path.is_dir() else ():
         if entry.exists() and not entry.is_file() and not entry.is_dir():
-            found = f"{shown}/{entry.name} is {what_is(entry)}"
-            raise DataError("the saved data set has an entry that cannot be read", where=place, found=found)
+            problem = f"{shown}/{entry.name} is {what_is(entry)}"
+            raise DataError("the saved data set has an entry that cannot be read", where=place, found=problem)
     return DataFile(path, shown, SAVED)
 
 

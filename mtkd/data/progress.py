@@ -38,7 +38,7 @@ class Working:
 
     Args:
         what: the work, as in "reading a.jsonl".
-        total: units of all of it; None where it is unknown before the end.
+        total: units of all of it; None where it is not known before the end.
         unit: what is counted; "bytes" are shown as MB.
     """
 
@@ -77,7 +77,11 @@ class Working:
             self._spoke = now
 
     def counting(self, items: Iterable[T], each: int = 1_000) -> Iterator[T]:
-        """The items, which are the units. Args: each: how many between looks at the clock."""
+        """The items, which are the units.
+
+        Args:
+            each: items between two looks at the clock.
+        """
         for number, item in enumerate(items, start=1):
             yield item
             if number % each == 0:
@@ -99,6 +103,10 @@ class Working:
 
 
 def counted(items: Iterable[T], what: str, total: int, unit: str = "rows", each: int = 1_000) -> Iterator[T]:
-    """The items, while a person sees how many of them are done. Args: each: how many between looks at the clock."""
+    """The items, while a person sees how many of them are done.
+
+    Args:
+        each: items between two looks at the clock.
+    """
     with Working(what, total, unit) as working:
         yield from working.counting(items, each)

@@ -64,26 +64,26 @@ def prepare_prompted(request: PrepareRequest) -> Split:
     responses, rows = texts_of(request)
     pairs = _encoded(request, *_written(request, responses, rows))
     flat: list[np.ndarray] = []
-    kept: list[int] = []
+    used: list[int] = []
     before: list[int] = []
     scored = np.zeros(len(rows), np.int64)
     num_cut = 0
     for number, (prompt, response) in enumerate(pairs):
-        asked = max(1, len(prompt))  # without a prompt and a beginning token the first one cannot be predicted
+        start = max(1, len(prompt))  # without a prompt and a beginning token the first one cannot be predicted
         document = np.array([*prompt, *response], np.int32)[: config.max_length + 1]
-        if len(document) <= asked:
+        if len(document) <= start:
             continue
         cut = len(document) < len(prompt) + len(response)
-        part = cut or asked > len(prompt)
-        text = str(tokenizer.decode(document[asked:], skip_special_tokens=True)) if part else responses[number]
+        part = cut or start > len(prompt)
+        text = str(tokenizer.decode(document[start:], skip_special_tokens=True)) if part else responses[number]
         if not text:
             continue
         num_cut += cut
-        scored[len(kept)] = len(text.encode())
+        scored[len(used)] = len(text.encode())
         flat.append(document)
-        before.append(asked)
-        kept.append(number)
-    if not kept:
+        before.append(start)
+        used.append(number)
+    if not used:
         raise DataError(
             "no prompt leaves room for a response token",
             where=request.origin.name,
@@ -93,8 +93,8 @@ def prepare_prompted(request: PrepareRequest) -> Split:
     sizes = np.array([len(document) for document in flat], np.int64)
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
     examples = PromptedExamples(np.concatenate(flat), starts, sizes - 1, np.array(before, np.int64))
-    documents = described(request, rows[kept], np.arange(len(kept)), scored[: len(kept)])
-    note = _note(request, len(rows), len(kept), num_cut)
+    documents = described(request, rows[used], np.arange(len(used)), scored[: len(used)])
+    note = _note(request, len(rows), len(used), num_cut)
     return Split(partial(collate_tokens, examples), examples.lengths, documents, pad_id=pad_id(tokenizer), note=note)
 
 

@@ -55,7 +55,8 @@ _THREE_STATES = ("strip_accents",)
 def probes(tokenizer: PreTrainedTokenizerBase, special: Iterable[str]) -> list[str]:
     """`PROBES`, stretches of the vocabulary as text, and every special token inside a text.
 
-    Args: special: tokens that stand for themselves.
+    Args:
+        special: tokens that stand for themselves.
     """
     ids = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
     starts = range(0, len(ids), max(_WINDOW, -(-len(ids) // _MOST_WINDOWS)))
@@ -70,10 +71,10 @@ def cut(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[i
         DataError: the tokenizer cannot write one of them.
     """
     try:
-        found = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+        encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
     except Exception as error:  # the library's plain Exception: e.g. an unknown character without an unknown token
         raise DataError(f"the tokenizer cannot write ordinary text: {error}", where="tokenizer") from error
-    return [list(ids) for ids in found["input_ids"]]
+    return [list(ids) for ids in encoded["input_ids"]]
 
 
 def check_certain(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
@@ -135,21 +136,21 @@ def other_rule(mine: Rules | None, other: Rules | None) -> str | None:
     for name in mine:
         if mine[name] == other[name]:
             continue
-        ours, theirs = mine[name], other[name]
-        if isinstance(ours, dict) and isinstance(theirs, dict) and ours.get("type") == theirs.get("type"):
-            key = next(k for k in sorted(ours.keys() | theirs.keys()) if ours.get(k) != theirs.get(k))
-            name, ours, theirs = f"{name}.{key}", ours.get(key), theirs.get(key)
-        if isinstance(ours, list) and isinstance(theirs, list):
-            return f"{name}: {_first_difference(ours, theirs)}"
-        return f"{name}: {_short(ours)} here, {_short(theirs)} there"
+        here, there = mine[name], other[name]
+        if isinstance(here, dict) and isinstance(there, dict) and here.get("type") == there.get("type"):
+            key = next(k for k in sorted(here.keys() | there.keys()) if here.get(k) != there.get(k))
+            name, here, there = f"{name}.{key}", here.get(key), there.get(key)
+        if isinstance(here, list) and isinstance(there, list):
+            return f"{name}: {_first_difference(here, there)}"
+        return f"{name}: {_short(here)} here, {_short(there)} there"
     return None
 
 
-def _first_difference(ours: list[Any], theirs: list[Any]) -> str:
-    both = zip(ours, theirs, strict=False)
-    place = next((i for i, (a, b) in enumerate(both) if a != b), min(len(ours), len(theirs)))
-    shown = [_short(values[place]) if place < len(values) else "nothing" for values in (ours, theirs)]
-    return f"number {place + 1} is {shown[0]} here, {shown[1]} there ({len(ours):,} here, {len(theirs):,} there)"
+def _first_difference(here: list[Any], there: list[Any]) -> str:
+    both = zip(here, there, strict=False)
+    place = next((i for i, (a, b) in enumerate(both) if a != b), min(len(here), len(there)))
+    shown = [_short(values[place]) if place < len(values) else "nothing" for values in (here, there)]
+    return f"number {place + 1} is {shown[0]} here, {shown[1]} there ({len(here):,} here, {len(there):,} there)"
 
 
 def _rules_of_backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
@@ -158,7 +159,7 @@ def _rules_of_backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | No
 
 
 def _rules_of_python(tokenizer: PreTrainedTokenizerBase) -> Rules | None:
-    """The scores of a SentencePiece model, or merges; what such a class does besides only the probes see."""
+    """The scores of a SentencePiece model, or merges; only the probes see what such a class does otherwise."""
     pieces, ranks = getattr(tokenizer, "sp_model", None), getattr(tokenizer, "bpe_ranks", None)
     if pieces is not None:
         return {"scores": [pieces.GetScore(i) for i in range(pieces.GetPieceSize())]}
@@ -169,11 +170,11 @@ def _knows_every_byte(vocabulary: Any, backend: dict[str, Any]) -> bool:
     """Whether no character is unknown: then how unknown ones are treated has no effect."""
     from tokenizers import pre_tokenizers
 
-    known = set(vocabulary) if isinstance(vocabulary, dict) else {token for token, _ in vocabulary}
+    tokens = set(vocabulary) if isinstance(vocabulary, dict) else {token for token, _ in vocabulary}
     if backend["model"].get("byte_fallback"):
-        return all(f"<0x{byte:02X}>" in known for byte in range(256))
+        return all(f"<0x{byte:02X}>" in tokens for byte in range(256))
     first = json.dumps([backend["normalizer"], backend["pre_tokenizer"]])
-    return '"ByteLevel"' in first and known.issuperset(pre_tokenizers.ByteLevel.alphabet())
+    return '"ByteLevel"' in first and tokens.issuperset(pre_tokenizers.ByteLevel.alphabet())
 
 
 def _plain(rule: Any) -> Any:
@@ -182,15 +183,17 @@ def _plain(rule: Any) -> Any:
         return [_plain(each) for each in rule]
     if not isinstance(rule, dict):
         return rule
-    kept = {key: _plain(value) for key, value in rule.items() if key not in _WITHOUT_EFFECT}
-    kept = {
-        k: v for k, v in kept.items() if v not in (None, False, "", 0, [], {}) or (k in _THREE_STATES and v is False)
+    effective = {key: _plain(value) for key, value in rule.items() if key not in _WITHOUT_EFFECT}
+    effective = {
+        k: v
+        for k, v in effective.items()
+        if v not in (None, False, "", 0, [], {}) or (k in _THREE_STATES and v is False)
     }
-    if kept.get("type") == "Sequence":
-        steps = next((value for value in kept.values() if isinstance(value, list)), [])
+    if effective.get("type") == "Sequence":
+        steps = next((value for value in effective.values() if isinstance(value, list)), [])
         steps = [step for step in steps if step is not None]
-        return None if not steps else steps[0] if len(steps) == 1 else kept
-    return kept
+        return None if not steps else steps[0] if len(steps) == 1 else effective
+    return effective
 
 
 def _short(value: Any) -> str:

@@ -68,22 +68,22 @@ def choose_rows(raw: Raw, config: DataConfig) -> Raw:
     """
 
     def codes(rows: Raw, split: str) -> np.ndarray | None:
-        if found is None or found.kind != "class":
+        if labels is None or labels.kind != "class":
             return None
-        return class_codes(config, rows.splits[split], rows.origin(split), found.names)
+        return class_codes(config, rows.splits[split], rows.origin(split), labels.names)
 
     with Working("choosing rows", 3, "steps") as working:
-        found = find_labels(config, raw) if has_labels(config) else None
+        labels = find_labels(config, raw) if has_labels(config) else None
         working.at(1)
-        held = hold_out(raw, config, codes)
+        divided = hold_out(raw, config, codes)
         working.at(2)
-        chosen = replace(limit(held, config, codes), labels=found)
+        chosen = replace(limit(divided, config, codes), labels=labels)
     choice = ""
     if config.validation_share or config.limit:
-        by = " by class" if found is not None and found.kind == "class" else ""
+        by = " by class" if labels is not None and labels.kind == "class" else ""
         choice = f"{raw.fingerprint} {config.seed} {config.validation_share} {sorted(config.limit.items())}{by}"
-    if found is not None and found.by_values:
-        choice = f"{choice or raw.fingerprint} {found.kind} {found.names}"
+    if labels is not None and labels.by_values:
+        choice = f"{choice or raw.fingerprint} {labels.kind} {labels.names}"
     return replace(chosen, fingerprint=hashlib.sha256(choice.encode()).hexdigest()) if choice else chosen
 
 
@@ -181,14 +181,14 @@ def _files_source(config: DataConfig, base: Path) -> Raw:
     """Local files and saved data sets; see `mtkd.data.files`."""
     files = find_files(config, base)
     named = (*_read_columns(config), config.teacher, *((config.label,) if has_labels(config) else ()))
-    made = {split: read_files(parts, named) for split, parts in files.items()}
-    description = ", ".join(f"{part.origin.name}: {len(part.rows)} rows" for part in made.values())
+    tables = {split: read_files(parts, named) for split, parts in files.items()}
+    description = ", ".join(f"{part.origin.name}: {len(part.rows)} rows" for part in tables.values())
     return Raw(
-        {split: part.rows for split, part in made.items()},
+        {split: part.rows for split, part in tables.items()},
         file_digest(files),
         description,
-        {split: part.origin for split, part in made.items()},
-        notes=tuple(note for part in made.values() for note in part.notes),
+        {split: part.origin for split, part in tables.items()},
+        notes=tuple(note for part in tables.values() for note in part.notes),
     )
 
 
@@ -198,7 +198,7 @@ def _hub_source(config: DataConfig, base: Path) -> Raw:
 
     assert config.path is not None
     try:
-        found = datasets.load_dataset(config.path, config.subset, revision=config.revision)
+        dataset = datasets.load_dataset(config.path, config.subset, revision=config.revision)
     except Exception as error:  # every kind of network, cache and format error ends here
         reason = (str(error).splitlines() or [""])[0]
         kind = NotReached if isinstance(error, ConnectionError) else DataError
@@ -208,13 +208,13 @@ def _hub_source(config: DataConfig, base: Path) -> Raw:
             found=config.path,
             todo="check the id, subset and revision, and the connection (or HF_HOME and HF_HUB_OFFLINE=1 when cached)",
         ) from error
-    mapping: dict[str, str] = dict(config.splits) or {s: s for s in SPLITS if s in found}  # type: ignore[arg-type]
-    for ours, theirs in mapping.items():
-        if theirs not in found:
-            raise DataError("no such split", where=f"@data.splits.{ours}", found=theirs, allowed=sorted(found))
-    splits = {ours: found[mapping[ours]] for ours in SPLITS if ours in mapping}
+    mapping: dict[str, str] = dict(config.splits) or {s: s for s in SPLITS if s in dataset}  # type: ignore[arg-type]
+    for split, published in mapping.items():
+        if published not in dataset:
+            raise DataError("no such split", where=f"@data.splits.{split}", found=published, allowed=sorted(dataset))
+    splits = {split: dataset[mapping[split]] for split in SPLITS if split in mapping}
     if not splits:
-        raise DataError("none of its splits is mapped", where="@data.splits", found="nothing", allowed=sorted(found))
+        raise DataError("none of its splits is mapped", where="@data.splits", found="nothing", allowed=sorted(dataset))
     prints = [f"{s}:{mapping[s]}:{rows._fingerprint}" for s, rows in splits.items()]
     digest = hashlib.sha256("\0".join([config.path, config.subset or "", config.revision or "", *prints]).encode())
     name = " ".join(part for part in (config.path, config.subset) if part)

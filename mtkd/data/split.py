@@ -132,11 +132,11 @@ class Split:
         Raises:
             DataError: no such column, or a row that names no teacher or an unknown one.
         """
-        found = self._documents.teachers
+        names = self._documents.teachers
         todo = "set data.NAME.teacher to the column that names the teachers"
-        if not found:
+        if not names:
             raise DataError("no column names a teacher for each row", where=where, todo=todo)
-        for document, name in enumerate(found):
+        for document, name in enumerate(names):
             if name not in teachers:
                 raise DataError(
                     "a row names a teacher that the stage does not have" if name else "a row names no teacher",
@@ -146,7 +146,7 @@ class Split:
                     todo=nearest(name, teachers),
                 )
         split = copy.copy(self)
-        split._routes = np.array([teachers.index(name) for name in found], np.int64)[self.documents]
+        split._routes = np.array([teachers.index(name) for name in names], np.int64)[self.documents]
         return split
 
     def collate(self, indices: Sequence[int], *, size: int | None = None, epoch: int = 0) -> Batch:

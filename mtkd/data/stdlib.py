@@ -104,12 +104,12 @@ def _texts(folder: Path) -> dict[str, dict[str, list[str]]]:
 
 def docstrings(module: ast.Module) -> list[str]:
     """The paragraphs of all docstrings that are long enough to be prose, in source order, examples left out."""
-    found: list[tuple[int, list[str]]] = []
+    by_line: list[tuple[int, list[str]]] = []
     for _, constant in _documented(module):
         text = inspect.cleandoc(str(constant.value))
         if len(text) >= SHORTEST_DOCSTRING:
-            found.append((constant.lineno, [p for p in _paragraphs(text) if ">>>" not in p]))
-    return [paragraph for _, paragraphs in sorted(found) for paragraph in paragraphs]
+            by_line.append((constant.lineno, [p for p in _paragraphs(text) if ">>>" not in p]))
+    return [paragraph for _, paragraphs in sorted(by_line) for paragraph in paragraphs]
 
 
 def strip_docstrings(source: str, module: ast.Module) -> str:
@@ -201,8 +201,8 @@ def _documents(domain: str, texts: dict[str, list[str]]) -> Iterator[Document]:
     pieces: set[str] = set()
     for module in sorted(texts):
         parts = [part for paragraph in texts[module] if paragraph.strip() for part in _parts(paragraph)]
-        kept = [part for part in parts if not _repeated(part, paragraphs)]
-        new = [piece for piece in _pieces(kept) if not _repeated(piece, pieces)]
+        unique = [part for part in parts if not _repeated(part, paragraphs)]
+        new = [piece for piece in _pieces(unique) if not _repeated(piece, pieces)]
         for number, piece in enumerate(new, start=1):
             yield Document(piece, domain, f"{module}#{number}", split_of(module))
 

@@ -135,25 +135,25 @@ def _header(file: DataFile, first: Record, second: Record | None) -> Header:
         )
     nameless = next((i for i, name in enumerate(names) if name.strip()), len(names))
     unread = tuple(i - nameless for i, name in enumerate(names) if i >= nameless and _INDEX.fullmatch(name))
-    kept = [name for name in names[nameless:] if not _INDEX.fullmatch(name)]
-    _refuse_names(names[nameless:], kept, nameless, place)
-    if not kept:
+    columns = [name for name in names[nameless:] if not _INDEX.fullmatch(name)]
+    _refuse_names(names[nameless:], columns, nameless, place)
+    if not columns:
         raise DataError("the header line names no column", where=place, found=names, todo=_BOTH)
     if not nameless and second is not None and _counts(names, second):
-        return Header(tuple(kept), 1, unread, "its first column, which has no name, is ignored: an index", True)
-    return Header(tuple(kept), nameless, unread, _ignored(names, nameless, unread))
+        return Header(tuple(columns), 1, unread, "its first column, which has no name, is ignored: an index", True)
+    return Header(tuple(columns), nameless, unread, _ignored(names, nameless, unread))
 
 
-def _refuse_names(named: list[str], kept: list[str], before: int, place: str) -> None:
+def _refuse_names(named: list[str], columns: list[str], before: int, place: str) -> None:
     """Refuse a column without a name behind one with a name, and two of one name."""
     for position, name in enumerate(named, start=before + 1):
         if not name.strip():
-            said = f"column {position} has no name"
-        elif kept.count(name) > 1:
-            said = f"column '{name}' is there twice"
+            problem = f"column {position} has no name"
+        elif columns.count(name) > 1:
+            problem = f"column '{name}' is there twice"
         else:
             continue
-        raise DataError(f"the header line must name every column once: {said}", where=place, found=named, todo=_BOTH)
+        raise DataError(f"the header line must name every column once: {problem}", where=place, found=named, todo=_BOTH)
 
 
 def _ignored(names: list[str], nameless: int, unread: tuple[int, ...]) -> str:
@@ -196,14 +196,14 @@ def _checked(file: DataFile, header: Header, records: Iterator[Record]) -> Itera
 
 
 def _wrong_width(file: DataFile, header: Header, number: int, line: int, row: list[str]) -> DataError:
-    said = "as `columns` names" if file.columns else "as in the header"
+    source = "as `columns` names" if file.columns else "as in the header"
     fewer = separator_hint(file, header.names) or (separator_hint(file, row) if len(row) == 1 else "")
     quoted = 'a value that holds the separator stands in quotation marks: "a, b"'
     return DataError(
         "wrong number of columns",
         where=f"{file.name}, row {number} (line {line})",
         found=f"{len(row)} columns: {' | '.join(row)[:120]}",
-        allowed=f"{len(header.names) + len(header.unread)} columns, {said}",
+        allowed=f"{len(header.names) + len(header.unread)} columns, {source}",
         todo=fewer or (quoted if len(row) > header.width and _quoted(file) else ""),
     )
 

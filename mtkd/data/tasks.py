@@ -39,8 +39,8 @@ class TaskSpec:
         architectures: the only ones that can do it; () for all that have the head.
         varies: inputs change with the epoch, unless `redraw` is false.
         laid: examples have two parts and positions of their own.
-        cloze: a class is scored by its words (`verbalizers`) in place of a blank; no weights besides the language
-            model's.
+        cloze: a class is scored by its words (`verbalizers`) in place of a blank; it adds no
+            weights to the language model's.
     """
 
     name: str
@@ -162,15 +162,15 @@ def _no_labels(config: DataConfig, raw: Raw) -> tuple[tuple[str, ...], int]:
 
 
 def _class_labels(config: DataConfig, raw: Raw) -> tuple[tuple[str, ...], int]:
-    found = raw.labels or find_labels(config, raw)
-    if not found.kind:
+    labels = raw.labels or find_labels(config, raw)
+    if not labels.kind:
         raise DataError(
-            f"nothing names the classes: {found.why}",
+            f"nothing names the classes: {labels.why}",
             where="@data.labels",
             found="no labels",
             todo="set `labels` to the class names in order",
         )
-    return found.names, found.num_outputs
+    return labels.names, labels.num_outputs
 
 
 def _cloze_labels(config: DataConfig, raw: Raw) -> tuple[tuple[str, ...], int]:

@@ -83,7 +83,9 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
     from transformers import AutoTokenizer
 
     try:
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, revision=revision, trust_remote_code=False
+        )
     except Exception as error:  # missing files, malformed files, network and remote code end here
         reason = (str(error).strip().splitlines() or [""])[0]
         raise DataError(
@@ -93,14 +95,14 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
             allowed="a folder with tokenizer.json, or a hub id; no remote code",
             todo="look at its files, or name another tokenizer: tokenizer.path",
         ) from error
-    if set(token_ids(found)) <= set(found.all_special_tokens):
+    if set(token_ids(tokenizer)) <= set(tokenizer.all_special_tokens):
         raise DataError(
             "the tokenizer has no vocabulary: every word would be unknown",
             where="tokenizer",
-            found=f"{path}: {len(found)} special tokens",
+            found=f"{path}: {len(tokenizer)} special tokens",
             todo="bring its tokenizer.json, vocab.txt or the like into the folder",
         )
-    return found
+    return tokenizer
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
@@ -115,8 +117,8 @@ def num_real_ids(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Part (pad_token, bos_token, ...) -> id, for the parts that are filled."""
-    found = {part: getattr(tokenizer, f"{part}_id") for part in _PARTS}
-    return {part: int(number) for part, number in found.items() if number is not None}
+    ids = {part: getattr(tokenizer, f"{part}_id") for part in _PARTS}
+    return {part: int(number) for part, number in ids.items() if number is not None}
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, *, chat: bool = False) -> str:
@@ -125,7 +127,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, *, chat: bool = Fa
     Merges and scores are not in it: `segmentation_digest` has them. A stage's identity has both; a cache's origin and
     the scores have this one alone.
 
-    Args: chat: whether the texts are turns of a chat: then over the template that writes them, too.
+    Args:
+        chat: whether the texts are turns of a chat: then over the template that writes them, too.
     """
     parts = [token_ids(tokenizer), special_ids(tokenizer), _text_rules(tokenizer)]
     parts += [{"chat": tokenizer.chat_template}] if chat else []
@@ -155,30 +158,30 @@ def check_same_tokenizer(
     if rule is None:
         texts = probes(student, tokens)
         both = zip(texts, cut(student, texts), cut(teacher, texts), strict=True)
-        differing = next(((text, ours, theirs) for text, ours, theirs in both if ours != theirs), None)
+        differing = next(((text, here, there) for text, here, there in both if here != there), None)
         rule = None if differing is None else _other_cut(*differing)
     if rule is not None:
         raise DataError("student and teacher cut text into other ids", where=where, found=rule, todo=todo)
     return notes + _check_parts(student, teacher, where, todo, masked=masked)
 
 
-def _check_ids(ours: dict[str, int], teacher: PreTrainedTokenizerBase, where: str) -> list[str]:
+def _check_ids(here: dict[str, int], teacher: PreTrainedTokenizerBase, where: str) -> list[str]:
     """Every token of the run has the same id there; special tokens behind all of the run's ids are not asked about."""
-    theirs, behind = token_ids(teacher), max(ours.values())
+    there, behind = token_ids(teacher), max(here.values())
     special = {str(token) for token in teacher.added_tokens_decoder.values() if token.special}
-    more = sorted(t for t in theirs.keys() - ours.keys() if theirs[t] > behind and t in special)
-    differing = [t for t in sorted(ours.keys() | theirs.keys() - set(more), key=lambda t: (ours.get(t, 1 << 60), t))
-                 if ours.get(t) != theirs.get(t)]  # fmt: skip
+    more = sorted(t for t in there.keys() - here.keys() if there[t] > behind and t in special)
+    differing = [t for t in sorted(here.keys() | there.keys() - set(more), key=lambda t: (here.get(t, 1 << 60), t))
+                 if here.get(t) != there.get(t)]  # fmt: skip
     if differing:
-        shown = [f"{token!r} is {_id(ours, token)} here and {_id(theirs, token)} there" for token in differing[:3]]
+        shown = [f"{token!r} is {_id(here, token)} here and {_id(there, token)} there" for token in differing[:3]]
         raise DataError(
             f"student and teacher have different vocabularies: {len(differing)} tokens differ",
             where=where,
             found="; ".join(shown) + (", ..." if len(differing) > 3 else ""),
-            allowed=f"the same id for every token ({len(ours)} here, {len(theirs)} there)",
+            allowed=f"the same id for every token ({len(here)} here, {len(there)} there)",
             todo="use a teacher with the student's tokenizer, or give the run the teacher's tokenizer",
         )
-    shown = [f"{token!r} ({theirs[token]})" for token in more[:3]]
+    shown = [f"{token!r} ({there[token]})" for token in more[:3]]
     return [f"special tokens that the run's tokenizer lacks, never asked about: {', '.join(shown)}"] if more else []
 
 
@@ -189,14 +192,14 @@ def _other_added(
 
     A token with a part (the end, the padding) may be looked for by one side alone: the run's tokenizer decides.
     """
-    ours, theirs = added_tokens(student), added_tokens(teacher)
-    known = token_ids(student)
+    here, there = added_tokens(student), added_tokens(teacher)
+    ids = token_ids(student)
     parts = {t for each in (student, teacher) for t in each.all_special_tokens}
     flags = ["single_word", "lstrip", "rstrip"]
     flags += ["normalized"] if (rules(student) or {}).get("normalizer") else []
     notes = []
-    for token in sorted((ours.keys() | theirs.keys()) & known.keys()):
-        one, other = ours.get(token), theirs.get(token)
+    for token in sorted((here.keys() | there.keys()) & ids.keys()):
+        one, other = here.get(token), there.get(token)
         if one is None or other is None:
             if token not in parts:
                 sides = ("here", "there") if other is None else ("there", "here")
@@ -206,15 +209,15 @@ def _other_added(
         elif any(one[flag] != other[flag] for flag in flags):
             flag = next(flag for flag in flags if one[flag] != other[flag])
             return f"added token {token!r}: {flag} is {one[flag]} here, {other[flag]} there", [], []
-    return None, sorted(ours.keys() & theirs.keys() & known.keys()), notes
+    return None, sorted(here.keys() & there.keys() & ids.keys()), notes
 
 
-def _other_cut(text: str, ours: list[int], theirs: list[int]) -> str:
-    place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+def _other_cut(text: str, here: list[int], there: list[int]) -> str:
+    place = next((i for i, (a, b) in enumerate(zip(here, there, strict=False)) if a != b), min(len(here), len(there)))
     shown = text if len(text) <= 60 else text[:57] + "..."
-    first = [str(ids[place]) if place < len(ids) else "the end" for ids in (ours, theirs)]
+    first = [str(ids[place]) if place < len(ids) else "the end" for ids in (here, there)]
     return (
-        f"{shown!r} is {len(ours)} ids here and {len(theirs)} there; number {place + 1} is {first[0]} here, "
+        f"{shown!r} is {len(here)} ids here and {len(there)} there; number {place + 1} is {first[0]} here, "
         f"{first[1]} there"
     )
 
@@ -223,12 +226,12 @@ def _check_parts(
     student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, where: str, todo: str, *, masked: bool
 ) -> list[str]:
     """Notes of parts that other tokens play; refuses another mask where masked tokens are asked about."""
-    ours, theirs = special_ids(student), special_ids(teacher)
+    here, there = special_ids(student), special_ids(teacher)
     notes = []
-    for part in (part for part in _PARTS if ours.get(part) != theirs.get(part)):
-        if part == "mask_token" and masked and part in ours and part in theirs:
-            found = f"{part} is {_id(ours, part)} here and {_id(theirs, part)} there"
-            raise DataError("student and teacher have different masks", where=where, found=found, todo=todo)
+    for part in (part for part in _PARTS if here.get(part) != there.get(part)):
+        if part == "mask_token" and masked and part in here and part in there:
+            difference = f"{part} is {_id(here, part)} here and {_id(there, part)} there"
+            raise DataError("student and teacher have different masks", where=where, found=difference, todo=todo)
         own, run = getattr(teacher, part) or "none", getattr(student, part) or "none"
         notes.append(f"its {part} is {own}, the run's {run}: the run's counts")
     return notes
@@ -244,8 +247,8 @@ def _text_rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     For `tokenizer_fingerprint` alone, which finished stages and caches know in this form.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    settings = json.loads(backend.to_str()) if backend is not None else {}
-    return {name: settings.get(name) or {} for name in ("normalizer", "pre_tokenizer")}
+    rules = json.loads(backend.to_str()) if backend is not None else {}
+    return {name: rules.get(name) or {} for name in ("normalizer", "pre_tokenizer")}
 
 
 def _non_empty(texts: Iterable[str]) -> Iterable[str]:

@@ -64,12 +64,16 @@ def _frequencies(texts: list[np.ndarray], ordinary: np.ndarray) -> np.ndarray:
 def _replaced(
     ids: np.ndarray,
     settings: TransferConfig,
-    known: tuple[np.ndarray, np.ndarray],
+    choices: tuple[np.ndarray, np.ndarray],
     weights: np.ndarray | None,
     random: np.random.Generator,
 ) -> np.ndarray:
-    """One text's ids. Args: known: ids that may be replaced, ids that may replace them."""
-    text, ordinary = known
+    """One text's ids.
+
+    Args:
+        choices: ids that may be replaced, ids that may replace them.
+    """
+    text, ordinary = choices
     candidates = np.flatnonzero(np.isin(ids, text))
     chosen = candidates[random.random(len(candidates)) < settings.share]
     replaced = ids.copy()

@@ -107,12 +107,12 @@ def compress_tokenizer(folder: Path, kept: Sequence[int], to_kept: Sequence[int]
 
 def _classes(names: dict[int, str], kept: Sequence[int], to_kept: Sequence[int]) -> dict[str, list[str]]:
     """Kept token -> the removed tokens that it stands for."""
-    found: dict[str, list[str]] = {}
+    classes: dict[str, list[str]] = {}
     for number, token in sorted(names.items()):
         representative = kept[to_kept[number]]
         if representative != number:
-            found.setdefault(names[representative], []).append(token)
-    return found
+            classes.setdefault(names[representative], []).append(token)
+    return classes
 
 
 def _decoder(decoder: dict[str, Any] | None, classes: dict[str, list[str]]) -> dict[str, Any] | None:

@@ -43,7 +43,7 @@ class Trainable(nn.Module):
         return [p for head in heads if head is not None for p in head if p is not None]
 
     def step_counts(self, batch: Batch) -> Mapping[str, int]:
-        """Numbers of a micro-batch that are summed over a step in addition to `position_counts`; same names always."""
+        """More numbers of a micro-batch to sum over a step than `position_counts` has, always under the same names."""
         return {}
 
     def own_rates(self) -> dict[int, float]:
@@ -61,7 +61,7 @@ def gradient_of(loss: Tensor) -> Tensor:
 
 
 def all_finite(module: Trainable) -> bool:
-    """Whether this rank's parameters are finite, and what else the objective keeps is not NaN.
+    """Whether this rank's parameters are finite, and the objective's buffers are not NaN.
 
     One look at all of them, for a moment at which they are written to disk anyway.
     """
@@ -145,8 +145,8 @@ def parameter_groups(module: Trainable, config: OptimizerConfig) -> list[dict[st
     trainable = [p for p in module.parameters() if p.requires_grad and id(p) not in rates]
     # ZeRO-3 leaves empty tensors behind: the original shape is in ds_shape.
     matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) > 1]
-    known = {id(p) for p in matrices}
-    vectors = [p for p in trainable if id(p) not in known]
+    ids = {id(p) for p in matrices}
+    vectors = [p for p in trainable if id(p) not in ids]
     groups = [(matrices, config.weight_decay, 1.0), (vectors, 0.0, 1.0)]
     for rate in sorted(set(rates.values())):
         own = [p for p in module.parameters() if p.requires_grad and rates.get(id(p)) == rate]
@@ -163,7 +163,8 @@ def set_learning_rate(groups: Iterable[dict[str, Any]], rate: float) -> None:
 def make_adamw(module: Trainable, config: OptimizerConfig, fused: bool = False) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`, with the learning rate set before every step by the engine.
 
-    Args: fused: one pass over memory per step instead of a dozen.
+    Args:
+        fused: one pass over memory per step instead of a dozen.
     """
     groups = parameter_groups(module, config)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)

@@ -41,7 +41,8 @@ def init_distributed(device: str, timeout: float = 1800.0) -> Dist:
 
     A single process without a launcher gets a group of one.
 
-    Args: timeout: seconds that a collective may take; see `EngineConfig.timeout_seconds`.
+    Args:
+        timeout: seconds that a collective may take; see `EngineConfig.timeout_seconds`.
     """
     if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -78,7 +79,8 @@ def deepspeed_config(
 
     Micro-batch sizes are formal (mtkd cuts the batches): one per process, so that DeepSpeed's product rule holds.
 
-    Args: numbers: trained parameters.
+    Args:
+        numbers: trained parameters.
     """
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -198,8 +200,8 @@ class DeepSpeedEngine:
         set_learning_rate(self.optimizer.param_groups, learning_rate(self._config, step, self._steps))
         norm = self._clip() if self._zero_stage == 0 else None
         self.engine.step()
-        found = float(self.engine.get_global_grad_norm() if norm is None else norm)
-        return found if found >= 0 else float("nan")  # under ZeRO DeepSpeed says -1 for NaN and infinity
+        value = float(self.engine.get_global_grad_norm() if norm is None else norm)
+        return value if value >= 0 else float("nan")  # under ZeRO DeepSpeed says -1 for NaN and infinity
 
     def _clip(self) -> Tensor:
         """Clip at stage 0, where every rank holds the whole, already reduced gradient; its norm before clipping."""

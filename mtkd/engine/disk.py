@@ -25,17 +25,17 @@ def refused(error: OSError) -> UserError:
 
 
 def full_disk(error: BaseException) -> UserError | None:
-    """The error to show when a full disk is the cause of another; None when it is not."""
+    """The error for a full disk, if one is the cause of `error`; else None."""
     for one in _chain(error):
         if getattr(one, "errno", None) in _FULL or any(word in str(one) for word in _WORDS):
             file = getattr(one, "filename", None)
             folder = Path(os.fsdecode(file)).parent if isinstance(file, str | bytes) else _temporary()
             free = dict.fromkeys(map(_free, (folder, _temporary())))
-            said = next((line for line in str(one).splitlines() if any(word in line for word in _WORDS)), str(one))
+            words = next((line for line in str(one).splitlines() if any(word in line for word in _WORDS)), str(one))
             return UserError(
                 "a disk is full: something could not be written",
                 where=str(folder),
-                found="\n           ".join((said.strip(), *free)),
+                found="\n           ".join((words.strip(), *free)),
                 todo="make room there, or set TMPDIR to a folder on another disk, and run it again",
             )
     return None

@@ -1,4 +1,4 @@
-"""What ranks say to each other outside the gradients: sums, agreement, small objects. Alone, nothing is imported."""
+"""What ranks exchange apart from gradients: sums, agreement, small objects. One process alone imports no torch."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Dist:
     @classmethod
     def current(cls) -> Dist:
         """This process in torch's default process group; alone when there is none."""
-        # A group can only exist when torch is imported already, so a light process stays light.
+        # A group can only exist when torch has been imported already, so a light process stays light.
         if not _has_group():
             return cls()
         distributed = sys.modules["torch.distributed"]
@@ -139,7 +139,7 @@ def on_main(dist: Dist, action: Callable[[], Object]) -> Object:
 
     Raises:
         UserError: the action's own; for its OSError one that names the file. Any other error keeps its type on the
-            main rank, and the others receive it: no rank waits for one that has left.
+            main rank, and the others raise too: none waits for a rank that has left.
     """
     outcome: list[Object | UserError] = []
     bug: Exception | None = None

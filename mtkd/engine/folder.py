@@ -55,8 +55,8 @@ class RunDir:
         _check_writable(run.path)
         if not run.config_file.exists():
             # of a start that was killed before the last line below
-            ours = (run.lock_file, run.environment_file, run.rank_log(0).parent)
-            others = [p.name for p in run.path.iterdir() if p not in ours and p.name[0] != "."]
+            own = (run.lock_file, run.environment_file, run.rank_log(0).parent)
+            others = [p.name for p in run.path.iterdir() if p not in own and p.name[0] != "."]
             if others:
                 raise UserError(
                     "the folder exists and is not a run",
@@ -122,7 +122,7 @@ class RunDir:
         return self.path / f"{_OFFLOADED}{teacher}"
 
     def stage(self, index: int, name: str) -> StageDir:
-        """The folder of a stage: the one there is under this name, with any number; else a new one's.
+        """The folder of a stage: the one under this name, with any number; else a new one's.
 
         Args:
             index: number of a new folder, counted from 1. It is for readers: a stage that was inserted or moved must
@@ -132,31 +132,31 @@ class RunDir:
             DataError: there are two.
         """
         parent = self.path / "stages"
-        found = self.stage_folders().get(check_name(name), [])
-        if len(found) > 1:
+        folders = self.stage_folders().get(check_name(name), [])
+        if len(folders) > 1:
             raise DataError(
                 "a stage has two folders",
                 where=str(parent),
-                found=", ".join(sorted(path.name for path in found)),
+                found=", ".join(sorted(path.name for path in folders)),
                 todo="remove the one that is not wanted",
             )
-        return StageDir(found[0] if found else parent / f"{index:02d}-{name}")
+        return StageDir(folders[0] if folders else parent / f"{index:02d}-{name}")
 
     def stage_folders(self) -> dict[str, list[Path]]:
         """Folders by the name of their stage."""
-        parent, found = self.path / "stages", dict[str, list[Path]]()
+        parent, folders = self.path / "stages", dict[str, list[Path]]()
         for path in parent.iterdir() if parent.is_dir() else ():
             if match := _STAGE_FOLDER.fullmatch(path.name):
-                found.setdefault(match[1], []).append(path)
-        return found
+                folders.setdefault(match[1], []).append(path)
+        return folders
 
     def set_aside(self) -> dict[str, Path]:
         """Stages whose earlier work is kept aside while they are redone -> its folder; see `mtkd.running.redo`."""
-        parent, found = self.path / "stages", dict[str, Path]()
+        parent, folders = self.path / "stages", dict[str, Path]()
         for path in sorted(parent.iterdir()) if parent.is_dir() else ():
             if (match := _ASIDE.fullmatch(path.name)) and path.is_dir():
-                found[match[2]] = path
-        return found
+                folders[match[2]] = path
+        return folders
 
     def sweep_offloaded(self) -> None:
         """Remove files of offloaded weights that a killed process left; under the lock."""
@@ -173,7 +173,8 @@ class RunDir:
     def config_is_whole(self, must: bool = False) -> bool:
         """Whether the last line of run.yaml has the digest of the others.
 
-        Args: must: a file without a digest is damaged; else it is so where env.json is of a version that wrote one.
+        Args:
+            must: a file without a digest is damaged; else it is so where env.json is of a version that wrote one.
         """
         text, mark, digest = plain_bytes(self.config_file).rpartition(SEAL_LINE.encode())
         if not mark:
@@ -254,13 +255,13 @@ class StageDir:
 
 def versions() -> dict[str, str]:
     """Installed versions of what the numbers depend on, without importing any of it."""
-    found = {"python": platform.python_version()}
+    numbers = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            numbers[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            numbers[package] = "not installed"
+    return numbers
 
 
 def environment(argv: Sequence[str]) -> dict[str, Any]:

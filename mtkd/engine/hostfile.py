@@ -16,7 +16,7 @@ def read_hostfile(path: str) -> dict[str, int]:
     """Processes by node, in the order of the file.
 
     Raises:
-        UserError: with the line, for what DeepSpeed would refuse or misread.
+        UserError: with the line, for all that DeepSpeed would refuse or misread.
     """
     where = f"engine.hostfile: {path}"
     if not Path(path).is_file():
@@ -30,14 +30,14 @@ def read_hostfile(path: str) -> dict[str, int]:
         text = line.strip()
         if not text or text.startswith("#"):
             continue
-        found = _LINE.fullmatch(text)
-        if not found or int(found[2]) < 1 or not _HOST.fullmatch(found[1]):
+        node = _LINE.fullmatch(text)
+        if not node or int(node[2]) < 1 or not _HOST.fullmatch(node[1]):
             raise UserError(
                 "not a node and its processes", where=f"{where}:{number}", found=text, allowed="node-1 slots=8"
             )
-        if found[1] in hosts:
-            raise UserError("the node is there twice", where=f"{where}:{number}", found=found[1])
-        hosts[found[1]] = int(found[2])
+        if node[1] in hosts:
+            raise UserError("the node is there twice", where=f"{where}:{number}", found=node[1])
+        hosts[node[1]] = int(node[2])
     if not hosts:
         raise UserError("the file names no node", where=where, allowed="node-1 slots=8")
     return hosts

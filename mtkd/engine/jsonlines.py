@@ -70,7 +70,7 @@ def rewind(path: Path, stage: str, step: int) -> int:
     """
     data = plain_bytes(path, "move it aside: nothing but the curves comes from it") if path.exists() else b""
     whole = data[: data.rfind(b"\n") + 1]
-    kept: list[bytes] = []
+    remaining: list[bytes] = []
     earliest, last, seen = step, 0, set[tuple[int, bool]]()
     for line in reversed(whole.splitlines(keepends=True)):
         record = json_object(line) or {}
@@ -81,8 +81,8 @@ def rewind(path: Path, stage: str, step: int) -> int:
                 continue
             earliest, last = at, max(last, at)
             seen.add(kind)
-        kept.append(line)
-    text = b"".join(reversed(kept))
+        remaining.append(line)
+    text = b"".join(reversed(remaining))
     if text != data:
         write_atomic(path, text)
     return last
@@ -105,8 +105,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def readable_jsonl(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The records that can be read, and the number of lines that cannot: for what is only shown."""
     lines = _lines(path)
-    found = [line for line in lines if line is not None]
-    return found, len(lines) - len(found)
+    readable = [line for line in lines if line is not None]
+    return readable, len(lines) - len(readable)
 
 
 def _lines(path: Path) -> list[dict[str, Any] | None]:

@@ -53,7 +53,7 @@ class Links:
         self.lock = threading.RLock()
         server = _listen(dist.world_size) if dist.is_main else None
         mine = (name, socket.gethostname(), os.getpid())
-        # The word keeps out whoever scans the ports of this machine.
+        # The word keeps out a program that scans the ports of this machine.
         port, word, main = dist.broadcast_object(
             (server.getsockname()[1] if server else 0, secrets.token_hex(16), mine)
         )
@@ -134,11 +134,11 @@ class Links:
                 end.settimeout(_HELLO)
                 try:
                     hello = json.loads(end.makefile("rb").readline(10_000))
-                    known = secrets.compare_digest(str(hello["word"]), word)
+                    trusted = secrets.compare_digest(str(hello["word"]), word)
                     peer = Peer(*hello["who"])
                 except (OSError, ValueError, KeyError, TypeError):
-                    known = False
-                if not known:
+                    trusted = False
+                if not trusted:
                     end.close()
                     continue
                 self._add(end, peer)

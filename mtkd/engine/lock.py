@@ -62,11 +62,11 @@ def _take(descriptor: int, folder: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        said = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
+        text = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
         raise UserError(
             "another process is working in this run",
             where=str(folder),
-            found=said or "a process that is just starting",
+            found=text or "a process that is just starting",
             todo="wait for it, end it, or give this run another name",
         ) from None
     except OSError as error:

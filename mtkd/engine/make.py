@@ -51,8 +51,8 @@ def start_processes(config: EngineConfig) -> tuple[Dist, torch.device]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     use_attention(config.attention, kind, config.precision)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world_size))
-    given = int(os.environ.get("OMP_NUM_THREADS") or 0)
-    torch.set_num_threads(config.threads or given or max(1, cores // local))
+    threads = int(os.environ.get("OMP_NUM_THREADS") or 0)
+    torch.set_num_threads(config.threads or threads or max(1, cores // local))
     device = torch.device(kind, dist.local_rank) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(device)

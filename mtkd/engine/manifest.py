@@ -21,7 +21,7 @@ MANIFEST = "MANIFEST.json"
 _MAX_MANIFEST_BYTES = 64_000_000
 _OWN = {"format", "files", "sha256"}
 
-# Files whose digest was right in this process -> what identified them then: size, time of change, number on the disk.
+# Files whose digest was right in this process -> what they had then: size, time of change, number on the disk.
 _right: dict[tuple[str, str], tuple[int, int, int]] = {}
 
 
@@ -72,7 +72,8 @@ def check_seal(folder: Path, *, digests: bool = True, shared: bool = False) -> d
 def verify_once(folder: Path, largest: int | None = None) -> dict[str, Any]:
     """`check_seal` of plain files that are about to be loaded; each file is read once per process, until it changes.
 
-    Args: largest: bytes; of larger files only the size is compared.
+    Args:
+        largest: bytes; of larger files only the size is compared.
     """
     manifest = check_seal(folder, digests=False, shared=True)
     for name, entry in manifest["files"].items():
@@ -142,8 +143,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     for name, entry in manifest["files"].items():
         if name == MANIFEST or ".." in name.split("/") or str(PurePosixPath(name)) != name or name.startswith("/"):
             raise DataError("the manifest names a file outside the folder", where=str(path), found=name)
-        known = isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)
-        if not known:
+        valid = isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)
+        if not valid:
             raise DataError("the manifest is malformed", where=str(path), found=name)
     return manifest
 
@@ -174,8 +175,8 @@ def _check_once(path: Path, entry: Mapping[str, Any]) -> None:
 
 
 def _mark(path: Path) -> tuple[int, int, int]:
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns, found.st_ino
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:

@@ -1,4 +1,4 @@
-"""No process of a run outlives the one that started it: who watches over whom when a launcher is killed."""
+"""No process of a run outlives the one that started it, not even when a launcher is killed."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ _LOOK_SECONDS = 0.5
 def end_with_parent(sheltered: bool = False) -> Callable[[], None] | None:
     """For `preexec_fn`: the child is ended when this process ends, however it ends. None where Linux is not.
 
-    Args: sheltered: SIGTERM, SIGHUP and SIGINT do not reach the child, nor its children until they call
-        `leave_shelter`; its end is SIGKILL then. Slurm sends SIGTERM to all processes: DeepSpeed's launcher would kill
-        ranks that need longer than 30 seconds to save.
+    Args:
+        sheltered: SIGTERM, SIGHUP and SIGINT do not reach the child, nor its children until they call `leave_shelter`;
+            its end is SIGKILL then. Slurm sends SIGTERM to all processes: DeepSpeed's launcher would kill ranks that
+            need longer than 30 seconds to save.
     """
     if sys.platform != "linux":
         return None
@@ -106,15 +107,15 @@ def _launchers() -> list[psutil.Process]:
     import psutil
 
     parents = psutil.Process().parents()
-    found = parents[:1]
+    launchers = parents[:1]
     for process in parents[1:4]:
         try:
             name, words = process.name(), process.cmdline()
         except psutil.Error:
             break
-        found.append(process)
+        launchers.append(process)
         if name.startswith("sshd") or any("deepspeed.launcher" in w or w.endswith("/deepspeed") for w in words):
-            return found
+            return launchers
         if words[1:2] != ["-c"]:
             break
     return parents[:1]

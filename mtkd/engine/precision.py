@@ -83,14 +83,14 @@ def choose(config: RunConfig, *, planned: bool = False) -> Choice:
         return Choice(begun, f"auto: as this run was begun, see {RunDir(config.folder).config_file}")
     if planned and engine.device == "auto" and engine.gpu_memory_gb is not None and device_of(engine) == "cpu":
         return Choice("bf16", "auto: for a GPU of engine.gpu_memory_gb; asked again where the run starts")
-    found = here(device_of(engine))
-    return Choice(found.precision, f"auto: {found.why}")
+    choice = here(device_of(engine))
+    return Choice(choice.precision, f"auto: {choice.why}")
 
 
 def begun_in(folder: Path) -> Precision | None:
-    """The precision of the run in this folder; None where there is none, or nothing that shows it.
+    """The precision of the run in this folder; None where there is none, or nothing that names it.
 
-    A run.yaml that is damaged is written again by the run; until then the stages show it.
+    The run writes a damaged run.yaml again; until then its stages name it.
     """
     run = RunDir(folder)
     if not run.config_file.exists():
@@ -103,8 +103,8 @@ def begun_in(folder: Path) -> Precision | None:
         return _of_stages(run)
     engine = (values.get("engine") if isinstance(values, dict) else None) or {}
     # Before there was "auto", the default was fp32 and was not written.
-    found = engine.get("precision", "fp32") if isinstance(engine, dict) else None
-    return found if found in ("fp32", "bf16") else None
+    precision = engine.get("precision", "fp32") if isinstance(engine, dict) else None
+    return precision if precision in ("fp32", "bf16") else None
 
 
 def _of_stages(run: RunDir) -> Precision | None:
@@ -114,9 +114,9 @@ def _of_stages(run: RunDir) -> Precision | None:
         with suppress(DataError):
             identities.append(record.identity if (record := stage.done()) else None)
         for identity in identities:
-            found = identity.get("precision") if isinstance(identity, dict) else None
-            if found in ("fp32", "bf16"):
-                return found
+            precision = identity.get("precision") if isinstance(identity, dict) else None
+            if precision in ("fp32", "bf16"):
+                return precision
     return None
 
 
@@ -182,12 +182,12 @@ def warning(engine: EngineConfig) -> str:
     if engine.precision != "bf16":
         return ""
     device = device_of(engine)
-    found = here(device)
-    if found.precision == "bf16":
+    choice = here(device)
+    if choice.precision == "bf16":
         return ""
     return (
         f"engine.precision: bf16 is slow here: a product takes {slowdown(device):.1f} times as long as in fp32 "
-        f"(measured); {found.why}. A new run with precision: auto would take fp32"
+        f"(measured); {choice.why}. A new run with precision: auto would take fp32"
     )
 
 

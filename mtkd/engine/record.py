@@ -64,19 +64,25 @@ def sync_folder(folder: Path) -> None:
 def read_object(path: Path, todo: str = "") -> dict[str, Any]:
     """The JSON object in a file.
 
-    Args: todo: what helps when it is damaged.
+    Args:
+        todo: what helps when it is damaged.
     Raises:
         FileNotFoundError: there is no such file.
         DataError: it cannot be read, or is anything else.
     """
-    found = json_object(plain_bytes(path, todo))
-    if found is None:
+    record = json_object(plain_bytes(path, todo))
+    if record is None:
         raise DataError("the file is damaged: it is not a JSON object", where=str(path), todo=todo)
-    return found
+    return record
 
 
 def record_text(values: Mapping[str, Any], **dump: Any) -> str:
-    """A record as it stands in its file. Args: values: plain ones. dump: for `json.dumps`."""
+    """A record as it stands in its file.
+
+    Args:
+        values: plain ones.
+        dump: for `json.dumps`.
+    """
     plain = {**json.loads(json.dumps(values)), "format": FORMAT}
     return json.dumps({**plain, _DIGEST: _digest(plain)}, indent=1, **dump) + "\n"
 
@@ -96,8 +102,8 @@ def read_record(path: Path, form: type[BaseModel], todo: str = "", *, old: bool 
         FileNotFoundError: there is no such file.
         DataError: damaged, changed by hand, or of another form.
     """
-    found = check_digest(read_object(path, todo), path, todo, old=old)
-    values = {key: value for key, value in found.items() if key not in ("format", _DIGEST)}
+    record = check_digest(read_object(path, todo), path, todo, old=old)
+    values = {key: value for key, value in record.items() if key not in ("format", _DIGEST)}
     try:
         form.model_validate(values)
     except ValidationError as error:
@@ -109,28 +115,31 @@ def read_record(path: Path, form: type[BaseModel], todo: str = "", *, old: bool 
     return values
 
 
-def check_digest(found: dict[str, Any], path: Path, todo: str = "", *, old: bool = True) -> dict[str, Any]:
-    """The same object, whose digest is right; one without any is of an older version. Args: as `read_record`.
+def check_digest(record: dict[str, Any], path: Path, todo: str = "", *, old: bool = True) -> dict[str, Any]:
+    """The same object, whose digest is right; one without any is of an older version.
+
+    Args:
+        todo, old: as `read_record` has them.
 
     Raises:
         DataError: it is not what was written.
     """
-    if found.get("format") in (None, 1) and _DIGEST not in found:
+    if record.get("format") in (None, 1) and _DIGEST not in record:
         if old:
-            return found
+            return record
         raise DataError("the file has no digest: an older version wrote it", where=str(path), todo=todo)
-    rest = {key: value for key, value in found.items() if key != _DIGEST}
-    if found.get("format") != FORMAT:
+    rest = {key: value for key, value in record.items() if key != _DIGEST}
+    if record.get("format") != FORMAT:
         raise DataError(
             "the file is damaged, or of another version",
             where=f"{path}: format",
-            found=repr(found.get("format"))[:60],
+            found=repr(record.get("format"))[:60],
             allowed=FORMAT,
             todo=todo,
         )
-    if found.get(_DIGEST) != _digest(rest):
+    if record.get(_DIGEST) != _digest(rest):
         raise DataError("the file is damaged, or was changed: its digest differs (sha256)", where=str(path), todo=todo)
-    return found
+    return record
 
 
 def plain_bytes(path: Path, todo: str = "") -> bytes:
@@ -150,11 +159,11 @@ def plain_bytes(path: Path, todo: str = "") -> bytes:
 def json_object(text: bytes) -> dict[str, Any] | None:
     """The JSON object of a text, None for anything else; text that cannot be written again (half characters) too."""
     try:
-        found = json.loads(text)
-        json.dumps(found, ensure_ascii=False).encode()
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return value if isinstance(value, dict) else None
 
 
 def _digest(values: Mapping[str, Any]) -> str:

@@ -44,9 +44,9 @@ def _is_old(path: Path) -> bool:
 
 def _mapped(folder: Path) -> set[str]:
     """The buffers below `folder` that processes have mapped, as far as this user may look."""
-    found: set[str] = set()
+    mapped: set[str] = set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with suppress(OSError):  # it has ended, or is another user's
             lines = maps.read_text(errors="replace").splitlines()
-            found |= {line[line.index("/") :] for line in lines if f"{folder}/{_NAME}" in line}
-    return found
+            mapped |= {line[line.index("/") :] for line in lines if f"{folder}/{_NAME}" in line}
+    return mapped

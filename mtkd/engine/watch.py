@@ -92,7 +92,7 @@ class _Watch:
         self._finish({"left": True})
 
     def failed(self, error: BaseException) -> BaseException:
-        """What to raise for `error`: itself, sent to the others, or the reason of another rank that caused it."""
+        """What to raise for `error`: itself, which the others hear of, or the reason of another rank that caused it."""
         if not isinstance(error, UserError | Stopped) and self._logs.is_dir():
             note(self._logs / f"rank-{self._dist.rank}.log", "".join(traceback.format_exception(error)))
         # a lost peer is a RuntimeError of torch's; anything else is this rank's own
@@ -102,8 +102,8 @@ class _Watch:
             return LostRank(f"{self._verdict.text}\n  here:    {type(error).__name__}: {_first_line(error)}",
                             code=self._verdict.code, todo=_AGAIN)  # fmt: skip
         code = error.exit_code if isinstance(error, UserError | Stopped) else EXIT_INTERNAL
-        said = _first_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {_first_line(error)}"
-        self._finish({"failed": f"{self._name} failed: {said}", "code": code})
+        reason = _first_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {_first_line(error)}"
+        self._finish({"failed": f"{self._name} failed: {reason}", "code": code})
         return error
 
     def _finish(self, message: dict[str, Any]) -> None:

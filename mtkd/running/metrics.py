@@ -1,7 +1,7 @@
 """The metrics of a stage: summed over micro-batches and ranks, written to every sink.
 
 A line has the keys `stage`, `step`, `time` and the values by name; `mtkd.engine.jsonlines` has the prefixes of names.
-A sink is what takes such values: metrics.jsonl always, TensorBoard where it is installed.
+A sink takes such values: metrics.jsonl always, TensorBoard where it is installed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which teacher it was: after a step whose loss is not finite, the teachers are asked for its batches again.
+"""Find the teacher that overflowed: after a step whose loss is not finite, every teacher runs on its batches again.
 
 Training looks at the loss alone, since a look at every teacher in every step would make a GPU wait. This costs one
 forward pass of the teachers, once, in a run that ends.
@@ -23,7 +23,9 @@ _TILE = 256  # rows of logits at a time: at 150,000 columns 150 MB in float32
 def check_teachers(built: BuiltStage, batches: Sequence[Batch], dtype: torch.dtype) -> None:
     """Look whether what the objective reads of the teachers is finite on these batches. A collective.
 
-    Args: batches: this rank's micro-batches; every rank has as many. dtype: teachers run in.
+    Args:
+        batches: this rank's micro-batches; every rank has as many.
+        dtype: teachers run in.
 
     Raises:
         NonFiniteError: naming the first teacher for which it is not, at its place; on every rank.
@@ -31,28 +33,30 @@ def check_teachers(built: BuiltStage, batches: Sequence[Batch], dtype: torch.dty
     pool = built.pool
     for position, (teacher, wants) in enumerate(zip(pool.teachers, pool.wants, strict=True)):
         read = sorted(key for key in wants if split_key(key)[0] not in ATTENTION)  # masked scores are -inf
-        found = torch.zeros(len(read), dtype=torch.float64)
+        counts = torch.zeros(len(read), dtype=torch.float64)
         for batch in batches:
             features = pool.ask(position, batch)
-            found += torch.tensor([_broken(features, key, batch) for key in read], dtype=torch.float64)
-        broken = built.engine.dist.sum(found.tolist())
+            counts += torch.tensor([_broken(features, key, batch) for key in read], dtype=torch.float64)
+        broken = built.engine.dist.sum(counts.tolist())
         if any(broken):
             where = f"stages.{built.name}.teachers[{position}]"
-            said = ", ".join(
+            places = ", ".join(
                 f"{key} at {number:.0f} places" for key, number in zip(read, broken, strict=True) if number
             )
-            raise overflowing(teacher.name, where, said, dtype)
+            raise overflowing(teacher.name, where, places, dtype)
 
 
-def overflowing(teacher: str, where: str, found: str, dtype: torch.dtype) -> NonFiniteError:
+def overflowing(teacher: str, where: str, what: str, dtype: torch.dtype) -> NonFiniteError:
     """The error for a teacher that gives NaN or infinity.
 
-    Args: found: of what, and where in the data. dtype: teachers run in.
+    Args:
+        what: the features with such numbers, and where in the data.
+        dtype: teachers run in.
     """
     return NonFiniteError(
         f"teacher '{teacher}' gives numbers that are not finite: it overflows, or its weights are damaged",
         where=where,
-        found=f"{found}, in {dtype}".replace("torch.", ""),
+        found=f"{what}, in {dtype}".replace("torch.", ""),
         todo=remedy(dtype),
     )
 

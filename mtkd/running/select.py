@@ -61,7 +61,7 @@ def validate(built: BuiltStage, log: MetricsLog, step: int) -> float:
     if metric != "loss":
         task = built.data.config.task
         records = [scorer.records([model], built.data, split, batches()) for model in models]
-        values |= {metric: _mean([summarise(task, found)[metric] for found in records if found is not None])}
+        values |= {metric: _mean([summarise(task, scored)[metric] for scored in records if scored is not None])}
     objective.train()
     log.log(step, {VALIDATION + name: value for name, value in values.items()})
     return dist.broadcast_object(values[metric])
@@ -82,7 +82,7 @@ def note_score(built: BuiltStage, state: TrainState, value: float) -> bool:
     state.waited += 1
     if stage.early_stop is not None and state.waited >= stage.early_stop.patience and state.step < built.steps:
         state.ended = (
-            f"early stop: {stage.selects} was not better than {_told(state.best_value)} of step {state.best_step} "
+            f"early stop: {stage.selects} was not better than {_number(state.best_value)} of step {state.best_step} "
             f"in {state.waited} evaluations"
         )
     return False
@@ -127,5 +127,5 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else float("nan")
 
 
-def _told(value: float | None) -> str:
+def _number(value: float | None) -> str:
     return "nothing" if value is None else f"{value:.6g}"

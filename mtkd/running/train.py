@@ -165,10 +165,10 @@ class _Session:
         self._start_clock()
         return better
 
-    def save_if_due(self, asked: bool) -> None:
+    def save_if_due(self, must: bool) -> None:
         """Seal a checkpoint, with the log lines up to it on the disk. A collective."""
         every = self._built.stage.save_every
-        if not (asked or self.ends or (every and self._state.step % every == 0)):
+        if not (must or self.ends or (every and self._state.step % every == 0)):
             return
         self._log.sync()
         with self._stopped.writing():
@@ -221,24 +221,24 @@ def _save(built: BuiltStage, folder: StageDir, state: TrainState, meter: Meter) 
 def _restore(built: BuiltStage, folder: StageDir) -> TrainState:
     """The state of the newest sealed checkpoint, loaded into engine and stream; a fresh state when there is none."""
     dist = built.engine.dist
-    found = dist.broadcast_object(newest_sealed(folder.checkpoints) if dist.is_main else Found(None, {}, []))
-    for reason in found.skipped:
+    newest = dist.broadcast_object(newest_sealed(folder.checkpoints) if dist.is_main else Found(None, {}, []))
+    for reason in newest.skipped:
         say(f"  skipped a broken checkpoint: {reason}", main=dist.is_main)
-    if found.path is None:
-        if found.skipped:
+    if newest.path is None:
+        if newest.skipped:
             raise DataError(
                 "checkpoints exist, but none of them is whole",
                 where=str(folder.checkpoints),
-                found="; ".join(found.skipped),
+                found="; ".join(newest.skipped),
                 todo="remove this folder to train the stage from its beginning",
             )
         return TrainState()
-    check_checkpoint(built.name, found.manifest, built.identity, built.layout)
-    state = TrainState(**json.loads((found.path / _STATE).read_text()))
+    check_checkpoint(built.name, newest.manifest, built.identity, built.layout)
+    state = TrainState(**json.loads((newest.path / _STATE).read_text()))
     state.meters = regrouped(state.meters, dist.world_size)
-    built.engine.load(found.path)
+    built.engine.load(newest.path)
     built.stream.load_state(state.stream)
-    say(f"  resumed at step {state.step} from {found.path.name}", main=dist.is_main)
+    say(f"  resumed at step {state.step} from {newest.path.name}", main=dist.is_main)
     return state
 
 
