@@ -1,4 +1,4 @@
-"""Tokenised splits, and how some of their examples become one padded batch."""
+"""A `data` entry as token ids: every split tokenised for its task, and the fingerprint of all of it."""
 
 from __future__ import annotations
 
