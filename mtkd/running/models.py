@@ -62,10 +62,11 @@ def load_model(
             num_ids if vocabulary is None else vocabulary.num_kept,
             context.resolve,
         )
+        request = replace(request, taught=taught, seed=seed, where=where)
         tables = [] if teacher is None else [teacher.embedding_table]
         built = build_model(
             model,
-            replace(request, taught=taught, seed=seed, where=where),
+            request,
             on_loaded=lambda whole: tables.insert(0, input_table(whole)),
             empty=empty,
         )
@@ -74,11 +75,22 @@ def load_model(
                 raise compressed_twice(f"{where}.vocabulary")
             vocabulary = _vocabulary(context, model, built, tables[0])
             built = compress_model(built, task, vocabulary, seed)
-        columns = None
-        if taught is not None and "logits" in taught.reads and task == CLASSIFIER and request.answers is None:
-            classes = teacher_classes(built.config, data.label_names, data.num_labels, where, taught.classes)
-            columns = None if classes.in_order else classes.columns
+        columns = _columns(built, request, data)
         return TappedModel(built, task, num_ids, vocabulary, columns)
+
+
+def _columns(built: PreTrainedModel, request: ModelRequest, data: LoadedData) -> tuple[int, ...] | None:
+    """The outputs of a classifier that teaches, in the order of the data's classes; None where they are in it."""
+    taught = request.taught
+    if (
+        taught is None
+        or "logits" not in taught.reads
+        or request.auto_class != CLASSIFIER
+        or request.answers is not None
+    ):
+        return None
+    classes = teacher_classes(built.config, data.label_names, data.num_labels, request.where, taught.classes)
+    return None if classes.in_order else classes.columns
 
 
 def vocabulary_of(context: RunContext, model: ModelConfig, where: str) -> VocabularyMap | None:
