@@ -9,6 +9,7 @@ from typing import Any, get_args
 import cache_runs
 import pytest
 import tiny_run
+import torch
 import yaml
 from cache_runs import EXACT
 from test_weightings import LOGITS, TARGETS, batch_of
@@ -27,6 +28,7 @@ from mtkd.weightings import FACTS, TRAITS, Around, StageFacts, Traits, Weighting
 from mtkd.weightings.laws import check_weighting
 from mtkd.weightings.make import make_weighting
 from mtkd.weightings.spec import WEIGHTINGS, WeightingSpec
+from mtkd.weightings.traits import Fact
 from mtkd.weightings.trial import try_weighting
 
 # What the classes' docstrings say that each reads of two teachers.
@@ -132,6 +134,43 @@ def test_an_unknown_name_lists_the_nearest() -> None:
     with pytest.raises(UserError, match="no trait or fact") as caught:
         traits.read("entropie")
     assert "entropy" in caught.value.todo
+
+
+def test_a_new_fact_is_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Laws, trial and objective serve a fact of the batch and of the student's states, of which none of them knows."""
+
+    def spread(traits: Traits) -> Tensor:
+        hidden = traits.around.student["hidden"]
+        assert isinstance(hidden, Tensor)
+        return hidden.float().std((1, 2)) / traits.around.batch.attention_mask.sum(1)
+
+    class BySpread(Weighting):
+        def forward(self, traits: Traits) -> Tensor:
+            share = torch.sigmoid(traits.read("spread"))[:, None]  # [B,1]
+            others = (1 - share) / max(traits.num_teachers - 1, 1)
+            first = torch.tensor(self.names) == min(self.names)
+            weights = torch.where(first[:, None, None], share, others)
+            return (weights if traits.num_teachers > 1 else torch.ones_like(weights)).expand(traits.shape)
+
+        def __init__(self, teachers: tuple[str, ...]) -> None:
+            super().__init__()
+            self.names = [int(name[1:]) for name in teachers]
+
+    monkeypatch.setitem(FACTS, "spread", Fact(spread, student=("hidden",)))
+    spec = WeightingSpec("mine", BySpread, asks=("spread",))
+    check_weighting(spec)
+    weighting = spec(teachers=("t0", "t1"))
+    assert try_weighting(weighting, 2, per="token", token_level=True).names == {"spread"}
+    monkeypatch.setitem(WEIGHTINGS._values, "mine", spec)
+    objective, pool = make_objective(
+        causal_model(16, 1, 0), [causal_model(16, 1, 1)] * 2, (Match(loss="kl"),), "mine", names=("t0", "t1")
+    )
+    batch = causal_batch((7, 4))
+    _, metrics = objective(batch, pool.forward(batch), position_counts([batch]))
+    hidden = objective.student(batch, frozenset({"hidden.1"}))["hidden.1"]
+    assert isinstance(hidden, Tensor)
+    wanted = torch.sigmoid(hidden.std((1, 2)) / torch.tensor([7, 4])).mean()
+    assert float(metrics["weight/t0"]) == pytest.approx(float(wanted), rel=1e-5)
 
 
 PLUGIN = """
