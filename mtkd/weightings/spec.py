@@ -52,16 +52,6 @@ class Reads:
         """Whether the teachers' predictions are read, so that each needs a trained head."""
         return not self.declared or bool(self.traits) or any(FACTS[n].teachers for n in self.names & FACTS.keys())
 
-    @property
-    def allowed(self) -> frozenset[str]:
-        """The names that training serves: without a declaration every trait, because a trial may have missed one."""
-        return self.names if self.declared else allowed_undeclared(self.names)
-
-
-def allowed_undeclared(names: Collection[str]) -> frozenset[str]:
-    """These, all traits, and the facts that nothing has to prepare."""
-    return frozenset(names) | TRAITS.keys() | {name for name, fact in FACTS.items() if not fact.asked}
-
 
 @dataclass(frozen=True)
 class WeightingSpec:
@@ -120,7 +110,11 @@ class WeightingSpec:
         weighting = self.cls(**named)
         weighting.negative = self.negative
         reads = self.reads(named, num_teachers=2)  # one teacher alone reads no more than two
-        weighting.reads = reads.allowed if reads else allowed_undeclared(weighting.reads)
+        if reads is None:  # every trait is served, because a trial may have missed one
+            free = {name for name, fact in FACTS.items() if not fact.asked}
+            weighting.reads = frozenset(weighting.reads) | TRAITS.keys() | free
+        else:
+            weighting.reads = reads.names
         return weighting
 
 

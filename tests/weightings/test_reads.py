@@ -17,7 +17,7 @@ from tiny import causal_batch, causal_model, make_objective
 from torch import Tensor
 
 import mtkd
-from mtkd.config import Named
+from mtkd.config import Named, StageConfig
 from mtkd.config.cache import Trait
 from mtkd.config.match import Match
 from mtkd.config.read import load_config
@@ -26,8 +26,8 @@ from mtkd.errors import LawBroken, UserError
 from mtkd.models.features import DenseLogits
 from mtkd.weightings import FACTS, TRAITS, Around, StageFacts, Traits, Weighting
 from mtkd.weightings.laws import check_weighting
-from mtkd.weightings.make import make_weighting
-from mtkd.weightings.spec import WEIGHTINGS, WeightingSpec
+from mtkd.weightings.make import make_weighting, stage_reads
+from mtkd.weightings.spec import WEIGHTINGS, Reads, WeightingSpec
 from mtkd.weightings.traits import Fact
 from mtkd.weightings.trial import try_weighting
 
@@ -127,6 +127,30 @@ def test_a_fact_that_a_stage_prepares_is_refused_unless_it_is_named(name: str) -
             Reader()(traits)
     else:
         Reader()(traits)
+
+
+def test_a_plug_in_without_a_declaration_works_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its class names the facts that a stage prepares; a trial finds its traits; training serves all."""
+
+    class Mine(Weighting):
+        reads = frozenset({"pooled"})
+        per_token = False
+
+        def forward(self, traits: Traits) -> Tensor:
+            return torch.softmax(traits.margin + 0 * traits.pooled.mean(), 0)
+
+    spec = WeightingSpec("mine", Mine)
+    monkeypatch.setitem(WEIGHTINGS._values, "mine", spec)
+    student = {"architecture": "gpt2", "layers": 1, "width": 8, "heads": 2}
+    values = {"kind": "distill", "student": student, "teachers": ["a", "b"], "method": "kd", "steps": 1}
+    stage = StageConfig.model_validate({**values, "weighting": "mine"})
+    assert spec.reads({}, 2) is None
+    found = stage_reads(stage, "stages.s", token_level=True)
+    assert found == Reads(frozenset({"pooled", "margin"}), labels=False, per_token=False, declared=False)
+    assert found.traits == {"margin"}
+    assert found.predictions
+    assert spec().reads >= {"pooled", "entropy", "agreement"}
+    assert "gram" not in spec().reads
 
 
 def test_an_unknown_name_lists_the_nearest() -> None:
