@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import (
@@ -12,6 +12,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     PretrainedConfig,
+    PreTrainedTokenizerBase,
     Qwen2Config,
     RobertaConfig,
 )
@@ -28,34 +29,22 @@ _ROUND = 32
 
 
 @dataclass(frozen=True)
-class _Shape:
-    """A short description with its defaults filled in."""
+class _Architecture:
+    """How a description becomes the configuration of an architecture.
 
-    layers: int
-    width: int
-    heads: int
-    kv_heads: int
-    intermediate: int | None
-    positions: int
-    vocabulary: int
-    pad: int | None
-    bos: int | None
-    eos: int | None
-    mask: int | None
-    start: int | None
-    end: int | None
-    tie: bool
-    classifier: bool
+    Attributes:
+        config: transformers' class.
+        names: its own names, where they are not those of `_fields`.
+        gated: gated feed-forward units and grouped key/value heads.
+        ends: it has ids for the begin and the end of a text.
+        more: (fields, tokenizer, whether it is a classifier) -> fields that are its own or have other values.
+    """
 
-    @property
-    def wide(self) -> int:
-        """Feed-forward width, 4 x width by default."""
-        return self.intermediate or 4 * self.width
-
-    @property
-    def gated(self) -> int:
-        """Feed-forward width of a gated unit, 8/3 x width by default: as many parameters as an ungated one of 4 x."""
-        return self.intermediate or -(-8 * self.width // (3 * _ROUND)) * _ROUND
+    config: type[PretrainedConfig]
+    names: Mapping[str, str] = field(default_factory=dict)
+    gated: bool = False
+    ends: bool = True
+    more: Callable[[dict[str, Any], PreTrainedTokenizerBase, bool], dict[str, Any]] | None = None
 
 
 def fresh_config(config: ModelConfig, request: ModelRequest) -> PretrainedConfig:
@@ -70,9 +59,8 @@ def fresh_config(config: ModelConfig, request: ModelRequest) -> PretrainedConfig
         UserError: unknown architecture, too few positions, an option the architecture does not have, or RoBERTa without
             a pad token.
     """
-    assert config.architecture is not None, "fresh models have one"
-    assert config.layers is not None and config.width is not None and config.heads is not None  # noqa: PT018
     if config.architecture not in ARCHITECTURES:
+        assert config.architecture is not None, "fresh models have one"
         raise UserError(
             "unknown architecture",
             where="@model.architecture",
@@ -80,29 +68,37 @@ def fresh_config(config: ModelConfig, request: ModelRequest) -> PretrainedConfig
             allowed=sorted(ARCHITECTURES),
             todo=nearest(config.architecture, ARCHITECTURES),
         )
-    if config.kv_heads and config.architecture not in ("llama", "qwen2"):
+    architecture = ARCHITECTURES[config.architecture]
+    if config.kv_heads and not architecture.gated:
         raise UserError("key/value heads are for llama and qwen2", where="@model.kv_heads", found=config.kv_heads)
-    tokenizer = request.tokenizer
-    shape = _Shape(
-        layers=config.layers,
-        width=config.width,
-        heads=config.heads,
-        kv_heads=config.kv_heads or config.heads,
-        intermediate=config.intermediate,
-        positions=config.max_positions or request.max_positions,
-        vocabulary=request.num_ids,
-        pad=tokenizer.pad_token_id,
-        bos=tokenizer.bos_token_id,
-        eos=tokenizer.eos_token_id,
-        mask=tokenizer.mask_token_id,
-        start=tokenizer.get_vocab().get(START),
-        end=tokenizer.get_vocab().get(END),
-        tie=config.tie_embeddings,
-        classifier=request.auto_class == CLASSIFIER,
-    )
-    made = ARCHITECTURES[config.architecture](shape)
-    set_dropout(made, config.dropout or 0.0)
-    return made
+    fields = _fields(config, request, architecture)
+    if architecture.more is not None:
+        fields |= architecture.more(fields, request.tokenizer, request.auto_class == CLASSIFIER)
+    fresh = architecture.config(**{architecture.names.get(name, name): value for name, value in fields.items()})
+    set_dropout(fresh, config.dropout or 0.0)
+    return fresh
+
+
+def _fields(config: ModelConfig, request: ModelRequest, architecture: _Architecture) -> dict[str, Any]:
+    """A description with its defaults, by transformers' names."""
+    tokenizer, width = request.tokenizer, config.width
+    assert width is not None
+    assert config.heads is not None
+    # A gated unit of 8/3 x width has as many parameters as an ungated one of 4 x width.
+    units = -(-8 * width // (3 * _ROUND)) * _ROUND if architecture.gated else 4 * width
+    fields = {
+        "vocab_size": request.num_ids,
+        "hidden_size": width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "intermediate_size": config.intermediate or units,
+        "max_position_embeddings": config.max_positions or request.max_positions,
+        "pad_token_id": tokenizer.pad_token_id,
+        "tie_word_embeddings": config.tie_embeddings,
+    }
+    if architecture.ends:
+        fields |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    return fields | ({"num_key_value_heads": config.kv_heads or config.heads} if architecture.gated else {})
 
 
 def set_dropout(config: PretrainedConfig, share: float) -> None:
@@ -117,116 +113,41 @@ def _dropout_fields(config: PretrainedConfig) -> list[str]:
     return [n for n in drops if isinstance(values[n], (int, float)) and not isinstance(values[n], bool)]
 
 
-def _bert(shape: _Shape) -> PretrainedConfig:
-    return BertConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.width,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        intermediate_size=shape.wide,
-        max_position_embeddings=shape.positions,
-        pad_token_id=shape.pad,
-        tie_word_embeddings=shape.tie,
-    )
-
-
-def _roberta(shape: _Shape) -> PretrainedConfig:
-    if shape.pad is None:
+def _roberta(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase, classifier: bool) -> dict[str, Any]:
+    pad = fields["pad_token_id"]
+    if pad is None:
         raise UserError("roberta counts positions from its pad token, and the tokenizer has none", where="tokenizer")
-    return RobertaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.width,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        intermediate_size=shape.wide,
-        max_position_embeddings=shape.positions + shape.pad + 1,  # the first position is pad + 1
-        type_vocab_size=1,
-        layer_norm_eps=1e-5,
-        pad_token_id=shape.pad,
-        bos_token_id=shape.bos,
-        eos_token_id=shape.eos,
-        tie_word_embeddings=shape.tie,
-    )
+    positions = fields["max_position_embeddings"] + pad + 1  # the first position is pad + 1
+    return {"max_position_embeddings": positions, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
 
 
-def _distilbert(shape: _Shape) -> PretrainedConfig:
-    return DistilBertConfig(
-        vocab_size=shape.vocabulary,
-        dim=shape.width,
-        n_layers=shape.layers,
-        n_heads=shape.heads,
-        hidden_dim=shape.wide,
-        max_position_embeddings=shape.positions,
-        pad_token_id=shape.pad,
-        tie_word_embeddings=shape.tie,
-    )
-
-
-def _gpt2(shape: _Shape) -> PretrainedConfig:
-    return GPT2Config(
-        vocab_size=shape.vocabulary,
-        n_embd=shape.width,
-        n_layer=shape.layers,
-        n_head=shape.heads,
-        n_inner=shape.wide,
-        n_positions=shape.positions,
-        pad_token_id=shape.pad,
-        bos_token_id=shape.bos,
-        eos_token_id=shape.eos,
-        tie_word_embeddings=shape.tie,
-    )
-
-
-def _llama_fields(shape: _Shape) -> dict[str, Any]:
+def _llama(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase, classifier: bool) -> dict[str, Any]:
     # The embedding row of `pad_token_id` gets no gradient, so it must not be a token that is also text. A classifier
     # needs it nevertheless: it finds the last token of a row by it.
-    pad = None if shape.pad in (shape.bos, shape.eos) and not shape.classifier else shape.pad
+    pad, text = fields["pad_token_id"], (fields["bos_token_id"], fields["eos_token_id"])
+    return {"pad_token_id": None if pad in text and not classifier else pad}
+
+
+def _glm(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase, classifier: bool) -> dict[str, Any]:
+    ids = tokenizer.get_vocab()
     return {
-        "vocab_size": shape.vocabulary,
-        "hidden_size": shape.width,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "intermediate_size": shape.gated,
-        "max_position_embeddings": shape.positions,
-        "pad_token_id": pad,
-        "bos_token_id": shape.bos,
-        "eos_token_id": shape.eos,
-        "tie_word_embeddings": shape.tie,
+        "eos_token_id": ids.get(END, fields["eos_token_id"]),  # what ends a piece
+        "mask_token_id": tokenizer.mask_token_id,
+        "sop_token_id": ids.get(START),
     }
 
 
-def _llama(shape: _Shape) -> PretrainedConfig:
-    return LlamaConfig(**_llama_fields(shape))
+_DISTILBERT = {"hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
+               "intermediate_size": "hidden_dim"}  # fmt: skip
+_GPT2 = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+         "intermediate_size": "n_inner", "max_position_embeddings": "n_positions"}  # fmt: skip
 
-
-def _qwen2(shape: _Shape) -> PretrainedConfig:
-    return Qwen2Config(**_llama_fields(shape))
-
-
-def _glm(shape: _Shape) -> PretrainedConfig:
-    return GLMConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.width,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        intermediate_size=shape.wide,
-        max_position_embeddings=shape.positions,
-        pad_token_id=shape.pad,
-        bos_token_id=shape.bos,
-        eos_token_id=shape.eos if shape.end is None else shape.end,  # what ends a piece
-        mask_token_id=shape.mask,
-        sop_token_id=shape.start,
-        tie_word_embeddings=shape.tie,
-    )
-
-
-ARCHITECTURES: dict[str, Callable[[_Shape], PretrainedConfig]] = {
-    "bert": _bert,
-    "roberta": _roberta,
-    "distilbert": _distilbert,
-    "gpt2": _gpt2,
-    "llama": _llama,
-    "qwen2": _qwen2,
-    GLM: _glm,
+ARCHITECTURES = {
+    "bert": _Architecture(BertConfig, ends=False),
+    "roberta": _Architecture(RobertaConfig, more=_roberta),
+    "distilbert": _Architecture(DistilBertConfig, _DISTILBERT, ends=False),
+    "gpt2": _Architecture(GPT2Config, _GPT2),
+    "llama": _Architecture(LlamaConfig, gated=True, more=_llama),
+    "qwen2": _Architecture(Qwen2Config, gated=True, more=_llama),
+    GLM: _Architecture(GLMConfig, more=_glm),
 }

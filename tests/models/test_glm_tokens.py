@@ -24,6 +24,7 @@ from mtkd.models.glm import (
     pieces,
 )
 from mtkd.models.info import CAUSAL_LM
+from mtkd.models.request import ModelRequest
 
 
 def test_published_ids_of_the_gpt2_vocabulary(tmp_path: Path) -> None:
@@ -211,7 +212,7 @@ def test_a_tokenizer_goes_along_with_converted_weights(tmp_path: Path) -> None:
 def test_fresh_models_know_the_commands(tmp_path: Path) -> None:
     tokenizer = gpt2_tokenizer(*gpt2_files(tmp_path))
     described = ModelConfig.model_validate({"architecture": "glm_blocklm", "layers": 1, "width": 8, "heads": 2})
-    config = fresh_config(described, CAUSAL_LM, num_ids=len(tokenizer), max_positions=16, tokenizer=tokenizer)
+    config = fresh_config(described, ModelRequest(CAUSAL_LM, len(tokenizer), 16, tokenizer))
     ids = tokenizer.get_vocab()
     assert (config.sop_token_id, config.mask_token_id) == (ids["<|startofpiece|>"], ids["[MASK]"])
     assert config.eos_token_id == ids["<|endofpiece|>"]  # where generation of a piece ends
