@@ -83,6 +83,16 @@ def convert_checkpoint(
     """
     if vocabulary is not None and not with_tokenizer:
         raise UserError("a vocabulary, and none", where="--no-tokenizer", found=f"--vocabulary {vocabulary}")
+    _check_options(out, hidden_act)
+    opened = open_checkpoint(source)
+    weights = _merged(opened.parts, str(source))
+    config = _config(opened, weights, heads, hidden_act)
+    tokenizer = _tokenizer(source, vocabulary, config) if with_tokenizer else None
+    num_files = _write(out, weights, config, tokenizer, shard_bytes)
+    return Converted(out, config, sum(torch.Size(w.shape).numel() for w in weights.values()), num_files)
+
+
+def _check_options(out: Path, hidden_act: str | None) -> None:
     if hidden_act not in (None, HUB_ACTIVATION, ORIGINAL_ACTIVATION):
         raise UserError(
             "not an activation of a published GLM",
@@ -92,10 +102,16 @@ def convert_checkpoint(
         )
     if os.path.lexists(out):
         raise UserError("the folder exists already", where="OUT", found=str(out), todo="name another one")
-    opened = open_checkpoint(source)
-    weights = _merged(opened.parts, str(source))
-    config = _config(opened, weights, heads, hidden_act)
-    tokenizer = _tokenizer(source, vocabulary, config) if with_tokenizer else None
+
+
+def _write(
+    out: Path,
+    weights: Mapping[str, Stored],
+    config: GLMConfig,
+    tokenizer: PreTrainedTokenizerFast | None,
+    shard_bytes: int,
+) -> int:
+    """Write the folder next to its place and rename it; the number of files of weights."""
     out.parent.mkdir(parents=True, exist_ok=True)
     need = sum(num_bytes(weight) for weight in weights.values())
     if (free := shutil.disk_usage(out.parent).free) < need:
@@ -116,7 +132,7 @@ def convert_checkpoint(
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    return Converted(out, config, sum(torch.Size(w.shape).numel() for w in weights.values()), num_files)
+    return num_files
 
 
 def _tokenizer(source: Path, vocabulary: Path | None, config: GLMConfig) -> PreTrainedTokenizerFast | None:

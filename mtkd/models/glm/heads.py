@@ -39,9 +39,8 @@ class GLMForConditionalGeneration(GLMPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,  # [B,L,H]
         labels: Tensor | None = None,  # [B,L]
-        use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,  # transformers' interface: output_hidden_states and the like
+        **kwargs: Any,  # transformers' interface: use_cache, output_hidden_states and the like
     ) -> CausalLMOutputWithPast:
         """Logits [B,L,V]; positions, masks and `sep` as in `GLMModel.forward`.
 
@@ -57,7 +56,6 @@ class GLMForConditionalGeneration(GLMPreTrainedModel, GenerationMixin):
             sep=sep,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -213,21 +213,27 @@ class GLMModel(GLMPreTrainedModel):
         batch, queries, _ = embedded.shape
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if past_key_values is not None and past_key_values.is_compileable:
-            raise ValueError("GLM's masks need a cache that grows: use transformers' DynamicCache")
-        keys = queries + (0 if past_key_values is None else past_key_values.get_seq_length())
+        keys = queries + _cached_tokens(past_key_values)
         padding, sep = split_mask(attention_mask, sep)
         device = embedded.device
         mask = prefix_mask(padding, sep, batch=batch, queries=queries, keys=keys, device=device)
         if position_ids is None:
             position_ids = default_positions(padding, queries=queries, keys=keys, device=device)
-        position_ids = two_rows(position_ids)
-        check_positions(position_ids, self.config.max_position_embeddings)
-        first, second = position_ids.unbind(1)
-        hidden = embedded + self.position_embeddings(first) + self.block_position_embeddings(second)
-        hidden = self.embedding_dropout(hidden)
+        hidden = self.embedding_dropout(self._placed(embedded, two_rows(position_ids)))
         for layer in self.layers:
             hidden = layer(hidden, mask, past_key_values=past_key_values, **kwargs)
         return BaseModelOutputWithPast(
             last_hidden_state=self.final_layernorm(hidden), past_key_values=past_key_values if use_cache else None
         )
+
+    def _placed(self, embedded: Tensor, position_ids: Tensor) -> Tensor:
+        """Embeddings [B,L,H] with those of both positions [B,2,L] added."""
+        check_positions(position_ids, self.config.max_position_embeddings)
+        first, second = position_ids.unbind(1)
+        return embedded + self.position_embeddings(first) + self.block_position_embeddings(second)
+
+
+def _cached_tokens(cache: Cache | None) -> int:
+    if cache is not None and cache.is_compileable:
+        raise ValueError("GLM's masks need a cache that grows: use transformers' DynamicCache")
+    return 0 if cache is None else cache.get_seq_length()
