@@ -236,4 +236,4 @@ def difference(values: Tensor, wanted: Tensor) -> float:
     if wanted.numel() == 0:
         return 0.0
     gap = (values - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)
-    return float(gap.nan_to_num(torch.inf))
+    return float(gap.detach().nan_to_num(torch.inf))

@@ -11,6 +11,7 @@ from pathlib import Path
 import processes
 import pytest
 import torch
+from golden_recipes import made_up_documents
 from tiny_run import tiny_config, write_yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -179,8 +180,9 @@ def test_recipes_can_be_read(file):
     assert mtkd.load_config(file).stages
 
 
-def test_the_quickstart_is_a_chain_with_two_controls(tmp_path):
+def test_the_quickstart_is_a_chain_with_two_controls(tmp_path, monkeypatch):
     """Law: student and control differ in their teachers alone."""
+    monkeypatch.setattr("mtkd.data.sources.stdlib_documents", made_up_documents)
     stages = {
         s["name"]: s for s in json.loads(invoke("plan", RECIPES[-1], "--json", "-o", f"output={tmp_path}"))["stages"]
     }

@@ -19,6 +19,7 @@ from mtkd.data.batch import Batch
 from mtkd.engine.dist import Dist
 from mtkd.engine.tile import tile_for
 from mtkd.engine.torch_engine import TorchEngine
+from mtkd.models.info import model_info
 from mtkd.models.taps import TappedModel
 from mtkd.objective.compile import compile_rows
 from mtkd.objective.objective import Objective
@@ -91,7 +92,6 @@ class Case:
 
     def spec(self) -> StageSpec:
         """What the plan would make of it."""
-        student, teacher = tapped(STUDENT, 0), tapped(self.teacher, 1)
         data = DataConfig(task="causal-lm", source="random-tokens", documents=8, max_length=LENGTH)
         shape = ModelSpec(self.teacher, HEAD, IDS)
         teachers = [
@@ -105,15 +105,16 @@ class Case:
             trained={"student": ModelSpec(STUDENT, HEAD, IDS)},
             teachers=tuple(teachers),
             seed=0,
-            rows=tuple(self._rows(student, [teacher] * len(self.names))),
+            rows=tuple(self._rows()),
         )
 
     def planned(self) -> StageMemory:
         return stage_memory(self.spec(), self.engine, NO_LIMITS, on_gpu=False)
 
-    def _rows(self, student: TappedModel, teachers: Sequence[TappedModel]) -> Any:
-        infos = {name: teacher.info for name, teacher in zip(self.names, teachers, strict=True)}
-        return compile_rows(self.matches, student.info, infos, token_level=True, regression=False, where="match")
+    def _rows(self) -> Any:
+        student, teacher = (model_info(config, HEAD) for config in (STUDENT, self.teacher))
+        infos = dict.fromkeys(self.names, teacher)
+        return compile_rows(self.matches, student, infos, token_level=True, regression=False, where="match")
 
     def make(self, folder: Path) -> tuple[Objective, TeacherPool]:
         dtype = torch.bfloat16 if self.engine.precision == "bf16" else torch.float32
@@ -124,7 +125,7 @@ class Case:
         facts = stage_facts(tuple(self.names), [1] * len(teachers), student, 0)
         made = make_weighting(self.stage.weighting, facts, "w")
         how = Wiring("example", True, tile_for(self.engine, IDS, "cpu"), dtype)
-        objective = wire(student, infos, self._rows(student, teachers), made, how)
+        objective = wire(student, infos, self._rows(), made, how)
         objective.train()
         held: list[Teacher] = []
         for name, model, backend in zip(self.names, teachers, self.backends, strict=True):
