@@ -43,6 +43,7 @@ class EvaluateConfig(Config):
 
         With 4 rows / (1 - confidence) of them the smallest p of all rows is corrected to a quarter of the level.
 
-        Args: rows: comparisons in the family, those of domains too.
+        Args:
+            rows: comparisons in the family, those of domains too.
         """
         return max(self.resamples, math.ceil(4 * rows / (1 - self.confidence) - 1e-9))

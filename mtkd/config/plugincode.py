@@ -64,7 +64,11 @@ def depends_on(plugin: Path, own: Path | None = None, package: str = "") -> dict
 
 
 def _look_into(file: Path, package: str, parts: _Dependencies) -> None:
-    """Args: package: of the module in this file, for relative imports; "" for none."""
+    """Add what one file of the plug-in depends on.
+
+    Args:
+        package: of the module in this file, for relative imports; "" for none.
+    """
     try:
         tree = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError, OSError):  # a file that is read and is no program, or is of another Python

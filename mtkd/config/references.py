@@ -110,7 +110,11 @@ class References:
             raise ValueError(f"{where}: stage {ref.stage!r} is a cache: it has no training to be as long as")
 
     def _check_made(self, ref: StageRef | None, earlier: Sequence[str], where: str, *, cached: bool) -> None:
-        """What an earlier stage makes, its part included. Args: cached: whether a cache is asked for."""
+        """What an earlier stage makes, its part included.
+
+        Args:
+            cached: whether a cache is asked for.
+        """
         if ref is None:
             return
         self._check_earlier(ref, earlier, where)

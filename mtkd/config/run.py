@@ -106,7 +106,8 @@ def with_control(evaluate: EvaluateConfig, chain: ChainConfig, stages: list[str]
 
     The teachers' own score is that of their stage; of several, or of models from elsewhere, that of their ensemble.
 
-    Args: stages: those that can be scored on the evaluation's data.
+    Args:
+        stages: those that can be scored on the evaluation's data.
     """
     scored = [name for name in evaluate.stages or stages if name in stages]
     changes: dict[str, object] = {}

@@ -47,7 +47,8 @@ class ShardedConfig(Config):
 class Teacher(Config):
     """What every teacher of the pool has.
 
-    Attributes: no_cache: why a cache stage cannot run a teacher of this backend, behind its name; "" where it can.
+    Attributes:
+        no_cache: why a cache stage cannot run a teacher of this backend, behind its name; "" where it can.
     """
 
     no_cache: ClassVar[str] = ""
@@ -84,7 +85,8 @@ class Teacher(Config):
 class ModelTeacher(Teacher):
     """A model that runs.
 
-    Attributes: whole: its weights are read from its files as they are.
+    Attributes:
+        whole: its weights are read from its files as they are.
     """
 
     whole: ClassVar[bool] = False

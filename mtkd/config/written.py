@@ -32,7 +32,8 @@ _FITS = {bool: (bool,), int: (int, float), float: (int, float), NoneType: (NoneT
 def as_meant(value: Value, annotation: Any) -> Any:
     """A tree without its places, every scalar as the annotation of its key wants it.
 
-    Args: annotation: of the whole tree, such as `RunConfig`; None where the types know no such key.
+    Args:
+        annotation: of the whole tree, such as `RunConfig`; None where the types know no such key.
 
     Raises:
         UserError: a number that versions of YAML read differently, or that is not finite.

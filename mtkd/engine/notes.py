@@ -78,7 +78,11 @@ class Environment(Checked):
 
 
 class Results(Checked):
-    """What a run came to, in results.json. Attributes: inputs: what it was computed from."""
+    """What a run came to, in results.json.
+
+    Attributes:
+        inputs: what it was computed from.
+    """
 
     task: str
     split: str

@@ -139,7 +139,12 @@ class Scorer:
 
 
 def _example_record(split: Split, document: int, label: Tensor, value: Tensor) -> dict[str, Any]:
-    """Args: label: [] of any kind. value: log-probabilities of the classes [C], or the output of a regression [1]."""
+    """The record of one example.
+
+    Args:
+        label: [] of any kind.
+        value: log-probabilities of the classes [C], or the output of a regression [1].
+    """
     record: dict[str, Any] = {"document": split.document_names[document]}
     if split.document_domains[document]:  # names may be unique within a domain only
         record["domain"] = split.document_domains[document]

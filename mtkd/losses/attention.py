@@ -21,7 +21,8 @@ def attention_mse(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     ``mean_{a,j} (A^S_aij - A^T_aij)^2`` over heads a and visible keys j. Only masked entries are left out: large
     negative scores are real information.
 
-    Args: student, teacher: scores [B,A,L,L].
+    Args:
+        student, teacher: scores [B,A,L,L].
     Returns: [B,L].
     Source: TinyBERT (Jiao et al. 2019, arXiv 1909.10351), equation 7.
     """
@@ -39,7 +40,8 @@ def attention_kl(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     ``1/A sum_a sum_j P^T_aij (log P^T_aij - log P^S_aij)``. The inputs are probabilities already; a second softmax
     would make the loss about 1,000 times too small.
 
-    Args: student, teacher: probs [B,A,L,L].
+    Args:
+        student, teacher: probs [B,A,L,L].
     Returns: [B,L], nats.
     Source: MiniLM (Wang et al. 2020, arXiv 2002.10957), equation 3.
     """
@@ -57,7 +59,8 @@ def relation_kl(student: Tensor, teacher: Tensor, mask: Tensor, *, heads: int = 
     student and teacher need not have equal head counts; with 0 the model's own heads are used (MiniLM's value
     relation). Padded keys are left out of the softmax. Invariant to an orthogonal rotation inside a relation head.
 
-    Args: student, teacher: [B,A,L,D], A and D may differ when `heads` is given.
+    Args:
+        student, teacher: [B,A,L,D], A and D may differ when `heads` is given.
     Returns: [B,L], nats.
     Raises: ValueError when `heads` does not divide a side's total width.
     Source: MiniLM (arXiv 2002.10957), equation 5; MiniLMv2 (Wang et al. 2020, arXiv 2012.15828), equations 2 to 4.

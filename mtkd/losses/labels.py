@@ -12,7 +12,9 @@ from mtkd.losses.spec import loss
 def ce(student: Tensor, labels: Tensor, mask: Tensor, *, smoothing: float = 0.0) -> Tensor:
     """Cross entropy with class, token or masked-token labels: ``-log softmax(s)[y]``, optionally label-smoothed.
 
-    Args: student: [n,V]; labels: [n] int64.
+    Args:
+        student: [n,V].
+        labels: [n] int64.
     Returns: [n], nats.
     Raises: ValueError for a smoothing outside [0, 1].
     Source: Szegedy et al. 2015, arXiv 1512.00567, section 7, for the smoothing.
@@ -26,7 +28,9 @@ def ce(student: Tensor, labels: Tensor, mask: Tensor, *, smoothing: float = 0.0)
 def label_mse(student: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     """Squared error of a one-column output against a number (regression tasks): ``(s - y)^2``.
 
-    Args: student: [n,1]; labels: [n] float32.
+    Args:
+        student: [n,1].
+        labels: [n] float32.
     Returns: [n], squared label units.
     """
     return (student.squeeze(-1) - labels).square()

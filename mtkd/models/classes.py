@@ -65,7 +65,8 @@ def output_names(config: PretrainedConfig) -> tuple[str, ...]:
 def check_softmax(config: PretrainedConfig, num_labels: int, where: str) -> None:
     """Refuse outputs that are not the logits of one distribution over classes.
 
-    Args: num_labels: of the data; 1 where labels are numbers.
+    Args:
+        num_labels: of the data; 1 where labels are numbers.
     Raises:
         DataError: a sigmoid per class, or numbers where the data has classes.
     """
@@ -94,7 +95,9 @@ def teacher_classes(
 ) -> ClassMap:
     """Which outputs of a teacher's classifier are the data's classes.
 
-    Args: as `check_softmax` and `match_classes`; classes: () where the data does not name them.
+    Args:
+        classes: of the data, in order; () where it does not name them.
+        given: what the teacher's `classes:` says; None for nothing.
     """
     check_softmax(config, num_labels, where)
     names = tuple(classes) or tuple(f"LABEL_{i}" for i in range(num_labels))

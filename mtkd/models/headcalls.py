@@ -18,7 +18,8 @@ def last_position(inputs: Mapping[str, Any], config: PretrainedConfig) -> Tensor
     The last token that is neither padding by the mask nor the model's own padding token: plain transformers leaves
     that one out wherever it stands, also at the end of an unpadded text.
 
-    Args: inputs: input_ids and attention_mask, [B,L].
+    Args:
+        inputs: input_ids and attention_mask, [B,L].
     """
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     real = (mask != 0) & (ids != config.pad_token_id)

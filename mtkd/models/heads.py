@@ -66,7 +66,8 @@ class Head:
 def find_heads(config: PretrainedConfig, auto_class: str, folder: Path) -> dict[str, Head] | None:
     """The heads of a model of this configuration: "logits", and "nsp_logits" where it has a next-sentence head.
 
-    Args: folder: checked. None of its values is read.
+    Args:
+        folder: checked. None of its values is read.
     Returns:
         None where no weights lie in the folder: of a hub model they are fetched when the run begins.
     Raises:
@@ -83,7 +84,8 @@ def find_heads(config: PretrainedConfig, auto_class: str, folder: Path) -> dict[
 def heads_of(model: PreTrainedModel, auto_class: str, stored: Collection[str]) -> dict[str, Head]:
     """As `find_heads`, for a model whose weights may be on the meta device.
 
-    Args: stored: names in the files, with or without the prefix of the bare encoder or decoder.
+    Args:
+        stored: names in the files, with or without the prefix of the bare encoder or decoder.
     """
     prefix, ignored = model.base_model_prefix, model._keys_to_ignore_on_load_missing or ()
     there = {new for name in stored for new in _current(name, prefix)}
@@ -136,7 +138,11 @@ def check_heads(
 
 
 def unfitting(what: str, names: list[str], folder: Path) -> DataError:
-    """Weights that are not those of the configuration. Args: what: is wrong with them."""
+    """Weights that are not those of the configuration.
+
+    Args:
+        what: is wrong with them.
+    """
     return DataError(
         f"the checkpoint does not fit its configuration: {len(names)} weights are {what}",
         where=str(folder),
@@ -191,7 +197,8 @@ def stand_in_pad(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | 
     Plain transformers takes a row's last token that is not this one. Where the tokenizer has no padding token it is a
     special token that stands in no text, so that both find the same one.
 
-    Args: tokenizer: None for a model that is not exported: then -1, which no text has.
+    Args:
+        tokenizer: None for a model that is not exported: then -1, which no text has.
     """
     if config.pad_token_id is None:
         config.pad_token_id = -1 if tokenizer is None else padding_id(tokenizer)

@@ -124,7 +124,11 @@ def _read_header(file: Path) -> dict[str, StoredWeight]:
 
 
 def _stored(name: str, entry: Any, file: Path, values: int) -> StoredWeight:
-    """Args: values: where the values begin, bytes."""
+    """One tensor of a file.
+
+    Args:
+        values: where the values begin, bytes.
+    """
     try:
         code, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         numbers = [*shape, start, end]

@@ -35,7 +35,8 @@ _WORTH = 0.01  # a change that saves less than this share of what is needed is n
 class Limits:
     """Bytes there are: on a GPU (None: on a CPU ranks share the host's memory, or not known), per host, on the disk.
 
-    Attributes: source: "given" in the configuration or "found" on this machine, by name.
+    Attributes:
+        source: "given" in the configuration or "found" on this machine, by name.
     """
 
     rank: float | None
@@ -80,7 +81,11 @@ class StageMemory:
 
 
 def find_limits(engine: EngineConfig, folder: Path, *, on_gpu: bool) -> Limits:
-    """What the configuration says, else what this machine has. Args: folder: of the run, which may not exist yet."""
+    """What the configuration says, else what this machine has.
+
+    Args:
+        folder: of the run, which may not exist yet.
+    """
     source = {}
     rank = engine.gpu_memory_gb and engine.gpu_memory_gb * GB
     source["GPU"] = "given"

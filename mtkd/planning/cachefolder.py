@@ -49,7 +49,8 @@ def read_facts(path: str, base: Path, auto_class: str, where: str) -> CacheFacts
 def open_cache(folder: Path, auto_class: str, where: str) -> tuple[CacheReader, CacheFacts]:
     """A finished cache and what it says of itself.
 
-    Args: auto_class: the teacher's head, from the task.
+    Args:
+        auto_class: the teacher's head, from the task.
     Raises:
         DataError: as `CacheReader`.
     """
@@ -122,7 +123,12 @@ def check_precision_of(facts: CacheFacts, precision: str, where: str) -> None:
 def origin_of(
     teacher: str, data: LoadedData, tokenizer: PreTrainedTokenizerBase, model: dict[str, Any], precision: str
 ) -> CacheOrigin:
-    """What a cache of a run's train split is made of. Args: teacher: its digest. model: its configuration."""
+    """What a cache of a run's train split is made of.
+
+    Args:
+        teacher: its digest.
+        model: its configuration.
+    """
     examples, ids = len(data.splits["train"]), tokenizer_fingerprint(tokenizer)
     return CacheOrigin(teacher, ids, data.fingerprint, "train", examples, model, precision)
 
@@ -138,7 +144,9 @@ def cached_teacher(
 ) -> CachedTeacher:
     """The teacher of a cache.
 
-    Args: digest: of the teacher that it must be made of; None where the run does not know it. precision: the run's.
+    Args:
+        digest: of the teacher that it must be made of; None where the run does not know it.
+        precision: the run's.
     Raises:
         DataError: it was made of another teacher, tokenizer or data set, in another precision, or is not finished.
     """

@@ -24,7 +24,12 @@ _FOR_TOKENS = {"targets", "k", "temperature", "bits", "proposal", "traits"}
 
 
 def content_of(cache: CacheConfig, *, token_level: bool, columns: int, seed: int) -> CacheContent:
-    """What a cache stage keeps of a teacher. Args: columns: real ids, or classes. seed: of draws."""
+    """What a cache stage keeps of a teacher.
+
+    Args:
+        columns: real ids, or classes.
+        seed: of draws.
+    """
     if not token_level:
         return CacheContent("classes", 0, 1.0, columns, hidden=cache.hidden, dtype=cache.dtype)
     return CacheContent(

@@ -70,7 +70,8 @@ def unread(data: DataConfig) -> DataFacts:
 class DataReader:
     """The `data` entries of a run as rows and as facts; each source is read once.
 
-    Args: base: folder of the YAML file.
+    Args:
+        base: folder of the YAML file.
     """
 
     def __init__(self, base: Path) -> None:
@@ -96,7 +97,8 @@ class DataReader:
     def facts(self, name: str, data: DataConfig) -> DataFacts:
         """What the rows of an entry say; of a hub that is not reached, what the configuration says.
 
-        Args: name: of the entry, for messages.
+        Args:
+            name: of the entry, for messages.
 
         Raises:
             UserError, DataError: as `raw`, and for labels that make no classes.

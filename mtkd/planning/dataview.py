@@ -58,7 +58,9 @@ def view(
 ) -> PlannedData:
     """What the plan shows of an entry.
 
-    Args: raw: its rows; None where they cannot be read now. tokenizer: None while it is not there.
+    Args:
+        raw: its rows; None where they cannot be read now.
+        tokenizer: None while it is not there.
 
     Raises:
         UserError, DataError: a row cannot be read, or tokenised for the task; naming the file and row.

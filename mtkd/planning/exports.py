@@ -68,7 +68,8 @@ def check_finished(name: str, folder: StageDir, record: Done) -> list[Path]:
 def check_foreign(folder: Path, largest: int | None = None) -> None:
     """Check a model folder that is the export of some run; any other folder is let pass.
 
-    Args: largest: bytes; of larger files only the size is compared.
+    Args:
+        largest: bytes; of larger files only the size is compared.
     Raises:
         DataError: it is not what that run made.
     """

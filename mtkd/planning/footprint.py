@@ -101,7 +101,9 @@ class Footprint:
 class Storages(TorchDispatchMode):
     """Follows storages from the operation that makes them until they are freed, of fake and of real tensors.
 
-    Attributes: live: bytes now. peak: the most so far; may be set back.
+    Attributes:
+        live: bytes now.
+        peak: the most so far; may be set back.
     """
 
     def __init__(self) -> None:
@@ -162,7 +164,11 @@ class _Meter(Storages):
         self.base, self.peak, self.ungraded, self.asked = self.live, 0, 0, 0
 
     def footprint(self, trained: int, buffers: int) -> Footprint:
-        """What was counted. Args: trained, buffers: bytes."""
+        """What was counted.
+
+        Args:
+            trained, buffers: bytes.
+        """
         gradients, teachers, activations, rest = (self.found[name] for name in _PARTS)
         return Footprint(
             self.moment, gradients, teachers, activations, rest, trained, buffers, self.ungraded, self.asked

@@ -85,7 +85,8 @@ def _names_in(file: Path) -> tuple[str, ...]:
 def check_labelled(config: RunConfig, facts: Mapping[str, DataFacts]) -> None:
     """Refuse a stage that reads labels of a train split without any, and a choice or score by labels that do not exist.
 
-    Args: facts: of the data entries.
+    Args:
+        facts: of the data entries.
 
     Raises:
         UserError: naming the stage, what reads labels, and the data.

@@ -114,7 +114,8 @@ def compare_tokenizer(
 ) -> list[str]:
     """Refuse a loaded model whose tokenizer gives other ids than the run's, as far as it brings one.
 
-    Args: masked: whether the model is asked about masked tokens.
+    Args:
+        masked: whether the model is asked about masked tokens.
     Returns:
         What differs and does not matter, or is not known, in words.
     Raises:

@@ -62,7 +62,11 @@ class PlannedModels:
     def spec(
         self, made: PretrainedConfig, model: ModelConfig, data: DataSpec, *, compressed: bool = False
     ) -> ModelSpec:
-        """A model without weights. Args: compressed: by the stage that trains it."""
+        """A model without weights.
+
+        Args:
+            compressed: by the stage that trains it.
+        """
         return ModelSpec(
             made,
             data.auto_class,

@@ -30,7 +30,8 @@ _PLACE = re.compile(r"([a-z_]+)([.\[]|$)")
 def placed(**roles: str) -> Iterator[None]:
     """Within it an error at ``@ROLE...`` is at ``PLACE...``; one at a place on disk also names the block it is used by.
 
-    Args: roles: what is read within (model, data, stage, weighting, row) -> its place in the configuration.
+    Args:
+        roles: what is read within (model, data, stage, weighting, row) -> its place in the configuration.
     """
     try:
         yield

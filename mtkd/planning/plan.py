@@ -122,7 +122,11 @@ def _check_routes(config: RunConfig, facts: Mapping[str, DataFacts], reader: Dat
 
 
 def _planned(run: Specified, redo: Collection[str], *, memory: bool) -> list[PlannedStage]:
-    """The stages as the table shows them. Args: memory: with what each needs of memory and disk."""
+    """The stages as the table shows them.
+
+    Args:
+        memory: with what each needs of memory and disk.
+    """
     stages = [
         planned_stage(spec, _state(run.config, number, spec.stage, spec.name, redo))
         for number, spec in enumerate(run.stages.values(), 1)
@@ -139,7 +143,12 @@ def _planned(run: Specified, redo: Collection[str], *, memory: bool) -> list[Pla
 
 
 def _state(config: RunConfig, number: int, stage: StageConfig, name: str, redo: Collection[str]) -> str:
-    """Whether a stage is done, as what it is now. Args: number: of its folder. redo: stages to be made again."""
+    """Whether a stage is done, as what it is now.
+
+    Args:
+        number: of its folder.
+        redo: stages to be made again.
+    """
     if name in redo or not (config.folder / "run.yaml").is_file():
         return "to do"
     record = RunDir.open(config.folder).stage(number, name).done()

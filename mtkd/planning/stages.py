@@ -91,7 +91,8 @@ def never_trained(config: RunConfig, model: str) -> bool:
 
     A model that is loaded from a folder may bring its head along; the plan looks.
 
-    Args: model: STAGE or STAGE/MEMBER.
+    Args:
+        model: STAGE or STAGE/MEMBER.
     """
     name = StageRef.named(model).stage
     stage: StageConfig = config.stages[name]

@@ -21,7 +21,8 @@ SKIPPED = "done, skipped"
 class PlannedModel:
     """A model of a stage: `role` is "student" or the teacher's name; `parameters` counted on the meta device.
 
-    Attributes: backend: where a teacher's weights live; empty for what is trained.
+    Attributes:
+        backend: where a teacher's weights live; empty for what is trained.
     """
 
     role: str
@@ -38,7 +39,9 @@ class PlannedModel:
 class PlannedStage:
     """A stage as it would run; `steps` and `tokens` (upper bound) are None while they depend on data or stages.
 
-    Attributes: memory: None where it was not asked for. notes: what was decided for the user, a sentence each.
+    Attributes:
+        memory: None where it was not asked for.
+        notes: what was decided for the user, a sentence each.
     """
 
     name: str
@@ -172,7 +175,11 @@ def _model(role: str, model: ModelConfig, info: ModelInfo, parameters: int) -> P
 
 
 def planned_stage(spec: StageSpec, state: str) -> PlannedStage:
-    """A stage as the table shows it. Args: state: whether it is done."""
+    """A stage as the table shows it.
+
+    Args:
+        state: whether it is done.
+    """
     stage = spec.stage
     trained = [_model(role, stage.trained[role], m.info, m.num_parameters) for role, m in spec.trained.items()]
     trains = stage.kind != "cache"

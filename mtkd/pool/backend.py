@@ -63,7 +63,9 @@ class Backend:
     def check_room(self, teachers: Sequence[TeacherSize], place: Place, folder: Path, where: str) -> None:
         """Refuse a stage's teachers of this backend where there is no room for them; there is at least one.
 
-        Args: folder: of the run, which may not exist yet. where: of the stage's teachers.
+        Args:
+            folder: of the run, which may not exist yet.
+            where: of the stage's teachers.
         Raises:
             UserError: naming the stage.
         """

@@ -31,7 +31,13 @@ class TeacherSize:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a stage runs. Attributes: ranks: in all; local: of them on one host; prefetch: `engine.prefetch`."""
+    """Where a stage runs.
+
+    Attributes:
+        ranks: in all.
+        local: of them on one host.
+        prefetch: `engine.prefetch`.
+    """
 
     on_gpu: bool
     prefetch: bool = True

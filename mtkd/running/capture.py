@@ -141,7 +141,8 @@ def restore_notes(folder: StageDir, record: Done) -> list[Path]:
 
     A stage whose DONE is lost goes on by these notes, so their damage must not stay until then.
 
-    Args: record: the stage's DONE.
+    Args:
+        record: the stage's DONE.
     Returns:
         The notes that were damaged.
     """

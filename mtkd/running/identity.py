@@ -193,7 +193,8 @@ def check_checkpoint(
 
     Without ZeRO every process holds all of it: then their number may be another one.
 
-    Args: layout: engine, world_size and zero_stage of this run.
+    Args:
+        layout: engine, world_size and zero_stage of this run.
     Raises:
         DataError: with every difference, and the command that goes on.
     """

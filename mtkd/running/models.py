@@ -99,7 +99,11 @@ def vocabulary_of(context: RunContext, model: ModelConfig, where: str) -> Vocabu
 
 
 def _vocabulary(context: RunContext, model: ModelConfig, built: PreTrainedModel, table: Tensor) -> VocabularyMap:
-    """The part of the ids that a model is to keep; the main rank's, on every rank. Args: table: [V,H]."""
+    """The part of the ids that a model is to keep; the main rank's, on every rank.
+
+    Args:
+        table: [V,H].
+    """
     assert model.vocabulary is not None
     name = context.config.data_name(model.vocabulary.counts)
     with placed(data=f"data.{name}"):

@@ -54,7 +54,11 @@ def signed_text(value: Any) -> str:
 
 
 def p_text(value: Any, at_most: Any = False) -> str:
-    """A p-value. Args: at_most: it is the least that the resamples can give."""
+    """A p-value.
+
+    Args:
+        at_most: it is the least that the resamples can give.
+    """
     x = number(value)
     if x is None or not math.isfinite(x):
         return DASH

@@ -130,7 +130,8 @@ def _per_example(key: str) -> bool:
 class Shard:
     """A mapped shard: arrays that are read from the disk where they are sliced.
 
-    Args: sealed: its entry in the cache's manifest, with which all of it is compared when it is first mapped.
+    Args:
+        sealed: its entry in the cache's manifest, with which all of it is compared when it is first mapped.
     Raises:
         DataError: for a file that is not what was sealed, or no shard of this content.
     """
