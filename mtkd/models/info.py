@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mtkd.errors import UserError
+from mtkd.models.cloze import check_glm
 from mtkd.models.features import ATTENTION
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def model_info(config: PretrainedConfig, auto_class: str) -> ModelInfo:
         )
     check_head(config, auto_class)
     if config.model_type == GLM:
-        _check_glm(config, auto_class)
+        check_glm(config, classifies=auto_class == CLASSIFIER)
     heads = config.num_attention_heads
     width = config.hidden_size
     taps = {"logits", "hidden", "embedding", "cls"} | ({"nsp_logits"} if auto_class == PRE_TRAINING else set())
@@ -110,52 +111,6 @@ def model_info(config: PretrainedConfig, auto_class: str) -> ModelInfo:
         unpackable=why or _unpackable(config, cls, causal, tapped),
         cloze=cloze,
     )
-
-
-def _check_glm(config: PretrainedConfig, auto_class: str) -> None:
-    """What only building or running the model would find out.
-
-    Raises:
-        UserError: an unknown activation, or a cloze whose answers do not fit its classes and ids.
-    """
-    from transformers.activations import ACT2FN
-
-    if config.hidden_act not in ACT2FN:
-        raise UserError("not an activation: hidden_act of its config.json", where="@model", found=config.hidden_act)
-    fault = cloze_fault(config) if auto_class == CLASSIFIER else None
-    if fault is not None:
-        message, found, allowed = fault
-        raise UserError(f"verbalizers of its config.json: {message}", where="@model", found=found, allowed=allowed)
-
-
-def cloze_fault(config: Any) -> tuple[str, Any, Any] | None:
-    """What is wrong with the answers of a GLM's configuration: (message, found, allowed); None for nothing.
-
-    The one check of clozes, at plan time and when the model is built.
-    """
-    verbalizers = config.verbalizers
-    if verbalizers is None:
-        return None
-    if config.sop_token_id is None or config.mask_token_id is None or not config.tie_word_embeddings:
-        found = {name: getattr(config, name) for name in ("sop_token_id", "mask_token_id", "tie_word_embeddings")}
-        return "a cloze needs sop_token_id, mask_token_id and tied embeddings", found, "two ids, and true"
-    if config.num_labels and len(verbalizers) != config.num_labels:
-        return "a cloze has one answer per class", len(verbalizers), config.num_labels
-    size, ended = config.vocab_size, any(len(words) > 1 for words in verbalizers)
-    most = config.max_position_embeddings - ended
-    for words in verbalizers:
-        if not words or not all(0 <= word < size for word in words):
-            return "an answer is a list of token ids", words, f"one or more, each 0 to {size - 1}"
-        if len(words) > most:
-            return "an answer is longer than the model's positions", f"{len(words)} tokens", f"at most {most}"
-    if ended and (config.eop_token_id is None or not 0 <= config.eop_token_id < size):
-        return (
-            "answers of several tokens end with <|endofpiece|>, which is scored too; without it a class whose words "
-            "begin with another's never wins",
-            f"eop_token_id {config.eop_token_id}",
-            "its id; a cloze that was trained without it (before mtkd scored it) is trained again",
-        )
-    return None
 
 
 def _unpackable(config: PretrainedConfig, cls: type[PreTrainedModel], causal: bool, tapped: bool) -> str:

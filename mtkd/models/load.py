@@ -16,6 +16,7 @@ from mtkd.config import ModelConfig
 from mtkd.errors import DataError, UserError
 from mtkd.models.cards import missing_glm
 from mtkd.models.classes import ClassMap, match_classes, named_after, output_names, teacher_classes
+from mtkd.models.cloze import answer_with
 from mtkd.models.create import empty_model, new_model, seeded
 from mtkd.models.cut import cut_config, cut_weights
 from mtkd.models.folder import find_folder
@@ -142,7 +143,7 @@ def _full_config(config: ModelConfig, request: ModelRequest, *, weights: bool) -
     full, folder = _whole_config(config, request, weights)
     check_head(full, request.auto_class)
     if full.model_type == GLM:
-        answer_with(full, request.auto_class, request.answers)
+        answer_with(full, request.answers, classifies=request.auto_class == CLASSIFIER)
     classifier, taught = request.auto_class == CLASSIFIER, request.taught
     heads = None if folder is None else find_heads(full, request.auto_class, folder)
     if folder is not None and heads is not None:
@@ -181,17 +182,6 @@ def _read_config(folder: Path) -> PretrainedConfig:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # unknown architectures and malformed values end in many classes
         raise DataError(f"the configuration cannot be read: {_first_line(error)}", where=str(folder)) from error
-
-
-def answer_with(config: PretrainedConfig, auto_class: str, answers: list[list[int]] | None) -> None:
-    """Make a GLM's configuration that of a cloze with these answers; of a language model, one without any."""
-    if answers is not None:
-        unended = config.has_long_answers and config.eop_token_id is None  # stays so, and is refused
-        config.verbalizers, config.num_labels = answers, len(answers)
-        if not unended:
-            config.end_answers()
-    elif auto_class != CLASSIFIER:
-        config.verbalizers = None
 
 
 def _set_labels(config: PretrainedConfig, request: ModelRequest, trained: bool, folder: str) -> ClassMap | None:

@@ -20,7 +20,7 @@ from mtkd.models.attention import Recorder
 from mtkd.models.features import DenseLogits, HeadLogits
 from mtkd.models.headcalls import head_forward, last_position, pooled_forward
 from mtkd.models.heads import output_layer, stand_in_pad
-from mtkd.models.info import GLM, PRE_TRAINING, TOKEN_LEVEL, ModelInfo
+from mtkd.models.info import PRE_TRAINING, TOKEN_LEVEL, ModelInfo
 
 
 class Predictions:
@@ -45,8 +45,8 @@ class Predictions:
         self._num_outputs = info.vocabulary if self.token_level else info.num_labels
         self._two_heads = auto_class == PRE_TRAINING
         self._transform = head_transform(model.config)
-        # GLM's classifier finds its first token by the mask
-        self._pools_last = not self.token_level and info.causal and model.config.model_type != GLM
+        # GLM's classifiers are not causal: they read the first token, which they find by the mask
+        self._pools_last = not self.token_level and info.causal
         if self.token_level:
             if info.vocabulary < num_ids:
                 raise UserError(

@@ -68,7 +68,7 @@ def read_weights(folder: Path) -> dict[str, StoredWeight]:
     """
     check_links(folder)
     if (folder / WEIGHTS).is_file():
-        return _read_header(folder / WEIGHTS)
+        return _weights_of(folder / WEIGHTS)
     index = folder / INDEX
     if not index.is_file():
         raise DataError("the folder has no weights", where=str(folder), allowed=f"{WEIGHTS} or {INDEX} with its shards")
@@ -77,7 +77,7 @@ def read_weights(folder: Path) -> dict[str, StoredWeight]:
         shard = folder / name
         if not shard.is_file():
             raise DataError("a shard is missing", where=str(index), found=name)
-        more = _read_header(shard)
+        more = _weights_of(shard)
         if twice := sorted(found.keys() & more.keys()):
             raise DataError("weights stand in two shards", where=str(shard), found=some(twice))
         found |= more
@@ -93,7 +93,12 @@ def read_index(index: Path) -> dict[str, str]:
     return found
 
 
-def _read_header(file: Path) -> dict[str, StoredWeight]:
+def read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """(the JSON header of a safetensors file, where its numbers begin).
+
+    Raises:
+        DataError: a file of another kind, or a truncated one.
+    """
     size = file.stat().st_size
     try:
         with file.open("rb") as stream:
@@ -105,9 +110,13 @@ def _read_header(file: Path) -> dict[str, StoredWeight]:
         raise DataError(f"the header cannot be read: {error}", where=str(file)) from error
     if not isinstance(header, dict):
         raise DataError("the header is not a JSON object", where=str(file))
+    return header, 8 + length
+
+
+def _weights_of(file: Path) -> dict[str, StoredWeight]:
+    size, (header, end) = file.stat().st_size, read_header(file)
     header.pop("__metadata__", None)
-    found = {name: _stored(name, entry, file, 8 + length) for name, entry in header.items()}
-    end = 8 + length
+    found = {name: _stored(name, entry, file, end) for name, entry in header.items()}
     for weight in sorted(found.values(), key=lambda w: (w.start, w.end)):
         if weight.start != end:
             raise DataError("weights overlap, or leave a gap", where=f"{file}: {weight.name}")

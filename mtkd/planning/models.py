@@ -12,11 +12,12 @@ from mtkd.data.blanks import answer_ids
 from mtkd.data.tasks import TaskSpec, check_model
 from mtkd.errors import UserError
 from mtkd.models.classes import ClassMap, Given
+from mtkd.models.cloze import answer_with
 from mtkd.models.folder import check_folder
 from mtkd.models.formats import format_of
 from mtkd.models.info import CLASSIFIER, GLM, model_info
-from mtkd.models.load import answer_with, smaller_config
 from mtkd.models.load import load_config as load_model_config
+from mtkd.models.load import smaller_config
 from mtkd.models.request import ModelRequest, Taught
 from mtkd.models.vocabulary import compressed_teacher, compressed_twice, read_vocabulary
 from mtkd.models.weights import check_weights
@@ -166,7 +167,7 @@ class PlannedModels:
         auto_class = TASKS.find(data.task).class_for(data)
         made = type(made).from_dict(made.to_dict())
         if made.model_type == GLM:
-            answer_with(made, auto_class, self._answers(data))
+            answer_with(made, self._answers(data), classifies=auto_class == CLASSIFIER)
         facts = self.facts(data)
         if auto_class == CLASSIFIER and facts.known:
             made.num_labels = facts.num_labels

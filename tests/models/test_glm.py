@@ -38,10 +38,10 @@ from transformers import (
 
 from mtkd.data.batch import NO_LABEL, Batch
 from mtkd.errors import UserError
+from mtkd.models.cloze import answer_with
 from mtkd.models.features import HeadLogits
 from mtkd.models.glm import GLMConfig, GLMForConditionalGeneration, GLMForSequenceClassification, GLMModel
 from mtkd.models.info import CAUSAL_LM, CLASSIFIER, model_info
-from mtkd.models.load import answer_with
 from mtkd.models.taps import TappedModel
 from mtkd.objective.cofinetune import check_members
 
@@ -318,7 +318,7 @@ def test_a_cloze_that_was_made_without_ends_is_refused(tmp_path: Path) -> None:
     for again in (config, GLMConfig.from_dict(config.to_dict())):
         with pytest.raises(UserError, match="answers of several tokens end"):
             model_info(again, CLASSIFIER)
-    answer_with(config, CLASSIFIER, [[7], [8, 9]])
+    answer_with(config, [[7], [8, 9]], classifies=True)
     with pytest.raises(UserError, match="trained again"):
         model_info(config, CLASSIFIER)
     file.write_text(json.dumps({**values, "verbalizers": [[5], [6]]}))  # single tokens: nothing has changed
@@ -327,7 +327,7 @@ def test_a_cloze_that_was_made_without_ends_is_refused(tmp_path: Path) -> None:
 
 def test_answers_of_the_data_end_in_a_plain_model() -> None:
     config = small_config()
-    answer_with(config, CLASSIFIER, [[7], [8, 9]])
+    answer_with(config, [[7], [8, 9]], classifies=True)
     assert config.eop_token_id == EOP
 
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
+from mtkd.models.cloze import cloze_fault
 from mtkd.models.glm.configuration import GLMConfig
 from mtkd.models.glm.inputs import Sep, default_positions, split_mask, two_rows
 from mtkd.models.glm.model import GLMModel, GLMPreTrainedModel
-from mtkd.models.info import cloze_fault
 
 
 class Cloze:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mtkd.engine.manifest import check_bytes
 from mtkd.errors import DataError
+from mtkd.models import stored
 from mtkd.models.features import split_key
 from mtkd.pool.cache.codec import Arrays, SampledCodec, TopCodec
 from mtkd.pool.cache.content import PER_EXAMPLE, CacheContent
@@ -27,7 +28,6 @@ _KINDS = {"U8": "u1", "U16": "<u2", "U32": "<u4", "F16": "<f2", "F32": "<f4", "B
 _META, _DIGEST = "mtkd", "sha256"
 _BLANK = "0" * 64
 """Stands in the place of a shard's digest while that is computed."""
-_MAX_HEADER = 1_000_000  # bytes
 
 
 def shard_name(number: int) -> str:
@@ -245,19 +245,18 @@ def metadata(header: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """(the JSON header of a safetensors file, where its numbers begin).
+    """(the JSON header of a shard, where its numbers begin).
 
     Raises:
         DataError: for a file of another kind.
     """
+    if not path.exists():
+        raise DataError("the shard is missing: its examples cannot be read", where=str(path))
+    foreign = DataError("not a shard of a cache (safetensors)", where=str(path))
     try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size)) if 0 < size <= _MAX_HEADER else None
-    except FileNotFoundError:
-        raise DataError("the shard is missing: its examples cannot be read", where=str(path)) from None
-    except (ValueError, RecursionError):
-        header = None
-    if not isinstance(header, dict) or not all(isinstance(entry, dict) for entry in header.values()):
-        raise DataError("not a shard of a cache (safetensors)", where=str(path))
-    return header, 8 + size
+        header, start = stored.read_header(path)
+    except DataError:
+        raise foreign from None
+    if not all(isinstance(entry, dict) for entry in header.values()):
+        raise foreign
+    return header, start
