@@ -103,7 +103,7 @@ def _exact(spec: LossSpec, case: Case, options: Options) -> tuple[Tensor, Tensor
     """`_evaluated` in float64, which a `LossSpec` would not keep."""
     student = case.student.double().requires_grad_()
     floats = case.teacher.is_floating_point()
-    # padded labels may be any number: a spec never hands them on
+    # Padded labels may be any number: a spec never hands them on.
     teacher = case.teacher.double() if floats else case.teacher.masked_fill(~case.mask, 0)
     values = spec.function(student, teacher, case.mask, **dict(options)).masked_fill(~case.mask, 0)
     if not values.requires_grad:
@@ -176,7 +176,7 @@ def _equality_law(spec: LossSpec, case: Case, options: Options) -> None:
 
 
 def _padding_law(spec: LossSpec, case: Case, options: Options) -> None:
-    """What stands at padded positions, NaN included, and how many there are, changes nothing."""
+    """The content of padded positions, NaN included, and their number change nothing."""
     values, gradient = _evaluated(spec, case, options)
     for garbage in _GARBAGE:
         spoiled = _spoiled(case, garbage)

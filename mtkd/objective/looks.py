@@ -1,4 +1,4 @@
-"""What a weighting may ask for around an optimizer step.
+"""Two looks around an optimizer step that a weighting may ask for.
 
 Before it: the Gram matrix of the teachers' gradients over all micro-batches. After it: the student's loss, as a reward.
 Both run the student without gradients, in eval mode and outside the engine's forward, as validation does.

@@ -1,4 +1,4 @@
-"""What the objective of a stage depends on besides its models, rows and weighting."""
+"""The settings of a stage's objective besides its models, rows and weighting."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class Wiring:
-    """How an objective reads positions and multiplies.
+    """Which positions share weights and tiles, and the number format of the products.
 
     Attributes:
         per: "example" or "token" weights.

@@ -1,4 +1,4 @@
-"""What the logits rows of a step are compared with, one tile of positions at a time.
+"""Targets: the other side of a logits row, one tile of positions at a time.
 
 `passes_for` decides once per step who is read when; the tile function then only adds up. A step has one pass over the
 tiles, or one per teacher where teachers do not have to meet: memory then holds one teacher's tile of logits and not T.
@@ -65,7 +65,7 @@ class Tile:
 
 
 class Targets(Protocol):
-    """What one logits row is compared with."""
+    """The other side of one logits row."""
 
     def losses(self, tile: Tile) -> Tensor:
         """The row's loss at the tile's positions over all teachers that it reads, [m]."""
@@ -280,7 +280,7 @@ def passes_for(
 
     passes = []
     for turn in range(len(logits) if apart else 1):
-        # labels are compared in the first pass alone
+        # The first pass alone compares labels: one per teacher would count them T times.
         numbers = [i for i, row in enumerate(rows) if turn == 0 or not row.from_labels]
         members = tuple((i, rows[i], targets(rows[i], turn), counts[i]) for i in numbers)
         passes.append(Pass(members, len(rows)))

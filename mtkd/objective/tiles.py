@@ -25,7 +25,7 @@ TileLoss = Callable[[Tensor, Tensor, slice], tuple[Tensor, Tensor]]
 
 @dataclass
 class _Plan:
-    """What the autograd function needs in addition to its differentiable inputs."""
+    """The inputs of the autograd function that have no gradient."""
 
     columns: int
     transform: Callable[[Tensor], Tensor] | None

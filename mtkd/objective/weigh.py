@@ -22,7 +22,7 @@ from mtkd.weightings.traits import FACTS, Around, Traits
 
 @dataclass(frozen=True)
 class Weights:
-    """What a weighting gave for a micro-batch.
+    """The result of a weighting for a micro-batch.
 
     Attributes:
         values: [T,B,L]; L = 1 for one weight per example.
@@ -111,7 +111,7 @@ class Weigher:
 
     @torch.no_grad()
     def _around(self, batch: Batch, student: Features, counts: Mapping[str, int]) -> Around:
-        """What the weighting's facts are made of."""
+        """The sources of the weighting's facts."""
         features = {name: student[key] for name, key in self._features.items()}
         if "logits" in features:
             features["logits"] = as_logits(features["logits"]).in_dtype(self._how.dtype)

@@ -13,7 +13,7 @@ from mtkd.weightings.traits import Traits
 
 @dataclass(frozen=True)
 class StageFacts:
-    """What a weighting may know of its stage before the first batch.
+    """The facts of a stage that a weighting may know before the first batch.
 
     Attributes:
         teachers: names, in pool order.

@@ -139,7 +139,7 @@ class _Problem:
         return float(scaled @ self.cosines @ scaled), float(scaled @ np.abs(self.cosines) @ scaled)
 
     def _room(self, weights: Array, aim: Array, bounds: NDArray[np.int_]) -> tuple[float, int | None]:
-        """How far one can go from `weights` to `aim`, up to 1, and the weight that stops it there."""
+        """The share of the way from `weights` to `aim` that no bound stops, up to 1, and the weight that stops it."""
         step, blocking = 1.0, None
         for k in np.flatnonzero(bounds == _FREE):
             over = max(-aim[k], aim[k] - self.largest) / self.share[k]

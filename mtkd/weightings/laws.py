@@ -156,7 +156,7 @@ def _trained(spec: WeightingSpec, make: OptionsOf, case: Teachers) -> Weighting:
 
 
 def _weights(spec: WeightingSpec, make: OptionsOf, case: Teachers, order: tuple[int, ...] = _ORDER) -> Tensor:
-    """What a fresh weighting gives."""
+    """The weights of a fresh weighting, [T,B,L]."""
     module = _made(spec, make, case, order)
     weights: Tensor = module(case.traits(order, module))
     return weights

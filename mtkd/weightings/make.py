@@ -24,7 +24,7 @@ from mtkd.weightings.trial import Trial, try_weighting
 
 
 def stage_facts(teachers: tuple[str, ...], sizes: Sequence[int], student: TappedModel, seed: int) -> StageFacts:
-    """What a weighting may know of its stage.
+    """The `StageFacts` of a student and its teachers.
 
     Args:
         sizes: the teachers' numbers of parameters.
@@ -61,7 +61,7 @@ def make_weighting(named: Named, facts: StageFacts, where: str) -> Weighting:
 
 
 def stage_reads(stage: StageConfig, where: str, *, token_level: bool) -> Reads:
-    """What the weighting of a stage reads: as it declares, else as one trial shows.
+    """Say what the weighting of a stage reads: as it declares, else as one trial shows.
 
     Args:
         where: the stage in the configuration.
@@ -73,7 +73,7 @@ def stage_reads(stage: StageConfig, where: str, *, token_level: bool) -> Reads:
 
 @dataclass(frozen=True)
 class _Asked:
-    """What a trial depends on; equal ones have one result, whichever stage asks first."""
+    """All that a trial depends on; equal ones share one result."""
 
     spec: WeightingSpec
     options: str

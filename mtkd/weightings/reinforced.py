@@ -142,7 +142,7 @@ class RLKD(Weighting):
         mean = gains / max(count, 1)
         usual = float(self.baseline) if int(self.rewards) else mean
         weighted = gained - usual * score if self.credit == "example" else (mean - usual) * score
-        # in the first step there is nothing to compare with: the buffer stays 0
+        # The first step has nothing to compare with: the buffer stays 0.
         self.gradient.copy_(-weighted / max(count, 1) * bool(self.rewards))
         self.baseline.copy_(self.decay * usual + (1 - self.decay) * mean)
         self.rewards.add_(1)

@@ -27,7 +27,7 @@ ReadsRule = Callable[[Mapping[str, Any], int], Collection[str]]
 
 @dataclass(frozen=True)
 class Reads:
-    """What a weighting reads of its stage.
+    """The names that a weighting reads, and the kind of weights it gives.
 
     Attributes:
         names: of `TRAITS` and `FACTS`.
@@ -74,7 +74,7 @@ class WeightingSpec:
     token_rule: Callable[[Mapping[str, Any]], bool] | None = None
 
     def reads(self, options: Mapping[str, Any], num_teachers: int) -> Reads | None:
-        """What it reads with these options; None where it does not declare that: `mtkd.weightings.make` then tries."""
+        """Its `Reads` with these options; None without a declaration: `mtkd.weightings.make` then tries the weighting."""
         if self.asks is None:
             return None
         names = self.asks(options, num_teachers) if callable(self.asks) else self.asks

@@ -115,7 +115,7 @@ class Around:
 
     @property
     def keys(self) -> Tensor:
-        """What the rows are called where something is drawn, [B]; -1 in filler rows. See `Batch.keys`."""
+        """Names of the rows for draws, [B] int64; -1 in filler rows. See `Batch.keys`."""
         return self.batch.keys
 
 

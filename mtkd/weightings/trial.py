@@ -23,7 +23,7 @@ _SCALES = (0.3, 3.0, 100.0)
 
 @dataclass(frozen=True)
 class Trial:
-    """What a trial showed.
+    """The result of a trial.
 
     Attributes:
         names: the traits and facts that were read.
