@@ -74,7 +74,7 @@ class WeightingSpec:
     token_rule: Callable[[Mapping[str, Any]], bool] | None = None
 
     def reads(self, options: Mapping[str, Any], num_teachers: int) -> Reads | None:
-        """Its `Reads` with these options; None without a declaration: `mtkd.weightings.make` then tries the weighting."""
+        """Its `Reads` with these options; None without a declaration: `mtkd.weightings.make` then tries it."""
         if self.asks is None:
             return None
         names = self.asks(options, num_teachers) if callable(self.asks) else self.asks
