@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from mtkd.data.chat import check_chat_template
@@ -80,14 +80,13 @@ def load_data(
                 names=config.name or raw.names,
                 domains=config.domain or raw.domains,
             )
-            tokenised[split] = task.prepare(request)
-            tokenised[split].redraws = config.redraw
+            prepared = task.prepare(request)
+            notes = [prepared.note] if prepared.note else []
             if count := request.seen["marked"]:
                 marked.append(split)
-                note = f"{raw.origin(split).name} ({split}): {count:,} texts bring their own beginning or end token, "
-                tokenised[split].note = "\n".join(
-                    filter(None, [tokenised[split].note, note + "which stands there once"])
-                )
+                many = f"{raw.origin(split).name} ({split}): {count:,} texts bring their own beginning or end token"
+                notes.append(f"{many}, which stands there once")
+            tokenised[split] = replace(prepared, redraws=config.redraw, note="\n".join(notes))
     options = config.values(PLACES)
     of_tokenizer = tokenizer_fingerprint(tokenizer, chat=config.chat)
     parts = [raw.fingerprint, of_tokenizer, json.dumps(options, sort_keys=True), *label_names]

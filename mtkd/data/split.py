@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -59,40 +58,31 @@ class Documents:
     teachers: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, eq=False)
 class Split:
     """One tokenised split: its examples, the documents they come from, and batches of them.
 
-    Args:
-        collate: the examples it is asked for -> a batch; one of `mtkd.data.collate`, of the task's examples.
+    Attributes:
+        make_batch: rows -> a batch; a function of `mtkd.data.collate` with the task's examples.
         lengths: tokens per example, [examples] int64; upper bounds where inputs change with the epoch.
-        documents: what they were cut from.
+        cut_from: the documents of the examples.
         pad_id: token id at padding (never read: the attention mask is by position).
         labels: classification: class number per example [examples] int64, or float32 targets of a regression.
         token_types: whether batches carry token types.
         note: what the person should know of how it was made, e.g. examples left out; "" for nothing.
-
-    Attributes:
         redraws: whether inputs that depend on the epoch do so; else they are those of epoch 0 for ever.
+        routes: number of the teacher of each example, [examples] int64; see `routed`.
     """
 
-    def __init__(
-        self,
-        collate: Callable[[Rows], Batch],
-        lengths: np.ndarray,
-        documents: Documents,
-        *,
-        pad_id: int = 0,
-        labels: np.ndarray | None = None,
-        token_types: bool = False,
-        note: str = "",
-    ) -> None:
-        self._collate = collate
-        self.lengths = lengths
-        self._documents = documents
-        self._pad_id = pad_id
-        self._token_types = token_types
-        self.labels, self.note, self.redraws = labels, note, True
-        self._routes: np.ndarray | None = None
+    make_batch: Callable[[Rows], Batch]
+    lengths: np.ndarray
+    cut_from: Documents
+    pad_id: int = 0
+    labels: np.ndarray | None = None
+    token_types: bool = False
+    note: str = ""
+    redraws: bool = True
+    routes: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -109,22 +99,22 @@ class Split:
     @property
     def documents(self) -> np.ndarray:
         """Document number of each example, [examples] int64."""
-        return self._documents.of_example
+        return self.cut_from.of_example
 
     @property
     def document_names(self) -> list[str]:
         """A name per document."""
-        return self._documents.names
+        return self.cut_from.names
 
     @property
     def document_domains(self) -> list[str]:
         """A domain per document, "" where the source has none."""
-        return self._documents.domains
+        return self.cut_from.domains
 
     @property
     def document_bytes(self) -> np.ndarray:
         """UTF-8 bytes of the scored text per document, [documents] int64."""
-        return self._documents.bytes
+        return self.cut_from.bytes
 
     def routed(self, teachers: Sequence[str], where: str) -> Split:
         """This split with the number of the teacher that each example names, for weighting: route.
@@ -132,7 +122,7 @@ class Split:
         Raises:
             DataError: no such column, or a row that names no teacher or an unknown one.
         """
-        names = self._documents.teachers
+        names = self.cut_from.teachers
         todo = "set data.NAME.teacher to the column that names the teachers"
         if not names:
             raise DataError("no column names a teacher for each row", where=where, todo=todo)
@@ -145,9 +135,7 @@ class Split:
                     allowed=teachers,
                     todo=nearest(name, teachers),
                 )
-        split = copy.copy(self)
-        split._routes = np.array([teachers.index(name) for name in names], np.int64)[self.documents]
-        return split
+        return replace(self, routes=np.array([teachers.index(name) for name in names], np.int64)[self.documents])
 
     def collate(self, indices: Sequence[int], *, size: int | None = None, epoch: int = 0) -> Batch:
         """The examples of some numbers as one batch, padded on the right to the longest of them.
@@ -163,16 +151,16 @@ class Split:
         num_rows = len(indices) if size is None else size
         if num_rows < max(1, len(indices)):
             raise ValueError(f"{len(indices)} examples do not make a batch of {num_rows} rows")
-        return self._collate(
+        return self.make_batch(
             Rows(
                 indices=indices,
                 num_rows=num_rows,
                 epoch=epoch if self.redraws else 0,
-                pad_id=self._pad_id,
-                token_types=self._token_types,
+                pad_id=self.pad_id,
+                token_types=self.token_types,
                 no_target=self._no_target(),
                 origin=self.documents,
-                routes=self._routes,
+                routes=self.routes,
             )
         )
 
