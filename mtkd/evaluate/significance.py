@@ -4,7 +4,7 @@ The unit of resampling is the document. A corpus metric such as bits per byte is
 forms its own sums. The mean of per-document ratios is another quantity. Intervals come from the paired bootstrap
 (BCa). P-values come from swapping the two models' scores per document (exact when there are few), for accuracy from
 McNemar's exact test. Both are matrix products of counts and columns. scipy.stats gives the same intervals from the
-same draws. It takes 1.4 to 4 times the time for the bootstrap, 10 to 22 times for the swaps (CONTRIBUTING.md).
+same draws. It takes 1.4 to 6.5 times the time for the bootstrap, 10 to 22 times for the swaps (CONTRIBUTING.md).
 """
 
 from __future__ import annotations
