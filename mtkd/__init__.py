@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from mtkd.objective.laws import check_tiled
     from mtkd.planning.plan import plan
     from mtkd.planning.table import Plan
+    from mtkd.pool.laws import check_teacher
+    from mtkd.pool.own import TeacherFacts, teacher
     from mtkd.running.run import RunResult, run
     from mtkd.weightings import StageFacts, Traits, Weighting, trait
     from mtkd.weightings.laws import check_weighting
@@ -45,10 +47,12 @@ _HOMES = {
     "StageFacts": "mtkd.weightings",
     "StepFacts": "mtkd.data.transforms",
     "TRANSFORMS": "mtkd.data.transforms",
+    "TeacherFacts": "mtkd.pool.own",
     "Traits": "mtkd.weightings",
     "UserError": "mtkd.errors",
     "Weighting": "mtkd.weightings",
     "check_loss": "mtkd.losses.laws",
+    "check_teacher": "mtkd.pool.laws",
     "check_tiled": "mtkd.objective.laws",
     "check_weighting": "mtkd.weightings.laws",
     "load_config": "mtkd.config.read",
@@ -57,6 +61,7 @@ _HOMES = {
     "number_format": "mtkd.models.formats",
     "plan": "mtkd.planning.plan",
     "run": "mtkd.running.run",
+    "teacher": "mtkd.pool.own",
     "trait": "mtkd.weightings",
     "transform": "mtkd.data.transforms",
     "weighting": "mtkd.weightings.spec",
@@ -74,11 +79,13 @@ __all__ = [
     "RunConfig",
     "RunResult",
     "StageFacts",
+    "TeacherFacts",
     "StepFacts",
     "Traits",
     "UserError",
     "Weighting",
     "check_loss",
+    "check_teacher",
     "check_tiled",
     "check_weighting",
     "load_config",
@@ -87,6 +94,7 @@ __all__ = [
     "number_format",
     "plan",
     "run",
+    "teacher",
     "trait",
     "transform",
     "weighting",

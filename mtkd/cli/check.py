@@ -17,6 +17,9 @@ from mtkd.models.features import FEATURE_NAMES
 from mtkd.models.info import ModelInfo
 from mtkd.objective.compile import compile_rows
 from mtkd.objective.laws import TILED_LAWS, check_tiled
+from mtkd.pool.backend import BACKENDS
+from mtkd.pool.laws import TEACHER_LAWS, check_teacher
+from mtkd.pool.own import Own
 from mtkd.registry import SOURCES, TASKS, Registry, load_plugins, plugin_origin
 from mtkd.weightings.laws import WEIGHTING_LAWS, check_weighting
 from mtkd.weightings.spec import WEIGHTINGS
@@ -54,7 +57,7 @@ def check_plugin(path: Path) -> Iterator[Kept]:
         raise UserError(
             "the plug-in registers nothing",
             where=str(path),
-            todo="use @mtkd.loss, @mtkd.weighting, @mtkd.method or @mtkd.transform in it",
+            todo="use @mtkd.loss, @mtkd.weighting, @mtkd.method, @mtkd.transform or @mtkd.teacher in it",
         )
     for i, name in found:
         registry, check = _CHECKS[i]
@@ -124,6 +127,14 @@ _STUDENT = ModelInfo("stand-in", 4, 64, 4, 4, 16, 100, 0, 64, False, frozenset(F
 _TEACHER = ModelInfo("stand-in", 12, 64, 4, 4, 16, 100, 0, 64, False, _STUDENT.taps)
 
 
+def _check_teacher(name: str, where: str) -> Families:
+    spec = BACKENDS[name]
+    assert isinstance(spec, Own)
+    _defaults(spec.options(), where, f'mtkd.check_teacher("{name}", {{...}})')
+    _checked(lambda: check_teacher(spec), where)
+    yield "teacher", _names(TEACHER_LAWS)
+
+
 def _check_method(name: str, where: str) -> Families:
     """Its rows at every step and variant, otherwise with default options, between two encoders.
 
@@ -164,6 +175,7 @@ _CHECKS: tuple[tuple[Registry[Any], Callable[[str, str], Families]], ...] = (
     (LOSSES, _check_loss),
     (WEIGHTINGS, _check_weighting),
     (METHODS, _check_method),
+    (BACKENDS, _check_teacher),
     (SOURCES, _no_laws),
     (TASKS, _no_laws),
     (TRANSFORMS, _no_laws),

@@ -29,7 +29,7 @@ from mtkd.config.match import Match
 from mtkd.config.model import ModelConfig
 from mtkd.config.refs import StageRef
 from mtkd.config.stage import BatchConfig, EarlyStop, OptimizerConfig, StageConfig
-from mtkd.config.teacher import TeacherConfig, teacher_config
+from mtkd.config.teacher import OwnTeacher, TeacherConfig, teacher_config
 
 Initial = Literal["fresh", "teacher", "slice"]
 
@@ -206,6 +206,11 @@ class ChainConfig(Training):
                 f"its own may be: {', '.join(sorted(_OF_DIRECT))}"
             )
         self._check_read()
+        if not self.resolved and (unseen := [t for t in self.teachers if isinstance(t, OwnTeacher)]):
+            raise ValueError(
+                f"the shape of teacher {unseen[0].name!r} is not known, for it is your own: no model can be derived "
+                "from it; give `rungs`, and initial: fresh"
+            )
         return self
 
     def _check_shapes(self) -> None:

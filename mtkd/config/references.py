@@ -14,6 +14,7 @@ from mtkd.config.evaluate import EvaluateConfig
 from mtkd.config.model import ModelConfig
 from mtkd.config.refs import ENSEMBLE_PREFIX, StageRef
 from mtkd.config.stage import StageConfig
+from mtkd.config.teacher import OwnTeacher
 
 
 def models_of(stages: Mapping[str, StageConfig]) -> list[str]:
@@ -97,6 +98,11 @@ class References:
             raise ValueError(
                 f"{where}: a fresh model's ids are compared by its first teacher's embedding, which a cache does not "
                 "have; put a resident teacher first, or load the student"
+            )
+        if model.path is None and isinstance(stage.teachers[0], OwnTeacher):
+            raise ValueError(
+                f"{where}: a fresh model's ids are compared by its first teacher's embedding, which a teacher of your "
+                "own does not have; put a resident teacher first, or load the student"
             )
 
     def _check_earlier(self, ref: StageRef, earlier: Sequence[str], where: str) -> None:

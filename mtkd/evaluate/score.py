@@ -16,12 +16,15 @@ from mtkd.data.batch import Batch
 from mtkd.data.load import LoadedData
 from mtkd.data.split import Split
 from mtkd.engine.dist import Dist, alive
-from mtkd.models.forward import logits_of
+from mtkd.models.features import Logits, as_logits
+from mtkd.models.forward import LOGITS, logits_of
 from mtkd.models.taps import TappedModel
 from mtkd.models.vocabulary import VocabularyMap
-from mtkd.pool import LiveModel
+from mtkd.pool import Teacher
 
 Records = list[dict[str, Any]]
+Reader = TappedModel | Teacher
+"""What is scored: a model that a stage trained, or a teacher."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,12 @@ class Scorer:
     whole_head: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @torch.no_grad()
-    def log_probs(self, models: Sequence[LiveModel], batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+    def log_probs(self, models: Sequence[Reader], batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
         """Tiles (flat positions [m], log of the models' mean probability [m,V]) over the batch's targets.
 
         A regression model (one column) gives its mean output instead of a log-probability.
         """
-        values = [logits_of(model, batch, self.dtype) for model in models]
+        values = [self._logits(model, batch) for model in models]
         alive()
         index = batch.target_mask.reshape(-1).nonzero().squeeze(-1)  # [n]
         with self.whole_head():
@@ -58,6 +61,11 @@ class Scorer:
                     logs = [torch.log_softmax(x.rows(positions), -1) for x in logits]  # T of [m,V]
                     mixed = logs[0] if len(logs) == 1 else torch.stack(logs).logsumexp(0) - math.log(len(logs))
                     yield positions, mixed
+
+    def _logits(self, model: Reader, batch: Batch) -> Logits:
+        if isinstance(model, TappedModel):
+            return logits_of(model, batch, self.dtype)
+        return as_logits(model.forward(batch.read_by(model.view), LOGITS)["logits"])
 
     def mean_loss(self, model: TappedModel, batches: Iterable[Batch]) -> float:
         """Mean negative log-likelihood (nats per target) or squared error over all ranks' batches. A collective."""
@@ -73,7 +81,7 @@ class Scorer:
         return total / max(count, 1)
 
     def records(
-        self, models: Sequence[LiveModel], data: LoadedData, split: Split, batches: Iterable[Batch]
+        self, models: Sequence[Reader], data: LoadedData, split: Split, batches: Iterable[Batch]
     ) -> Records | None:
         """A record per document (token tasks) or example (classification), in the split's order, on the main rank.
 
@@ -86,7 +94,7 @@ class Scorer:
         score = self._documents if data.task.token_level else self._examples
         return score(models, split, batches)
 
-    def _documents(self, models: Sequence[LiveModel], split: Split, batches: Iterable[Batch]) -> Records | None:
+    def _documents(self, models: Sequence[Reader], split: Split, batches: Iterable[Batch]) -> Records | None:
         sums = np.zeros((4, len(split.document_names)))  # nll, targets, correct, removed
         vocabulary = _common_vocabulary(models)
         for batch in batches:
@@ -122,7 +130,7 @@ class Scorer:
             if tokens[i] > 0
         ]
 
-    def _examples(self, models: Sequence[LiveModel], split: Split, batches: Iterable[Batch]) -> Records | None:
+    def _examples(self, models: Sequence[Reader], split: Split, batches: Iterable[Batch]) -> Records | None:
         records: dict[int, dict[str, Any]] = {}
         for batch in batches:
             batch = batch.to(self.device)
@@ -158,9 +166,9 @@ def _example_record(split: Split, document: int, label: Tensor, value: Tensor) -
     }
 
 
-def _common_vocabulary(models: Sequence[LiveModel]) -> VocabularyMap | None:
+def _common_vocabulary(models: Sequence[Reader]) -> VocabularyMap | None:
     """That of the only model; a mixture at token level has whole vocabularies (teachers, which must have one)."""
-    vocabulary = models[0].vocabulary
+    vocabulary = models[0].vocabulary if isinstance(models[0], TappedModel) else None
     assert vocabulary is None or len(models) == 1
     return vocabulary
 

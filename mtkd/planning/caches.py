@@ -14,9 +14,9 @@ from mtkd.models.features import split_key
 from mtkd.models.info import ModelInfo
 from mtkd.objective.compile import Row
 from mtkd.objective.kept import check_cached_rows
-from mtkd.planning.cachefolder import CacheFacts
 from mtkd.pool.cache import CacheContent
 from mtkd.pool.cache.codec import SampledCodec, TopCodec
+from mtkd.pool.cache.folder import CacheFacts
 from mtkd.registry import TASKS
 from mtkd.weightings.make import stage_reads
 
@@ -83,7 +83,14 @@ def check_layers(content: CacheContent, info: ModelInfo, where: str, teacher: st
     """
     content.check(where)
     for key in content.hidden:
-        _, layer = split_key(key)
+        feature, layer = split_key(key)
+        if feature not in info.taps:
+            raise UserError(
+                f"teacher '{teacher}' does not give this feature",
+                where=f"{where}.hidden",
+                found=key,
+                allowed=sorted(info.taps),
+            )
         if layer is not None and layer > info.num_layers:
             raise UserError(
                 f"teacher '{teacher}' has no such layer",

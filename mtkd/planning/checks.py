@@ -34,7 +34,7 @@ from mtkd.planning.stages import (
     never_trained,
     scored_models,
 )
-from mtkd.planning.teachers import check_backends
+from mtkd.planning.teachers import check_teachers
 from mtkd.planning.teaching import heads_read
 from mtkd.pool import BACKENDS
 from mtkd.registry import TASKS, check_options, load_plugins
@@ -50,7 +50,7 @@ def check(config: RunConfig) -> None:
     """
     with in_file(config):
         load_plugins(config.plugins, config.base)
-        check_backends(config)
+        check_teachers(config)
         for name, data in config.data.items():
             with placed(data=f"data.{name}"):
                 check_source(data, config.base, f"data.{name}")

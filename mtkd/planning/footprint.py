@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from mtkd.data.batch import Batch
 from mtkd.engine.base import Trainable
 from mtkd.models.create import tapped_model
-from mtkd.models.features import DenseLogits, Features, SparseLogits, SparseRows
+from mtkd.models.features import Features
 from mtkd.models.forward import features_of, logits_of
 from mtkd.models.linear import speed_up_linears
 from mtkd.models.pieces import Pieces
@@ -31,8 +31,10 @@ from mtkd.models.vocabulary import VocabularyMap
 from mtkd.objective.cofinetune import CoFinetuning
 from mtkd.objective.objective import Objective
 from mtkd.objective.wire import Wiring, wire
-from mtkd.planning.cachefolder import CacheFacts
 from mtkd.planning.spec import ModelSpec, StageSpec
+from mtkd.pool import Gives
+from mtkd.pool.cache.folder import CacheFacts
+from mtkd.pool.own import PluggedFacts
 from mtkd.weightings.base import StageFacts, Weighting
 from mtkd.weightings.constant import Uniform
 from mtkd.weightings.make import make_weighting
@@ -271,7 +273,8 @@ def _captured(step: Step) -> Footprint:
     """A cache stage's forward of its one teacher, and a tile of logits with what is read off them."""
     (spec,) = step.spec.teachers
     teacher, batch, meter = _teacher(spec.gives), _batch(step), _Meter(())
-    assert isinstance(teacher, TappedModel)
+    if not isinstance(teacher, TappedModel):
+        return meter.footprint(trained=0, buffers=0)  # what a plug-in does is not known
     with meter, torch.no_grad():
         meter.follow([*teacher.parameters(), *teacher.buffers(), batch.input_ids])
         meter.begin()
@@ -330,41 +333,22 @@ def _model(spec: ModelSpec) -> TappedModel:
     return TappedModel(model, spec.auto_class, spec.num_ids, vocabulary)
 
 
-def _teacher(gives: ModelSpec | CacheFacts) -> TappedModel | CacheFacts:
-    if isinstance(gives, CacheFacts):
+def _teacher(gives: Gives) -> TappedModel | Gives:
+    if not isinstance(gives, ModelSpec):
         return gives
     model = _model(gives).eval().requires_grad_(False)
     speed_up_linears(model)
     return model
 
 
-def _features(step: Step, k: int, teacher: TappedModel | CacheFacts, objective: Trainable, batch: Batch) -> Features:
+def _features(step: Step, k: int, teacher: TappedModel | Gives, objective: Trainable, batch: Batch) -> Features:
     assert isinstance(objective, Objective)
     wants = objective.teacher_wants(k)
-    if isinstance(teacher, CacheFacts):
-        return _cached(teacher, wants, batch)
+    if not isinstance(teacher, TappedModel):
+        assert isinstance(teacher, CacheFacts | PluggedFacts)
+        return teacher.stand_in(wants, batch)
     with torch.no_grad():
         return features_of(teacher, batch, wants, step.dtype)
-
-
-def _cached(facts: CacheFacts, wants: frozenset[str], batch: Batch) -> Features:
-    """What `mtkd.pool.CachedTeacher` would hand on."""
-    (sequences, length), content = batch.input_ids.shape, facts.content
-    width, positions = facts.info.width, sequences * length
-    features: Features = {
-        key: torch.zeros((sequences, width) if key.startswith("cls") else (sequences, length, width))
-        for key in wants - {"logits"}
-    }
-    if not content.per_token:
-        features["logits"] = DenseLogits(torch.zeros(sequences, content.columns))
-        return features
-    tail = torch.zeros(positions) if content.targets == "top" else None
-    ids = torch.zeros((positions, content.k), dtype=torch.int64)
-    values = SparseRows(ids, torch.zeros(ids.shape), tail, content.temperature)
-    traits = {name: torch.zeros(positions) for name in content.stored_traits}
-    at = torch.zeros(positions, dtype=torch.int64)
-    features["logits"] = SparseLogits("cached", at, values, content.columns, traits)
-    return features
 
 
 def _batch(step: Step) -> Batch:

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from mtkd.config import DataConfig, ModelConfig, RunConfig, StageConfig, TeacherConfig
+from mtkd.config import DataConfig, ModelConfig, RunConfig, StageConfig
 from mtkd.data.blanks import answer_ids
 from mtkd.data.tasks import TaskSpec, check_model
 from mtkd.errors import UserError
 from mtkd.models.classes import ClassMap, Given
 from mtkd.models.cloze import answer_with
-from mtkd.models.folder import check_folder
-from mtkd.models.formats import format_of
 from mtkd.models.info import CLASSIFIER, GLM, model_info
 from mtkd.models.load import load_config as load_model_config
 from mtkd.models.load import smaller_config
 from mtkd.models.request import ModelRequest, Taught
 from mtkd.models.vocabulary import compressed_teacher, compressed_twice, read_vocabulary
-from mtkd.models.weights import check_weights
 from mtkd.planning.classes import check_given, earlier_classes
 from mtkd.planning.data import DataFacts, DataReader, unread
 from mtkd.planning.locate import (
@@ -30,7 +26,6 @@ from mtkd.planning.places import placed
 from mtkd.planning.spec import DataSpec, ModelSpec
 from mtkd.planning.stages import scored_models
 from mtkd.planning.tokenizer import PlannedTokenizer
-from mtkd.pool import BACKENDS
 from mtkd.registry import TASKS
 
 
@@ -133,25 +128,6 @@ class PlannedModels:
         )
         taught = None if reads is None else Taught(reads, classes)
         return load_model_config(model, replace(request, taught=taught, where=where))
-
-    def of_teacher(
-        self, stage: StageConfig, teacher: TeacherConfig, auto_class: str, where: str, reads: frozenset[str]
-    ) -> PretrainedConfig:
-        """Of a teacher that runs; names and shapes in the files of a streamed or sharded one are compared with it."""
-        made = self.of(stage, teacher.model, where, reads, teacher.classes)
-        name, backend = format_of(made), BACKENDS[teacher.backend]
-        if name is not None and not backend.formats:
-            raise UserError(
-                f"backend '{teacher.backend}' does not keep weights of number format '{name}'",
-                where=f"{where}.backend",
-                todo="use another backend, or the full weights",
-            )
-        folder = resolve_path(teacher.model.path or "", self.config.base)
-        if backend.in_files and isinstance(folder, Path) and auto_class != CLASSIFIER:
-            with placed(model=f"{where}.model"):
-                check_folder(folder)
-                check_weights(made, auto_class, folder)
-        return made
 
     def _answers(self, data: DataConfig) -> list[list[int]] | None:
         """Token ids of the words of a cloze's classes; a stand-in's while the tokenizer is not there."""

@@ -18,10 +18,9 @@ from mtkd.data.tasks import TaskSpec
 from mtkd.models.info import CLASSIFIER, ModelInfo, model_info
 from mtkd.models.numbers import Numbers, numbers_of
 from mtkd.objective.compile import Row
-from mtkd.planning.cachefolder import CacheFacts
 from mtkd.planning.data import DataFacts
 from mtkd.planning.stages import needed_stages
-from mtkd.pool import BACKENDS
+from mtkd.pool import BACKENDS, Gives
 from mtkd.pool.sizes import TeacherSize
 
 
@@ -96,13 +95,13 @@ class TeacherSpec:
 
     Attributes:
         config: of the teacher. place: of it in the user's file.
-        gives: the model that runs, or the cache that stands for it.
+        gives: the model that runs, the cache that stands for it, or what a plug-in says of its own.
         backend: where its weights live; the configuration's, unless the plan tries another one.
     """
 
     config: TeacherConfig
     place: str
-    gives: ModelSpec | CacheFacts
+    gives: Gives
     backend: str
 
     @property
@@ -116,7 +115,7 @@ class TeacherSpec:
     @property
     def numbers(self) -> Numbers:
         """The size of its model; one that does not run takes no memory."""
-        return self.gives.numbers if isinstance(self.gives, ModelSpec) else Numbers(self.gives.num_parameters)
+        return self.gives.numbers
 
     @property
     def runs(self) -> bool:
@@ -182,7 +181,7 @@ class StageSpec:
     def columns(self) -> int:
         """Of the widest logits: rows of a head; of a cache stage the ids that it keeps some of."""
         if self.token_level and self.stage.kind == "cache":
-            return max(t.gives.num_ids for t in self.teachers if isinstance(t.gives, ModelSpec))
+            return max(t.gives.num_ids if isinstance(t.gives, ModelSpec) else t.info.vocabulary for t in self.teachers)
         infos = [*(model.info for model in self.trained.values()), *(teacher.info for teacher in self.teachers)]
         return max(info.vocabulary if self.token_level else info.num_labels for info in infos)
 

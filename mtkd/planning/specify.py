@@ -13,13 +13,11 @@ from mtkd.methods.rows import placed_rows
 from mtkd.models.info import check_packing
 from mtkd.objective.cofinetune import check_members
 from mtkd.objective.compile import Row, compile_rows
-from mtkd.planning.cachefolder import CacheFacts, check_precision_of, check_tokenizer_of, read_facts
 from mtkd.planning.caches import (
     bytes_per_token,
     check_cacheable,
     check_cached,
     check_layers,
-    check_same_data,
     compressed_from_cache,
     content_of,
     describe,
@@ -28,11 +26,13 @@ from mtkd.planning.caches import (
 from mtkd.planning.data import DataReader
 from mtkd.planning.ladder import Look
 from mtkd.planning.models import PlannedModels
-from mtkd.planning.spec import DataSpec, ModelSpec, StageSpec, TeacherSpec, with_open_labels
+from mtkd.planning.spec import DataSpec, ModelSpec, StageSpec, TeacherSpec
 from mtkd.planning.stages import model_name, never_trained, stage_seed
+from mtkd.planning.teachers import TeacherOutlook
 from mtkd.planning.teaching import heads_read
 from mtkd.pool import BACKENDS
 from mtkd.pool.backends import check_room
+from mtkd.pool.cache.folder import CacheFacts
 from mtkd.pool.sizes import Place
 from mtkd.registry import TASKS
 
@@ -99,26 +99,9 @@ class Specifier:
         return trained
 
     def _teacher(self, spec: StageSpec, number: int, teacher: TeacherConfig) -> TeacherSpec:
-        place, models = f"{spec.where}.teachers[{number}]", self.models
-        if not BACKENDS[teacher.backend].runs:
-            return TeacherSpec(teacher, place, self._cache(spec, teacher, f"{place}.model"), teacher.backend)
-        made = models.of_teacher(spec.stage, teacher, spec.data.auto_class, place, spec.heads)
-        models.check_tokenizer(teacher.model, place, spec.data.task, teaches=True)
-        BACKENDS[teacher.backend].check(teacher, place)
-        return TeacherSpec(teacher, place, models.spec(made, teacher.model, spec.data), teacher.backend)
-
-    def _cache(self, spec: StageSpec, teacher: TeacherConfig, where: str) -> CacheFacts:
-        """What is known of the cache that stands for a teacher; that of an earlier stage need not exist yet."""
-        ref, data = teacher.model.stage, spec.data
-        if ref is None:
-            facts = read_facts(teacher.model.path or "", self.config.base, data.auto_class, where)
-            check_precision_of(facts, self.config.engine.decided_precision, where)
-            if not self.models.tokens.stands_in:
-                check_tokenizer_of(facts, self.models.tokens.tokenizer, where)
-        else:
-            facts = self._caches[ref.model]
-            check_same_data(self.config, self.config.stages[ref.stage], spec.stage, where)
-        return replace(facts, info=with_open_labels(facts.info, data.auto_class, known=data.facts.known))
+        place = f"{spec.where}.teachers[{number}]"
+        outlook = TeacherOutlook(self.config, self.models, spec, teacher, place, self._caches)
+        return TeacherSpec(teacher, place, BACKENDS[teacher.backend].describe(teacher, outlook), teacher.backend)
 
     def _with_rows(self, spec: StageSpec) -> StageSpec:
         """The stage with its rows, each of which its models can answer."""
@@ -148,12 +131,12 @@ class Specifier:
         """The stage with what it keeps of each teacher, which later stages may read."""
         size, lines, tokens = 0.0, list[str](), train_tokens(spec.data.config, self.config.base)
         for teacher in spec.teachers:
-            assert isinstance(teacher.gives, ModelSpec), "the configuration refuses a cache of a cache"
-            columns = teacher.gives.num_ids if spec.token_level else teacher.info.num_labels
+            columns = self.models.tokens.num_ids if spec.token_level else teacher.info.num_labels
             content = content_of(spec.stage.cache, token_level=spec.token_level, columns=columns, seed=self.config.seed)
             check_layers(content, teacher.info, f"{spec.where}.cache", teacher.name)
             name = f"{spec.name}/{teacher.name}"
-            self.models.made[name] = teacher.gives.config
+            if isinstance(teacher.gives, ModelSpec):
+                self.models.made[name] = teacher.gives.config
             self._caches[name] = CacheFacts(content, teacher.info, teacher.numbers.parameters, spec.where)
             size += bytes_per_token(content, teacher.info)
             remark = BACKENDS[teacher.backend].remark(spec.tokens_per_batch)

@@ -86,7 +86,7 @@ class Plan:
         )  # fmt: skip
         for stage in self.stages:
             for i, model in enumerate(stage.models):
-                shape = f"{model.architecture} {model.layers}x{model.width}, {model.heads} heads"
+                layers = f" {model.layers}x{model.width}, {model.heads} heads" if model.layers else ""
                 first = (stage.name, stage.kind, stage.state) if i == 0 else ("", "", "")
                 work = (_number(stage.steps), _number(stage.tokens)) if i == 0 else ("", "")
                 origin = (
@@ -94,7 +94,7 @@ class Plan:
                     if model.backend and BACKENDS[model.backend].shown
                     else model.origin
                 )
-                table.add_row(*first, model.role, origin, shape, f"{model.parameters:,}", *work)
+                table.add_row(*first, model.role, origin, model.architecture + layers, f"{model.parameters:,}", *work)
         rows = Table("stage", "row", title="rows of the objectives, and what caches keep")
         for stage in self.stages:
             for row in stage.rows:
@@ -198,9 +198,8 @@ def planned_stage(spec: StageSpec, state: str) -> PlannedStage:
 
 def _teacher(teacher: TeacherSpec) -> PlannedModel:
     line = _model(teacher.name, teacher.config.model, teacher.info, teacher.numbers.parameters)
-    if not teacher.runs:
-        line = replace(line, origin=f"cache {teacher.config.model.path}")
-    return replace(line, backend=teacher.backend)
+    origin = BACKENDS[teacher.backend].origin(teacher.config)
+    return replace(line, origin=origin or line.origin, backend=teacher.backend)
 
 
 def row_text(weight: float, key: str, pairs: tuple[tuple[tuple[int, int], ...], ...]) -> str:

@@ -1,9 +1,24 @@
-"""What the plan asks of the backends of a run's teachers."""
+"""What the plan asks of the backends of a run's teachers, and what it tells them."""
 
 from __future__ import annotations
 
-from mtkd.config import RunConfig
-from mtkd.pool import BACKENDS
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mtkd.config import RunConfig, TeacherConfig
+from mtkd.errors import UserError
+from mtkd.models.folder import check_folder
+from mtkd.models.formats import format_of
+from mtkd.models.info import CLASSIFIER
+from mtkd.models.weights import check_weights
+from mtkd.planning.caches import check_same_data
+from mtkd.planning.locate import resolve_path
+from mtkd.planning.models import PlannedModels
+from mtkd.planning.places import placed
+from mtkd.planning.spec import ModelSpec, StageSpec, with_open_labels
+from mtkd.pool import BACKENDS, Asked
+from mtkd.pool.cache.folder import CacheFacts, check_precision_of, check_tokenizer_of, read_facts
 
 
 def check_backends(config: RunConfig) -> None:
@@ -12,9 +27,77 @@ def check_backends(config: RunConfig) -> None:
     Raises:
         UserError: with the nearest known name.
     """
+    for place, teacher in _teachers(config).items():
+        BACKENDS.find(teacher.backend, f"{place}.backend")
+
+
+def check_teachers(config: RunConfig) -> None:
+    """Refuse what teachers alone show to be wrong: unknown backends and options, what this machine lacks.
+
+    Raises:
+        UserError: naming the teacher.
+    """
+    for place, teacher in _teachers(config).items():
+        BACKENDS.find(teacher.backend, f"{place}.backend").check(teacher, place)
+
+
+def _teachers(config: RunConfig) -> dict[str, TeacherConfig]:
+    """Every teacher of a run, by its place."""
     places = {f"stages.{name}.teachers": stage.teachers for name, stage in config.stages.items()}
     if config.chain is not None:
         places["chain.teachers"] = config.chain.teachers
-    for place, teachers in places.items():
-        for i, teacher in enumerate(teachers):
-            BACKENDS.find(teacher.backend, f"{place}[{i}].backend")
+    return {f"{place}[{i}]": teacher for place, teachers in places.items() for i, teacher in enumerate(teachers)}
+
+
+@dataclass(frozen=True)
+class TeacherOutlook:
+    """What the plan can find out for one teacher; an `Outlook` of `mtkd.pool.backend`.
+
+    Attributes:
+        spec: of its stage, as far as it is made. place: of the teacher.
+        caches: that earlier stages will have made, by name.
+    """
+
+    config: RunConfig
+    models: PlannedModels
+    spec: StageSpec
+    teacher: TeacherConfig
+    place: str
+    caches: Mapping[str, CacheFacts]
+
+    @property
+    def asked(self) -> Asked:
+        data, facts = self.spec.data, self.spec.data.facts
+        classes = facts.num_labels if facts.known else 2
+        columns = self.models.tokens.num_ids if data.task.token_level else classes
+        return Asked(data.auto_class, data.task.token_level, columns, facts.classes, data.config.max_length)
+
+    def model(self) -> ModelSpec:
+        teacher, data, place, backend = self.teacher, self.spec.data, self.place, BACKENDS[self.teacher.backend]
+        config = self.models.of(self.spec.stage, teacher.model, place, self.spec.heads, teacher.classes)
+        name = format_of(config)
+        if name is not None and not backend.formats:
+            raise UserError(
+                f"backend '{teacher.backend}' does not keep weights of number format '{name}'",
+                where=f"{place}.backend",
+                todo="use another backend, or the full weights",
+            )
+        folder = resolve_path(teacher.model.path or "", self.config.base)
+        if backend.in_files and isinstance(folder, Path) and data.auto_class != CLASSIFIER:
+            with placed(model=f"{place}.model"):
+                check_folder(folder)
+                check_weights(config, data.auto_class, folder)
+        self.models.check_tokenizer(teacher.model, place, data.task, teaches=True)
+        return self.models.spec(config, teacher.model, data)
+
+    def cache(self) -> CacheFacts:
+        ref, data, where = self.teacher.model.stage, self.spec.data, f"{self.place}.model"
+        if ref is None:
+            facts = read_facts(self.teacher.model.path or "", self.config.base, data.auto_class, where)
+            check_precision_of(facts, self.config.engine.decided_precision, where)
+            if not self.models.tokens.stands_in:
+                check_tokenizer_of(facts, self.models.tokens.tokenizer, where)
+        else:
+            facts = self.caches[ref.model]
+            check_same_data(self.config, self.config.stages[ref.stage], self.spec.stage, where)
+        return replace(facts, info=with_open_labels(facts.info, data.auto_class, known=data.facts.known))

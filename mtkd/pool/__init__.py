@@ -1,6 +1,6 @@
 """The teacher pool: teachers of any backend, one file each, behind one call."""
 
-from mtkd.pool.backend import BACKENDS, Backend, Site
+from mtkd.pool.backend import BACKENDS, Asked, Backend, Gives, Site
 from mtkd.pool.base import ElsewhereModel, LiveModel, Teacher
 from mtkd.pool.cached import CachedTeacher
 from mtkd.pool.live import LiveTeacher
@@ -10,7 +10,9 @@ from mtkd.pool.sharded import ShardedModel, shard
 
 __all__ = [
     "BACKENDS",
+    "Asked",
     "Backend",
+    "Gives",
     "CachedTeacher",
     "ElsewhereModel",
     "LiveModel",

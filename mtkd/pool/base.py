@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ class Teacher(Protocol):
         name: in metrics and options.
         info: shape and capabilities of the model, wherever it runs; rows and width adapters are made from it.
         num_parameters: of the model.
+        num_columns: of its logits.
+        embedding_table: a copy of its token embeddings, [V,H]; None for a teacher that has none. A collective.
         view: whose tokenizer's text it reads, a key of `Batch.views`; `STUDENT` for that of the run. Its features
             stand at the student's positions either way.
     """
@@ -27,7 +29,11 @@ class Teacher(Protocol):
     name: str
     info: ModelInfo
     num_parameters: int
+    num_columns: int
     view: str
+
+    @property
+    def embedding_table(self) -> Tensor | None: ...
 
     def provides(self) -> frozenset[str]:
         """Feature names it can give ("logits", "hidden", ...), see `mtkd.models.features`."""
@@ -39,6 +45,10 @@ class Teacher(Protocol):
 
     def forward(self, batch: Batch, wants: frozenset[str]) -> Features:
         """The wanted features of a batch, detached."""
+        ...
+
+    def record(self) -> dict[str, Any]:
+        """What a cache keeps of its shape; see `mtkd.pool.cache.made_of`."""
         ...
 
     def close(self) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+from mtkd.config import TeacherConfig
 from mtkd.data.batch import STUDENT, Batch
 from mtkd.models.features import Features, split_key
 from mtkd.models.info import ModelInfo
-from mtkd.pool.backend import Backend
+from mtkd.pool.backend import Backend, Gives, Outlook, Stock
 from mtkd.pool.cache import CacheReader
+from mtkd.pool.cache.folder import open_cache
 
 
 class CachedTeacher:
@@ -20,6 +25,7 @@ class CachedTeacher:
 
     def __init__(self, name: str, reader: CacheReader, info: ModelInfo, num_parameters: int) -> None:
         self.name, self.info, self.num_parameters, self.view = name, info, num_parameters, STUDENT
+        self.num_columns, self.embedding_table = reader.content.columns, None
         self._reader: CacheReader | None = reader
         self._provides = frozenset({"logits", *(split_key(key)[0] for key in reader.content.hidden)})
 
@@ -38,11 +44,29 @@ class CachedTeacher:
         assert self._reader is not None
         return self._reader.read(batch.keys.tolist()).features(self.name, batch, wants)
 
+    def record(self) -> dict[str, Any]:
+        assert self._reader is not None
+        return self._reader.origin.model
+
     def close(self) -> None:
         self._reader = None
 
 
 class Cached(Backend):
-    """What the teacher said once is read from disk; no memory; `mtkd.planning.cachefolder` opens it."""
+    """A cache on disk has what the teacher said once; it takes no memory."""
 
-    runs = False
+    def describe(self, teacher: TeacherConfig, outlook: Outlook) -> Gives:
+        return outlook.cache()
+
+    def origin(self, teacher: TeacherConfig) -> str:
+        return f"cache {teacher.model.path}"
+
+    def source(self, teacher: TeacherConfig, model: Callable[[], str], cache: Callable[[], str]) -> str:
+        return cache() if teacher.model.stage is None else model()
+
+    def open(self, teacher: TeacherConfig, stock: Stock) -> CachedTeacher:
+        where = f"{stock.site.where}.model"
+        reader, facts = open_cache(stock.cache(), stock.asked.auto_class, where)
+        reader.check(stock.cache_origin(reader.origin), where)
+        stock.confirm()  # after it said what else it may be: another teacher's
+        return CachedTeacher(teacher.name, reader, facts.info, facts.num_parameters)

@@ -31,9 +31,9 @@ from mtkd.models.broken import Overflow
 from mtkd.models.features import Features, HeadLogits
 from mtkd.models.taps import TappedModel
 from mtkd.models.weights import find_weights
-from mtkd.pool.backend import Backend, Site
+from mtkd.pool.backend import Stock
 from mtkd.pool.base import ElsewhereModel, LiveModel, move_buffers
-from mtkd.pool.live import check_finite
+from mtkd.pool.live import ModelBackend, check_finite
 from mtkd.pool.sizes import Place, Share, TeacherSize
 from mtkd.pool.streaming import StreamedParameters
 from mtkd.pool.waiting import MappedParameters, PinnedParameters, Waiting
@@ -196,7 +196,7 @@ def stream(model: TappedModel, folder: Path, device: torch.device, dtype: torch.
     return streamed
 
 
-class Offload(Backend):
+class Offload(ModelBackend):
     """The weights wait outside the device's memory: on a CPU in a mapped file, for a GPU in pinned host memory."""
 
     shown = True
@@ -232,14 +232,15 @@ class Offload(Backend):
                 todo="make room, put `output` on another disk, or use backend: resident",
             )
 
-    def open(self, teacher: TeacherConfig, model: TappedModel, site: Site, where: str) -> LiveModel:
-        check_finite(model, where)
+    def place(self, model: TappedModel, teacher: TeacherConfig, stock: Stock) -> LiveModel:
+        site = stock.site
+        check_finite(model, site.where)
         model.verify()
         # Before the next one is loaded: there is never memory for two.
         return offload(model, site.device, site.file, site.dist)
 
 
-class Streamed(Backend):
+class Streamed(ModelBackend):
     """The weights stay in the files of the model's folder and are in memory a layer at a time."""
 
     in_files = shown = True
@@ -255,8 +256,8 @@ class Streamed(Backend):
     def check_room(self, teachers: Sequence[TeacherSize], place: Place, folder: Path, where: str) -> None:
         _check_maps(where)
 
-    def open(self, teacher: TeacherConfig, model: TappedModel, site: Site, where: str) -> LiveModel:
-        return stream(model, site.folder(), site.device, site.dtype)
+    def place(self, model: TappedModel, teacher: TeacherConfig, stock: Stock) -> LiveModel:
+        return stream(model, stock.folder(), stock.site.device, stock.site.dtype)
 
 
 def _check_maps(where: str) -> None:

@@ -25,8 +25,9 @@ from mtkd.models.forward import number_format
 from mtkd.models.numbers import FLOAT
 from mtkd.models.taps import LOW_TOLERANCE, VERIFY_TOLERANCE, TappedModel
 from mtkd.models.weights import find_weights
-from mtkd.pool.backend import Backend, Site
+from mtkd.pool.backend import Stock
 from mtkd.pool.base import ElsewhereModel, LiveModel, move_buffers
+from mtkd.pool.live import ModelBackend
 from mtkd.pool.partition import check_nvme, engine_settings, largest_part, partition
 from mtkd.pool.sizes import Place, Share, TeacherSize
 
@@ -142,7 +143,7 @@ def _engine(teacher: TeacherConfig) -> ShardedConfig:
     return teacher.sharded or ShardedConfig()
 
 
-class Sharded(Backend):
+class Sharded(ModelBackend):
     """Every rank keeps a part of the weights."""
 
     in_files = shown = several = True
@@ -166,8 +167,9 @@ class Sharded(Backend):
         engine = _engine(teacher)
         return TeacherSize(weights, head, teacher.backend, layers, 2 * engine.prefetch_parameters, engine.offload)
 
-    def open(self, teacher: TeacherConfig, model: TappedModel, site: Site, where: str) -> LiveModel:
-        return shard(model, site.folder(), teacher, site.device, site.dtype, site.dist, where)
+    def place(self, model: TappedModel, teacher: TeacherConfig, stock: Stock) -> LiveModel:
+        site = stock.site
+        return shard(model, stock.folder(), teacher, site.device, site.dtype, site.dist, site.where)
 
 
 def _in_float32(module: nn.Module, inputs: object, output: Tensor) -> Tensor:

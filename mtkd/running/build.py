@@ -19,14 +19,16 @@ from mtkd.engine.make import make_engine
 from mtkd.engine.tile import tile_for
 from mtkd.errors import DataError
 from mtkd.models.info import ModelInfo
+from mtkd.models.taps import TappedModel
 from mtkd.objective.cofinetune import CoFinetuning, check_members
 from mtkd.objective.wire import Wiring, wire
 from mtkd.planning.places import placed
-from mtkd.planning.spec import StageSpec, TeacherSpec
-from mtkd.pool import LiveModel, LiveTeacher, Teacher, TeacherPool
+from mtkd.planning.spec import StageSpec
+from mtkd.pool import Teacher, TeacherPool
 from mtkd.running.context import RunContext
 from mtkd.running.identity import equal_time_steps, stage_identity
-from mtkd.running.models import load_model, load_teacher, open_cached
+from mtkd.running.models import load_model
+from mtkd.running.teachers import open_teacher
 from mtkd.weightings.make import make_weighting, stage_facts, stage_reads
 
 
@@ -105,7 +107,7 @@ def build(context: RunContext, spec: StageSpec) -> BuiltStage:
         return BuiltStage(spec.name, stage, objective, pool, engine, stream, data, steps, identity, layout, transforms)
 
 
-def tile_of(context: RunContext, models: Sequence[LiveModel]) -> int:
+def tile_of(context: RunContext, models: Sequence[TappedModel | Teacher]) -> int:
     """Positions per tile for the widest of some models' logits."""
     return tile_for(context.config.engine, max(model.num_columns for model in models), context.device.type)
 
@@ -126,30 +128,26 @@ def _cofinetuning(context: RunContext, spec: StageSpec, data: LoadedData) -> Tra
 def _distillation(context: RunContext, spec: StageSpec, data: LoadedData) -> tuple[Trainable, TeacherPool]:
     """Objective and pool of a stage with one student; without teachers it learns from the labels alone."""
     stage = spec.stage
-    live = {t.name: load_teacher(context, t.config, data, t.place, spec.heads) for t in spec.teachers if t.runs}
-    first = live.get(spec.teachers[0].name) if spec.teachers else None
+    packing, compiled = f"{spec.where}.batch.packing" if stage.batch.packing else "", context.config.engine.compile
+    teachers = [
+        open_teacher(context, t.config, data, t.place, spec.heads, packing=packing, compiled=compiled)
+        for t in spec.teachers
+    ]
+    first = teachers[0] if teachers else None
     where = f"{spec.where}.student"
     student = load_model(context, stage.trained["student"], data, seed=spec.seed, where=where, teacher=first)
     _check_planned(spec.trained["student"].info, student.info, where)
-    if stage.batch.packing:
-        for model in (student, *live.values()):
-            model.enable_packing(f"{spec.where}.batch.packing")
-    teachers = [_teacher(context, teacher, live.get(teacher.name), data) for teacher in spec.teachers]
+    if packing:
+        student.enable_packing(packing)
     for planned, teacher in zip(spec.teachers, teachers, strict=True):
         _check_planned(planned.info, teacher.info, planned.place)
     names = tuple(teacher.name for teacher in teachers)
     facts = stage_facts(names, [t.num_parameters for t in teachers], student, spec.seed)
     weighting = make_weighting(stage.weighting, facts, f"{spec.where}.weighting")
-    how = Wiring(stage.per, spec.token_level, tile_of(context, [student, *live.values()]), context.dtype, spec.seed)
+    how = Wiring(stage.per, spec.token_level, tile_of(context, [student, *teachers]), context.dtype, spec.seed)
     objective = wire(student, {teacher.name: teacher.info for teacher in teachers}, spec.rows, weighting, how)
     wants = [objective.teacher_wants(k) for k in range(len(teachers))]
     return objective, TeacherPool(teachers, wants, context.config.engine.prefetch)
-
-
-def _teacher(context: RunContext, teacher: TeacherSpec, live: LiveModel | None, data: LoadedData) -> Teacher:
-    if live is None:
-        return open_cached(context, teacher.config, data, f"{teacher.place}.model")
-    return LiveTeacher(teacher.name, live, context.device, context.dtype, context.config.engine.compile)
 
 
 def _check_planned(planned: ModelInfo, loaded: ModelInfo, where: str) -> None:

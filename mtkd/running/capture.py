@@ -37,21 +37,20 @@ from mtkd.engine.stopping import StopFlag, stop_flag
 from mtkd.engine.tile import tile_for
 from mtkd.errors import DataError, NonFiniteError, Preempted, UserError, on_every_rank
 from mtkd.models.features import as_logits
-from mtkd.models.taps import TappedModel
-from mtkd.planning.cachefolder import model_values, open_cache, origin_of
 from mtkd.planning.caches import check_layers, content_of
 from mtkd.planning.exports import manifests
 from mtkd.planning.spec import StageSpec, TeacherSpec
 from mtkd.planning.stages import redo_command
-from mtkd.pool import LiveTeacher, Teacher
+from mtkd.pool import Teacher
 from mtkd.pool.cache import CacheContent, CacheReader, CacheWriter, Record, make_records
+from mtkd.pool.cache.folder import open_cache, origin_of
 from mtkd.running.chance import warn_below_chance
 from mtkd.running.console import StageProgress
 from mtkd.running.context import RunContext
 from mtkd.running.identity import as_known, teacher_digest
 from mtkd.running.metrics import JsonLines
-from mtkd.running.models import load_teacher
 from mtkd.running.overflow import overflowing
+from mtkd.running.teachers import open_teacher
 
 _IDENTITY, _SECONDS = "identity.json", "seconds.json"
 _LOOKED_AT = 16  # examples whose inputs of two epochs are compared
@@ -210,14 +209,13 @@ def _cache(job: _Job, planned: TeacherSpec, stopped: StopFlag, progress: StagePr
         job.shards, job.examples = job.shards + finished.num_shards, job.examples + finished.origin.num_examples
         progress.skip(job.examples)
         return
-    model = load_teacher(context, config, job.data, where, job.spec.heads)
-    tapped = model if isinstance(model, TappedModel) else model.model
+    teacher = open_teacher(context, config, job.data, where, job.spec.heads)
     token_level = job.data.task.token_level
     columns = num_real_ids(context.tokenizer) if token_level else job.data.num_labels
     content = content_of(job.stage.cache, token_level=token_level, columns=columns, seed=context.config.seed)
-    check_layers(content, model.info, f"{job.spec.where}.cache", config.name)
-    made, precision = model_values(tapped.model.config), context.config.engine.decided_precision
-    origin = origin_of(teacher_digest(context, config), job.data, context.tokenizer, made, precision)
+    check_layers(content, teacher.info, f"{job.spec.where}.cache", config.name)
+    digest, precision = teacher_digest(context, config), context.config.engine.decided_precision
+    origin = origin_of(digest, job.data, context.tokenizer, teacher.record(), precision)
 
     def open_writer() -> CacheWriter:
         return CacheWriter(folder, content, origin, job.stage.cache.shard_examples)
@@ -229,13 +227,12 @@ def _cache(job: _Job, planned: TeacherSpec, stopped: StopFlag, progress: StagePr
     job.examples += origin.num_examples - sum(len(examples) for _, examples in missing)
     progress.skip(job.examples)
     on_main(dist, lambda: _catch_up(job))
-    teacher = LiveTeacher(config.name, model, context.device, context.dtype)
     if missing:
         warn_below_chance({where: teacher}, job.data, job.stage.batch, context.device, dist)
     for start in range(0, len(missing), dist.world_size):
         _round(job, teacher, writer, missing[start : start + dist.world_size], stopped, progress)
     teacher.close()
-    del teacher, model, tapped
+    del teacher
     gc.collect()
     on_main(dist, writer.finish)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ from mtkd.methods.rows import stage_rows
 from mtkd.methods.spec import METHODS
 from mtkd.models.digest import weights_digest
 from mtkd.models.folder import check_folder
-from mtkd.planning.cachefolder import cache_digest, cache_folder
 from mtkd.planning.locate import revision_of
 from mtkd.planning.places import placed
 from mtkd.planning.stages import redo_command, stage_seed, stage_values
 from mtkd.pool import BACKENDS
+from mtkd.pool.cache.folder import cache_digest, cache_folder
 from mtkd.registry import SOURCES, TASKS, Registry, plugin_code
 from mtkd.running.context import RunContext
 from mtkd.weightings.spec import WEIGHTINGS
@@ -41,11 +42,12 @@ def stage_identity(context: RunContext, name: str) -> dict[str, Any]:
     models |= _vocabularies(context, stage)
     for i, teacher in enumerate(stage.teachers):
         where = f"stages.{name}.teachers[{i}].model"
-        if not BACKENDS[teacher.backend].runs and teacher.model.stage is None:
-            folder = cache_folder(teacher.model.path or "", config.base, where)
-            models[f"teacher {teacher.name}"] = cache_digest(folder)
-        else:
-            models[f"teacher {teacher.name}"] = _placed_digest(context, teacher.model, where)
+        source = BACKENDS[teacher.backend].source(
+            teacher,
+            partial(_placed_digest, context, teacher.model, where),
+            partial(_cache_digest, context, teacher.model, where),
+        )
+        models[f"teacher {teacher.name}"] = source
     return identity(
         config,
         name,
@@ -87,13 +89,18 @@ def teacher_digest(context: RunContext, teacher: TeacherConfig) -> str:
 
     A cache has it: it keeps the logits of the data's classes, in the order that `classes` gives them.
     """
-    weights = model_digest(context, teacher.model)
-    return weights if teacher.classes is None else fingerprint([weights, teacher.classes])
+    config = context.config
+    code = partial(plugin_code, {path: config.base / path for path in config.plugins})
+    return BACKENDS[teacher.backend].digest(teacher, model_digest(context, teacher.model), code)
 
 
 def _placed_digest(context: RunContext, model: ModelConfig, where: str) -> str:
     with placed(model=where):
         return model_digest(context, model)
+
+
+def _cache_digest(context: RunContext, model: ModelConfig, where: str) -> str:
+    return cache_digest(cache_folder(model.path or "", context.config.base, where))
 
 
 def _whole_digest(context: RunContext, model: ModelConfig) -> str:
@@ -152,6 +159,7 @@ def _plugin_digests(config: RunConfig, name: str) -> dict[str, str]:
         used.append((METHODS, stage.method.name))
     used += [(LOSSES, row.loss) for row in stage_rows(stage, data, f"stages.{name}")]
     used += [(TRANSFORMS, step.name) for step in stage.transforms]
+    used += [(BACKENDS, teacher.backend) for teacher in stage.teachers]
     origins = {registry.origin(name) for registry, name in used}
     return plugin_code({path: config.base / path for path in config.plugins}, origins)
 

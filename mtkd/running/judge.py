@@ -17,16 +17,16 @@ from mtkd.engine.notes import Results, file_digest, read_scores_note, write_scor
 from mtkd.engine.record import read_record, write_atomic, write_record
 from mtkd.errors import DataError
 from mtkd.evaluate.metrics import by_domain, summarise
-from mtkd.evaluate.score import Scorer
+from mtkd.evaluate.score import Reader, Scorer
 from mtkd.evaluate.significance import Resampling, compare, correct, num_rows
 from mtkd.models.forward import LOGITS
 from mtkd.models.taps import TappedModel
 from mtkd.planning.stages import scored_models
-from mtkd.pool import LiveModel
 from mtkd.running.build import tile_of
 from mtkd.running.context import RunContext
 from mtkd.running.identity import model_digest, teacher_digest
-from mtkd.running.models import load_model, load_teacher
+from mtkd.running.models import load_model
+from mtkd.running.teachers import open_teacher
 
 Scores = list[dict[str, Any]]
 
@@ -111,7 +111,7 @@ def _scores(context: RunContext, model: str, key: str, data_name: str) -> Scores
         raise DataError(
             "there is no such split to evaluate on", where=f"data.{data_name}", found=context.config.evaluate.split
         )
-    models = [m.to(context.device).eval() for m in _models(context, model, data)]
+    models = _models(context, model, data)
     batches = evaluation_batches(split, context.config.evaluate.batch, context.dist.rank, context.dist.world_size)
     scorer = Scorer(context.device, context.dtype, context.dist, tile_of(context, models))
     records = scorer.records(models, data, split, batches)
@@ -135,13 +135,14 @@ def _is_scored(file: Path, note: Path, key: str) -> bool:
     return True
 
 
-def _models(context: RunContext, model: str, data: LoadedData) -> list[LiveModel]:
+def _models(context: RunContext, model: str, data: LoadedData) -> list[Reader]:
     stage = ensemble_of(model)
     if stage is None:
-        return [load_model(context, ModelConfig(path=str(StageRef.named(model))), data)]
+        trained = load_model(context, ModelConfig(path=str(StageRef.named(model))), data)
+        return [trained.to(context.device).eval()]
     where, reads = f"stages.{stage}.teachers", LOGITS
     teachers = context.config.stages[stage].teachers
-    return [load_teacher(context, t, data, f"{where}[{i}]", reads) for i, t in enumerate(teachers)]
+    return [open_teacher(context, t, data, f"{where}[{i}]", reads) for i, t in enumerate(teachers)]
 
 
 def _shown(context: RunContext, model: str) -> dict[str, Any]:

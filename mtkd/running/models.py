@@ -1,29 +1,25 @@
-"""Models and teachers of a stage, loaded: each has the run's tokenizer and the head of the stage's data."""
+"""Models of a stage, loaded: each has the run's tokenizer and the head of the stage's data."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mtkd.config import ModelConfig, TeacherConfig
+from mtkd.config import ModelConfig
 from mtkd.data.load import LoadedData
 from mtkd.data.tokenizers import num_real_ids
 from mtkd.models.classes import teacher_classes
-from mtkd.models.folder import find_folder
 from mtkd.models.info import CLASSIFIER
 from mtkd.models.load import build_model, compress_model
 from mtkd.models.request import ModelRequest, Taught
 from mtkd.models.taps import TappedModel, input_table
-from mtkd.models.vocabulary import VocabularyMap, compressed_teacher, compressed_twice, make_vocabulary, read_vocabulary
-from mtkd.planning.cachefolder import cache_folder, cached_teacher
+from mtkd.models.vocabulary import VocabularyMap, compressed_twice, make_vocabulary, read_vocabulary
 from mtkd.planning.locate import compare_tokenizer, revision_of
 from mtkd.planning.places import placed
-from mtkd.pool import BACKENDS, CachedTeacher, LiveModel, Site
+from mtkd.pool import Teacher
 from mtkd.running.context import RunContext
-from mtkd.running.identity import teacher_digest
 
 
 def load_model(
@@ -33,7 +29,7 @@ def load_model(
     *,
     seed: int = 0,
     where: str = "model",
-    teacher: LiveModel | None = None,
+    teacher: Teacher | None = None,
     taught: Taught | None = None,
     empty: bool = False,
 ) -> TappedModel:
@@ -63,7 +59,8 @@ def load_model(
             context.resolve,
         )
         request = replace(request, taught=taught, seed=seed, where=where)
-        tables = [] if teacher is None else [teacher.embedding_table]
+        table = None if teacher is None else teacher.embedding_table
+        tables = [] if table is None else [table]
         built = build_model(
             model,
             request,
@@ -116,47 +113,3 @@ def _vocabulary(context: RunContext, model: ModelConfig, built: PreTrainedModel,
             table,
         )
     return context.dist.broadcast_object(own)  # near ties could be rounded differently elsewhere
-
-
-def load_teacher(
-    context: RunContext, teacher: TeacherConfig, data: LoadedData, where: str, reads: frozenset[str]
-) -> LiveModel:
-    """A teacher that runs, with its weights where its backend keeps them; a collective.
-
-    Its logits are those of the data's classes, in their order.
-
-    Args:
-        reads: which of its predictions are read (`mtkd.planning.teaching`): their heads must be in its files.
-    Raises:
-        UserError: as `load_model`; weights that cannot be read, or are not finite.
-    """
-    with placed(model=f"{where}.model", teacher=where):
-        assert teacher.model.path is not None
-        if data.task.token_level and vocabulary_of(context, teacher.model, where) is not None:
-            raise compressed_teacher(teacher.model.path, where)
-        backend = BACKENDS[teacher.backend]
-        taught = Taught(reads, teacher.classes)
-        model = load_model(context, teacher.model, data, where=where, taught=taught, empty=backend.in_files)
-        folder = partial(find_folder, teacher.model.path, teacher.model.revision, context.resolve, weights=True)
-        site = Site(context.device, context.dtype, context.dist, folder, context.run.offload_file(teacher.name))
-        return backend.open(teacher, model, site, where)
-
-
-def open_cached(context: RunContext, teacher: TeacherConfig, data: LoadedData, where: str) -> CachedTeacher:
-    """A teacher's cache, which is that of the run's data, tokenizer and (where the run knows it) teacher.
-
-    Raises:
-        DataError: it is of another teacher, tokenizer, data set or precision, or not what was sealed.
-    """
-    ref = teacher.model.stage
-    if ref is None:
-        folder, digest = cache_folder(teacher.model.path or "", context.config.base, where), None
-    else:
-        folder = context.folder(ref.stage).export / ref.part
-        source = next(t for t in context.config.stages[ref.stage].teachers if t.name == ref.part)
-        digest = teacher_digest(context, source)
-    precision = context.config.engine.decided_precision
-    cache = cached_teacher(teacher.name, folder, data, context.tokenizer, digest, precision, where)
-    if ref is not None:  # after it said what else it may be: another teacher's
-        context.export_of(ref)
-    return cache

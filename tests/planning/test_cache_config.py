@@ -16,10 +16,10 @@ from mtkd.config import CacheConfig
 from mtkd.config.read import load_config
 from mtkd.errors import UserError
 from mtkd.models.info import CLASSIFIER, model_info
-from mtkd.planning.cachefolder import CacheFacts
 from mtkd.planning.caches import bytes_per_token, content_of
 from mtkd.planning.plan import plan
 from mtkd.pool.cache import CacheContent
+from mtkd.pool.cache.folder import CacheFacts
 
 
 def message(folder: Path, *overrides: str, cache: dict[str, Any] | None = None, **student: Any) -> str:
@@ -159,7 +159,7 @@ def test_a_folder_of_class_logits_where_only_the_data_tells_the_classes(
     for classes in (2, 3, 1):
         model = BertConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=4, num_labels=classes)
         facts = CacheFacts(CacheContent("classes", 0, 1.0, classes), model_info(model, CLASSIFIER), 1000, "there")
-        monkeypatch.setattr("mtkd.planning.specify.read_facts", lambda *_, facts=facts: facts)
+        monkeypatch.setattr("mtkd.planning.teachers.read_facts", lambda *_, facts=facts: facts)
         if classes == 3:
             assert plan(config).stages[0].models[1].role == "teacher"
             continue

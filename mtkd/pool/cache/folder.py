@@ -1,23 +1,25 @@
-"""Caches that are finished: their folders, what they say of themselves, and the teachers that they stand for."""
+"""Caches that are finished: their folders, and what they say of themselves."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+import torch
+from transformers import PreTrainedTokenizerBase
 
+from mtkd.data.batch import Batch
 from mtkd.data.load import LoadedData
 from mtkd.data.tokenizers import tokenizer_fingerprint
 from mtkd.engine.manifest import manifest_digest
-from mtkd.errors import DataError, UserError
-from mtkd.models import glm  # noqa: F401  registers our own type
-from mtkd.models.info import ModelInfo, model_info
-from mtkd.models.numbers import count_parameters
-from mtkd.pool import CachedTeacher
-from mtkd.pool.cache import CacheContent, CacheOrigin, CacheReader
+from mtkd.errors import UserError
+from mtkd.models.features import DenseLogits, Features, SparseLogits, SparseRows
+from mtkd.models.info import ModelInfo
+from mtkd.models.numbers import Numbers
+from mtkd.pool.cache.content import CacheContent, CacheOrigin
+from mtkd.pool.cache.made_of import shape_of
+from mtkd.pool.cache.reader import CacheReader
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,30 @@ class CacheFacts:
     num_parameters: int
     settings: str
     origin: CacheOrigin | None = None
+
+    @property
+    def numbers(self) -> Numbers:
+        """Of its model, which takes no memory here."""
+        return Numbers(self.num_parameters)
+
+    def stand_in(self, wants: frozenset[str], batch: Batch) -> Features:
+        """Features of the shapes that the cache gives, without values, for a count of memory."""
+        (sequences, length), content = batch.input_ids.shape, self.content
+        width, positions = self.info.width, sequences * length
+        features: Features = {
+            key: torch.zeros((sequences, width) if key.startswith("cls") else (sequences, length, width))
+            for key in wants - {"logits"}
+        }
+        if not content.per_token:
+            features["logits"] = DenseLogits(torch.zeros(sequences, content.columns))
+            return features
+        tail = torch.zeros(positions) if content.targets == "top" else None
+        ids = torch.zeros((positions, content.k), dtype=torch.int64)
+        values = SparseRows(ids, torch.zeros(ids.shape), tail, content.temperature)
+        traits = {name: torch.zeros(positions) for name in content.stored_traits}
+        at = torch.zeros(positions, dtype=torch.int64)
+        features["logits"] = SparseLogits("cached", at, values, content.columns, traits)
+        return features
 
 
 def read_facts(path: str, base: Path, auto_class: str, where: str) -> CacheFacts:
@@ -55,11 +81,10 @@ def open_cache(folder: Path, auto_class: str, where: str) -> tuple[CacheReader, 
         DataError: as `CacheReader`.
     """
     reader = CacheReader(folder)
-    made = _model_config(reader.origin, where)
-    info = model_info(made, auto_class)
+    info, parameters = shape_of(reader.origin.model, auto_class, where)
     if reader.content.targets == "classes":  # of the data: its teacher may have had others besides
         info = replace(info, num_labels=reader.content.columns)
-    facts = CacheFacts(reader.content, info, count_parameters(made, auto_class), str(folder), reader.origin)
+    facts = CacheFacts(reader.content, info, parameters, str(folder), reader.origin)
     return reader, facts
 
 
@@ -71,16 +96,6 @@ def cache_digest(folder: Path) -> str:
     """
     CacheReader(folder)
     return manifest_digest(folder)
-
-
-def model_values(config: PretrainedConfig) -> dict[str, Any]:
-    """A model's configuration as a cache keeps it: without the folder it lay in, and the version that wrote it."""
-    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    # a GLM's field that came later stands there only where it says something: caches made before stay valid
-    unsaid = ("eop_token_id",) if values.get("eop_token_id") is None else ()
-    return {
-        key: value for key, value in values.items() if key not in ("_name_or_path", "transformers_version", *unsaid)
-    }
 
 
 def cache_folder(path: str, base: Path, where: str) -> Path:
@@ -98,14 +113,6 @@ def cache_folder(path: str, base: Path, where: str) -> Path:
         found=path,
         todo="give a folder that a cache stage made (stages/NN-NAME/export/TEACHER), or stage:CACHESTAGE/TEACHER",
     )
-
-
-def _model_config(origin: CacheOrigin, where: str) -> PretrainedConfig:
-    values = dict(origin.model)
-    try:
-        return AutoConfig.for_model(values.pop("model_type"), **values)
-    except (KeyError, ValueError, TypeError) as error:
-        raise DataError("the cache does not tell which model its teacher was", where=where, found=str(error)) from None
 
 
 def check_tokenizer_of(facts: CacheFacts, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
@@ -131,25 +138,3 @@ def origin_of(
     """
     examples, ids = len(data.splits["train"]), tokenizer_fingerprint(tokenizer)
     return CacheOrigin(teacher, ids, data.fingerprint, "train", examples, model, precision)
-
-
-def cached_teacher(
-    name: str,
-    folder: Path,
-    data: LoadedData,
-    tokenizer: PreTrainedTokenizerBase,
-    digest: str | None,
-    precision: str,
-    where: str,
-) -> CachedTeacher:
-    """The teacher of a cache.
-
-    Args:
-        digest: of the teacher that it must be made of; None where the run does not know it.
-        precision: the run's.
-    Raises:
-        DataError: it was made of another teacher, tokenizer or data set, in another precision, or is not finished.
-    """
-    reader, facts = open_cache(folder, data.task.class_for(data.config), where)
-    reader.check(origin_of(digest or reader.origin.teacher, data, tokenizer, reader.origin.model, precision), where)
-    return CachedTeacher(name, reader, facts.info, facts.num_parameters)

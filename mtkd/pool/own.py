@@ -1,0 +1,272 @@
+"""A teacher of the user's own: a class that a plug-in registers by `@mtkd.teacher`.
+
+    @mtkd.teacher("dictionary")
+    class Dictionary:
+        def __init__(self, facts: mtkd.TeacherFacts, file: str = "answers.json") -> None: ...
+        def forward(self, batch, wants): return {"logits": ...}  # [B,L,V], or [B,C] in the order of the classes
+
+The constructor's parameters are the options of the YAML; one called `facts` receives the `TeacherFacts`. `ahead(batch)`
+and `close()` are called where the class has them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mtkd.config import OwnTeacher, TeacherConfig
+from mtkd.config.read import fingerprint
+from mtkd.data.batch import STUDENT, Batch
+from mtkd.errors import UserError
+from mtkd.models.features import Features, split_key
+from mtkd.models.info import ModelInfo
+from mtkd.models.numbers import FLOAT, Numbers
+from mtkd.pool.backend import BACKENDS, Backend, Gives, Outlook, Stock
+from mtkd.pool.base import Teacher
+from mtkd.pool.cache.made_of import plugged_values
+from mtkd.pool.sizes import Place, Share, TeacherSize
+from mtkd.registry import Decorated, check_options
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
+GIVES = ("logits", "nsp_logits", "hidden", "cls", "embedding")
+"""Features that a teacher of the user's own may give."""
+
+_FACTS = "facts"
+
+
+@dataclass(frozen=True)
+class TeacherFacts:
+    """What a teacher may know of the run.
+
+    Attributes:
+        name: of the teacher.
+        tokenizer: the run's.
+        columns: of its logits: V, the real ids of the tokenizer; or C, the classes; 1 for a regression.
+        classes: their names in order; () for token tasks and regressions.
+        token_level: logits are [B,L,V] instead of [B,C].
+        device: of the batches.
+        folder: of the model that the configuration names; None where it names none.
+    """
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase | None
+    columns: int
+    classes: tuple[str, ...]
+    token_level: bool
+    device: torch.device
+    folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class PluggedFacts:
+    """What the plan knows of a plug-in's teacher: what its decorator says."""
+
+    info: ModelInfo
+    numbers: Numbers
+
+    def stand_in(self, wants: frozenset[str], batch: Batch) -> Features:
+        """Features of the shapes that it gives, without values, for a count of memory."""
+        return {key: torch.zeros(_shape(key, batch, self.info)) for key in wants}
+
+
+class PluggedTeacher:
+    """An object of a plug-in's class in the place of a model.
+
+    Args:
+        own: has `forward`, and may have `ahead` and `close`.
+        facts: that it was made with. info: shape of what it gives.
+        num_parameters: that it says to have.
+    """
+
+    def __init__(self, own: Any, facts: TeacherFacts, info: ModelInfo, num_parameters: int) -> None:
+        self.name, self.info, self.num_parameters, self.view = facts.name, info, num_parameters, STUDENT
+        self.num_columns, self.embedding_table = facts.columns, None
+        self.own, self._facts = own, facts
+
+    def provides(self) -> frozenset[str]:
+        return self.info.taps
+
+    def ahead(self, batch: Batch) -> None:
+        if hasattr(self.own, "ahead"):
+            self.own.ahead(batch)
+
+    def answers(self, batch: Batch, wants: frozenset[str]) -> dict[str, Tensor]:
+        """The wanted features, detached, in float32.
+
+        Raises:
+            UserError: a feature that is missing or has another shape.
+        """
+        with torch.no_grad():
+            answer = self.own.forward(batch, wants)
+        return {key: self._checked(key, answer, batch) for key in sorted(wants)}
+
+    def forward(self, batch: Batch, wants: frozenset[str]) -> Features:
+        return dict(self.answers(batch, wants))
+
+    def record(self) -> dict[str, Any]:
+        """What a cache keeps of the teacher's shape."""
+        return plugged_values(self.info, self.num_parameters)
+
+    def close(self) -> None:
+        if hasattr(self.own, "close"):
+            self.own.close()
+
+    def _checked(self, key: str, answer: Any, batch: Batch) -> Tensor:
+        values = answer.get(key) if isinstance(answer, Mapping) else None
+        shape = _shape(key, batch, self.info)
+        if not isinstance(values, Tensor) or list(values.shape) != shape:
+            found = "nothing" if values is None else list(values.shape) if isinstance(values, Tensor) else type(values)
+            raise UserError(
+                f"teacher '{self.name}' gives '{key}' in another shape than the batch asks for",
+                where="@stage.teachers",
+                found=found,
+                allowed=shape,
+                todo=f"forward returns {{'{key}': a tensor of this shape}}",
+            )
+        return values.detach().to(batch.input_ids.device, torch.float32)
+
+
+def _shape(key: str, batch: Batch, info: ModelInfo) -> list[int]:
+    """Shape of a feature of a batch."""
+    rows, length = batch.input_ids.shape
+    name = split_key(key)[0]
+    if name == "logits":
+        return [rows, info.num_labels] if info.num_labels else [rows, length, info.vocabulary]
+    if name == "nsp_logits":
+        return [rows, 2]
+    return [rows, info.width] if name == "cls" else [rows, length, info.width]
+
+
+@dataclass(frozen=True)
+class Own(Backend):
+    """A backend that a plug-in registered.
+
+    Attributes:
+        name, cls: the registered class and its name.
+        gives: features that it can give.
+        layers, width: of its hidden states, where it gives any.
+        parameters: float32 numbers that it keeps in memory, for the plan.
+        needs_model: the configuration must name a model.
+    """
+
+    name: str
+    cls: type
+    gives: frozenset[str]
+    layers: int = 0
+    width: int = 0
+    parameters: int = 0
+    needs_model: bool = False
+
+    def __post_init__(self) -> None:
+        where, unknown = f"decorator of '{self.name}'", sorted(self.gives - set(GIVES))
+        if unknown or not self.gives:
+            raise UserError("a teacher gives features", where=where, found=unknown, allowed=GIVES)
+        if self.gives & {"hidden", "cls", "embedding"} and not self.width:
+            raise UserError("hidden states have a width", where=where, found="width=0")
+
+    def options(self) -> dict[str, inspect.Parameter]:
+        """The parameters of its constructor that a stage may set."""
+        given = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        parameters = inspect.signature(self.cls).parameters
+        return {n: p for n, p in parameters.items() if n != _FACTS and p.kind in given}
+
+    def info(self, columns: int, max_positions: int, *, token_level: bool) -> ModelInfo:
+        """Its shape, for a number of ids or classes."""
+        return ModelInfo(
+            architecture=self.name,
+            num_layers=self.layers,
+            width=self.width,
+            num_heads=0,
+            num_kv_heads=0,
+            head_width=0,
+            vocabulary=columns if token_level else 0,
+            num_labels=0 if token_level else columns,
+            max_positions=max_positions,
+            causal=False,
+            taps=self.gives,
+        )
+
+    def make(self, options: Mapping[str, Any], facts: TeacherFacts, max_positions: int, where: str) -> PluggedTeacher:
+        """The teacher with its options.
+
+        Raises:
+            UserError: what its constructor refuses by a ValueError.
+        """
+        more = {_FACTS: facts} if _FACTS in inspect.signature(self.cls).parameters else {}
+        try:
+            own = self.cls(**options, **more)
+        except UserError as error:
+            error.where = error.where or where
+            raise
+        except ValueError as error:
+            raise UserError(str(error), where=f"{where}.options") from error
+        info = self.info(facts.columns, max_positions, token_level=facts.token_level)
+        return PluggedTeacher(own, facts, info, self.parameters)
+
+    def check(self, teacher: TeacherConfig, where: str) -> None:
+        assert isinstance(teacher, OwnTeacher)
+        check_options(teacher.options, self.options(), where)
+        if self.needs_model and teacher.model.path is None:
+            raise UserError(f"a '{self.name}' teacher reads a model", where=f"{where}.model", found="nothing")
+
+    def describe(self, teacher: TeacherConfig, outlook: Outlook) -> Gives:
+        asked = outlook.asked
+        info = self.info(asked.columns, asked.max_positions, token_level=asked.token_level)
+        return PluggedFacts(info, Numbers(self.parameters, FLOAT * self.parameters))
+
+    def origin(self, teacher: TeacherConfig) -> str:
+        return f"plug-in {BACKENDS.origin(self.name)}"
+
+    def memory(self, teachers: Sequence[TeacherSize], place: Place) -> Share:
+        whole = sum(t.weights for t in teachers)
+        return Share(whole, whole, built=whole)
+
+    def source(self, teacher: TeacherConfig, model: Callable[[], str], cache: Callable[[], str]) -> str:
+        return "plug-in" if teacher.model.path is None else model()
+
+    def digest(self, teacher: TeacherConfig, model: str, code: Callable[[Collection[str]], Mapping[str, str]]) -> str:
+        assert isinstance(teacher, OwnTeacher)
+        return fingerprint([model, self.name, teacher.options, dict(code([BACKENDS.origin(self.name)]))])
+
+    def open(self, teacher: TeacherConfig, stock: Stock) -> Teacher:
+        assert isinstance(teacher, OwnTeacher)
+        site, asked = stock.site, stock.asked
+        folder = None if teacher.model.path is None else stock.folder()
+        facts = TeacherFacts(
+            teacher.name,
+            asked.tokenizer,
+            asked.columns,
+            asked.classes,
+            asked.token_level,
+            site.device,
+            folder,
+        )
+        return self.make(teacher.options, facts, asked.max_positions, site.where)
+
+
+def teacher(
+    name: str,
+    *,
+    gives: Collection[str] = ("logits",),
+    layers: int = 0,
+    width: int = 0,
+    parameters: int = 0,
+    needs_model: bool = False,
+) -> Callable[[Decorated], Decorated]:
+    """Register a class as a teacher backend under `name`; see `Own` for the rest."""
+
+    def decorate(cls: Decorated) -> Decorated:
+        BACKENDS.add(name, Own(name, cls, frozenset(gives), layers, width, parameters, needs_model))  # type: ignore[arg-type]
+        return cls
+
+    return decorate
