@@ -84,6 +84,7 @@ def test_prompts_of_a_cache_have_the_examples_mean(weighting: str, cached: tuple
 
 
 def test_a_trait_that_was_not_stored_is_named(tmp_path: Path) -> None:
+    """A weighting on a cache that lacks its trait is refused with the trait."""
     content = CacheContent("top", 5, 1.0, NUM_IDS, ("hidden.1",), dtype="float32")
     with pytest.raises(UserError, match="trait 'ce'"):
         results("ca_mkd", tmp_path, content, (0,))

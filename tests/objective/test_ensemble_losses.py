@@ -126,6 +126,7 @@ def test_the_mixture_of_teachers_who_are_sure_of_different_things(extreme: float
 @pytest.mark.parametrize("ensemble", ["losses", "probabilities", "logits"])
 @pytest.mark.parametrize("loss", ["kl", "jsd"])
 def test_one_teacher_is_the_single_path_bit_by_bit(loss: str, ensemble: str) -> None:
+    """T = 1 gives the plain loss."""
     student, teachers, _ = problem(1)
     found = ensemble_losses(row(loss, ensemble=ensemble), student, teachers, torch.ones(1, POSITIONS), MASK)
     assert torch.equal(found, LOSSES[loss](student, teachers[0], MASK))
@@ -134,6 +135,7 @@ def test_one_teacher_is_the_single_path_bit_by_bit(loss: str, ensemble: str) -> 
 @pytest.mark.parametrize("ensemble", ["losses", "probabilities", "logits"])
 @pytest.mark.parametrize("loss", ["kl", "reverse_kl"])
 def test_a_teacher_twice_is_the_teacher_once(loss: str, ensemble: str) -> None:
+    """Two equal teachers of half the weight are one."""
     student, teachers, _ = problem(1)
     halves = torch.full((2, POSITIONS), 0.5)
     found = ensemble_losses(row(loss, ensemble=ensemble), student, teachers * 2, halves, MASK)
@@ -143,6 +145,7 @@ def test_a_teacher_twice_is_the_teacher_once(loss: str, ensemble: str) -> None:
 @pytest.mark.parametrize("ensemble", ["losses", "probabilities", "logits"])
 @pytest.mark.parametrize("loss", ["kl", "jsd"])
 def test_the_order_of_teachers_is_irrelevant(loss: str, ensemble: str) -> None:
+    """A sum over teachers has no order."""
     student, teachers, weights = problem(3)
     wanted = ensemble_losses(row(loss, ensemble=ensemble), student, teachers, weights, MASK)
     for order in itertools.permutations(range(3)):
@@ -154,6 +157,7 @@ def test_the_order_of_teachers_is_irrelevant(loss: str, ensemble: str) -> None:
 @pytest.mark.parametrize("loss", ["kl", "jsd"])
 @pytest.mark.parametrize("num_teachers", [1, 3])
 def test_the_gradient_of_a_weight_is_its_teachers_loss(loss: str, num_teachers: int) -> None:
+    """The loss is linear in the weights."""
     student, teachers, weights = problem(num_teachers)
     weights.requires_grad_()
     values = ensemble_losses(row(loss), student, teachers, weights, MASK)
@@ -209,6 +213,7 @@ def test_masked_positions_may_hold_anything(loss: str, ensemble: str) -> None:
 
 
 def test_teachers_without_any_weight_give_nothing() -> None:
+    """Weights of 0 give a loss of 0 and no NaN."""
     student, teachers, weights = problem(2)
     student.requires_grad_()
     for ensemble in ("losses", "probabilities", "logits"):

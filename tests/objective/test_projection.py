@@ -40,6 +40,7 @@ EACH = {"feature": "hidden", "loss": "mse", "student_layer": "each", "teacher_la
 
 
 def test_one_adapter_per_row_and_teacher_of_another_width() -> None:
+    """Equal widths need no adapter."""
     found = projections(*METHODS["tinybert"].rows({}).values())  # embedding, hidden, scores
     assert sorted(found) == ["row0_teacher1", "row1_teacher1"]
     for linear in found.values():
@@ -54,6 +55,7 @@ def test_nothing_to_adapt() -> None:
 
 
 def test_per_layer_adapters_exist_at_equal_width_too_and_start_as_no_change() -> None:
+    """`per_layer` has an adapter for every pair, at first the identity."""
     found = projections(Match(**EACH, projection="per_layer"))
     assert sorted(found) == [f"row0_teacher{k}_pair{pair}" for k in (0, 1) for pair in (0, 1)]
     for pair in (0, 1):
@@ -62,6 +64,7 @@ def test_per_layer_adapters_exist_at_equal_width_too_and_start_as_no_change() ->
 
 
 def test_names_agree_with_what_the_objective_looks_up() -> None:
+    """Adapters have the names that the objective asks for."""
     for projection in ("shared", "per_layer"):
         match = Match(**EACH, projection=projection)
         teachers = {"equal": EQUAL, "wide": WIDE}
@@ -78,6 +81,7 @@ def test_the_cls_row_is_adapted_too() -> None:
 
 
 def test_initialisation_follows_the_seed_alone() -> None:
+    """The global random state neither matters nor changes."""
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first = projections(Match(**EACH), seed=5)["row0_teacher1"].weight

@@ -68,6 +68,7 @@ BAD = [(Minus, "negative weights"), (Nothing, "the weight 0"), (Undefined, "not 
 @pytest.mark.parametrize(("cls", "message"), BAD)
 @pytest.mark.parametrize("per", ["example", "token"])
 def test_impossible_weights_are_seen_before_there_is_a_teacher(cls: type[Weighting], message: str, per: str) -> None:
+    """Negative weights, NaN and 0 for every teacher are refused on made-up teachers."""
     for token_level in (True, False):
         with pytest.raises(UserError, match=f"'mine' gives .*{message}"):
             tried(cls(), per=per, token_level=token_level)
@@ -75,10 +76,12 @@ def test_impossible_weights_are_seen_before_there_is_a_teacher(cls: type[Weighti
 
 @pytest.mark.parametrize("cls", [Thresholded, TwoClasses])
 def test_what_may_be_right_elsewhere_is_left_to_the_stage(cls: type[Weighting]) -> None:
+    """A weighting that some made-up teachers defeat may be right on the stage's own."""
     tried(cls(), per="example", token_level=False)
 
 
 def test_negative_weights_may_be_declared() -> None:
+    """With `negative` the same weights pass."""
     tried(Minus(), per="token", token_level=True, negative=True)
 
 
@@ -100,6 +103,7 @@ def test_a_step_counts_the_faulty_positions(
 
 
 def test_a_teacher_that_is_not_finite_is_not_the_weightings_fault() -> None:
+    """Traits that are not finite make weights that are not: the loss shows it, the weighting is not blamed."""
     teachers = [causal_model(16, 1, 1), causal_model(16, 1, 2)]
     next(teachers[1].parameters()).data.fill_(float("nan"))
     objective, pool = make_objective(causal_model(16, 1, 0), teachers, ROWS, "entropy", per="token")
@@ -110,6 +114,8 @@ def test_a_teacher_that_is_not_finite_is_not_the_weightings_fault() -> None:
 
 
 def test_weights_of_another_shape_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that lack an axis are refused with their shape."""
+
     class Flat(Weighting):
         def forward(self, traits: Traits) -> torch.Tensor:
             return traits.entropy[..., 0]
@@ -171,6 +177,7 @@ def test_what_only_the_data_show_ends_the_first_step(number: int, value: str, me
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_stage_whose_rows_all_weigh_nothing_is_refused(count: int, tmp_path: Path) -> None:
+    """A student must learn something: some row weighs more than 0."""
     match = [{"feature": "logits", "loss": "kl", "weight": 0.0}, {"loss": "ce", "target": "labels", "weight": 0.0}]
     with pytest.raises(UserError, match="every row weighs 0") as caught:
         mtkd.plan(run_of(tmp_path, method=None, match=match[:count]))
@@ -179,6 +186,7 @@ def test_a_stage_whose_rows_all_weigh_nothing_is_refused(count: int, tmp_path: P
 
 @pytest.mark.parametrize("weights", [{"teacher": 0.0}, {"teacher": -1.0}, {"other": 1.0}])
 def test_fixed_weights_that_teach_nothing_have_a_place(weights: dict[str, float], tmp_path: Path) -> None:
+    """The message points at the option in the user's file."""
     with pytest.raises(UserError, match="fixed weights") as caught:
         mtkd.plan(run_of(tmp_path, weighting={"name": "fixed", "options": {"weights": weights}}))
     assert caught.value.where == "stages.student.weighting.options.weights"

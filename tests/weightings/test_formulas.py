@@ -32,6 +32,7 @@ def traits(logits: Tensor, targets: Tensor, per: str = "example", around: Around
 
 
 def test_margin_against_its_formula() -> None:
+    """w = softmax of the margins over tau, each margin summed by hand."""
     found = WEIGHTINGS["margin"].cls(tau=0.3)(traits(LOGITS, TARGETS, "token"))
     for b, i in (TARGETS != NO_LABEL).nonzero().tolist():
         powers = [math.exp(by_hand(LOGITS[k, b, i].tolist(), 0)["margin"] / 0.3) for k in range(3)]
@@ -60,6 +61,7 @@ def test_two_teachers_share_by_the_students_uncertainty(per: str) -> None:
 
 
 def test_the_more_uncertain_the_student_the_smaller_the_teacher() -> None:
+    """The mean size of the teachers falls as the student's entropy rises."""
     sharp = torch.tensor([100.0, 3.2, 1.6, 0.8, 0.0])
     student = torch.nn.functional.one_hot(torch.zeros(5, dtype=torch.int64), 3) * sharp[:, None]
     targets = torch.zeros(5, dtype=torch.int64)
@@ -77,6 +79,7 @@ def test_the_more_uncertain_the_student_the_smaller_the_teacher() -> None:
 
 
 def test_teachers_of_equal_size_share() -> None:
+    """Teachers of one size have equal weights."""
     around = with_student(torch.zeros(1, 3), torch.tensor([0]))
     facts = replace(FACTS, sizes=(7, 7, 9))
     found = Uncertainty(facts)(traits(LOGITS[:, 0, :1, :3], torch.tensor([0]), around=around))
@@ -118,6 +121,7 @@ def test_four_gradients_satisfy_the_kkt_conditions(largest: float) -> None:
 
 
 def test_a_bound_of_a_share_is_uniform() -> None:
+    """c <= 1/T leaves the uniform weights, and the scale of the Gram matrix changes nothing."""
     gram = np.diag([1.0, 2.0, 300.0, 4.0])
     for largest in (0.25, 0.2):
         assert smallest_norm(gram, largest).tolist() == [0.25] * 4
@@ -139,6 +143,7 @@ def weights_of_step(name: str, step: int, facts: StageFacts, **options: object) 
 
 
 def test_dropped_teachers() -> None:
+    """One teacher of three is out, each as often as another; the rest share equally."""
     drawn = [weights_of_step("drop", step, FACTS, count=1) for step in range(600)]
     assert {tuple(sorted(x)) for x in drawn} == {(0.0, 0.5, 0.5)}
     counts = [sum(x[k] == 0 for x in drawn) for k in range(3)]
@@ -151,6 +156,7 @@ def test_dropped_teachers() -> None:
 
 
 def test_draws_look_uniform_and_independent() -> None:
+    """Means, correlations and repeats of the draws are those of independent uniform numbers."""
     values = uniform_of(("x", "y"), 7, 0, np.arange(20_000))
     assert values.shape == (2, 20_000)
     assert 0 <= values.min() < values.max() < 1
@@ -166,6 +172,7 @@ def test_draws_look_uniform_and_independent() -> None:
 
 
 def test_a_route_is_the_named_teacher() -> None:
+    """The weight is 1 for the teacher that the example names."""
     around = Around(batch_of(CLASS_TARGETS[:3], torch.tensor([0, 1, -1]), torch.tensor([2, 0, -1])))
     found = WEIGHTINGS["route"].cls()(traits(CLASS_LOGITS[:, :3], CLASS_TARGETS[:3], around=around))
     assert found[..., 0].t().tolist()[:2] == [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
@@ -186,6 +193,7 @@ def learned_traits(module: Learned, logits: Tensor, targets: Tensor, per: str = 
 @pytest.mark.parametrize(("logits", "targets"), [(LOGITS, TARGETS), (CLASS_LOGITS, CLASS_TARGETS)])
 @pytest.mark.parametrize("gate", ["none", "pooled"])
 def test_the_anchors_likelihood_and_the_entropy(logits: Tensor, targets: Tensor, gate: str) -> None:
+    """The penalty is minus the anchors' mean log-likelihood, minus the entropy of the weights."""
     module = Learned(FACTS, gate=gate, anchor_share=0.6, entropy=0.3)
     with torch.no_grad():
         module.theta.copy_(torch.tensor([0.3, -1.0, 0.5]))
@@ -213,6 +221,7 @@ def test_the_anchors_likelihood_and_the_entropy(logits: Tensor, targets: Tensor,
 
 
 def test_learned_weights_are_trained_by_their_penalty_alone() -> None:
+    """Rows see the weights detached; the penalty's gradient is that of finite differences."""
     module = Learned(FACTS, gate="pooled", anchor_share=0.6).double()
     held = learned_traits(module, CLASS_LOGITS, CLASS_TARGETS)
     assert not module(held).requires_grad
@@ -235,6 +244,7 @@ class _Penalty(torch.nn.Module):
 
 
 def test_anchors_are_the_same_examples_whatever_batch_they_are_in() -> None:
+    """Whether an example is an anchor depends on its number alone."""
     module, ids = Learned(FACTS, anchor_share=0.25), torch.arange(4000)
     mask = torch.ones(4000, dtype=torch.bool)
     whole = module._anchors(ids, mask)
@@ -271,6 +281,7 @@ def test_probabilities_of_the_policy(count: int) -> None:
 
 
 def test_a_policy_that_wants_nobody_still_chooses() -> None:
+    """One teacher is on at least, each with the same chance."""
     scores = torch.full((3, 1000), -30.0, dtype=torch.float64)
     drawn = some_chosen(scores, torch.from_numpy(uniform_of(NAMES, 0, np.arange(1000))))
     assert bool(drawn.any(0).all())
@@ -320,6 +331,7 @@ def test_the_estimator_is_unbiased(credit: str) -> None:
 
 
 def test_the_score_is_the_gradient_of_log_pi() -> None:
+    """The weighting's score is autograd's gradient of the log of its policy."""
     policy = torch.randn(3, 9, generator=torch.Generator().manual_seed(5))
     module, held = reinforced(policy, torch.arange(50), 3, count=3)
     weights = module(held)[..., 0]

@@ -111,6 +111,7 @@ def test_no_other_weights_are_better(count: int, largest: float) -> None:
 
 @pytest.mark.parametrize("count", [4, 8])
 def test_the_order_of_vectors_does_not_matter(count: int) -> None:
+    """Vectors in another order have the same weights in that order."""
     random = np.random.default_rng(count)
     vectors = random.normal(size=(count, 5)) * 10.0 ** random.uniform(-3, 0, (count, 1))
     order, gram = random.permutation(count), vectors @ vectors.T + np.diag(np.diag(vectors @ vectors.T)) / 10

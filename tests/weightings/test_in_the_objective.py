@@ -49,12 +49,14 @@ def loss_and_gradient(weighting: str, order: tuple[str, ...]) -> tuple[Tensor, T
 
 @pytest.mark.parametrize("name", [n for n, spec in WEIGHTINGS.items() if spec.sums_to_one])
 def test_one_teacher_is_the_single_teacher_path_bit_by_bit(name: str) -> None:
+    """With one teacher a weighting of sum 1 gives the loss and gradients of uniform weights."""
     for found, wanted in zip(loss_and_gradient(name, ("a",)), loss_and_gradient("uniform", ("a",)), strict=True):
         assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("name", list(WEIGHTINGS))
 def test_the_order_of_teachers_changes_nothing(name: str) -> None:
+    """Teachers in another order give the same loss and gradients."""
     (loss, gradient), (other, another) = (
         loss_and_gradient(name, order) for order in (("a", "b", "c"), ("c", "a", "b"))
     )
@@ -63,12 +65,14 @@ def test_the_order_of_teachers_changes_nothing(name: str) -> None:
 
 
 def test_a_weighting_that_reads_what_nothing_provides_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A declared name must be a trait or a fact."""
     monkeypatch.setitem(WEIGHTINGS._values, "route", replace(WEIGHTINGS["route"], asks=("rout",)))
     with pytest.raises(UserError, match="reads what nothing provides"):
         make_weighting(Named(name="route"), StageFacts.stand_in(("a",)), "here")
 
 
 def test_a_weightings_parameters_have_their_own_learning_rate() -> None:
+    """`lr` sets the peak of the weighting's parameters, on the stage's schedule and without weight decay."""
     named = Named(name="learned", options={"gate": "pooled", "lr": 0.3})
     objective, _ = make_objective(classifier(16, 1, 0), [classifier(8, 1, 1)] * 2, ROWS[:2], named)
     config = OptimizerConfig(lr=0.01, weight_decay=0.5, warmup=0.0, schedule="linear")

@@ -63,10 +63,12 @@ def test_a_declaration_is_what_a_trial_finds(name: str) -> None:
 
 
 def test_every_built_in_weighting_declares_what_it_reads() -> None:
+    """The table of this file has every built-in weighting."""
     assert READS.keys() == {name for name in WEIGHTINGS if WEIGHTINGS.origin(name) == "mtkd"}
 
 
 def test_a_gate_reads_the_student_and_has_no_weight_per_token() -> None:
+    """Options decide what `learned` reads, and whether it can weigh tokens."""
     gated = WEIGHTINGS["learned"].reads({"gate": "pooled"}, 2)
     plain = WEIGHTINGS["learned"].reads({}, 2)
     assert gated is not None
@@ -100,6 +102,7 @@ class Undeclared(Weighting):
 
 
 def test_an_undeclared_trait_breaks_a_law_and_stops_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`mtkd check` and training refuse a name outside the declaration."""
     spec = WeightingSpec("mine", Undeclared, asks=("entropy",))
     with pytest.raises(LawBroken, match="it reads margin") as caught:
         check_weighting(spec)
@@ -154,6 +157,7 @@ def test_a_plug_in_without_a_declaration_works_as_before(monkeypatch: pytest.Mon
 
 
 def test_an_unknown_name_lists_the_nearest() -> None:
+    """A misspelt name is refused with the known one."""
     traits = Traits([DenseLogits(x) for x in LOGITS], Around(batch_of(TARGETS)), "example", 3)
     with pytest.raises(UserError, match="no trait or fact") as caught:
         traits.read("entropie")

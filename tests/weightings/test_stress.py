@@ -42,6 +42,7 @@ def test_the_noise_is_found_out_and_the_student_is_better_for_it(weighting: str,
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_learned_weights_rank_the_teachers(seed: int) -> None:
+    """The teacher that is right more often gets more weight."""
     for sure_noise in (False, True):
         found = outcome("learned", seed, sure_noise)
         good, half, noise = found.weights

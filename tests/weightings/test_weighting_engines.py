@@ -145,6 +145,7 @@ def assert_same(found: list[dict[str, float]], wanted: list[dict[str, float]], w
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=NAMES)
 def test_accumulation_makes_the_same_run(case: int) -> None:
+    """A step cut into micro-batches is the same step."""
     wanted = trajectory(case)
     for accumulate in (2, 8):
         assert_same(trajectory(case, accumulate=accumulate), wanted, f"{NAMES[case]} x {accumulate}")
@@ -163,6 +164,7 @@ def test_trained_weights_move_and_others_differ() -> None:
 
 @pytest.mark.parametrize("case", STATEFUL)
 def test_a_resumed_run_is_bit_equal(case: int, tmp_path: Path) -> None:
+    """Saved and loaded in the middle, a run ends with the same bits."""
     whole, again = resumed(case, "torch", 0, tmp_path)
     assert whole == again
     assert whole[-1]["penalty"] != 0.0

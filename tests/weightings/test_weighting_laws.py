@@ -13,10 +13,12 @@ from mtkd.weightings.spec import WEIGHTINGS, WeightingSpec
 
 @pytest.mark.parametrize("name", list(WEIGHTINGS))
 def test_every_weighting_keeps_the_laws(name: str) -> None:
+    """The laws hold for every registered weighting with its default options."""
     check_weighting(name)
 
 
 def test_options_of_a_weighting() -> None:
+    """The laws hold for the other options too."""
     check_weighting("mt_bert", lambda teachers: {"normalise": True})
     check_weighting(
         WeightingSpec("mt_bert", WEIGHTINGS["mt_bert"].cls, needs_labels=True), lambda t: {"normalise": True}
@@ -182,20 +184,24 @@ class AttachedPenalty(Learned):
 
 
 def test_a_penalty_may_be_a_share_of_the_steps() -> None:
+    """A constant times the share adds up over micro-batches."""
     check_weighting(WeightingSpec("mine", Shared))
 
 
 def test_labels_change_nothing_where_there_is_none() -> None:
+    """A position without a label must not have weights of its own."""
     with pytest.raises(LawBroken, match="equal positions") as caught:
         check_weighting(WeightingSpec("mine", WorstAtPrompts, needs_labels=True))
     assert caught.value.law == "everywhere"
 
 
 def test_learned_parameters_may_require_a_gradient() -> None:
+    """A gradient of the weighting's own parameters breaks no law."""
     check_weighting(WeightingSpec("mine", Learned))
 
 
 def test_labels_may_be_read_where_declared() -> None:
+    """With `needs_labels` the weights may follow the labels."""
     check_weighting(WeightingSpec("mine", BestTeacher, needs_labels=True))
 
 
@@ -223,6 +229,7 @@ def test_labels_may_be_read_where_declared() -> None:
     ],
 )
 def test_each_law_can_fail(law: str, cls: type[Weighting]) -> None:
+    """For each law there is a weighting that breaks it, and the law is named."""
     with pytest.raises(LawBroken) as caught:
         check_weighting(WeightingSpec("mine", cls))
     assert caught.value.law == law
@@ -230,4 +237,5 @@ def test_each_law_can_fail(law: str, cls: type[Weighting]) -> None:
 
 
 def test_sum_of_one_is_asked_only_where_declared() -> None:
+    """Without `sums_to_one` any sum passes."""
     check_weighting(WeightingSpec("mine", Inverse, sums_to_one=False))

@@ -66,6 +66,7 @@ TARGETS = torch.tensor([[1, NO_LABEL, 4, 0], [NO_LABEL, 2, NO_LABEL, NO_LABEL]])
 @pytest.mark.parametrize("name", NAMES[:4])
 @pytest.mark.parametrize("tile", [1, 2, 100])
 def test_traits_against_closed_forms(name: str, tile: int) -> None:
+    """Every trait is the number worked out by hand, for tiles of any size."""
     per_token = getattr(traits_of(LOGITS, TARGETS, "token", tile), name)
     per_example = getattr(traits_of(LOGITS, TARGETS, "example", tile), name)
     assert per_token.shape == (3, 2, 4)
@@ -82,6 +83,7 @@ def test_traits_against_closed_forms(name: str, tile: int) -> None:
 
 
 def test_traits_of_classes_have_one_value_per_example() -> None:
+    """Classes have [T,B,1], with and without a label."""
     logits, targets = LOGITS[:, :, 0], torch.tensor([3, NO_LABEL])
     for per in ("example", "token"):
         traits = traits_of(logits, targets, per)
@@ -95,6 +97,7 @@ def test_traits_of_classes_have_one_value_per_example() -> None:
 
 
 def test_agreement_is_the_share_of_the_others_with_the_same_choice() -> None:
+    """Agreement counts the other teachers; a single one agrees with itself."""
     choices = torch.tensor([[[0, 1, 2, 3]], [[0, 1, 3, 2]], [[0, 2, 4, 3]]])  # [T,B,L]
     logits = torch.nn.functional.one_hot(choices, 5).float()
     targets = torch.tensor([[1, 1, 1, NO_LABEL]])
@@ -106,18 +109,21 @@ def test_agreement_is_the_share_of_the_others_with_the_same_choice() -> None:
 
 
 def test_agreement_of_an_example_without_targets_is_zero() -> None:
+    """Where nothing is asked, no teacher agrees with another."""
     targets = torch.tensor([[1, 2, 3, 4], [NO_LABEL] * 4])
     assert traits_of(LOGITS, targets).agreement[:, 1].tolist() == [[0.0]] * 3
     assert float(traits_of(LOGITS, targets).agreement.max()) <= 1
 
 
 def test_regression_teachers_have_a_squared_error() -> None:
+    """The cross entropy of one column is (y - t)^2."""
     logits, targets = torch.tensor([[[1.0], [2.0]], [[0.0], [5.0]]]), torch.tensor([0.5, torch.nan])
     assert traits_of(logits, targets).ce.tolist() == [[[0.25], [0.0]], [[0.25], [0.0]]]
     assert traits_of(logits, targets).margin[:, 0].tolist() == [[1.0], [1.0]]
 
 
 def test_nothing_is_computed_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the traits that are read are computed, each once."""
     calls: list[str] = []
     for name, function in list(TRAITS.items()):
         monkeypatch.setitem(
@@ -136,6 +142,7 @@ def test_nothing_is_computed_that_nobody_reads(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_no_more_than_a_tile_of_logits_exists_at_one_time() -> None:
+    """Logits are asked for in pieces of at most `tile` positions."""
     sizes: list[int] = []
 
     class Watched(Counted):
@@ -148,12 +155,14 @@ def test_no_more_than_a_tile_of_logits_exists_at_one_time() -> None:
 
 
 def test_traits_are_detached() -> None:
+    """No trait requires a gradient."""
     logits = LOGITS.clone().requires_grad_()
     for name in NAMES:
         assert not getattr(traits_of(logits, TARGETS), name).requires_grad
 
 
 def test_a_trait_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registered function is read by its name."""
     monkeypatch.setitem(TRAITS, "largest", TRAITS["ce"])  # so that it is dropped at the end
     del TRAITS["largest"]
 
@@ -172,10 +181,12 @@ def weights(name: str, logits: Tensor, targets: Tensor, per: str = "example", **
 
 
 def test_uniform() -> None:
+    """w = 1/T."""
     assert torch.equal(weights("uniform", LOGITS, TARGETS, "token"), torch.full((3, 2, 4), 1 / 3))
 
 
 def test_fixed_weights_follow_names_and_are_normalised() -> None:
+    """Weights belong to names, not to places, and sum to 1."""
     module = Fixed(("b", "a"), {"a": 1, "b": 3.0})
     assert module(traits_of(LOGITS[:2], TARGETS))[:, 0, 0].tolist() == [0.75, 0.25]
     assert module.to("meta").values.is_meta  # it moves to the student's device with the objective
@@ -193,6 +204,7 @@ def test_fixed_weights_follow_names_and_are_normalised() -> None:
     ],
 )
 def test_fixed_weights_that_mean_nothing_are_refused(given: object) -> None:
+    """Unknown or missing names, negative numbers and all zeros are refused."""
     with pytest.raises(UserError, match="fixed weights"):
         Fixed(("a", "b"), given)  # type: ignore[arg-type]
 
@@ -200,6 +212,7 @@ def test_fixed_weights_that_mean_nothing_are_refused(given: object) -> None:
 @pytest.mark.parametrize("per", ["example", "token"])
 @pytest.mark.parametrize("normalise", [False, True])
 def test_mt_bert_against_its_formula(per: str, normalise: bool) -> None:
+    """w = 1 / (1 + CE), by hand."""
     found = weights("mt_bert", LOGITS, TARGETS, per, normalise=normalise)
     for b in range(2):
         for i in range(found.shape[2]):
@@ -213,6 +226,7 @@ def test_mt_bert_against_its_formula(per: str, normalise: bool) -> None:
 
 
 def test_entropy_against_its_formula() -> None:
+    """w = (1 - H / sum H) / (T - 1), by hand."""
     found = weights("entropy", LOGITS, TARGETS, "token")
     for b, i in (TARGETS != NO_LABEL).nonzero().tolist():
         entropies = [by_hand(LOGITS[k, b, i].tolist(), 0)["entropy"] for k in range(3)]
@@ -222,6 +236,7 @@ def test_entropy_against_its_formula() -> None:
 
 
 def test_entropy_of_very_sure_teachers_sums_to_one() -> None:
+    """Entropies near 0 still compare."""
     # A gap of 75 nats has an entropy of 2e-31, of 80 nats 1e-33: small, but not equal.
     logits = torch.tensor([[[75.0, 0.0]], [[80.0, 0.0]]])
     found = weights("entropy", logits, torch.tensor([0]))[:, 0, 0]
@@ -230,6 +245,7 @@ def test_entropy_of_very_sure_teachers_sums_to_one() -> None:
 
 
 def test_confidence_against_its_formula() -> None:
+    """w = softmax of the largest probabilities over tau, by hand."""
     found = weights("confidence", LOGITS, TARGETS, "token", tau=0.5)
     for b, i in (TARGETS != NO_LABEL).nonzero().tolist():
         powers = [math.exp(by_hand(LOGITS[k, b, i].tolist(), 0)["confidence"] / 0.5) for k in range(3)]
@@ -239,6 +255,7 @@ def test_confidence_against_its_formula() -> None:
 
 
 def test_weightings_without_labels_ignore_them() -> None:
+    """Other labels give the same weights."""
     other = TARGETS.where(TARGETS == NO_LABEL, (TARGETS + 1) % 5)
     for name in ("uniform", "entropy", "confidence"):
         assert torch.equal(weights(name, LOGITS, TARGETS), weights(name, LOGITS, other))
@@ -246,6 +263,7 @@ def test_weightings_without_labels_ignore_them() -> None:
 
 
 def test_ca_mkd_of_two_teachers_is_the_softmax_of_minus_ce() -> None:
+    """For T = 2 the paper's weights are softmax(-CE)."""
     import torch
 
     from mtkd.models.features import DenseLogits

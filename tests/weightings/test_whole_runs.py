@@ -77,6 +77,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_learned_and_reinforced_runs_resume_bit_equal(tmp_path: Path) -> None:
+    """Runs that are stopped and resumed end with the same bits."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     for folder in (whole, stopped):
         folder.mkdir()
@@ -126,5 +127,6 @@ def test_learned_and_reinforced_runs_resume_bit_equal(tmp_path: Path) -> None:
 def test_a_plan_refuses_what_means_nothing(
     tmp_path: Path, weighting: Any, changes: dict[str, Any], message: str
 ) -> None:
+    """Options and stages that a weighting cannot serve are refused by the plan."""
     with pytest.raises(UserError, match=message):
         check(tiny_config(tmp_path, stages={"student": {"weighting": weighting, **changes}}))
