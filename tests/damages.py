@@ -232,11 +232,15 @@ def _without_clock(content: bytes) -> bytes:
 class Bench:
     """Undamaged run folders of every state, and one place in which they are damaged and run.
 
-    Args: folder: where all of it is; ``undamaged/STATE`` beside ``work``, where every run was made.
+    Args:
+        folder: where all of it is; ``undamaged/STATE`` next to ``work``, where every run was made.
+        limit: seconds for one command.
+        draws: runs draw their report, which takes longer than they do; else only where a picture is damaged.
     """
 
     folder: Path
     limit: float = 300
+    draws: bool = True
 
     @property
     def work(self) -> Path:
@@ -257,12 +261,13 @@ class Bench:
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir(parents=True)
         file = cache_runs.write(self.work, values(kind, self.work))
-        code, output = self._command("run", str(file), point=point)
+        draws = self.draws or not point
+        code, output = self._command("run", str(file), point=point, report=draws)
         assert code == (-9 if point else 0), output
         shutil.rmtree(self.undamaged(state), ignore_errors=True)
         shutil.copytree(self.work, self.undamaged(state))
         shown = self._command("report", str(self.run), "--json")
-        code, output = self._command("run", str(file))
+        code, output = self._command("run", str(file), report=draws)
         assert code == 0, output
         noted = {"facts": facts(self.run), "shown": shown[1] if point else self._shown()}
         (self.undamaged(state) / "facts.json").write_text(json.dumps(noted))
@@ -278,8 +283,9 @@ class Bench:
         commands = [("status", str(self.run)), ("plan", file), ("report", str(self.run), "--json")]
         commands += [("resume", str(self.run))] if damage.seed % 3 == 0 else []
         commands += [("cache", "verify", str(p)) for p in self.run.glob("stages/*-cache/export/*/")]
+        draws = self.draws or damage.path.startswith("plots")
         for command in (*commands, ("run", file)):
-            code, output = self._command(*command)
+            code, output = self._command(*command, report=draws or command[0] == "report")
             if code not in (0, EXIT_USAGE, EXIT_DATA) or "Traceback" in output or "bug in mtkd" in output:
                 return "FAULT", f"{command[0]}: exit {code}\n{output}"
             if code and not self._is_told(damage, output) and command[0] != "cache":
@@ -319,11 +325,11 @@ class Bench:
     def _shown(self) -> str:
         return self._command("report", str(self.run), "--json")[1]
 
-    def _command(self, *arguments: str, point: str = "") -> tuple[int, str]:
+    def _command(self, *arguments: str, point: str = "", report: bool = True) -> tuple[int, str]:
         environment = {"MTKD_TEST_KILL_AT": point, "HF_HUB_OFFLINE": "1"}
         log = self.folder / "log"
         log.mkdir(exist_ok=True)
-        command = processes.start(log, *arguments, environment=environment, report=True)
+        command = processes.start(log, *arguments, environment=environment, report=report)
         command.process.join(self.limit)
         if command.process.exitcode is None:
             command.process.kill()

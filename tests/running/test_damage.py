@@ -24,7 +24,7 @@ DAMAGES = (
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    bench = Bench(tmp_path_factory.mktemp("damage"))
+    bench = Bench(tmp_path_factory.mktemp("damage"), draws=False)
     for state in sorted({damage.state for damage, _ in DAMAGES}):
         assert state in STATES
         bench.make(state)
