@@ -98,12 +98,12 @@ class Recorder:
 
     def spread(self, hidden: Callable[[Tensor], Tensor], call: Callable[[AttentionCall], AttentionCall]) -> Recorder:
         """What was recorded on packed rows, put back where the examples are in the batch."""
-        if any(found.bias is not None for found in self.calls.values()):
+        if any(recorded.bias is not None for recorded in self.calls.values()):
             raise UserError(
                 "attention with a position bias cannot be recorded on packed rows", where="@stage.batch.packing"
             )
         head_input = None if self.head_input is None else hidden(self.head_input)
-        calls = {layer: call(found) for layer, found in self.calls.items()}
+        calls = {layer: call(recorded) for layer, recorded in self.calls.items()}
         return Recorder(self.layers, calls, self.num_calls, head_input, head=self.head)
 
 

@@ -136,9 +136,9 @@ def match_classes(
 def _by_name(outputs: tuple[str, ...], classes: tuple[str, ...]) -> tuple[int, ...] | None:
     """The output of every class, where each side has the other's names; equal ones before like ones."""
     for form in (str, _normal):
-        ours, theirs = [form(name) for name in classes], [form(name) for name in outputs]
-        if len(set(theirs)) == len(theirs) and sorted(ours) == sorted(theirs):
-            return tuple(theirs.index(name) for name in ours)
+        class_forms, output_forms = [form(name) for name in classes], [form(name) for name in outputs]
+        if len(set(output_forms)) == len(output_forms) and sorted(class_forms) == sorted(output_forms):
+            return tuple(output_forms.index(name) for name in class_forms)
     return None
 
 
@@ -151,13 +151,13 @@ def _given(outputs: tuple[str, ...], classes: tuple[str, ...], given: Given, whe
     for output, name in _numbered(outputs, given, where).items():
         if name is None:
             continue
-        wanted = _find(name, classes)
-        if wanted is None:
+        position = _find(name, classes)
+        if position is None:
             raise UserError("the data has no such class", where=where, found=name, allowed=classes,
                             todo=nearest(name, classes))  # fmt: skip
-        if classes[wanted] in named:
-            raise UserError("two outputs of the model stand for one class", where=where, found=classes[wanted])
-        named[classes[wanted]] = output
+        if classes[position] in named:
+            raise UserError("two outputs of the model stand for one class", where=where, found=classes[position])
+        named[classes[position]] = output
     if missing := [name for name in classes if name not in named]:
         raise UserError(
             "no output of the model stands for this class of the data",
@@ -180,18 +180,18 @@ def _numbered(outputs: tuple[str, ...], given: Given, where: str) -> dict[int, s
                 allowed=f"{len(outputs)}, in the order of {_listed(outputs)}",
             )
         return dict(enumerate(given))
-    found: dict[int, str | None] = {}
-    for name, wanted in given.items():
+    class_of: dict[int, str | None] = {}
+    for name, class_name in given.items():
         number = _find(name, outputs)
         if number is None and name.isdecimal() and int(name) < len(outputs):
             number = int(name)
         if number is None:
             raise UserError("the model has no such output", where=where, found=name, allowed=outputs,
                             todo=nearest(name, outputs))  # fmt: skip
-        if number in found:
+        if number in class_of:
             raise UserError("this output of the model is named twice", where=where, found=outputs[number])
-        found[number] = wanted
-    return found
+        class_of[number] = class_name
+    return class_of
 
 
 def _find(name: str, names: tuple[str, ...]) -> int | None:

@@ -37,8 +37,8 @@ def check_glm(config: PretrainedConfig, *, classifies: bool) -> None:
         raise UserError("not an activation: hidden_act of its config.json", where="@model", found=config.hidden_act)
     fault = cloze_fault(config) if classifies else None
     if fault is not None:
-        message, found, allowed = fault
-        raise UserError(f"verbalizers of its config.json: {message}", where="@model", found=found, allowed=allowed)
+        message, value, allowed = fault
+        raise UserError(f"verbalizers of its config.json: {message}", where="@model", found=value, allowed=allowed)
 
 
 def cloze_fault(config: Any) -> tuple[str, Any, Any] | None:
@@ -50,8 +50,8 @@ def cloze_fault(config: Any) -> tuple[str, Any, Any] | None:
     if verbalizers is None:
         return None
     if config.sop_token_id is None or config.mask_token_id is None or not config.tie_word_embeddings:
-        found = {name: getattr(config, name) for name in ("sop_token_id", "mask_token_id", "tie_word_embeddings")}
-        return "a cloze needs sop_token_id, mask_token_id and tied embeddings", found, "two ids, and true"
+        fields = {name: getattr(config, name) for name in ("sop_token_id", "mask_token_id", "tie_word_embeddings")}
+        return "a cloze needs sop_token_id, mask_token_id and tied embeddings", fields, "two ids, and true"
     if config.num_labels and len(verbalizers) != config.num_labels:
         return "a cloze has one answer per class", len(verbalizers), config.num_labels
     size, ended = config.vocab_size, any(len(words) > 1 for words in verbalizers)

@@ -71,15 +71,15 @@ def _kept_layers(loaded: PreTrainedModel, weights: dict[str, Tensor], layers: tu
     """These layers under their new numbers, and everything that is not a layer."""
     name = _layer_list(loaded)
     numbers = {str(layer - 1): str(position) for position, layer in enumerate(layers)}
-    kept = {}
+    state = {}
     for key, value in weights.items():
         if not key.startswith(f"{name}."):
-            kept[key] = value
+            state[key] = value
             continue
         number, _, rest = key.removeprefix(f"{name}.").partition(".")
         if number in numbers:
-            kept[f"{name}.{numbers[number]}.{rest}"] = value
-    return kept
+            state[f"{name}.{numbers[number]}.{rest}"] = value
+    return state
 
 
 def _layer_list(model: PreTrainedModel) -> str:
@@ -121,8 +121,8 @@ def _whole_shape(config: PretrainedConfig) -> _Shape:
 
 def _shape(config: PretrainedConfig, model: ModelConfig) -> _Shape:
     """The slice's shape with its defaults filled in, checked against the model it is cut from."""
-    wanted = model.slice
-    assert wanted is not None
+    cut = model.slice
+    assert cut is not None
     if config.model_type not in _RULES:
         raise UserError(
             f"there are no rules to slice architecture '{config.model_type}'",
@@ -131,21 +131,21 @@ def _shape(config: PretrainedConfig, model: ModelConfig) -> _Shape:
             todo="drop slice (keep_layers works with every architecture)",
         )
     whole = _whole_shape(config)
-    width = wanted.width or whole.width
+    width = cut.width or whole.width
     # some models have heads that are wider or narrower than their share of the width: those keep their own head width
     coupled = whole.width == whole.heads * whole.head_width
-    heads = wanted.heads or (width // whole.head_width if coupled else whole.heads)
+    heads = cut.heads or (width // whole.head_width if coupled else whole.heads)
     if not heads or width % heads:
         raise UserError(
             "the heads do not divide the width",
             where="@model.slice.heads",
             found=f"{heads} heads (default: of the loaded model's head width, {whole.head_width}), width {width}",
         )
-    kv_heads = wanted.kv_heads or _default_kv_heads(whole, heads)
-    intermediate = wanted.intermediate or max(1, whole.intermediate * width // whole.width)
-    found = _Shape(width, heads, kv_heads, width // heads if coupled else whole.head_width, intermediate)
-    _check_shape(found, whole, config.model_type)
-    return found
+    kv_heads = cut.kv_heads or _default_kv_heads(whole, heads)
+    intermediate = cut.intermediate or max(1, whole.intermediate * width // whole.width)
+    shape = _Shape(width, heads, kv_heads, width // heads if coupled else whole.head_width, intermediate)
+    _check_shape(shape, whole, config.model_type)
+    return shape
 
 
 def _default_kv_heads(whole: _Shape, heads: int) -> int:
@@ -154,44 +154,44 @@ def _default_kv_heads(whole: _Shape, heads: int) -> int:
     return heads // group if heads >= group else 1
 
 
-def _check_shape(found: _Shape, whole: _Shape, architecture: str) -> None:
+def _check_shape(shape: _Shape, whole: _Shape, architecture: str) -> None:
     for name, key in (("width", "width"), ("heads", "heads"), ("kv_heads", "kv_heads"), ("intermediate",) * 2):
-        if getattr(found, key) > getattr(whole, key):
+        if getattr(shape, key) > getattr(whole, key):
             raise UserError(
                 "a slice is not larger than the model it is cut from",
                 where=f"@model.slice.{name}",
-                found=getattr(found, key),
+                found=getattr(shape, key),
                 allowed=f"at most {getattr(whole, key)}",
             )
-    if found.head_width > whole.head_width:
+    if shape.head_width > whole.head_width:
         raise UserError(
             "the slice's heads are wider than the loaded model's",
             where="@model.slice.heads",
-            found=f"{found.head_width} (width {found.width} / {found.heads} heads)",
+            found=f"{shape.head_width} (width {shape.width} / {shape.heads} heads)",
             allowed=f"at most {whole.head_width}",
-            todo=f"take more heads or a smaller width; {found.width // whole.head_width} heads keep the head width",
+            todo=f"take more heads or a smaller width; {shape.width // whole.head_width} heads keep the head width",
         )
-    if architecture in _ROTARY and found.head_width % 2:
+    if architecture in _ROTARY and shape.head_width % 2:
         raise UserError(
             "rotary embedding turns pairs of dimensions: the head width must be even",
             where="@model.slice.heads",
-            found=f"{found.head_width} (width {found.width} / {found.heads} heads)",
+            found=f"{shape.head_width} (width {shape.width} / {shape.heads} heads)",
         )
     if architecture not in _GROUPED:
-        if found.kv_heads != found.heads:
+        if shape.kv_heads != shape.heads:
             raise UserError(
                 f"architecture '{architecture}' has no grouped heads",
                 where="@model.slice.kv_heads",
-                found=found.kv_heads,
+                found=shape.kv_heads,
                 todo="drop it",
             )
         return
-    group, whole_group = found.heads / max(found.kv_heads, 1), whole.heads // whole.kv_heads
-    if not found.kv_heads or found.heads % found.kv_heads or group > whole_group:
+    group, whole_group = shape.heads / max(shape.kv_heads, 1), whole.heads // whole.kv_heads
+    if not shape.kv_heads or shape.heads % shape.kv_heads or group > whole_group:
         raise UserError(
             "the slice's groups of heads do not fit into the loaded model's",
             where="@model.slice.kv_heads",
-            found=f"{found.heads} heads, {found.kv_heads} key/value heads",
+            found=f"{shape.heads} heads, {shape.kv_heads} key/value heads",
             allowed=f"groups of equal size, at most {whole_group} heads each",
         )
 

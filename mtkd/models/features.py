@@ -194,15 +194,15 @@ class SparseLogits:
         Raises:
             UserError: when the cache does not know it.
         """
-        found = self._found(index)
+        rows = self._found(index)
         if name in self.traits:
-            return self.traits[name][found]
+            return self.traits[name][rows]
         values = self.values
         if values.tail is not None:
             if name == "choice":
-                place = values.log_probs[found].argmax(-1, keepdim=True)
-                return values.ids[found].gather(-1, place).squeeze(-1).float()
-            best = values.log_probs[found].topk(min(2, values.ids.shape[1]), -1).values
+                place = values.log_probs[rows].argmax(-1, keepdim=True)
+                return values.ids[rows].gather(-1, place).squeeze(-1).float()
+            best = values.log_probs[rows].topk(min(2, values.ids.shape[1]), -1).values
             if name == "confidence" and values.temperature == 1:
                 return best[:, 0].exp()
             if name == "margin" and values.temperature == 1 and best.shape[1] == 2:

@@ -50,9 +50,9 @@ def find_folder(path: str, revision: str | None, resolve: Callable[[str], Path |
     card = load_cards().get(path)
     if (glm := missing_glm(path, resolve)) is not None:
         raise UserError("this model is not here", where="@model.path", found=path, todo=how_to_get(glm))
-    found = Path(resolve(path))
-    if found.is_dir():
-        folder = found
+    place = Path(resolve(path))
+    if place.is_dir():
+        folder = place
     else:
         folder = _download(card.source if card else path, revision or (card.revision if card else None), weights)
     check_folder(folder, weights=weights)

@@ -100,8 +100,8 @@ def heads_of(model: PreTrainedModel, auto_class: str, stored: Collection[str]) -
         names.setdefault(feature, []).append(group[0])
         if not there.intersection(group) and not any(optional.search(name) for name in group):
             missing.setdefault(feature, []).append(group[0])
-    own = {f: tuple(n for n in found if not n.startswith(f"{prefix}.pooler.")) for f, found in names.items()}
-    return {f: Head(tuple(found), tuple(missing.get(f, ())), own[f]) for f, found in names.items()}
+    own = {f: tuple(n for n in parts if not n.startswith(f"{prefix}.pooler.")) for f, parts in names.items()}
+    return {f: Head(tuple(parts), tuple(missing.get(f, ())), own[f]) for f, parts in names.items()}
 
 
 def stored_names(folder: Path) -> set[str] | None:

@@ -183,11 +183,11 @@ def model_class(config: PretrainedConfig, auto_class: str) -> type[PreTrainedMod
             todo="choose an architecture that fits the task: bert, roberta, distilbert for masked-lm; "
             "gpt2, llama, qwen2, glm_blocklm for causal-lm; any of them for classify",
         )
-    found = mapping[type(config)]
-    if not isinstance(found, (tuple, list)):
-        return found
-    named = [cls for cls in found if cls.__name__ in (config.architectures or ())]
-    return (named or list(found))[0]
+    entry = mapping[type(config)]
+    if not isinstance(entry, (tuple, list)):
+        return entry
+    chosen = [cls for cls in entry if cls.__name__ in (config.architectures or ())]
+    return (chosen or list(entry))[0]
 
 
 def check_head(config: PretrainedConfig, auto_class: str) -> None:

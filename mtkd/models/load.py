@@ -190,14 +190,14 @@ def _set_labels(config: PretrainedConfig, request: ModelRequest, trained: bool, 
     Returns:
         None for a new head.
     """
-    found = None
+    classes = None
     if trained:
         names = request.label_names or tuple(f"LABEL_{i}" for i in range(request.num_labels))
-        found = match_classes(output_names(config), names, request.where or folder, key="")
+        classes = match_classes(output_names(config), names, request.where or folder, key="")
         if getattr(config, "verbalizers", None):  # of a cloze the order is that of its answers
-            config.verbalizers, found = [config.verbalizers[i] for i in found.columns], None
+            config.verbalizers, classes = [config.verbalizers[i] for i in classes.columns], None
     named_after(config, request.label_names, request.num_labels)
-    return found
+    return classes
 
 
 def _check_fits(config: PretrainedConfig, request: ModelRequest) -> None:
@@ -262,11 +262,11 @@ def _check_report(report: dict[str, Any], prefix: str, folder: Path) -> None:
         prefix: of the encoder's or decoder's names in a model with a head; heads were looked at before.
     """
     mismatched = [
-        f"{name} {list(found)} instead of {list(wanted)}" for name, found, wanted in report["mismatched_keys"]
+        f"{name} {list(stored)} instead of {list(shape)}" for name, stored, shape in report["mismatched_keys"]
     ]
     missing = sorted(report["missing_keys"])
-    made = [name for name in missing if not name.startswith(f"{prefix}.") or f"{prefix}.pooler." in name]
-    missing = [name for name in missing if name not in made]
+    fresh = [name for name in missing if not name.startswith(f"{prefix}.") or f"{prefix}.pooler." in name]
+    missing = [name for name in missing if name not in fresh]
     unexpected = [n for n in sorted(report["unexpected_keys"]) if not of_another_head(n, prefix)]
     errors = [str(e) for e in report.get("error_msgs") or ()]
     for what, names in (
@@ -277,8 +277,8 @@ def _check_report(report: dict[str, Any], prefix: str, folder: Path) -> None:
     ):
         if names:
             raise unfitting(what, names, folder)
-    if made:
-        _log.info("%s: new head: %s", folder.name, ", ".join(made))
+    if fresh:
+        _log.info("%s: new head: %s", folder.name, ", ".join(fresh))
 
 
 @contextmanager

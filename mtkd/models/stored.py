@@ -72,25 +72,25 @@ def read_weights(folder: Path) -> dict[str, StoredWeight]:
     index = folder / INDEX
     if not index.is_file():
         raise DataError("the folder has no weights", where=str(folder), allowed=f"{WEIGHTS} or {INDEX} with its shards")
-    found: dict[str, StoredWeight] = {}
+    weights: dict[str, StoredWeight] = {}
     for name in shard_names(index):
         shard = folder / name
         if not shard.is_file():
             raise DataError("a shard is missing", where=str(index), found=name)
         more = _weights_of(shard)
-        if twice := sorted(found.keys() & more.keys()):
+        if twice := sorted(weights.keys() & more.keys()):
             raise DataError("weights stand in two shards", where=str(shard), found=some(twice))
-        found |= more
-    if lost := sorted(read_index(index).keys() - found.keys()):
+        weights |= more
+    if lost := sorted(read_index(index).keys() - weights.keys()):
         raise DataError("the index names weights that no shard has", where=str(index), found=some(lost))
-    return found
+    return weights
 
 
 def read_index(index: Path) -> dict[str, str]:
     """Name of a weight -> name of its shard. Raises: DataError as `shard_names`."""
     shard_names(index)
-    found: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    return found
+    weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    return weight_map
 
 
 def read_header(file: Path) -> tuple[dict[str, Any], int]:
@@ -116,8 +116,8 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
 def _weights_of(file: Path) -> dict[str, StoredWeight]:
     size, (header, end) = file.stat().st_size, read_header(file)
     header.pop("__metadata__", None)
-    found = {name: _stored(name, entry, file, end) for name, entry in header.items()}
-    for weight in sorted(found.values(), key=lambda w: (w.start, w.end)):
+    weights = {name: _stored(name, entry, file, end) for name, entry in header.items()}
+    for weight in sorted(weights.values(), key=lambda w: (w.start, w.end)):
         if weight.start != end:
             raise DataError("weights overlap, or leave a gap", where=f"{file}: {weight.name}")
         end = weight.end
@@ -129,7 +129,7 @@ def _weights_of(file: Path) -> dict[str, StoredWeight]:
             allowed=f"{end:,} bytes",
             todo="copy or download it again",
         )
-    return found
+    return weights
 
 
 def _stored(name: str, entry: Any, file: Path, values: int) -> StoredWeight:

@@ -108,22 +108,22 @@ def read_vocabulary(folder: Path | str, tokenizer: PreTrainedTokenizerBase, wher
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         kept, to_kept, counts = (torch.tensor(values[n], dtype=torch.int64) for n in ("kept", "to_kept", "counts"))
-        found = VocabularyMap(kept, to_kept, counts, str(values["tokenizer"]))
-        ids, rows = torch.arange(len(found.to_kept)), torch.arange(found.num_kept)
-        whole = len(found.counts) == len(ids) and bool((found.to_kept[found.kept] == rows).all())
-        whole = whole and bool(((found.to_kept >= 0) & (found.to_kept < len(rows))).all())
+        vocabulary = VocabularyMap(kept, to_kept, counts, str(values["tokenizer"]))
+        ids, rows = torch.arange(len(vocabulary.to_kept)), torch.arange(vocabulary.num_kept)
+        whole = len(vocabulary.counts) == len(ids) and bool((vocabulary.to_kept[vocabulary.kept] == rows).all())
+        whole = whole and bool(((vocabulary.to_kept >= 0) & (vocabulary.to_kept < len(rows))).all())
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise DataError(f"is not a vocabulary map: {error}", where=str(file)) from error
     if not whole:
         raise DataError("is not a vocabulary map: its tables do not fit each other", where=str(file))
-    if found.tokenizer != tokenizer_fingerprint(tokenizer):
+    if vocabulary.tokenizer != tokenizer_fingerprint(tokenizer):
         raise DataError(
             "the model's vocabulary was compressed from another tokenizer than the run's",
             where=where,
             found=str(folder),
             todo="set tokenizer.path to the tokenizer that this model was trained with",
         )
-    return found
+    return vocabulary
 
 
 def compressed_twice(where: str) -> UserError:
@@ -265,16 +265,16 @@ def compressed_config(config: PretrainedConfig, kept: Sequence[int]) -> Pretrain
             todo="drop `vocabulary`, or distil a model with a pooled head (no verbalizers in its config.json)",
         )
     rows = {number: row for row, number in enumerate(kept)}
-    made = type(config).from_dict(config.to_dict())
-    made.vocab_size = len(rows)
+    small = type(config).from_dict(config.to_dict())
+    small.vocab_size = len(rows)
     values: dict[str, Any] = config.to_dict()
     for name in values:
         if name.endswith("_token_id") and values[name] is not None:
             many = isinstance(values[name], list)
             # an id that the run's tokenizer does not know (default of an architecture) is dropped
-            found = [rows[number] for number in (values[name] if many else [values[name]]) if number in rows]
-            setattr(made, name, found if many else next(iter(found), None))
-    return made
+            ids = [rows[number] for number in (values[name] if many else [values[name]]) if number in rows]
+            setattr(small, name, ids if many else next(iter(ids), None))
+    return small
 
 
 def compressed_weights(weights: dict[str, Tensor], shapes: dict[str, torch.Size], kept: Tensor) -> dict[str, Tensor]:

@@ -69,7 +69,7 @@ def open_checkpoint(source: Path) -> Checkpoint:
         return Checkpoint(source, (file.weights,), not original, settings)
     if not source.is_dir():
         raise DataError("no such file or folder", where="SOURCE", found=str(source))
-    ranks = {int(found[1]): file for file in folder.iterdir() if (found := _PART.fullmatch(file.name))}
+    ranks = {int(match[1]): file for file in folder.iterdir() if (match := _PART.fullmatch(file.name))}
     if ranks:
         if sorted(ranks) != list(range(len(ranks))):
             raise DataError(
@@ -100,24 +100,24 @@ def _settings(folder: Path) -> dict[str, Any]:
         file = folder / name
         if file.is_file():
             try:
-                found = json.loads(file.read_text(encoding="utf-8"))
+                settings = json.loads(file.read_text(encoding="utf-8"))
             except (OSError, ValueError, RecursionError) as error:
                 raise DataError(f"cannot be read as JSON: {error}", where=str(file)) from error
-            return found if isinstance(found, dict) else {}
+            return settings if isinstance(settings, dict) else {}
     return {}
 
 
 def _read_shards(index: Path) -> dict[str, Stored]:
-    found: dict[str, Stored] = {}
+    weights: dict[str, Stored] = {}
     for name in shard_names(index, (".safetensors", ".bin")):
         shard = index.parent / name
         if not shard.is_file():
             raise DataError("a shard is missing", where=str(index), found=name)
         more = _read(shard).weights
-        if twice := sorted(found.keys() & more.keys()):
+        if twice := sorted(weights.keys() & more.keys()):
             raise DataError("weights stand in two shards", where=str(shard), found=twice[:3])
-        found |= more
-    return found
+        weights |= more
+    return weights
 
 
 def _read(file: Path) -> _File:
@@ -130,8 +130,8 @@ def _read_safetensors(file: Path) -> _File:
             with safe_open(file, framework="pt") as opened:
                 return opened.get_tensor(name)
 
-        found = weights.get_slice(name)
-        return Stored(tuple(found.get_shape()), _dtype(found.get_dtype(), f"{file}: {name}"), read)
+        view = weights.get_slice(name)
+        return Stored(tuple(view.get_shape()), _dtype(view.get_dtype(), f"{file}: {name}"), read)
 
     try:
         with safe_open(file, framework="pt") as weights:
@@ -154,7 +154,7 @@ def _read_pickle(file: Path) -> _File:
     try:
         # what numpy's random state (training checkpoints keep it) is made of: arrays of numbers
         with torch.serialization.safe_globals(_arrays()):
-            found = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # pickle, zip, OS and torch errors share no base class
         code = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it asks for {code[1]}" if code else (str(error).strip().splitlines() or [""])[0]
@@ -165,12 +165,12 @@ def _read_pickle(file: Path) -> _File:
             todo="where you trust its origin, save its weights alone: torch.save({'module': torch.load(FILE, "
             "weights_only=False)['module']}, NEW)",
         ) from error
-    wrapped = isinstance(found, dict) and isinstance(found.get("module"), dict)
+    wrapped = isinstance(content, dict) and isinstance(content.get("module"), dict)
     if wrapped:
-        found = found["module"]
-    if not isinstance(found, dict):
-        raise DataError("holds no state dict", where=str(file), found=type(found).__name__)
-    strange = [str(name) for name, value in found.items() if not isinstance(value, Tensor)]
+        content = content["module"]
+    if not isinstance(content, dict):
+        raise DataError("holds no state dict", where=str(file), found=type(content).__name__)
+    strange = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
     if strange:
         raise DataError(
             "the state dict holds other things than weights",
@@ -178,7 +178,7 @@ def _read_pickle(file: Path) -> _File:
             found=strange[:8],
             allowed="tensors by name, under the key 'module' or directly",
         )
-    for name, value in found.items():
+    for name, value in content.items():
         if value.dtype not in _DTYPES.values() or value.layout is not torch.strided:
             raise DataError(
                 "weights of this type cannot be converted",
@@ -186,7 +186,7 @@ def _read_pickle(file: Path) -> _File:
                 found=f"{value.dtype}, {value.layout}".replace("torch.", ""),
                 allowed=", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES.values()) + "; strided",
             )
-    return _File({str(name): stored(value) for name, value in found.items()}, wrapped)
+    return _File({str(name): stored(value) for name, value in content.items()}, wrapped)
 
 
 def _arrays() -> list[Any]:

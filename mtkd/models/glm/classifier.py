@@ -174,8 +174,9 @@ class GLMForSequenceClassification(GLMPreTrainedModel):
         hidden = output.last_hidden_state[:, length:]
         scores = self.glm.word_embeddings(hidden)
         exact = torch.promote_types(scores.dtype, torch.float32)
-        found = torch.log_softmax(scores, -1, dtype=exact)[:, cloze.slots.to(device), cloze.words.to(device)]  # [B,P]
-        logits = found.new_zeros(batch, self.num_labels).index_add(1, cloze.classes.to(device), found)
+        log_probs = torch.log_softmax(scores, -1, dtype=exact)  # [B,E,V]
+        log_probs = log_probs[:, cloze.slots.to(device), cloze.words.to(device)]  # [B,P]
+        logits = log_probs.new_zeros(batch, self.num_labels).index_add(1, cloze.classes.to(device), log_probs)
         states: Any = output.hidden_states  # None, or None for those not asked for
         maps: Any = output.attentions
         return SequenceClassifierOutput(

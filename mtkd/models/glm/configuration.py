@@ -78,8 +78,8 @@ class GLMConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:  # transformers' interface
-        found = super().from_dict(config_dict, **kwargs)
-        config = found[0] if isinstance(found, tuple) else found
+        loaded = super().from_dict(config_dict, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
         if config_dict.get("eop_token_id") is None and config_dict.get("verbalizers") and config.has_long_answers:
             config.eop_token_id = None  # made when answers had no end
-        return found
+        return loaded

@@ -39,7 +39,7 @@ def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of a published checkpoint under mtkd's names, as `GLMForConditionalGeneration` saves them.
 
     Values are handed on, not copied. The output head is the table of the tokens and has no entry; load with
-    ``model.load_state_dict(found, strict=False)``, or tie the weights afterwards.
+    ``model.load_state_dict(weights, strict=False)``, or tie the weights afterwards.
 
     Args:
         state_dict: of any of the four forms, whole (not one of several model-parallel parts).
@@ -48,9 +48,9 @@ def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         DataError: weights that are missing or unexpected, with their names, or of shapes that do not fit each other.
     """
     names = rename(state_dict.keys(), "state_dict")
-    found = {ours: state_dict[published] for ours, published in names.items()}
-    _check_shapes({name: tuple(value.shape) for name, value in found.items()}, "state_dict")
-    return found
+    weights = {ours: state_dict[published] for ours, published in names.items()}
+    _check_shapes({name: tuple(value.shape) for name, value in weights.items()}, "state_dict")
+    return weights
 
 
 def convert_checkpoint(
@@ -138,40 +138,40 @@ def _write(
 def _tokenizer(source: Path, vocabulary: Path | None, config: GLMConfig) -> PreTrainedTokenizerFast | None:
     """The tokenizer that goes along; None without a vocabulary next to the weights."""
     folder = vocabulary or (source if source.is_dir() else source.parent)
-    found = tokenizer_beside(folder)
-    if found is None and vocabulary is not None:
+    tokenizer = tokenizer_beside(folder)
+    if tokenizer is None and vocabulary is not None:
         raise UserError(
             "no vocabulary in the folder",
             where="--vocabulary",
             found=str(vocabulary),
             allowed="vocab.json and merges.txt (GPT-2), or vocab.txt (BERT)",
         )
-    if found is not None and len(found) > config.vocab_size:
+    if tokenizer is not None and len(tokenizer) > config.vocab_size:
         raise UserError(
             "the vocabulary is not that of the weights",
             where="--vocabulary",
-            found=f"{len(found)} tokens with GLM's commands",
+            found=f"{len(tokenizer)} tokens with GLM's commands",
             allowed=f"at most {config.vocab_size}",
         )
-    if found is not None:
-        ids = found.get_vocab()
+    if tokenizer is not None:
+        ids = tokenizer.get_vocab()
         own = {
-            "pad_token_id": found.pad_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
             "sop_token_id": ids[START],
             "eos_token_id": ids[END],
-            "mask_token_id": found.mask_token_id,
+            "mask_token_id": tokenizer.mask_token_id,
         }
-        wanted = IDS.get(config.vocab_size, own)
-        if own != wanted:
+        published = IDS.get(config.vocab_size, own)
+        if own != published:
             raise UserError(
                 f"the vocabulary is not that of weights with {config.vocab_size} ids",
                 where="--vocabulary",
                 found=own,
-                allowed=wanted,
+                allowed=published,
             )
         for name, number in own.items():
             setattr(config, name, number)
-    return found
+    return tokenizer
 
 
 def _umask() -> int:
@@ -196,10 +196,10 @@ def _merged(parts: Sequence[Mapping[str, Stored]], where: str) -> dict[str, Stor
 def _sizes(shapes: Mapping[str, tuple[int, ...]], where: str) -> dict[str, int]:
     """What the shapes say of the model."""
     names = ("word_embeddings", "position_embeddings", "layers.0.mlp.dense_h_to_4h")
-    found = [shapes[f"glm.{name}.weight"] for name in names]
-    if any(len(shape) != 2 for shape in found):
-        raise DataError("tables and matrices have two axes", where=where, found=dict(zip(names, found, strict=True)))
-    (vocabulary, width), (rows, _), (wide, _) = found
+    tables = [shapes[f"glm.{name}.weight"] for name in names]
+    if any(len(shape) != 2 for shape in tables):
+        raise DataError("tables and matrices have two axes", where=where, found=dict(zip(names, tables, strict=True)))
+    (vocabulary, width), (rows, _), (wide, _) = tables
     layers = sum(name.endswith(".mlp.dense_h_to_4h.weight") for name in shapes)
     return {
         "vocabulary": vocabulary,
@@ -211,8 +211,8 @@ def _sizes(shapes: Mapping[str, tuple[int, ...]], where: str) -> dict[str, int]:
 
 
 def _check_shapes(shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
-    wanted = shapes_wanted(_sizes(shapes, where))
-    wrong = [f"{n} {list(shapes[n])} instead of {list(wanted[n])}" for n in wanted if shapes[n] != wanted[n]]
+    expected = shapes_wanted(_sizes(shapes, where))
+    wrong = [f"{n} {list(shapes[n])} instead of {list(expected[n])}" for n in expected if shapes[n] != expected[n]]
     if wrong:
         raise DataError(
             f"the shapes of {len(wrong)} weights do not fit the others",
@@ -224,13 +224,13 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
 
 def _config(opened: Checkpoint, weights: Mapping[str, Stored], heads: int | None, act: str | None) -> GLMConfig:
     sizes = _sizes({name: weight.shape for name, weight in weights.items()}, str(opened.source))
-    found = _heads(opened, sizes, heads)
+    num_heads = _heads(opened, sizes, heads)
     ids: dict[str, Any] = {**IDS.get(sizes["vocabulary"], {})}
     return GLMConfig(
         vocab_size=sizes["vocabulary"],
         hidden_size=sizes["width"],
         num_hidden_layers=sizes["layers"],
-        num_attention_heads=found,
+        num_attention_heads=num_heads,
         intermediate_size=sizes["intermediate"],
         max_position_embeddings=sizes["positions"],
         hidden_act=act or _activation(opened),
@@ -270,13 +270,13 @@ def _heads(opened: Checkpoint, sizes: Mapping[str, int], given: int | None) -> i
     cards = {
         card.heads for card in load_cards().values() if card.architecture == GLM and (card.layers, card.width) == shape
     }
-    found = given or stated or (cards.pop() if len(cards) == 1 else None)
-    if not isinstance(found, int) or found < 1 or sizes["width"] % found:
+    number = given or stated or (cards.pop() if len(cards) == 1 else None)
+    if not isinstance(number, int) or number < 1 or sizes["width"] % number:
         raise UserError(
             "the number of attention heads cannot be read from the weights",
             where="--heads",
-            found=found or "no configuration next to the weights, and no card of this shape",
+            found=number or "no configuration next to the weights, and no card of this shape",
             allowed=f"a divisor of the width {sizes['width']}",
             todo="give it with --heads; the published models have heads of 64",
         )
-    return found
+    return number

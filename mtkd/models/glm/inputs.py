@@ -121,8 +121,8 @@ def check_positions(position_ids: Tensor, most: int) -> None:
         return
     smallest, largest = (int(x) for x in torch.aminmax(position_ids))
     if smallest < 0 or largest > most:
-        found = smallest if smallest < 0 else largest
-        raise ValueError(f"position {found} of a GLM whose positions are 0 to {most}: the text is too long for it")
+        position = smallest if smallest < 0 else largest
+        raise ValueError(f"position {position} of a GLM whose positions are 0 to {most}: the text is too long for it")
 
 
 def default_positions(attention_mask: Tensor | None, *, queries: int, keys: int, device: torch.device) -> Tensor:

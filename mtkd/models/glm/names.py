@@ -66,20 +66,20 @@ def rename(published: Collection[str], where: str) -> dict[str, str]:
     Raises:
         DataError: weights that are missing, unexpected, or there twice under two prefixes.
     """
-    ours: dict[str, str] = {}
+    by_name: dict[str, str] = {}
     unexpected = []
     for name in published:
         new = our_name(name)
-        if new in ours:
-            unexpected.append(f"{name} (in addition to {ours[new]})")
+        if new in by_name:
+            unexpected.append(f"{name} (in addition to {by_name[new]})")
         else:
-            ours[new] = name
+            by_name[new] = name
     # Counted, not read off the largest number, which comes from an untrusted file.
-    numbers = {found[1] for name in ours if (found := re.match(r"glm\.layers\.(\d+)\.", name))}
-    wanted = our_names(len(numbers) or 1)
-    known = set(wanted)
-    unexpected += sorted(published_name for name, published_name in ours.items() if name not in known)
-    missing = [name.removeprefix(_PREFIX) for name in wanted if name not in ours]
+    numbers = {layer[1] for name in by_name if (layer := re.match(r"glm\.layers\.(\d+)\.", name))}
+    names = our_names(len(numbers) or 1)
+    expected = set(names)
+    unexpected += sorted(published_name for name, published_name in by_name.items() if name not in expected)
+    missing = [name.removeprefix(_PREFIX) for name in names if name not in by_name]
     if missing or unexpected:
         raise DataError(
             "the weights are not those of a GLM",
@@ -89,7 +89,7 @@ def rename(published: Collection[str], where: str) -> dict[str, str]:
             "without the prefix 'glm.' (see mtkd/models/glm/names.py)",
             todo="give a checkpoint of the language model; heads of fine-tuned tasks cannot be converted",
         )
-    return {name: ours[name] for name in wanted}
+    return {name: by_name[name] for name in names}
 
 
 def _some(names: Sequence[str]) -> str:
@@ -165,9 +165,9 @@ def shapes_wanted(sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         "dense_h_to_4h": (wide, width),
         "dense_4h_to_h": (width, wide),
     }
-    wanted = {}
+    shapes = {}
     for name in our_names(sizes["layers"]):
         *_, module, kind = name.split(".")
         shape = by_module.get(module, (width,))
-        wanted[name] = shape if kind == "weight" else shape[:1]
-    return wanted
+        shapes[name] = shape if kind == "weight" else shape[:1]
+    return shapes

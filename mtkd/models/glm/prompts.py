@@ -2,8 +2,8 @@
 
     tokenizer = gpt2_tokenizer(vocab_json, merges_txt)
     inputs = blank_prompts(tokenizer, ["Ng is a professor at [MASK] in California."])
-    found = model.generate(**inputs, max_new_tokens=32)
-    pieces(tokenizer, found, inputs["input_ids"].shape[1])
+    output = model.generate(**inputs, max_new_tokens=32)
+    pieces(tokenizer, output, inputs["input_ids"].shape[1])
 
 Source: Du et al. 2022, GLM, arXiv 2103.10360, sections 2.1 and 2.2.
 """
@@ -68,8 +68,8 @@ def pieces(tokenizer: PreTrainedTokenizerBase, generated: Tensor, prompt_length:
         generated: ids, [B,L + new], as `generate` returns them. prompt_length: L of the inputs.
     """
     end = command_ids(tokenizer)[END]
-    found = []
+    texts = []
     for row in generated[:, prompt_length:].tolist():
         piece = row[: row.index(end)] if end in row else row
-        found.append(str(tokenizer.decode(piece, skip_special_tokens=True)).strip())
-    return found
+        texts.append(str(tokenizer.decode(piece, skip_special_tokens=True)).strip())
+    return texts
