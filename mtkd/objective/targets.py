@@ -278,13 +278,12 @@ def passes_for(
             return Mixture(row, logits, positions.index, weights, size, pieces)
         return Together(row, teachers, range(len(logits)), mask)
 
-    passes = []
-    for turn in range(len(logits) if apart else 1):
+    def members(turn: int) -> tuple[tuple[int, Row, Targets, int], ...]:
         # The first pass alone compares labels: one per teacher would count them T times.
-        numbers = [i for i, row in enumerate(rows) if turn == 0 or not row.from_labels]
-        members = tuple((i, rows[i], targets(rows[i], turn), counts[i]) for i in numbers)
-        passes.append(Pass(members, len(rows)))
-    return passes
+        chosen = [(i, row) for i, row in enumerate(rows) if turn == 0 or not row.from_labels]
+        return tuple((i, row, targets(row, turn), counts[i]) for i, row in chosen)
+
+    return [Pass(members(turn), len(rows)) for turn in range(len(logits) if apart else 1)]
 
 
 def _mixes(row: Row) -> bool:

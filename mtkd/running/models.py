@@ -61,12 +61,7 @@ def load_model(
         request = replace(request, taught=taught, seed=seed, where=where)
         table = None if teacher is None else teacher.embedding_table
         tables = [] if table is None else [table]
-        built = build_model(
-            model,
-            request,
-            on_loaded=lambda whole: tables.insert(0, input_table(whole)),
-            empty=empty,
-        )
+        built = build_model(model, request, on_loaded=partial(_keep_table, tables), empty=empty)
         if model.vocabulary is not None:
             if vocabulary is not None:
                 raise compressed_twice(f"{where}.vocabulary")
@@ -74,6 +69,11 @@ def load_model(
             built = compress_model(built, task, vocabulary, seed)
         columns = _columns(built, request, data)
         return TappedModel(built, task, num_ids, vocabulary, columns)
+
+
+def _keep_table(tables: list[Tensor], whole: PreTrainedModel) -> None:
+    """Put the input embedding of a loaded model, before it is cut, in front of the teacher's."""
+    tables.insert(0, input_table(whole))
 
 
 def _columns(built: PreTrainedModel, request: ModelRequest, data: LoadedData) -> tuple[int, ...] | None:
