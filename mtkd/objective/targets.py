@@ -273,15 +273,14 @@ def passes_for(
             return Labels(row, positions.labels, mask)
         if apart:
             return Alone(row, teachers, turn, mask)
-        if several and len(soft) == 1 and _mixes(row) and mask is None and not learned:
-            assert pieces is not None
+        if pieces and several and len(soft) == 1 and _mixes(row) and mask is None and not learned:
             return Mixture(row, logits, positions.index, weights, size, pieces)
         return Together(row, teachers, range(len(logits)), mask)
 
     def members(turn: int) -> tuple[tuple[int, Row, Targets, int], ...]:
         # The first pass alone compares labels: one per teacher would count them T times.
-        chosen = [(i, row) for i, row in enumerate(rows) if turn == 0 or not row.from_labels]
-        return tuple((i, row, targets(row, turn), counts[i]) for i, row in chosen)
+        numbers = [i for i, row in enumerate(rows) if turn == 0 or not row.from_labels]
+        return tuple((i, rows[i], targets(rows[i], turn), counts[i]) for i in numbers)
 
     return [Pass(members(turn), len(rows)) for turn in range(len(logits) if apart else 1)]
 

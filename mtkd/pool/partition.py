@@ -135,14 +135,19 @@ def partition(
                     init._convert_to_deepspeed_param(made[id(old)])
                     made[id(old)].partition()
                 module._parameters[short] = made[id(old)]
-        for name, buffer in model.named_buffers():
-            if name in weights:
-                buffer.copy_(read_numbers(weights[name], 0, buffer.numel()).view(buffer.shape))
+        _fill_buffers(model, weights)
 
     together(dist, fill, lambda reasons: DataError(f"the weights cannot be read: {reasons}", where=where))
     damaged = dist.broadcast_object(sorted({n for names in dist.gather_objects(broken) or [] for n in names}))
     if damaged:
         raise broken_weights(where, ", ".join(damaged[:5]))
+
+
+def _fill_buffers(model: nn.Module, weights: Mapping[str, StoredWeight]) -> None:
+    """Read every buffer that is stored whole: buffers are small, and DeepSpeed leaves them alone."""
+    for name, buffer in model.named_buffers():
+        if name in weights:
+            buffer.copy_(read_numbers(weights[name], 0, buffer.numel()).view(buffer.shape))
 
 
 def _give_blocks_back() -> None:
