@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mtkd.config import RunConfig
     from mtkd.config.match import Match
     from mtkd.config.read import load_config
-    from mtkd.data.batch import Batch
+    from mtkd.data.batch import Batch, View
     from mtkd.data.transforms import TRANSFORMS, StepFacts, transform
     from mtkd.errors import LawBroken, UserError
     from mtkd.losses.laws import check_loss
@@ -50,6 +50,7 @@ _HOMES = {
     "TeacherFacts": "mtkd.pool.own",
     "Traits": "mtkd.weightings",
     "UserError": "mtkd.errors",
+    "View": "mtkd.data.batch",
     "Weighting": "mtkd.weightings",
     "check_loss": "mtkd.losses.laws",
     "check_teacher": "mtkd.pool.laws",
@@ -83,6 +84,7 @@ __all__ = [
     "StepFacts",
     "Traits",
     "UserError",
+    "View",
     "Weighting",
     "check_loss",
     "check_teacher",

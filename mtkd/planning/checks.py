@@ -124,7 +124,7 @@ def _check_transforms(stage: StageConfig, where: str) -> None:
     """Their names and options; and no teacher whose answers were stored, for the text that they were given for."""
     for i, setting in enumerate(stage.transforms):
         TRANSFORMS.find(setting.name, f"{where}[{i}].name").check(setting.options, f"{where}[{i}]")
-    stored = [teacher.name for teacher in stage.teachers if not BACKENDS[teacher.backend].runs]
+    stored = [teacher.name for teacher in stage.teachers if BACKENDS[teacher.backend].stored]
     if stage.transforms and stored:
         raise UserError(
             "a cached teacher answered for the text of the data, and a transform may write another one",

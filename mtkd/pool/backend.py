@@ -134,6 +134,7 @@ class Backend:
 
     Attributes:
         runs: a model of transformers runs, whose weights and tokenizer lie in its folder.
+        stored: its answers were given once, for the text of the data alone.
         in_files: its weights are read from the model's folder as they are: the model is opened without them.
         shown: the plan names it next to the model.
         several: it needs more than one process.
@@ -142,6 +143,7 @@ class Backend:
     """
 
     runs: ClassVar[bool] = False
+    stored: ClassVar[bool] = False
     in_files: ClassVar[bool] = False
     shown: ClassVar[bool] = False
     several: ClassVar[bool] = False

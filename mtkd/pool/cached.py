@@ -55,6 +55,8 @@ class CachedTeacher:
 class Cached(Backend):
     """A cache on disk has what the teacher said once; it takes no memory."""
 
+    stored = True
+
     def describe(self, teacher: TeacherConfig, outlook: Outlook) -> Gives:
         return outlook.cache()
 

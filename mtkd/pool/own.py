@@ -6,7 +6,7 @@
         def forward(self, batch, wants): return {"logits": ...}  # [B,L,V], or [B,C] in the order of the classes
 
 The constructor's parameters are the options of the YAML; one called `facts` receives the `TeacherFacts`. `ahead(batch)`
-and `close()` are called where the class has them.
+and `close()` are called where the class has them; `view` names the one of `Batch.views` that it reads.
 """
 
 from __future__ import annotations
@@ -83,13 +83,14 @@ class PluggedTeacher:
     """An object of a plug-in's class in the place of a model.
 
     Args:
-        own: has `forward`, and may have `ahead` and `close`.
+        own: has `forward`, and may have `ahead`, `close` and `view`.
         facts: that it was made with. info: shape of what it gives.
         num_parameters: that it says to have.
     """
 
     def __init__(self, own: Any, facts: TeacherFacts, info: ModelInfo, num_parameters: int) -> None:
-        self.name, self.info, self.num_parameters, self.view = facts.name, info, num_parameters, STUDENT
+        self.name, self.info, self.num_parameters = facts.name, info, num_parameters
+        self.view: str = getattr(own, "view", STUDENT)
         self.num_columns, self.embedding_table = facts.columns, None
         self.own, self._facts = own, facts
 
@@ -137,8 +138,8 @@ class PluggedTeacher:
 
 
 def _shape(key: str, batch: Batch, info: ModelInfo) -> list[int]:
-    """Shape of a feature of a batch."""
-    rows, length = batch.input_ids.shape
+    """Shape of a feature of a batch: at the student's positions, also for a teacher that reads another view."""
+    rows, length = batch.view().input_ids.shape
     name = split_key(key)[0]
     if name == "logits":
         return [rows, info.num_labels] if info.num_labels else [rows, length, info.vocabulary]

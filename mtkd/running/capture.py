@@ -288,7 +288,7 @@ def _records(
         if stopped():
             return None
         batch = batch.to(job.context.device)
-        features = teacher.forward(batch, wants)
+        features = teacher.forward(batch.read_by(teacher.view), wants)
         features["logits"] = as_logits(features["logits"]).in_dtype(job.context.dtype)
         records += make_records(content, batch, features, tile)
         alive()

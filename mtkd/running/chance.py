@@ -48,7 +48,7 @@ def warn_below_chance(
         for some in _batches(data, chosen, batch, dist):
             on_device = some.to(device)
             index = on_device.target_mask.nonzero().squeeze(-1)
-            logits = as_logits(teacher.forward(on_device, LOGITS)["logits"]).rows(index)
+            logits = as_logits(teacher.forward(on_device.read_by(teacher.view), LOGITS)["logits"]).rows(index)
             right += float((logits.argmax(-1) == on_device.targets[index]).sum())
             count += len(index)
             alive()

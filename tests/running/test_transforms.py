@@ -222,6 +222,62 @@ def test_a_cached_teacher_answered_for_another_text(tmp_path_factory: pytest.Tem
     assert caught.value.where == "stages.reader.transforms"
 
 
+# The same table twice: for the run's ids, and for ids that are counted from 1 behind a mark of their own.
+VIEWED = """
+from dataclasses import replace
+
+import torch
+import mtkd
+
+@mtkd.transform("counted_from_one")
+def counted_from_one(batches: list, at: mtkd.StepFacts) -> list:
+    return [replace(batch, views={"from-one": view_of(batch)}) for batch in batches]
+
+
+def view_of(batch):
+    rows = len(batch.input_ids)
+    mark, real = torch.zeros(rows, 1, dtype=torch.int64), torch.ones(rows, 1, dtype=torch.bool)
+    return mtkd.View(torch.cat([mark, batch.input_ids + 1], 1), torch.cat([real, batch.attention_mask], 1))
+
+
+@mtkd.teacher("table")
+class Table:
+    def __init__(self, facts: mtkd.TeacherFacts):
+        self.rows = torch.randn(facts.columns, facts.columns, generator=torch.Generator().manual_seed(1))  # [V,V]
+
+    def forward(self, batch, wants):
+        return {"logits": self.rows[batch.input_ids]}  # [B,L,V]
+
+
+@mtkd.teacher("table_from_one")
+class TableFromOne(Table):
+    view = "from-one"
+
+    def forward(self, batch, wants):
+        assert batch.input_ids.shape[1] == batch.view().input_ids.shape[1] + 1
+        return {"logits": self.rows[batch.input_ids[:, 1:] - 1]}  # [B,L,V], at the student's positions
+"""
+
+
+@slow
+def test_a_teacher_reads_the_view_that_a_transform_adds(tmp_path: Path) -> None:
+    """A table over other ids, read from their view, teaches bit by bit what the same table over the run's ids does."""
+    (tmp_path / "viewed.py").write_text(VIEWED)
+    viewed = {"transforms": ["counted_from_one"], "teachers": [{"backend": "table_from_one", "name": "t"}]}
+    stages = {"teacher": None, "student": {"teachers": [{"backend": "table", "name": "t"}]},
+              "viewed": {**STAGE, "steps": STUDENT_STEPS, "batch": {"sequences": 8}, "optimizer": {"lr": 1e-2},
+                         **viewed}}  # fmt: skip
+    stages["viewed"]["student"] = {**STAGE["student"], "dropout": 0.1}  # type: ignore[dict-item]
+    file = write_yaml(tmp_path, plugins=["viewed.py"], stages=stages, evaluate={"ensembles": [], "comparisons": []})
+    code, output = processes.run(tmp_path, "run", str(file))
+    assert code == 0, output
+    own, viewed_run = (tmp_path / f"runs/{NAME}/stages/{stage}" for stage in ("01-student", "02-viewed"))
+    weights = [(stage / "export/model.safetensors").read_bytes() for stage in (own, viewed_run)]
+    assert weights[0] == weights[1]
+    without = "stages.viewed.transforms=[]"
+    processes.assert_refused(tmp_path, ("run", str(file), "-o", without, "--redo", "viewed"), 2, "no view of this name")
+
+
 @slow
 def test_mtkd_lists_and_checks_a_transform(tmp_path: Path) -> None:
     """`mtkd check` loads it; `mtkd ls transforms` shows nothing where there is none."""
