@@ -14,6 +14,7 @@ from mtkd.losses.laws import LOSS_LAWS, check_loss
 from mtkd.losses.spec import LOSSES
 from mtkd.methods.spec import METHODS, MethodSpec
 from mtkd.models.features import FEATURE_NAMES
+from mtkd.models.formats import FORMATS
 from mtkd.models.info import ModelInfo
 from mtkd.objective.compile import compile_rows
 from mtkd.objective.laws import TILED_LAWS, check_tiled
@@ -57,7 +58,7 @@ def check_plugin(path: Path) -> Iterator[Kept]:
         raise UserError(
             "the plug-in registers nothing",
             where=str(path),
-            todo="use @mtkd.loss, @mtkd.weighting, @mtkd.method, @mtkd.transform or @mtkd.teacher in it",
+            todo="use @mtkd.loss, @mtkd.weighting, @mtkd.method, @mtkd.transform, @mtkd.teacher or @mtkd.number_format in it",
         )
     for i, name in found:
         registry, check = _CHECKS[i]
@@ -179,4 +180,5 @@ _CHECKS: tuple[tuple[Registry[Any], Callable[[str, str], Families]], ...] = (
     (SOURCES, _no_laws),
     (TASKS, _no_laws),
     (TRANSFORMS, _no_laws),
+    (FORMATS, _no_laws),
 )

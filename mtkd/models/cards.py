@@ -60,7 +60,8 @@ def missing_glm(path: str | None, resolve: Callable[[str], Path | str]) -> Card 
     """The card of a GLM that is not here: its weights cannot be fetched by themselves, they must be converted.
 
     Args:
-        path: of a model or tokenizer. resolve: maps names of folders to folders, as in `find_folder`.
+        path: of a model or tokenizer.
+        resolve: maps names of folders to folders, as in `find_folder`.
     """
     card = load_cards().get(path or "")
     return card if card is not None and card.architecture == GLM and not Path(resolve(card.name)).is_dir() else None

@@ -113,7 +113,8 @@ def match_classes(
     numbers, none), outputs and classes are matched by position.
 
     Args:
-        given: a teacher's `classes`. where: place of the model in the configuration.
+        given: a teacher's `classes`.
+        where: place of the model in the configuration.
         key: what the user can write to say it; "" for a model that has no such key.
     Raises:
         DataError: other names, or another number of them; with both lists and what to write.

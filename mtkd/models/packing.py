@@ -28,7 +28,8 @@ class Layout:
     """Where the tokens of a padded batch lie in packed rows.
 
     Attributes:
-        attention_mask: of the batch, [B,L] bool. rows, columns: R and C of the packed rows.
+        attention_mask: of the batch, [B,L] bool.
+        rows, columns: R and C of the packed rows.
         places: flat positions b*L + l of the n real tokens, [n] int64.
         slots: their flat positions r*C + c in the packed rows, [n] int64.
         position_ids: positions within each example, 0 in free slots, [R,C] int64.
@@ -68,7 +69,8 @@ def make_layout(attention_mask: Tensor, width: int, columns: int | None = None) 
     """The cheapest packing of a batch for a model of some width; None where padded rows are as cheap.
 
     Args:
-        attention_mask: [B,L] bool. width: H of the model.
+        attention_mask: [B,L] bool.
+        width: H of the model.
         columns: length of the rows, at least the longest example; default: what costs least.
     """
     lengths = attention_mask.sum(1).tolist()

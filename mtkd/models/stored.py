@@ -40,7 +40,8 @@ class StoredWeight:
     """One weight in a safetensors file.
 
     Attributes:
-        name: in the file. file: a checked path.
+        name: in the file.
+        file: a checked path.
         dtype, shape: of the values. start, end: bytes from the beginning of the file.
     """
 
@@ -87,7 +88,11 @@ def read_weights(folder: Path) -> dict[str, StoredWeight]:
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """Name of a weight -> name of its shard. Raises: DataError as `shard_names`."""
+    """Name of a weight -> name of its shard.
+
+    Raises:
+        DataError: as `shard_names`.
+    """
     shard_names(index)
     weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     return weight_map

@@ -164,7 +164,9 @@ def choose_kept(
     Ids that the tokenizer needs apart (see `shareable_ids`) are kept too. Equal counts: the smaller id first.
 
     Args:
-        counts: occurrences, [V]. config: of the model that is compressed. labels: class names.
+        counts: occurrences, [V].
+        config: of the model that is compressed.
+        labels: class names.
 
     Raises:
         UserError: more ids must be kept than `keep` allows, or a tokenizer that cannot be compressed.
@@ -204,8 +206,10 @@ def make_vocabulary(
     """Count the ids of a train split, choose those that stay, and map the others.
 
     Args:
-        data: the entry that `setting.counts` names. raw: its rows.
-        config: of the student. table: the input embedding that tells which ids are alike, [>= V,H].
+        data: the entry that `setting.counts` names.
+        raw: its rows.
+        config: of the student.
+        table: the input embedding that tells which ids are alike, [>= V,H].
 
     Raises:
         UserError: as `choose_kept`.
@@ -281,7 +285,8 @@ def compressed_weights(weights: dict[str, Tensor], shapes: dict[str, torch.Size]
     """The kept rows of the embedding, the output head and its bias; everything else as it is.
 
     Args:
-        weights: state dict of the whole model. shapes: of the compressed one.
+        weights: state dict of the whole model.
+        shapes: of the compressed one.
     """
     return {
         name: value if value.shape == shapes[name] else value.index_select(0, kept) for name, value in weights.items()

@@ -28,7 +28,8 @@ class Cloze:
     original: its tasks with answers of several tokens append the end to each, those with single tokens compare these.
 
     Attributes:
-        ids: of the E tokens read, [E]. positions: their pos2, [E] (1 at the start).
+        ids: of the E tokens read, [E].
+        positions: their pos2, [E] (1 at the start).
         seen: which of them one sees, bool [E,E].
         slots, words, classes: the P predictions: the token that makes one, the word, and whose it is; [P] each.
 

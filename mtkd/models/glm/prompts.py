@@ -65,7 +65,8 @@ def pieces(tokenizer: PreTrainedTokenizerBase, generated: Tensor, prompt_length:
     """What stands in the blanks: the text behind the prompt up to <|endofpiece|>.
 
     Args:
-        generated: ids, [B,L + new], as `generate` returns them. prompt_length: L of the inputs.
+        generated: ids, [B,L + new], as `generate` returns them.
+        prompt_length: L of the inputs.
     """
     end = command_ids(tokenizer)[END]
     texts = []
