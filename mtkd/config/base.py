@@ -1,4 +1,4 @@
-"""What every block of the configuration is built on: immutable, no unknown keys, safe names."""
+"""Define the base of all configuration blocks: immutable, without unknown keys, with safe names and bounds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _no_bool(value: object) -> object:
     return value
 
 
-# Every number has bounds: far beyond what anybody trains with, and below what overflows, never ends or fills memory.
+# Every number has bounds: far above any sensible training, and below values that overflow, never end or fill memory.
 _Number = BeforeValidator(_no_bool)
 LARGEST = 1e38
 """The largest real number: float32, in which all training is done, ends little above it."""

@@ -1,8 +1,8 @@
-"""Teacher-assistant chains: `chain` of a run file, and the plain stages it stands for.
+"""Expand teacher-assistant chains: `chain` of a run file becomes plain stages.
 
-The expansion needs nothing but this configuration once every shape is known, so that run, plan, resume and status see
-the same stages. Shapes that depend on other models (`num_rungs`, `initial: teacher | slice`) are filled in as `models`
-first, by `mtkd.planning.plan.resolve`; the run folder's copy of the configuration keeps them, and the stages with them.
+Once every shape is known, the expansion depends on this configuration alone, so that run, plan, resume and status see
+the same stages. `mtkd.planning.plan.resolve` first derives shapes that depend on other models (`num_rungs`, `initial:
+teacher | slice`) and writes them into `models`. The run folder's copy of the configuration keeps models and stages.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from mtkd.config.teacher import OwnTeacher, TeacherConfig, teacher_config
 
 Initial = Literal["fresh", "teacher", "slice"]
 
-# Of a chain's training settings, what the direct student may have of its own: the rest makes it the control.
+# Training settings that the direct student may override: equal other settings make it the control.
 _OF_DIRECT = {"method", "match", "weighting", "per"}
-# Lengths of training: one of them replaces the other.
+# Lengths of training: an override of one replaces the other.
 _LENGTHS = ("steps", "epochs")
 
 
 class Training(Config):
-    """How a stage of a chain is trained: for all of them, or for one in `overrides`."""
+    """Training settings of all stages of a chain, or of one stage in `overrides`."""
 
     data: str | None = Field(None, description="name of a `data` entry; may be left out when there is only one")
     initial: Initial | None = Field(
@@ -78,7 +78,7 @@ class Training(Config):
 
 
 class Rung(Config):
-    """The shape of one assistant; what is left out (architecture, dropout, ...) is the student's."""
+    """The shape of one assistant; it has the student's other settings (architecture, dropout, ...)."""
 
     name: Name | None = Field(None, description="of its stage; default: assistant-1, -2, ... with the prefix")
     layers: Layers = Field(description="number of layers")
@@ -89,7 +89,7 @@ class Rung(Config):
 
 
 class ChainConfig(Training):
-    """Assistants between large teachers and a small student: each learns from those before it.
+    """Assistants between large teachers and a small student; each learns from earlier ones.
 
     takd (Mirzadeh et al. 2020, Improved Knowledge Distillation via Teacher Assistant, arXiv 1902.03393): from the one
     before it alone. dgkd (Son et al. 2021, Densely Guided Knowledge Distillation using Multiple Teacher Assistants,
@@ -149,7 +149,7 @@ class ChainConfig(Training):
 
     @property
     def teacher_stage(self) -> str | None:
-        """The stage of the only teacher, None when there are several, it comes from elsewhere or from a cache."""
+        """The stage of the only teacher; None for several teachers, one from outside the run, and a cached one."""
         ref = self.teachers[0].model.stage
         alone = len(self.teachers) == 1 and self.teachers[0].backend != "cached"
         return ref.model if alone and ref is not None else None
@@ -160,12 +160,12 @@ class ChainConfig(Training):
         return [*self.assistants, self.student_name, *([self.direct_name] if self.direct_name else [])]
 
     def start_of(self, name: str) -> Initial:
-        """How the model of a stage begins; the direct student as the student does."""
-        own = self.overrides.get(self.student_name if name == self.direct_name else name)
-        return (own.initial if own else None) or self.initial or "fresh"
+        """The start of a stage's model; the direct student has the student's."""
+        override = self.overrides.get(self.student_name if name == self.direct_name else name)
+        return (override.initial if override else None) or self.initial or "fresh"
 
     def planned_model(self, name: str) -> ModelConfig | None:
-        """The model of a stage as far as it is known without looking at another model."""
+        """The model of a stage; None while it depends on another model."""
         if name in self.models:
             return self.models[name]
         if self.start_of(name) != "fresh":
@@ -173,7 +173,7 @@ class ChainConfig(Training):
         return self.described(name)
 
     def described(self, name: str) -> ModelConfig | None:
-        """The shape that is asked for under a name; None when it is to be derived."""
+        """The described shape of a stage's model; None when it has to be derived."""
         if name in (self.student_name, self.direct_name):
             return self.student
         if not self.rungs:
@@ -199,8 +199,8 @@ class ChainConfig(Training):
         unknown = sorted((self.models.keys() | self.overrides.keys()) - set(self.names))
         if unknown:
             raise ValueError(f"{unknown[0]!r} is not a stage of the chain; they are: {', '.join(self.names)}")
-        own = self.overrides.get(self.direct_name or "")
-        if own and (more := sorted(own.model_fields_set - _OF_DIRECT)):
+        override = self.overrides.get(self.direct_name or "")
+        if override and (more := sorted(override.model_fields_set - _OF_DIRECT)):
             raise ValueError(
                 f"overrides.{self.direct_name}: the control has the student's {', '.join(more)}; "
                 f"its own may be: {', '.join(sorted(_OF_DIRECT))}"
@@ -221,38 +221,38 @@ class ChainConfig(Training):
                 raise ValueError(f"rungs[{position}]: {_reason(error)}") from None
 
     def _check_read(self) -> None:
-        """Refuse what nothing would read."""
-        given = self.model_fields_set
-        if "drop" in given and (self.mode == "takd" or self.weighting is not None):
+        """Refuse settings without an effect."""
+        fields = self.model_fields_set
+        if "drop" in fields and (self.mode == "takd" or self.weighting is not None):
             raise ValueError("drop is for mode: dgkd without a weighting of its own")
-        if (self.method is not None or self.match) and (more := sorted({"lam", "temperature"} & given)):
+        if (self.method is not None or self.match) and (more := sorted({"lam", "temperature"} & fields)):
             raise ValueError(f"{' and '.join(more)}: of the default method; with `method` or `match`, set it there")
 
 
 def expand(chain: ChainConfig, stages: Mapping[str, StageConfig]) -> dict[str, StageConfig]:
-    """The stages of a run with those of its chain among them.
+    """The stages of a run together with those of its chain.
 
-    They stand right behind the last stage that they use, so that stages written after it may use them. A stage that is
-    there already and is the same (in the run folder's copy) stays where it is.
+    The chain's stages stand right behind the last stage that they use, so that later stages may use them. An equal
+    stage that exists already (in the run folder's copy) keeps its place.
 
     Raises:
         ValueError: a name is taken by another stage, or a stage of the chain is not valid.
     """
-    made = {name: _stage(chain, name) for name in chain.names}
-    for name in made.keys() & stages.keys():
-        if stages[name].model_dump(mode="json") != made[name].model_dump(mode="json"):
+    chain_stages = {name: _stage(chain, name) for name in chain.names}
+    for name in chain_stages.keys() & stages.keys():
+        if stages[name].model_dump(mode="json") != chain_stages[name].model_dump(mode="json"):
             raise ValueError(
                 f"stages.{name}: `chain` makes another stage of this name; rename one of them (chain.prefix), "
                 "or remove this one"
             )
-    if made.keys() <= stages.keys():
+    if chain_stages.keys() <= stages.keys():
         return dict(stages)
-    kept = {name: stage for name, stage in stages.items() if name not in made}
-    models = [t.model for t in chain.teachers] + [m for m in map(chain.planned_model, made) if m is not None]
+    others = {name: stage for name, stage in stages.items() if name not in chain_stages}
+    models = [t.model for t in chain.teachers] + [m for m in map(chain.planned_model, chain_stages) if m is not None]
     used = {model.stage.stage for model in models if model.stage is not None}
-    after = max((i for i, name in enumerate(kept, 1) if name in used), default=0)
-    order = list(kept.items())
-    return dict([*order[:after], *made.items(), *order[after:]])
+    after = max((i for i, name in enumerate(others, 1) if name in used), default=0)
+    order = list(others.items())
+    return dict([*order[:after], *chain_stages.items(), *order[after:]])
 
 
 def _stage(chain: ChainConfig, name: str) -> StageConfig:
@@ -260,9 +260,9 @@ def _stage(chain: ChainConfig, name: str) -> StageConfig:
     assert model is not None, "the chain is resolved"
     teachers = _teachers(chain, name)
     values = _training(chain, name)
-    given = {"method", "match"} & values.keys()
+    rows = {"method", "match"} & values.keys()
     weighting = values.setdefault("weighting", _default_weighting(chain, len(teachers)))
-    if not given:
+    if not rows:
         values["method"] = _default_method(chain, weighting, len(teachers))
     try:
         return StageConfig.model_validate(
@@ -284,11 +284,11 @@ def _reason(error: ValidationError) -> str:
 
 
 def _teachers(chain: ChainConfig, name: str) -> tuple[TeacherConfig, ...]:
-    """Whom a stage learns from: the teachers; below them the model before it (takd), or all before it (dgkd)."""
+    """The teachers of a stage: those of the chain, then the model before it (takd) or all before it (dgkd)."""
     above = chain.assistants if name == chain.student_name else []
     if name in chain.assistants:
         above = chain.assistants[: chain.assistants.index(name)]
-    # said only where it is not the default: a stage is identified by what was given
+    # written only where it is not the default: a stage's identity holds the written fields
     more = {} if chain.backend == "resident" else {"backend": chain.backend}
     assistants = tuple(teacher_config({"model": str(StageRef(other)), **more}) for other in above)
     if chain.mode == "dgkd":
@@ -297,26 +297,26 @@ def _teachers(chain: ChainConfig, name: str) -> tuple[TeacherConfig, ...]:
 
 
 def _training(chain: ChainConfig, name: str) -> dict[str, Any]:
-    """The chain's settings with a stage's own in front of them; the direct student has the student's."""
+    """The chain's settings with the overrides of a stage; the direct student has the student's too."""
     fields = set(Training.model_fields) - {"initial"}
     values = chain.model_dump(exclude_unset=True, include=fields)
     for owner in (chain.student_name, name) if name == chain.direct_name else (name,):
-        own = chain.overrides.get(owner)
-        if own is None:
+        override = chain.overrides.get(owner)
+        if override is None:
             continue
-        given = own.model_dump(exclude_unset=True, include=fields)
-        if any(length in given for length in _LENGTHS):
+        changes = override.model_dump(exclude_unset=True, include=fields)
+        if any(length in changes for length in _LENGTHS):
             values = {key: value for key, value in values.items() if key not in _LENGTHS}
-        if "optimizer" in given:
-            given["optimizer"] = {**(values.get("optimizer") or {}), **(given["optimizer"] or {})}
-        values |= given
-        if values.get("export") != "best":  # a metric to choose by goes with the choice
+        if "optimizer" in changes:
+            changes["optimizer"] = {**(values.get("optimizer") or {}), **(changes["optimizer"] or {})}
+        values |= changes
+        if values.get("export") != "best":  # the metric has no meaning without the choice
             values.pop("export_metric", None)
     return {key: value for key, value in values.items() if value is not None}
 
 
 def _default_weighting(chain: ChainConfig, num_teachers: int) -> dict[str, Any]:
-    """dgkd drops `drop` teachers per batch, always fewer than there are."""
+    """dgkd drops `drop` teachers per batch, and always leaves one."""
     number = min(chain.drop, num_teachers - 1) if chain.mode == "dgkd" else 0
     return {"name": "drop", "options": {"count": number}} if number else {"name": "uniform"}
 
@@ -324,7 +324,7 @@ def _default_weighting(chain: ChainConfig, num_teachers: int) -> dict[str, Any]:
 def _default_method(chain: ChainConfig, weighting: Mapping[str, Any], num_teachers: int) -> dict[str, Any]:
     """``(1-lam) CE + lam T^2 KL``; dgkd sums the KL of its teachers.
 
-    Weights sum to one, so the sum over K teachers is K times the weighted mean; of those that `drop` leaves, likewise.
+    Weights sum to one, so the sum over K teachers is K times the weighted mean. K counts those that `drop` leaves.
     """
     terms = num_teachers if chain.mode == "dgkd" else 1
     if chain.mode == "dgkd" and weighting["name"] == "drop":

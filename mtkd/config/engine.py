@@ -1,4 +1,4 @@
-"""The engine of a run: what runs the optimizer, on how many processes, in which number format."""
+"""Describe the engine of a run: optimizer, processes, devices, number format."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mtkd.config.base import Config, Gigabytes, Positive, Processes
 
 
 class EngineConfig(Config):
-    """What runs the optimizer."""
+    """The engine that runs models and optimizer."""
 
     kind: Literal["torch", "deepspeed"] = Field("torch", description="torch: one process; deepspeed: everything else")
     precision: Literal["auto", "fp32", "bf16"] = Field(
@@ -106,7 +106,7 @@ class EngineConfig(Config):
 
     @property
     def decided_precision(self) -> Literal["fp32", "bf16"]:
-        """The precision, where "auto" has been replaced: `mtkd.engine.precision` does so before anything asks."""
+        """The precision after `mtkd.engine.precision` has replaced "auto", which comes before any use."""
         assert self.precision != "auto", "mtkd.engine.precision.with_precision comes first"
         return self.precision
 

@@ -1,4 +1,4 @@
-"""What is scored when all stages are done, and which differences are tested."""
+"""Describe the evaluation: scores of the finished models and tests of their differences."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Comparison(Config):
 
 
 class EvaluateConfig(Config):
-    """What is scored on the test split at the end, and which differences are tested."""
+    """The scores at the end of a run, and the differences that are tested."""
 
     data: str = Field("", description="name of a `data` entry; may be left out when there is only one")
     split: Literal["validation", "test"] = Field("test", description="split that is scored")
@@ -39,9 +39,9 @@ class EvaluateConfig(Config):
     confidence: Annotated[float, Field(gt=0, lt=1)] = Field(0.95, description="level of the confidence intervals")
 
     def enough_resamples(self, rows: int) -> int:
-        """`resamples`, or as many more as a verdict needs: no p is below 1 / (resamples + 1), and Holm multiplies it.
+        """`resamples`, or more where a verdict needs them: no p is below 1 / (resamples + 1), and Holm multiplies it.
 
-        With 4 rows / (1 - confidence) of them the smallest p of all rows is corrected to a quarter of the level.
+        With 4 rows / (1 - confidence) resamples, Holm corrects the smallest p to a quarter of the level.
 
         Args:
             rows: comparisons in the family, those of domains too.

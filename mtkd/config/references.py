@@ -1,6 +1,6 @@
-"""The names in a run that stand for something else in it: data, earlier stages, scored models.
+"""Check the names that one part of a run uses for another: data, earlier stages, scored models.
 
-`RunConfig` checks them when it is made. Every error is a ValueError whose message begins with the place.
+`RunConfig` checks them on construction. Every error is a ValueError whose message begins with the place.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from mtkd.config.teacher import OwnTeacher
 
 
 def models_of(stages: Mapping[str, StageConfig]) -> list[str]:
-    """Every model that stages make: NAME, or NAME/MEMBER where a stage makes several; caches are none."""
+    """Every model that stages make: NAME, or NAME/MEMBER where a stage makes several; caches do not count."""
     trained = {name: stage for name, stage in stages.items() if stage.kind != "cache"}
     return [m for name, stage in trained.items() for m in ([f"{name}/{k}" for k in stage.members] or [name])]
 
 
 def scored_of(stages: Mapping[str, StageConfig], evaluate: EvaluateConfig) -> list[str]:
-    """The models that `evaluate` scores at the end, ensembles aside."""
-    chosen = evaluate.stages or tuple(stages)
-    return [m for m in models_of(stages) if any(m == c or m.startswith(f"{c}/") for c in chosen)]
+    """The models that `evaluate` scores at the end, without ensembles."""
+    names = evaluate.stages or tuple(stages)
+    return [m for m in models_of(stages) if any(m == c or m.startswith(f"{c}/") for c in names)]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class References:
     tokenizer: TokenizerConfig | None
 
     def check(self) -> None:
-        """Refuse a name that stands for nothing, or for something of another kind.
+        """Refuse an unknown name, or one of another kind.
 
         Raises:
             ValueError: at the first one.
@@ -110,7 +110,7 @@ class References:
             raise ValueError(f"{where}: '{ref}' is not an earlier stage; earlier are: {', '.join(earlier) or 'none'}")
 
     def _check_timed(self, ref: StageRef, earlier: Sequence[str], where: str) -> None:
-        """A stage that another one trains as long as: an earlier one, which trains."""
+        """Refuse `equal_time` with a stage that is not earlier, or that trains nothing."""
         self._check_earlier(ref, earlier, where)
         if self.stages[ref.stage].kind == "cache":
             raise ValueError(f"{where}: stage {ref.stage!r} is a cache: it has no training to be as long as")
@@ -169,7 +169,7 @@ class References:
                     )
 
     def _check_live(self, stage: str) -> None:
-        """Refuse to score teachers that are read from a cache: it holds the train split alone."""
+        """Refuse to score cached teachers: a cache holds the train split alone."""
         cached = [t for t in self.stages[stage].teachers if t.backend == "cached"]
         if not cached:
             return

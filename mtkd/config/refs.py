@@ -1,6 +1,6 @@
-"""References to what an earlier stage makes: `stage:NAME` for its one model, `stage:NAME/PART` for one of several.
+"""Read references to the models of earlier stages: `stage:NAME` for the only one, `stage:NAME/PART` for one of several.
 
-No code outside `config/` takes such a string apart: `StageRef.parse` does it, `ModelConfig.stage` has the result.
+`StageRef.parse` takes such a string apart, and `ModelConfig.stage` has the result: no code outside `config/` does it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 STAGE_PREFIX = "stage:"
 ENSEMBLE_PREFIX = "ensemble:"
-"""Of a name in `evaluate`: the uniform ensemble of a stage's teachers."""
+"""Prefix of a name in `evaluate`, for the uniform ensemble of a stage's teachers."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class StageRef:
 
     Attributes:
         stage: name of the stage.
-        part: the member, or the cached teacher; "" for a stage that makes one model.
+        part: member or cached teacher; "" for a stage that makes one model.
     """
 
     stage: str
@@ -31,7 +31,7 @@ class StageRef:
 
     @classmethod
     def named(cls, model: str) -> StageRef:
-        """The reference in the name of a model, `NAME` or `NAME/PART`, as `evaluate` and the results have it."""
+        """The reference to a model by its name in `evaluate` and the results: `NAME` or `NAME/PART`."""
         stage, _, part = model.partition("/")
         return cls(stage, part)
 

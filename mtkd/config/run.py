@@ -1,4 +1,4 @@
-"""A run: named data, stages in order, the engine, and what is compared at the end."""
+"""Describe a run: named data, stages in order, the engine, and the final comparisons."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class RunConfig(Config):
     evaluate: EvaluateConfig = Field(EvaluateConfig(), description="final scoring and comparisons")
     log_every: Positive = Field(10, description="optimizer steps between lines of metrics.jsonl")
 
-    # Set by `load_config`: the folder that relative paths start from, and what was written, with lines, for messages.
+    # `load_config` sets the folder of relative paths, and the written file with its lines, for messages.
     _base: Path | None = PrivateAttr(None)
     _written: Written = PrivateAttr(Written())
 
@@ -50,12 +50,12 @@ class RunConfig(Config):
             self._add_chain(self.chain)
         if not self.stages and self.chain is None:
             raise ValueError("stages: a run needs at least one stage, or a chain")
-        if self.chain is None or self.chain.resolved:  # else the stages are not all there yet
+        if self.chain is None or self.chain.resolved:  # an unresolved chain has no stages yet
             References(self.data, self.stages, self.evaluate, self.engine, self.tokenizer).check()
         return self
 
     def _add_chain(self, chain: ChainConfig) -> None:
-        """Put the chain's stages among the others, and the comparison with the control among those asked for."""
+        """Add the chain's stages, and the comparison of its student with the control."""
         for i, teacher in enumerate(chain.teachers):
             ref = teacher.model.stage
             if ref is not None and ref.stage not in self.stages:
@@ -64,7 +64,7 @@ class RunConfig(Config):
                 )
         if not chain.resolved:
             return
-        # The model is frozen for its users; this is still its construction.
+        # The model is frozen for its users, but this is part of its construction.
         object.__setattr__(self, "stages", expand(chain, self.stages))
         scorable = [n for n, stage in self.stages.items() if stage.kind != "cache" and self._may_be_scored(stage)]
         object.__setattr__(self, "evaluate", with_control(self.evaluate, chain, scorable))
@@ -76,24 +76,24 @@ class RunConfig(Config):
         return Path(self.output) / self.name
 
     def _may_be_scored(self, stage: StageConfig) -> bool:
-        """As far as the configuration alone can tell whether a stage's models do the task of `evaluate.data`."""
-        ours, theirs = (self.data.get(self.data_name(name)) for name in (stage.data, self.evaluate.data))
-        if ours is None or theirs is None:
+        """Whether a stage's models do the task of `evaluate.data`, judged by the configuration alone."""
+        source, target = (self.data.get(self.data_name(name)) for name in (stage.data, self.evaluate.data))
+        if source is None or target is None:
             return True  # an unknown name is refused elsewhere
-        return ours.task == theirs.task and ours.next_sentence >= theirs.next_sentence
+        return source.task == target.task and source.next_sentence >= target.next_sentence
 
     @property
     def models(self) -> list[str]:
-        """Every model the run makes: NAME, or NAME/MEMBER where a stage makes several; caches are none."""
+        """Every model that the run makes: NAME, or NAME/MEMBER where a stage makes several; caches do not count."""
         return models_of(self.stages)
 
     @property
     def scored(self) -> list[str]:
-        """The models that are scored at the end, ensembles aside."""
+        """The models that are scored at the end, without ensembles."""
         return scored_of(self.stages, self.evaluate)
 
     def data_name(self, name: str) -> str:
-        """A `data` reference resolved: the only entry when left out."""
+        """The name of a `data` entry; "" stands for the only one."""
         return name or next(iter(self.data))
 
     def data_of(self, stage: StageConfig) -> DataConfig:
@@ -102,12 +102,12 @@ class RunConfig(Config):
 
 
 def with_control(evaluate: EvaluateConfig, chain: ChainConfig, stages: list[str]) -> EvaluateConfig:
-    """The evaluation of a chain: the student against the direct one, and the teachers it is measured by, if not asked.
+    """Add to the evaluation of a chain: the student against the control, and the score of the teachers.
 
-    The teachers' own score is that of their stage; of several, or of models from elsewhere, that of their ensemble.
+    A single teacher of the run is scored with its stage; other teachers are scored as an ensemble.
 
     Args:
-        stages: those that can be scored on the evaluation's data.
+        stages: names of stages that can be scored on the evaluation's data.
     """
     scored = [name for name in evaluate.stages or stages if name in stages]
     changes: dict[str, object] = {}

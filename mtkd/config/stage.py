@@ -1,4 +1,4 @@
-"""A stage: what is trained, on what, from whom, for how long."""
+"""Describe a stage: its models, data, teachers, objective and length."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _OF_CACHES = {"kind", "data", "teachers", "batch", "cache"}
 
 
 class ScoringBatchConfig(Config):
-    """How many examples are run together, over all ranks and micro-batches."""
+    """The number of examples that run together, over all ranks and micro-batches."""
 
     sequences: Length | None = Field(None, description="sequences per optimizer step")
     tokens: Positive | None = Field(
@@ -48,7 +48,7 @@ class ScoringBatchConfig(Config):
 
 
 class BatchConfig(ScoringBatchConfig):
-    """How many examples make one optimizer step (of a cache: one forward), and how they share the models' rows."""
+    """The examples of one optimizer step (of a cache: one forward), and how they share rows."""
 
     packing: bool = Field(
         False,
@@ -71,7 +71,7 @@ class BatchConfig(ScoringBatchConfig):
 
 
 class OptimizerConfig(Config):
-    """AdamW and its schedule; what DeepSpeed would default differently is written out from here."""
+    """AdamW and its schedule; they go to DeepSpeed in full, since its defaults differ."""
 
     lr: Rate = Field(5e-4, description="peak learning rate")
     weight_decay: NotNegative = Field(0.01, description="decoupled; matrices only, not biases and norms")
@@ -86,14 +86,14 @@ class OptimizerConfig(Config):
 
 
 class EqualTime(Config):
-    """Steps such that this stage trains as many seconds as another one did."""
+    """Train as many seconds as another stage."""
 
     to: Name = Field(description="stage whose training seconds are matched")
     rate_of: Name = Field(description="stage with the same work per step, whose measured seconds per step are used")
 
 
 class EarlyStop(Config):
-    """Ends a stage whose validation score no longer gets better."""
+    """End a stage whose validation score no longer improves."""
 
     metric: str = Field(
         "loss", description="validation metric: loss (nats per target), or one of the task's, e.g. accuracy"
@@ -102,7 +102,7 @@ class EarlyStop(Config):
 
 
 class StageConfig(Config):
-    """One thing the run makes: a model that later stages use as stage:NAME, or several, used as stage:NAME/MEMBER."""
+    """One stage of a run; later stages use its model as stage:NAME, or one of several as stage:NAME/MEMBER."""
 
     kind: Literal["finetune", "cofinetune", "distill", "cache"] = Field(
         description="finetune: labels only; cofinetune: several models on labels that share their pooling and "
@@ -145,7 +145,7 @@ class StageConfig(Config):
 
     @property
     def selects(self) -> str:
-        """The one validation metric that decides something in this stage; "" when none does."""
+        """The validation metric that ends the stage or chooses its step; "" for none."""
         if self.early_stop is not None:
             return self.early_stop.metric
         return (self.export_metric or "loss") if self.export == "best" else ""
@@ -190,7 +190,7 @@ class StageConfig(Config):
         return self
 
     def _check_cache(self) -> None:
-        """A cache stage trains nothing: it runs live teachers once over the train split."""
+        """Refuse fields that a cache stage does not read, and teachers that it cannot run."""
         unread = sorted(self.model_fields_set - _OF_CACHES)
         if unread:
             raise ValueError(
@@ -207,16 +207,16 @@ class StageConfig(Config):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """What is used as stage:NAME/PART, by name: the members, or a cache stage's teachers; else nothing."""
+        """Names for stage:NAME/PART: the members, or a cache stage's teachers; () for one model."""
         return tuple(t.name for t in self.teachers) if self.kind == "cache" else tuple(self.members)
 
     @property
     def trained(self) -> dict[str, ModelConfig]:
-        """What the stage trains, by name: "student", or the members."""
+        """The models that the stage trains, by name: "student", or the members."""
         return dict(self.members) if self.student is None else {"student": self.student}
 
     def place(self, name: str, role: str) -> str:
-        """Where the model stands that the stage, called `name`, trains under `role`."""
+        """The place of the model that the stage `name` trains under `role`."""
         return f"stages.{name}.{role}" if self.student is not None else f"stages.{name}.members.{role}"
 
     def _check_selection(self) -> None:

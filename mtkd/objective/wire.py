@@ -1,4 +1,4 @@
-"""Put the objective of a stage together: the build with weights, the plan without values, tests with tiny models."""
+"""Wire the objective of a stage, for the build with weights, the plan without values, and tests."""
 
 from __future__ import annotations
 
@@ -24,6 +24,6 @@ def wire(
     how: Wiring,
     pieces: Pieces = EVERY_PIECE,
 ) -> Objective:
-    """The objective of a student that learns from teachers, which are known by name and shape, in pool order."""
+    """The objective of a student and its teachers, given by name and shape in pool order."""
     projections = make_projections(rows, student.info, list(teachers.values()), how.seed)
     return Objective(student, rows, weighting, projections, list(teachers), how, pieces)

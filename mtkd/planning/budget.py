@@ -1,8 +1,8 @@
-"""Does a stage fit, where does its memory go, and what would make it fit: the part of `mtkd plan` about memory.
+"""Say whether a stage fits into memory, where its memory goes, and what would make it fit.
 
-A stage's needs are the weights that stay (`mtkd.planning.memory`) and the largest moment of a step
-(`mtkd.planning.footprint`). Advice is never a rule of thumb: each change is planned again, and named only if the stage
-then needs less.
+A stage needs the weights that stay (`mtkd.planning.memory`) and the largest moment of a step
+(`mtkd.planning.footprint`). Advice is never a rule of thumb: each change is planned, and named only if the stage then
+needs less.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ from mtkd.pool.backends import teacher_share
 from mtkd.pool.sizes import Place, Share
 
 GB = 1e9
-_WORTH = 0.01  # a change that saves less than this share of what is needed is no advice
+_WORTH = 0.01  # advice saves at least this share of what is needed
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bytes there are: on a GPU (None: on a CPU ranks share the host's memory, or not known), per host, on the disk.
+    """Bytes that a stage may use.
 
     Attributes:
+        rank: of a GPU; None where it is unknown, and on a CPU, whose ranks share the host's memory.
         source: "given" in the configuration or "found" on this machine, by name.
     """
 
@@ -47,7 +48,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Part:
-    """One line of the table, GB (1e9 bytes): of a rank's device memory, and of the host's memory per host."""
+    """One line of the table, in GB (1e9 bytes): memory of a rank's device, and of a host."""
 
     name: str
     rank_gb: float
@@ -56,16 +57,16 @@ class Part:
 
 @dataclass(frozen=True)
 class StageMemory:
-    """What a stage needs.
+    """The memory and disk that a stage needs.
 
     Attributes:
-        moment: of a step at which most is needed.
-        parts: that add up to `rank_gb` and `host_gb` (1e9 bytes).
-        loading_gb: of a host's memory before the first step: models are loaded there, by every rank.
-        disk: checkpoints, export, cache, files of offloaded teachers; GB by name.
-        fits: None where nothing is known to compare with.
-        advice: changes after which less is needed, the best first.
-        notes: what is not counted.
+        moment: part of a step at which most is needed.
+        parts: lines that add up to `rank_gb` and `host_gb` (1e9 bytes).
+        loading_gb: memory of a host before the first step: every rank loads its models there.
+        disk: GB of checkpoints, export, cache and files of offloaded teachers, by name.
+        fits: None where no limit is known.
+        advice: changes that save memory, the best first.
+        notes: parts that are not counted.
     """
 
     moment: str
@@ -81,10 +82,10 @@ class StageMemory:
 
 
 def find_limits(engine: EngineConfig, folder: Path, *, on_gpu: bool) -> Limits:
-    """What the configuration says, else what this machine has.
+    """The limits that the configuration names, else those of this machine.
 
     Args:
-        folder: of the run, which may not exist yet.
+        folder: of the run; it need not exist.
     """
     source = {}
     rank = engine.gpu_memory_gb and engine.gpu_memory_gb * GB
@@ -100,22 +101,22 @@ def find_limits(engine: EngineConfig, folder: Path, *, on_gpu: bool) -> Limits:
 
 
 def _host_memory() -> float | None:
-    """Bytes of memory that this process may use: of the machine, or of its container."""
-    found = []
+    """Bytes that this process may use: a container may have less than its machine, so the smallest limit counts."""
+    sizes = []
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        found.append(float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")))
+        sizes.append(float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")))
     for file in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
         if file.is_file() and (text := file.read_text().strip()).isdigit():
-            found.append(float(text))
-    return min(found, default=None)
+            sizes.append(float(text))
+    return min(sizes, default=None)
 
 
 def stage_memory(spec: StageSpec, engine: EngineConfig, limits: Limits, *, on_gpu: bool) -> StageMemory:
-    """What a stage needs, whether that is there, and what would help if it is not."""
-    made = _needs(spec, engine, on_gpu)
-    fits, verdict = _verdict(made, limits, on_gpu)
-    advice = _advice(spec, engine, made, limits, on_gpu) if fits is False else []
-    return replace(made, fits=fits, verdict=verdict, advice=advice)
+    """Count what a stage needs, compare it with the limits, and advise where it does not fit."""
+    memory = _needs(spec, engine, on_gpu)
+    fits, verdict = _verdict(memory, limits, on_gpu)
+    advice = _advice(spec, engine, memory, limits, on_gpu) if fits is False else []
+    return replace(memory, fits=fits, verdict=verdict, advice=advice)
 
 
 def _needs(spec: StageSpec, engine: EngineConfig, on_gpu: bool) -> StageMemory:
@@ -123,15 +124,15 @@ def _needs(spec: StageSpec, engine: EngineConfig, on_gpu: bool) -> StageMemory:
     local = min(engine.processes_per_host or largest_node(engine), ranks)
     place = Place(on_gpu, engine.prefetch, ranks, local)
     notes = ["not counted: Python and its libraries, and on a GPU the driver's context and what its allocator rounds"]
-    step, found, there = _step(spec, engine, on_gpu), None, torch.cuda.is_available()
-    if on_gpu and not there:
+    step, footprint, has_gpu = _step(spec, engine, on_gpu), None, torch.cuda.is_available()
+    if on_gpu and not has_gpu:
         notes.append("steps are counted with a CPU's kernels, for there is no GPU here")
     try:
-        found = measure(step, "cuda" if on_gpu and there else "cpu")
-        notes += found.notes
+        footprint = measure(step, "cuda" if on_gpu and has_gpu else "cpu")
+        notes += footprint.notes
     except UserError:
         raise
-    except Exception as error:  # a loss or a model that reads values
+    except Exception as error:  # a loss or a model that reads values, which fake tensors do not have
         text = (str(error).strip().splitlines() or [type(error).__name__])[0]
         notes.append(
             f"activations, tiles and temporaries are not counted, for a step cannot be made without values: {text}"
@@ -141,13 +142,13 @@ def _needs(spec: StageSpec, engine: EngineConfig, on_gpu: bool) -> StageMemory:
     teachers = teacher_share([teacher.size for teacher in _at_one_time(spec)], place)
     moment, ranked = "update", dict[str, float]()
     if spec.trained:
-        moment, ranked = _trained_parts(spec, engine, found, step, teachers)
-    elif found is not None:  # a cache is made while its teacher runs
-        moment, ranked = found.moment, {**_moving(found), "teachers' weights": teachers.rank}
+        moment, ranked = _trained_parts(spec, engine, footprint, step, teachers)
+    elif footprint is not None:  # a cache is made while its teacher runs
+        moment, ranked = footprint.moment, {**_moving(footprint), "teachers' weights": teachers.rank}
     parts = [
         Part(name, value / GB, (0 if on_gpu else value * local) / GB)
         for name, value in ranked.items()
-        if value or name == "gradients"  # who looks for them should find them, gone as they are at other moments
+        if value or name == "gradients"  # a line of 0 answers the question where the gradients went
     ]
     if teachers.host:
         parts.append(Part("waiting teachers, pinned", 0, teachers.host / GB))
@@ -166,43 +167,43 @@ def _needs(spec: StageSpec, engine: EngineConfig, on_gpu: bool) -> StageMemory:
 
 
 def _trained_parts(
-    spec: StageSpec, engine: EngineConfig, found: Footprint | None, step: Step, teachers: Share
+    spec: StageSpec, engine: EngineConfig, footprint: Footprint | None, step: Step, teachers: Share
 ) -> tuple[str, dict[str, float]]:
-    """(moment, bytes of a rank by part) of the largest moment; without what moves where a step could not be made."""
-    held = trained_share(found.trained if found else spec.exported, engine, num_processes(engine))
-    parts = {"student weights": held.weights, "optimizer": held.optimizer, "DeepSpeed's buffers": held.buckets}
-    if found is None:
-        gradients = held.weights if held.gradients is None else held.gradients
+    """The largest moment and its bytes per rank, by part; weights and gradients alone where no step could be made."""
+    share = trained_share(footprint.trained if footprint else spec.exported, engine, num_processes(engine))
+    parts = {"student weights": share.weights, "optimizer": share.optimizer, "DeepSpeed's buffers": share.buckets}
+    if footprint is None:
+        gradients = share.weights if share.gradients is None else share.gradients
         return "update", {**parts, "gradients": gradients, "teachers' weights": teachers.rank}
-    parts["buffers of the models"] = found.buffers
+    parts["buffers of the models"] = footprint.buffers
     after = {"teachers' weights": teachers.after}
-    earlier = float(found.trained) if step.micro_batches > 1 else 0.0  # gradients of the micro-batch before
-    turn = {"gradients": earlier, "teachers' features": found.asked, "teachers' weights": teachers.rank}
-    if held.gradients is None:
+    earlier = float(footprint.trained) if step.micro_batches > 1 else 0.0  # gradients of the micro-batch before
+    turn = {"gradients": earlier, "teachers' features": footprint.asked, "teachers' weights": teachers.rank}
+    if share.gradients is None:
         moments = {
             "teachers": turn,
-            found.moment: {"gradients": found.gradients, **_moving(found), **after},
-            "update": {"gradients": found.trained, "DeepSpeed's buffers": held.flat, **after},
+            footprint.moment: {"gradients": footprint.gradients, **_moving(footprint), **after},
+            "update": {"gradients": footprint.trained, "DeepSpeed's buffers": share.flat, **after},
         }
-    else:  # where gradients stay, or live elsewhere, the largest moment is that of everything else
+    else:  # DeepSpeed keeps gradients from ZeRO 1 on, so they are the same at every moment
         moments = {
-            "teachers": {**turn, "gradients": held.gradients},
-            "learning": {"gradients": held.gradients, "activations, tiles, temporaries": found.ungraded, **after},
+            "teachers": {**turn, "gradients": share.gradients},
+            "learning": {"gradients": share.gradients, "activations, tiles, temporaries": footprint.ungraded, **after},
         }
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     return moment, {**parts, **moments[moment]}
 
 
-def _moving(found: Footprint) -> dict[str, float]:
+def _moving(footprint: Footprint) -> dict[str, float]:
     return {
-        "activations": found.activations,
-        "teachers' features": found.teachers,
-        "tiles and temporaries": found.rest,
+        "activations": footprint.activations,
+        "teachers' features": footprint.teachers,
+        "tiles and temporaries": footprint.rest,
     }
 
 
 def _at_one_time(spec: StageSpec) -> tuple[TeacherSpec, ...]:
-    """The teachers that are in memory together: of a cache stage one after the other, so the largest."""
+    """The teachers that share the memory: a cache stage runs one after the other, so its largest counts."""
     if spec.stage.kind != "cache":
         return spec.teachers
     return (max(spec.teachers, key=lambda teacher: teacher.numbers.weights),)
@@ -225,42 +226,43 @@ def _step(spec: StageSpec, engine: EngineConfig, on_gpu: bool) -> Step:
 
 
 def _disk(spec: StageSpec, engine: EngineConfig) -> dict[str, float]:
-    """GB by name."""
+    """GB on the disk, by name."""
     stage = spec.stage
     if stage.kind == "cache":
         return {} if spec.cache_bytes is None else {"cache": spec.cache_bytes / GB}
-    kept = stage.keep + (stage.export == "best") if stage.save_every or stage.export == "best" else 1
+    count = stage.keep + (stage.export == "best") if stage.save_every or stage.export == "best" else 1
     if stage.steps and stage.save_every:
-        kept = min(kept, -(-stage.steps // stage.save_every) + (stage.export == "best"))
-    written = kept + (kept > 1)  # the oldest goes when the newest is there
+        count = min(count, -(-stage.steps // stage.save_every) + (stage.export == "best"))
+    most = count + (count > 1)  # the newest is written before the oldest is removed
     return {
-        f"{written} checkpoints" if written > 1 else "checkpoint": written
-        * checkpoint_bytes(spec.exported, engine)
-        / GB,
+        f"{most} checkpoints" if most > 1 else "checkpoint": most * checkpoint_bytes(spec.exported, engine) / GB,
         "export": spec.exported / GB,
     }
 
 
-def _verdict(made: StageMemory, limits: Limits, on_gpu: bool) -> tuple[bool | None, str]:
-    pairs = [("host", max(made.host_gb, made.loading_gb), limits.host), ("disk", sum(made.disk.values()), limits.disk)]
+def _verdict(memory: StageMemory, limits: Limits, on_gpu: bool) -> tuple[bool | None, str]:
+    pairs = [
+        ("host", max(memory.host_gb, memory.loading_gb), limits.host),
+        ("disk", sum(memory.disk.values()), limits.disk),
+    ]
     if on_gpu:
-        pairs.insert(0, ("GPU", made.rank_gb, limits.rank))
-    known = [(name, need, there / GB) for name, need, there in pairs if there is not None]
+        pairs.insert(0, ("GPU", memory.rank_gb, limits.rank))
+    limited = [(name, need, there / GB) for name, need, there in pairs if there is not None]
     over = [
         f"{name}: {need:.2f} GB needed, {there:.2f} GB {limits.source[name]}, {need - there:.2f} GB too much"
-        for name, need, there in known
+        for name, need, there in limited
         if need > there
     ]
     if over:
         return False, "does not fit. " + "; ".join(over)
-    if not known or (on_gpu and limits.rank is None):
+    if not limited or (on_gpu and limits.rank is None):
         return None, "no GPU here and no engine.gpu_memory_gb: nothing to compare with"
-    return True, "fits: " + ", ".join(f"{name} {need:.2f} of {there:.2f} GB" for name, need, there in known)
+    return True, "fits: " + ", ".join(f"{name} {need:.2f} of {there:.2f} GB" for name, need, there in limited)
 
 
 def _advice(spec: StageSpec, engine: EngineConfig, now: StageMemory, limits: Limits, on_gpu: bool) -> list[str]:
-    """Changes that help, each by itself; and all of them together where none is enough."""
-    found = []
+    """Plan each change by itself, and list those that save memory: first those that fit, then the largest savings."""
+    helpful = []
     for text, changed, other in _changes(spec, engine, on_gpu):
         try:
             then = _needs(changed, other, on_gpu)
@@ -269,21 +271,21 @@ def _advice(spec: StageSpec, engine: EngineConfig, now: StageMemory, limits: Lim
         saved = _most(now, on_gpu) - _most(then, on_gpu)
         if saved > _WORTH * _most(now, on_gpu):
             fits, _ = _verdict(then, limits, on_gpu)
-            found.append((bool(fits), saved, text, then))
-    found.sort(key=lambda each: (not each[0], -each[1]))
+            helpful.append((bool(fits), saved, text, then))
+    helpful.sort(key=lambda each: (not each[0], -each[1]))
     unit = "per GPU" if on_gpu else "per host"
     return [
         f"{text}: {_most(then, on_gpu):.2f} GB {unit}, {'fits' if fits else 'not enough alone'}"
-        for fits, _, text, then in found
+        for fits, _, text, then in helpful
     ]
 
 
-def _most(made: StageMemory, on_gpu: bool) -> float:
-    return made.rank_gb if on_gpu else max(made.host_gb, made.loading_gb)
+def _most(memory: StageMemory, on_gpu: bool) -> float:
+    return memory.rank_gb if on_gpu else max(memory.host_gb, memory.loading_gb)
 
 
 def _changes(spec: StageSpec, engine: EngineConfig, on_gpu: bool) -> Iterator[tuple[str, StageSpec, EngineConfig]]:
-    """(what to write into the configuration, the stage and the engine as they then are)."""
+    """The changes to try: what to write into the configuration, the changed stage, the changed engine."""
     stage, where = spec.stage, spec.where
     if spec.trained and not engine.activation_checkpointing and not engine.compile:
         yield (

@@ -1,4 +1,4 @@
-"""Caches before they exist: what a cache stage will keep, and what a stage that reads it may ask for."""
+"""Plan caches: what a cache stage keeps of its teachers, and what a later stage may read from it."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _FOR_TOKENS = {"targets", "k", "temperature", "bits", "proposal", "traits"}
 
 
 def content_of(cache: CacheConfig, *, token_level: bool, columns: int, seed: int) -> CacheContent:
-    """What a cache stage keeps of a teacher.
+    """The content that a cache stage keeps of a teacher.
 
     Args:
-        columns: real ids, or classes.
-        seed: of draws.
+        columns: number of real ids, or of classes.
+        seed: of the draws.
     """
     if not token_level:
         return CacheContent("classes", 0, 1.0, columns, hidden=cache.hidden, dtype=cache.dtype)
@@ -101,11 +101,11 @@ def check_layers(content: CacheContent, info: ModelInfo, where: str, teacher: st
 
 
 def check_same_data(config: RunConfig, earlier: StageConfig, stage: StageConfig, where: str) -> None:
-    """Refuse a cache stage whose examples are not those of the stage that reads it, as far as options tell."""
+    """Refuse a cache of other examples than those of the stage that reads it, judged by the options."""
     names = [config.data_name(s.data) for s in (earlier, stage)]
     earlier_data, data = (config.data[name] for name in names)
-    theirs, ours = (each.model_dump(mode="json", exclude=PLACES) for each in (earlier_data, data))
-    differing = sorted(key for key in ours if ours[key] != theirs[key])
+    earlier_values, values = (each.model_dump(mode="json", exclude=PLACES) for each in (earlier_data, data))
+    differing = sorted(key for key in values if values[key] != earlier_values[key])
     differing += _other_places(earlier_data, data, config.base, names)
     if differing:
         raise UserError(
@@ -117,21 +117,23 @@ def check_same_data(config: RunConfig, earlier: StageConfig, stage: StageConfig,
 
 
 def _other_places(earlier: DataConfig, data: DataConfig, base: Path, names: Sequence[str]) -> list[str]:
-    """The fields by which two `data` entries read other rows; equal files may lie anywhere."""
+    """The fields by which two `data` entries read other rows; equal files in two places are the same rows."""
     if names[0] == names[1]:
         return []
     if earlier.source != data.source:
         return ["source"]
     if data.source != "files":
         return [field for field in ("path", "revision") if getattr(earlier, field) != getattr(data, field)]
-    theirs, ours = (find_files(d, base, f"data.{name}") for d, name in zip((earlier, data), names, strict=True))
-    if theirs.keys() != ours.keys():
+    earlier_files, data_files = (
+        find_files(d, base, f"data.{name}") for d, name in zip((earlier, data), names, strict=True)
+    )
+    if earlier_files.keys() != data_files.keys():
         return ["files"]
-    return [f"files.{split}" for split, files in ours.items() if not _same(files, theirs[split])]
+    return [f"files.{split}" for split, files in data_files.items() if not _same(files, earlier_files[split])]
 
 
 def _same(files: Sequence[DataFile], others: Sequence[DataFile]) -> bool:
-    """Whether two lists of files hold the same in the same order."""
+    """Whether two lists of files have equal contents in one order."""
     if [file.path for file in files] == [other.path for other in others]:
         return True
     return file_digest({"train": files}) == file_digest({"train": others})
@@ -140,10 +142,11 @@ def _same(files: Sequence[DataFile], others: Sequence[DataFile]) -> bool:
 def check_cached(
     stage: StageConfig, rows: Sequence[Row], caches: Mapping[str, CacheFacts], *, token_level: bool, where: str
 ) -> None:
-    """Refuse what a stage would ask of its cached teachers and they do not have.
+    """Refuse a stage that reads what the caches of its teachers lack.
 
     Args:
-        rows: compiled against all teachers. caches: of the teachers that are cached, by name.
+        rows: compiled against all teachers.
+        caches: by name of the cached teacher.
     Raises:
         UserError: naming teacher, what is missing and where to ask for it.
     """
@@ -159,12 +162,12 @@ def check_cached(
         except UserError as error:
             error.message = f"cache of teacher '{teacher.name}': {error.message}"
             raise
-    if caches and token_level:  # whole class logits tell every trait
+    if caches and token_level:  # whole class logits give every trait
         _check_traits(stage, caches, f"{where}.weighting")
 
 
 def compressed_from_cache(teacher: str, where: str) -> UserError:
-    """A student with a part of the ids reads the teacher's distribution over these alone, which a cache cannot give."""
+    """The error for a student with a part of the ids: it needs the teacher's distribution over these alone."""
     return UserError(
         f"the student keeps a part of the ids, and the cache of teacher '{teacher}' holds a few of them per position",
         where=where,
@@ -213,7 +216,7 @@ def _check_traits(stage: StageConfig, caches: Mapping[str, CacheFacts], where: s
 
 
 def bytes_per_token(content: CacheContent, info: ModelInfo) -> float:
-    """Most bytes on disk per token position; of classes per example, with hidden states per token not counted."""
+    """The most bytes on disk per token position; for classes per example, without hidden states of tokens."""
     size = 4 if content.dtype == "float32" else 2
     total = 4.0 * len(content.stored_traits)
     if content.targets == "top":
@@ -226,7 +229,7 @@ def bytes_per_token(content: CacheContent, info: ModelInfo) -> float:
 
 
 def train_tokens(data: DataConfig, base: Path) -> int | None:
-    """An upper bound of the train split's tokens: of text one per byte; None where only reading the data tells."""
+    """An upper bound of the train split's tokens, None where only the data tells: a text has at most one per byte."""
     if data.source == RANDOM_TOKENS:
         return data.documents and data.documents * data.max_length
     if data.source != "files":
@@ -235,16 +238,16 @@ def train_tokens(data: DataConfig, base: Path) -> int | None:
 
 
 def describe(content: CacheContent, info: ModelInfo, tokens: int | None) -> str:
-    """One line for the plan: what is kept of a teacher, and the most bytes it takes."""
-    kept = {
+    """The plan's line about a cache: its content and the most bytes it takes."""
+    text = {
         "top": f"top {content.k} of {content.columns:,} ids, {content.bits} bits",
         "sampled": f"{content.k} draws from {content.columns:,} ids",
         "classes": f"{content.columns} class logits",
     }[content.targets]
     if content.per_token:
-        kept += f", temperature {content.temperature:g}"
-    kept = ", ".join([kept, *content.stored_traits, *content.hidden])
+        text += f", temperature {content.temperature:g}"
+    text = ", ".join([text, *content.stored_traits, *content.hidden])
     each = bytes_per_token(content, info)
     unit = "token" if content.per_token else "example or token"
     size = "" if tokens is None else f", <= {each * tokens / 1e9:.3g} GB"
-    return f"{kept}; <= {each:.0f} bytes per {unit}{size}"
+    return f"{text}; <= {each:.0f} bytes per {unit}{size}"

@@ -3,7 +3,7 @@
 Each rule has one place:
 
     fields, types, references to earlier stages         pydantic (`mtkd.config`)
-    names, options, files, columns, heads, metrics      here: all that `mtkd validate` sees
+    names, options, files, columns, heads, metrics      here: everything that `mtkd validate` sees
     layers, widths, vocabularies, caches, labels        the plan (`mtkd.planning.specify`, `labels`, `caches`)
     weights, tokenizers of folders, classes in the data the build (`mtkd.running.build`)
 """
@@ -78,7 +78,7 @@ def check_credentials(config: RunConfig) -> None:
 
 
 def _texts(value: object, location: Location) -> Iterator[tuple[Location, str]]:
-    """Every text below, the names of keys too, with its place."""
+    """Every text in a value, names of keys included, with its place."""
     if isinstance(value, str):
         yield location, value
     for key, child in value.items() if isinstance(value, dict) else ():
@@ -121,7 +121,7 @@ def _check_registered(config: RunConfig) -> None:
 
 
 def _check_transforms(stage: StageConfig, where: str) -> None:
-    """Their names and options; and no teacher whose answers were stored, for the text that they were given for."""
+    """Check names and options of transforms, and refuse cached teachers: their answers are for the text of the data."""
     for i, setting in enumerate(stage.transforms):
         TRANSFORMS.find(setting.name, f"{where}[{i}].name").check(setting.options, f"{where}[{i}]")
     stored = [teacher.name for teacher in stage.teachers if BACKENDS[teacher.backend].stored]
@@ -135,7 +135,7 @@ def _check_transforms(stage: StageConfig, where: str) -> None:
 
 
 def _check_heads(config: RunConfig, name: str) -> None:
-    """Refuse a teacher of an earlier stage whose predictions are read, and whose stage gave it another head or none."""
+    """Refuse to read predictions of an earlier stage's model where that stage gave it another head, or trained none."""
     stage, read = config.stages[name], heads_read(config, name)
     for i, teacher in enumerate(stage.teachers):
         ref = teacher.model.stage
@@ -161,7 +161,7 @@ def _check_heads(config: RunConfig, name: str) -> None:
 
 
 def _check_route(config: RunConfig, name: str) -> None:
-    """The column that names each example's teacher must be there."""
+    """Refuse data without the column that names each example's teacher."""
     data = config.data[name]
     files = find_files(data, config.base, f"data.{name}") if data.source == "files" else {}
     columns = columns_of(files["train"][0]) if "train" in files else None
@@ -193,7 +193,7 @@ def _check_labels(config: RunConfig, stage: StageConfig, where: str) -> None:
 
 
 def _check_vocabularies(config: RunConfig) -> None:
-    """A model that a stage made with a compressed vocabulary is not compressed again, and teaches no tokens."""
+    """Refuse to compress a vocabulary twice, and teachers of tokens that have a compressed one."""
     compressed: set[str] = set()
     for name, stage in config.stages.items():
         task = TASKS.find(config.data[config.data_name(stage.data)].task)
@@ -209,7 +209,7 @@ def _check_vocabularies(config: RunConfig) -> None:
 
 
 def _made(model: ModelConfig) -> str:
-    """The name of the earlier stage's model that this one is; "" for any other."""
+    """The name of a model that an earlier stage makes; "" for any other model."""
     return "" if model.stage is None else model.stage.model
 
 
@@ -225,7 +225,7 @@ def _check_evaluation(config: RunConfig) -> None:
     split = settings.split
     held_out = split == "validation" and data.validation_share > 0
     if not config.models and not settings.ensembles:
-        return  # caches alone: there is nothing to score
+        return  # a run of caches alone makes no model to score
     splits = list(find_files(data, config.base, f"data.{name}")) if data.source == "files" else []
     if data.source == RANDOM_TOKENS or (data.source == "files" and split not in splits and not held_out):
         raise UserError(
@@ -266,7 +266,7 @@ def _check_evaluation(config: RunConfig) -> None:
 
 
 def _check_selection(config: RunConfig) -> None:
-    """The metric that stops a stage or chooses its step exists, and so does the validation split, as far as known.
+    """Refuse a stage that selects by a metric its task lacks, or without a validation split.
 
     Raises:
         UserError: naming what is missing.

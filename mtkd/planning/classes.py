@@ -1,4 +1,4 @@
-"""Which output of a classifier is which class of the data, as far as the plan can tell."""
+"""Match the outputs of a classifier with the classes of the data, before weights are read."""
 
 from __future__ import annotations
 
@@ -29,27 +29,28 @@ def check_given(name: str, data: DataConfig, facts: DataFacts, where: str) -> No
 
 
 def earlier_classes(
-    stage: str, theirs: DataFacts, ours: DataFacts, where: str, given: Given | None, key: str
+    stage: str, source: DataFacts, target: DataFacts, where: str, classes: Given | None, key: str
 ) -> ClassMap:
-    """Which output of an earlier stage's classifier is which class of the data.
+    """Match the outputs of an earlier stage's classifier with the classes of the data.
 
     Args:
-        stage: that makes the classifier.
-        theirs: of the data that it learns from. ours: of the data that it teaches, or goes on with.
-        given: what the user says its outputs stand for.
-        key: what the user can write to say it; see `match_classes`.
+        stage: name of the stage that makes the classifier.
+        source: facts of the data that it learns from.
+        target: facts of the data that it teaches, or goes on with.
+        classes: what its outputs stand for, where the user says it.
+        key: the user's field for it; see `match_classes`.
     Raises:
         DataError: the classes differ.
     """
     try:
-        if theirs.kind != ours.kind:
+        if source.kind != target.kind:
             raise DataError(
                 "",
                 where=where,
-                found=", ".join(theirs.classes) or "numbers (a regression)",
-                allowed=", ".join(ours.classes) or "numbers (a regression)",
+                found=", ".join(source.classes) or "numbers (a regression)",
+                allowed=", ".join(target.classes) or "numbers (a regression)",
             )
-        return match_classes(theirs.classes, ours.classes, where, given, key=key)
+        return match_classes(source.classes, target.classes, where, classes, key=key)
     except DataError as error:
         message = f"stage '{stage}' makes a classifier of other classes"
         todo = error.todo or "use data of the same classes, or go on from a model that is no classifier"

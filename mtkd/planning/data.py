@@ -1,4 +1,4 @@
-"""What the rows of the `data` entries say, read when a run is planned: classes, kind of label, rows per split.
+"""Read the `data` entries when a run is planned: classes, kind of label, rows per split.
 
 The interface::
 
@@ -6,9 +6,6 @@ The interface::
     raw = reader.raw(data)                  # rows after hold-out and limit: the same object for plan and run
     facts = reader.facts("NAME", data)      # DataFacts: kind, classes (in order), num_labels, why, rows, labelled
     unread(data)                            # DataFacts from the configuration alone: while a chain is resolved
-
-`PlannedModels.facts(data)` gives the planner's: `facts.classes` are the class names in order, `facts.num_labels` the
-outputs of a classifier (1 for a regression, 0 for token tasks and where nothing is known: `facts.known` is False).
 """
 
 from __future__ import annotations
@@ -63,7 +60,7 @@ class DataFacts:
 
 
 def unread(data: DataConfig) -> DataFacts:
-    """What the configuration alone says of an entry."""
+    """The facts that the configuration alone gives."""
     return DataFacts("class" if data.classes else "", data.classes, "named in the configuration" * bool(data.classes))
 
 
@@ -95,13 +92,12 @@ class DataReader:
         return self._chosen[key]
 
     def facts(self, name: str, data: DataConfig) -> DataFacts:
-        """What the rows of an entry say; of a hub that is not reached, what the configuration says.
+        """The facts of an entry: from its rows, or from the configuration alone where the hub is not reached.
 
         Args:
             name: of the entry, for messages.
-
         Raises:
-            UserError, DataError: as `raw`, and for labels that make no classes.
+            UserError, DataError: as for `raw`, and for labels that make no classes.
         """
         key = data.model_dump_json()
         if key not in self._facts:
@@ -130,9 +126,9 @@ class DataReader:
 
 
 def _check_texts(data: DataConfig, raw: Raw) -> None:
-    """Raise a DataError for the first row of any split that holds no text where the task reads one.
+    """Raise a DataError for the first row that holds no text where the task reads one.
 
-    And for a split whose prompts, clozes or texts hold none in any row: the model would read the template alone.
+    A split whose prompts, clozes or texts are all empty is refused too: the model would read the template alone.
     """
     needed = data.prompt_columns or tuple(filter(None, (*data.text_columns, data.text_pair)))
     for split, rows in raw.splits.items():
@@ -151,14 +147,14 @@ def _check_texts(data: DataConfig, raw: Raw) -> None:
 
 
 def _labelled(data: DataConfig, raw: Raw) -> dict[str, int]:
-    """Split -> rows with a label, every one of which is a class or a number; a DataError names one that is not."""
+    """Count the rows with a label, by split; a DataError names one that is neither a class nor a number."""
     assert raw.labels is not None
     if not raw.labels.kind:
         return {s: sum(v is not None for v in label_values(rows, data.label, raw.origin(s)))
                 for s, rows in raw.splits.items()}  # fmt: skip
-    found = {}
+    counts = {}
     for split, rows in raw.splits.items():
         labels = read_labels(data, rows, raw.origin(split), raw.labels.names)
         missing = labels == NO_LABEL if raw.labels.names else np.isnan(labels)
-        found[split] = len(rows) - int(missing.sum())
-    return found
+        counts[split] = len(rows) - int(missing.sum())
+    return counts

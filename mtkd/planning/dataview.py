@@ -1,4 +1,4 @@
-"""A data entry as `mtkd plan` shows it: classes, rows, and the first examples as a model sees them."""
+"""Show a data entry in the plan: classes, rows, and the first examples as a model sees them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from mtkd.data.split import Split
 from mtkd.planning.data import DataFacts
 
 _SHOWN = 2  # examples
-_WIDEST, _CLASSES = 160, 12
+_WIDEST, _CLASSES = 160, 12  # characters of a text, names of classes
 
 
 @dataclass(frozen=True)
 class PlannedExample:
-    """An example: decoded ids with special tokens, what is asked of it, and its number of tokens."""
+    """An example: its decoded ids with special tokens, the answer, its number of tokens."""
 
     text: str
     asked: str
@@ -33,11 +33,15 @@ class PlannedData:
     """A data entry as the stages will see it.
 
     Attributes:
-        labels: "2 classes", "numbers", or "" for token tasks. classes: their names in order. why: how they were found.
-        rows: split -> rows after hold-out and limit. labelled: of these, with a label.
-        pad_token: of the tokenizer; "" for none. examples: the first ones of the train split.
+        labels: "2 classes", "numbers", or "" for token tasks.
+        classes: names in order.
+        why: how the classes were found.
+        rows: split -> rows after hold-out and limit.
+        labelled: split -> rows with a label.
+        pad_token: of the tokenizer; "" for none.
+        examples: the first ones of the train split.
         note: why there are no examples yet, or what cannot be read now.
-        unread: what of the files is ignored or cut, such as an index column, blank rows, prompts without room.
+        unread: parts of the files that are ignored or cut, such as an index column, blank rows, prompts without room.
     """
 
     name: str
@@ -56,32 +60,31 @@ class PlannedData:
 def view(
     name: str, config: DataConfig, facts: DataFacts, raw: Raw | None, tokenizer: PreTrainedTokenizerBase | None
 ) -> PlannedData:
-    """What the plan shows of an entry.
+    """Describe an entry for the plan.
 
     Args:
         raw: its rows; None where they cannot be read now.
-        tokenizer: None while it is not there.
-
+        tokenizer: None while it does not exist.
     Raises:
         UserError, DataError: a row cannot be read, or tokenised for the task; naming the file and row.
     """
     labels = {"class": f"{len(facts.classes)} classes", "number": "numbers (a regression)"}.get(facts.kind, "")
-    shown = PlannedData(
+    entry = PlannedData(
         name, config.task, labels, facts.classes, facts.why, dict(facts.rows), dict(facts.labelled),
         str(tokenizer.pad_token or "") if tokenizer is not None else "",
     )  # fmt: skip
     if raw is None:
-        return replace(shown, note=facts.not_here)
-    looked = look_at_rows(name, config, raw, tokenizer)
-    shown = replace(shown, unread=(*raw.notes, *looked.notes))
+        return replace(entry, note=facts.not_here)
+    rows = look_at_rows(name, config, raw, tokenizer)
+    entry = replace(entry, unread=(*raw.notes, *rows.notes))
     if tokenizer is None:
-        return replace(shown, note="examples are shown once the run's tokenizer is there")
+        return replace(entry, note="examples are shown once the run's tokenizer is there")
     split = _split(raw)
-    if split in looked.unmade:
-        return replace(shown, note=looked.unmade[split])
-    made = looked.splits[split]
-    examples = [_example(made, index, config, tokenizer, facts) for index in range(min(_SHOWN, len(made)))]
-    return replace(shown, examples=tuple(examples))
+    if split in rows.unmade:
+        return replace(entry, note=rows.unmade[split])
+    data = rows.splits[split]
+    examples = (_example(data, index, config, tokenizer, facts) for index in range(min(_SHOWN, len(data))))
+    return replace(entry, examples=tuple(examples))
 
 
 def _example(
@@ -92,12 +95,12 @@ def _example(
     if target.dim() == 0:
         value = target.item()
         missing = value != value or value == NO_LABEL
-        asked = "no label" if missing else facts.classes[int(value)] if facts.classes else f"{value:g}"
+        answer = "no label" if missing else facts.classes[int(value)] if facts.classes else f"{value:g}"
     else:
-        wanted = target[target != NO_LABEL]
-        every = len(wanted) == len(ids) and config.task == "causal-lm"
-        asked = "every next token" if every else _short(str(tokenizer.decode(wanted)))
-    return PlannedExample(_short(str(tokenizer.decode(ids))), asked, len(ids))
+        labels = target[target != NO_LABEL]
+        every = len(labels) == len(ids) and config.task == "causal-lm"
+        answer = "every next token" if every else _short(str(tokenizer.decode(labels)))
+    return PlannedExample(_short(str(tokenizer.decode(ids))), answer, len(ids))
 
 
 def _split(raw: Raw) -> str:
@@ -105,13 +108,13 @@ def _split(raw: Raw) -> str:
 
 
 def _short(text: str) -> str:
-    """The beginning of a text, with what does not print written out."""
+    """The beginning of a text, with characters that do not print escaped."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: _WIDEST + 1])
     return text if len(text) <= _WIDEST else f"{text[:_WIDEST]}..."
 
 
 def data_tables(data: list[PlannedData]) -> list[Table]:
-    """For the terminal."""
+    """The tables for the terminal."""
     table = Table("data", "task", "rows", "labels", "why", "pad token", title="data")
     examples = Table("data", "tokens", "example, as the model sees it", "asked", title="first examples")
     for each in data:
@@ -130,5 +133,5 @@ def data_tables(data: list[PlannedData]) -> list[Table]:
 
 
 def _unlabelled(data: PlannedData, split: str) -> str:
-    lacking = data.rows[split] - data.labelled.get(split, data.rows[split])
-    return f" ({lacking:,} without a label)" if lacking else ""
+    count = data.rows[split] - data.labelled.get(split, data.rows[split])
+    return f" ({count:,} without a label)" if count else ""

@@ -1,7 +1,7 @@
-"""What stages have made, opened for loading: only what was sealed, bit for bit, and only by the stage that is asked.
+"""Open the models and caches of finished stages, after checking that they are bit for bit what was sealed.
 
-DONE has the digest of the manifest, the manifest the digests of the files. Each file is read once per process before
-it is loaded; the shards of a cache when they are first mapped.
+DONE has the digest of the manifest, the manifest the digests of the files. Each process reads a file once before it is
+loaded, and the shards of a cache when they are first mapped.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def open_export(name: str, folder: StageDir, record: Done, part: str = "") -> Pa
     """The folder of a finished stage's model, of one of its members, or of a cache.
 
     Args:
-        name: of the stage. record: its DONE. part: member, or the teacher of a cache; empty for the only model.
+        name: of the stage.
+        record: its DONE.
+        part: member, or teacher of a cache; empty for the only model.
     Raises:
         DataError: it is not what the stage made.
     """
@@ -39,34 +41,36 @@ def open_export(name: str, folder: StageDir, record: Done, part: str = "") -> Pa
 
 
 def check_finished(name: str, folder: StageDir, record: Done) -> list[Path]:
-    """Look at what a finished stage made though no stage is to load it: what is passed on must be what was sealed.
+    """Check what a finished stage made, also where no later stage loads it: users pass it on.
 
-    Every file is read when that takes seconds; of larger exports and caches the small files, and the sizes of others.
+    All files are read where that takes seconds. Of larger exports and caches the small files are read, and the sizes of
+    the others are compared.
 
     Args:
-        name: of the stage. record: its DONE.
+        name: of the stage.
+        record: its DONE.
     Returns:
-        Folders that are gone: to make room, for example.
+        Folders that were removed, for example to make room.
     Raises:
-        DataError: as `open_export`.
+        DataError: as for `open_export`.
     """
-    gone = []
+    missing = []
     for part in record.parts:
-        made = folder.export / part
-        if not os.path.lexists(made):
-            gone.append(made)
+        path = folder.export / part
+        if not os.path.lexists(path):
+            missing.append(path)
             continue
         try:
             _check_export(folder.export, record, part, 0)
-            entries = read_manifest(made)["files"].values()
-            verify_once(made, None if sum(entry["size"] for entry in entries) <= _LARGE else _SMALLEST)
+            entries = read_manifest(path)["files"].values()
+            verify_once(path, None if sum(entry["size"] for entry in entries) <= _LARGE else _SMALLEST)
         except DataError as error:
             raise _not_sealed(error, f"stage '{name}'", redo_command([name])) from None
-    return gone
+    return missing
 
 
 def check_foreign(folder: Path, largest: int | None = None) -> None:
-    """Check a model folder that is the export of some run; any other folder is let pass.
+    """Check a model folder that is the export of a run; any other folder passes.
 
     Args:
         largest: bytes; of larger files only the size is compared.
@@ -85,16 +89,16 @@ def check_foreign(folder: Path, largest: int | None = None) -> None:
 
 
 def manifests(export: Path, parts: list[str]) -> dict[str, str]:
-    """For DONE: the digest of the manifest of each part."""
+    """The digest of the manifest of each part, for DONE."""
     return {part: manifest_digest(export / part) for part in parts}
 
 
 def _check_export(export: Path, record: Done | None, part: str, largest: int | None) -> None:
     part = part if record and part in record.caches else ""
-    known = record.manifests.get(part) if record else None
-    if known is not None and manifest_digest(export / part) != known:
+    digest = record.manifests.get(part) if record else None
+    if digest is not None and manifest_digest(export / part) != digest:
         raise DataError("the manifest is not the one of what the stage made", where=str(export / part / MANIFEST))
-    if record and not known and not part and read_manifest(export).get("identity") != record.identity:
+    if record and not digest and not part and read_manifest(export).get("identity") != record.identity:
         raise DataError("the manifest is that of another stage", where=str(export / MANIFEST))
     if not part:
         verify_once(export, largest)

@@ -1,9 +1,9 @@
-"""What one optimizer step needs in addition to weights, counted on tensors that have shapes and no values.
+"""Count the memory of one optimizer step, weights aside, on tensors that have shapes and no values.
 
 A stage's own objective and teachers are built of torch's fake tensors (any size, no memory) and make one step:
-teachers, forward, tiles, backward. Every storage that comes into being is followed until it is freed, so what an
-architecture saves for its backward pass, what autocast copies and what a loss needs in between is counted, and no
-formula has to know of it. Where the code asks what a value is, it hears that every position counts: the largest step.
+teachers, forward, tiles, backward. Every storage is followed until it is freed. So the count includes what a model
+saves for its backward pass, what autocast copies and what a loss needs in between, without a formula for any of it.
+Where the code asks for a value, the answer is that every position counts: the largest step.
 """
 
 from __future__ import annotations
@@ -42,7 +42,6 @@ from mtkd.weightings.make import make_weighting
 MOMENTS = ("teachers", "forward", "loss", "backward", "update")
 """Parts of a step, in order: `forward` ends with the student's features, `loss` where the backward pass begins."""
 
-
 _PARTS = ("gradients", "teachers", "activations", "rest")
 _ODD = "_mtkd_any"
 
@@ -52,9 +51,12 @@ class Step:
     """A stage's step on one rank.
 
     Attributes:
-        spec: of the stage; several models that it trains are co-finetuned, and of a cache stage there is one teacher.
-        sequences, length: of a micro-batch, padding included. micro_batches: per optimizer step.
-        tile: positions. on_gpu: tiles are not cut for a CPU's cache. dtype: bfloat16 runs models under autocast.
+        spec: of the stage; several trained models are co-finetuned, and a cache stage has one teacher.
+        sequences, length: of a micro-batch, padding included.
+        micro_batches: per optimizer step.
+        tile: positions.
+        on_gpu: tiles are not cut for a CPU's cache.
+        dtype: bfloat16 runs models under autocast.
     """
 
     spec: StageSpec
@@ -73,14 +75,15 @@ class Footprint:
 
     Attributes:
         moment: one of `MOMENTS`.
-        gradients: of the trained parameters, as many as there are at that moment.
+        gradients: of the trained parameters, as far as they exist at that moment.
         teachers: features and temporaries of the teachers.
-        activations: what the student's forward left for the backward pass.
+        activations: tensors that the student's forward leaves for the backward pass.
         rest: tiles, temporaries, gradients of activations.
-        trained: bytes of the trained parameters: all gradients take as much. buffers: of the trained models.
+        trained: the trained parameters: all gradients take as much.
+        buffers: of the trained models.
         ungraded: the most of teachers, activations and rest together, at any moment.
         asked: the most while the teachers run, without gradients.
-        notes: what was left out, in words.
+        notes: parts that are not counted, in words.
     """
 
     moment: str
@@ -101,7 +104,7 @@ class Footprint:
 
 
 class Storages(TorchDispatchMode):
-    """Follows storages from the operation that makes them until they are freed, of fake and of real tensors.
+    """Follows storages of fake and real tensors, from the operation that makes them until they are freed.
 
     Attributes:
         live: bytes now.
@@ -118,10 +121,10 @@ class Storages(TorchDispatchMode):
         for tensor in tensors:
             storage = tensor.untyped_storage()
             key, size = id(storage), storage.nbytes()
-            known = self._known.get(key)
-            if known is not None and known[0]() is storage:
-                self.live += size - known[1]  # it may have been resized
-                self._known[key] = (known[0], size)
+            entry = self._known.get(key)
+            if entry is not None and entry[0]() is storage:
+                self.live += size - entry[1]  # it may have been resized
+                self._known[key] = (entry[0], size)
                 continue
             # torch keeps a storage's Python object as long as the storage itself
             self._known[key] = (weakref.ref(storage, lambda _, key=key: self._gone(key)), size)  # type: ignore[misc]
@@ -135,22 +138,22 @@ class Storages(TorchDispatchMode):
         self.live -= self._known.pop(key)[1]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        self.follow(x for x in tree_leaves(made) if isinstance(x, Tensor))
-        return made
+        result = func(*args, **(kwargs or {}))
+        self.follow(x for x in tree_leaves(result) if isinstance(x, Tensor))
+        return result
 
 
 class _Meter(Storages):
-    """Storages of a step that has no values; remembers the largest moment and what there was.
+    """Storages of a step that has no values; remembers the parts of the largest moment.
 
-    Questions about values are answered as if every position counted, every number were one and nothing were odd: what
-    code asks of `any` is whether something needs special care.
+    Questions about values are answered as if every position counted and every number were one. `any` is false, since
+    code asks it whether something needs special care.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         super().__init__()
         self.at, self.base, self.teachers, self.activations = "teachers", 0, 0, 0
-        self.found = dict.fromkeys(_PARTS, 0)
+        self.parts = dict.fromkeys(_PARTS, 0)
         self.moment, self.ungraded, self.asked, self.gradients = "teachers", 0, 0, 0
         self._without = {id(p) for p in parameters}  # those that have no gradient yet
         for parameter in parameters:
@@ -162,22 +165,18 @@ class _Meter(Storages):
             self.gradients += parameter.grad.untyped_storage().nbytes()
 
     def begin(self) -> None:
-        """What is there now stays: only what comes from here on counts."""
+        """Count from here on: weights and the batch are counted elsewhere."""
         self.base, self.peak, self.ungraded, self.asked = self.live, 0, 0, 0
 
     def footprint(self, trained: int, buffers: int) -> Footprint:
-        """What was counted.
-
-        Args:
-            trained, buffers: bytes.
-        """
-        gradients, teachers, activations, rest = (self.found[name] for name in _PARTS)
+        """The counted bytes, with those of trained parameters and buffers."""
+        gradients, teachers, activations, rest = (self.parts[name] for name in _PARTS)
         return Footprint(
             self.moment, gradients, teachers, activations, rest, trained, buffers, self.ungraded, self.asked
         )
 
     def after_forward(self) -> None:
-        """The student's forward is done: what it left is activations, what comes now is not."""
+        """Take what the student's forward left as activations, and all later storages as the rest."""
         self.activations = self.live - self.base - self.teachers - self.gradients
         self.at = "loss"
 
@@ -194,11 +193,11 @@ class _Meter(Storages):
         self.peak, self.moment = live, self.at
         rest = live - gradients
         if self.at == "teachers":
-            self.found = dict(zip(_PARTS, (gradients, rest, 0, 0), strict=True))
+            self.parts = dict(zip(_PARTS, (gradients, rest, 0, 0), strict=True))
             return
         teachers = min(self.teachers, rest)
         activations = rest - teachers if self.at == "forward" else min(self.activations, rest - teachers)
-        self.found = dict(zip(_PARTS, (gradients, teachers, activations, rest - teachers - activations), strict=True))
+        self.parts = dict(zip(_PARTS, (gradients, teachers, activations, rest - teachers - activations), strict=True))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         aten = torch.ops.aten
@@ -212,19 +211,19 @@ class _Meter(Storages):
         if func is aten.nonzero.default:
             func, size = aten.zeros.default, [args[0].numel(), args[0].dim()]
             args, kwargs = (size,), {"dtype": torch.int64, "device": args[0].device}
-        made = super().__torch_dispatch__(func, types, args, kwargs)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
         if func is aten.any.default:
-            setattr(made, _ODD, True)
-        return made
+            setattr(result, _ODD, True)
+        return result
 
 
 def measure(step: Step, device: str = "cpu") -> Footprint:
     """Count a step.
 
     Args:
-        device: whose kernels are taken: "cpu", or "cuda" where there is one.
+        device: "cpu", or "cuda" where there is one: its kernels decide which temporaries exist.
     Raises:
-        Exception: the models or losses do something that needs values; nothing can be known then.
+        Exception: the models or losses need values, so that nothing can be counted.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
         if not step.spec.trained:
@@ -233,8 +232,8 @@ def measure(step: Step, device: str = "cpu") -> Footprint:
             return _measured(step, _trainable(step, None))
         except Exception:
             # Some weightings read values (a solver of scipy's, say); they need little memory of their own.
-            made = _measured(step, _trainable(step, Uniform()))
-            return replace(made, notes=(f"weighting '{step.spec.stage.weighting.name}' is counted as uniform",))
+            footprint = _measured(step, _trainable(step, Uniform()))
+            return replace(footprint, notes=(f"weighting '{step.spec.stage.weighting.name}' is counted as uniform",))
 
 
 def _measured(step: Step, objective: Trainable) -> Footprint:
@@ -243,17 +242,17 @@ def _measured(step: Step, objective: Trainable) -> Footprint:
     batch = _batch(step)
     parameters = [p for p in objective.parameters() if p.requires_grad]
     meter = _Meter(parameters)
-    held = [*objective.parameters(), *objective.buffers(), *vars(batch).values()]
+    tensors = [*objective.parameters(), *objective.buffers(), *vars(batch).values()]
     for teacher in teachers:
-        held += [*teacher.parameters(), *teacher.buffers()] if isinstance(teacher, TappedModel) else []
+        tensors += [*teacher.parameters(), *teacher.buffers()] if isinstance(teacher, TappedModel) else []
     counts = dict.fromkeys(("tokens", "targets", "sequences"), 1)
     counts |= objective.step_counts(batch)
     for model in objective.models.values():
         model.register_forward_hook(lambda *_: meter.after_forward())
     with meter:
-        meter.follow(x for x in held if isinstance(x, Tensor))
+        meter.follow(x for x in tensors if isinstance(x, Tensor))
         meter.begin()
-        # a second micro-batch finds the gradients of the first
+        # the second micro-batch meets the gradients of the first, and no later one meets more
         for _ in range(min(step.micro_batches, 2)):
             meter.at, meter.teachers, before = "teachers", 0, meter.live
             features = [_features(step, k, teacher, objective, batch) for k, teacher in enumerate(teachers)]
@@ -264,13 +263,13 @@ def _measured(step: Step, objective: Trainable) -> Footprint:
             del loss, metrics, features
     trained = sum(p.untyped_storage().nbytes() for p in parameters)
     buffers = sum(b.untyped_storage().nbytes() for b in objective.buffers())
-    if trained > meter.peak:  # the optimizer finds all gradients and nothing else
-        meter.moment, meter.found = "update", dict(zip(_PARTS, (trained, 0, 0, 0), strict=True))
+    if trained > meter.peak:  # at the update all gradients are in memory, and nothing else of the step
+        meter.moment, meter.parts = "update", dict(zip(_PARTS, (trained, 0, 0, 0), strict=True))
     return meter.footprint(trained, buffers)
 
 
 def _captured(step: Step) -> Footprint:
-    """A cache stage's forward of its one teacher, and a tile of logits with what is read off them."""
+    """Count a cache stage: the forward of its one teacher, and a tile of logits with its softmax and top values."""
     (spec,) = step.spec.teachers
     teacher, batch, meter = _teacher(spec.gives), _batch(step), _Meter(())
     if not isinstance(teacher, TappedModel):
@@ -299,18 +298,18 @@ def _trainable(step: Step, weighting: Weighting | None) -> Trainable:
     (student,) = models.values()
     infos = {teacher.name: teacher.info for teacher in spec.teachers}
     facts = StageFacts(tuple(infos), (1,) * len(infos), student.info.width, student.info.num_labels, 0)
-    made = weighting or make_weighting(spec.stage.weighting, facts, "weighting")
+    weighting = weighting or make_weighting(spec.stage.weighting, facts, "weighting")
     how = Wiring(spec.stage.per, spec.token_level, step.tile, step.dtype)
-    return wire(student, infos, spec.rows, made, how, _FewPieces(step.on_gpu))
+    return wire(student, infos, spec.rows, weighting, how, _FewPieces(step.on_gpu))
 
 
 class _FewPieces(Pieces):
-    """Of equal pieces of work the first two and the last.
+    """The first two and the last of equal pieces of work.
 
-    The second meets what the first has left behind, and those after it meet no more.
+    The second piece meets the memory that the first has left behind; later ones meet no more.
 
     Args:
-        on_gpu: tiles are not cut into chunks, also where the plan is made on a machine without a GPU.
+        on_gpu: do not cut tiles into chunks, even if this machine has no GPU.
     """
 
     def __init__(self, on_gpu: bool) -> None:

@@ -1,4 +1,4 @@
-"""Labels of a run as a whole: classes that the teachers bring where the texts have no labels, and who reads labels."""
+"""Check the labels of a run as a whole, and take classes from the teachers where the texts have no labels."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from mtkd.weightings.spec import WEIGHTINGS
 
 
 def with_teachers_classes(config: RunConfig, reader: DataReader) -> RunConfig:
-    """The run with `labels` of every data entry that has none, named or in its rows: those of its teachers.
+    """The run with the teachers' classes as `labels` of every data entry that names none and has none in its rows.
 
     Raises:
-        UserError: the teachers' classes are not the same, or none are named.
-        DataError: as `DataReader.facts`.
+        UserError: the teachers' classes differ, or none are named.
+        DataError: as for `DataReader.facts`.
     """
     data = dict(config.data)
     for name, entry in config.data.items():
@@ -41,27 +41,27 @@ def with_teachers_classes(config: RunConfig, reader: DataReader) -> RunConfig:
             for i, teacher in enumerate(stage.teachers)
         }
         every = {place: _classes_of(teacher, place, name, so_far, reader) for place, teacher in teachers.items()}
-        found = {place: names for place, names in every.items() if names}
-        data[name] = entry.model_copy(update={"labels": _common(found, f"data.{name}.labels", facts.why)})
+        classes = {place: names for place, names in every.items() if names}
+        data[name] = entry.model_copy(update={"labels": _common(classes, f"data.{name}.labels", facts.why)})
     return config.model_copy(update={"data": data})
 
 
-def _common(found: Mapping[str, tuple[str, ...]], where: str, why: str) -> tuple[str, ...]:
+def _common(classes: Mapping[str, tuple[str, ...]], where: str, why: str) -> tuple[str, ...]:
     todo = "set `labels` to the class names in order"
-    if not found:
+    if not classes:
         raise UserError(f"nothing names the classes: {why}, and no teacher does", where=where, found="[]", todo=todo)
-    first = next(iter(found.values()))
-    if any(set(names) != set(first) for names in found.values()):
-        shown = "; ".join(f"{place}: {', '.join(names)}" for place, names in found.items())
-        raise UserError(f"the teachers have different classes, and {why}", where=where, found=shown, todo=todo)
+    first = next(iter(classes.values()))
+    if any(set(names) != set(first) for names in classes.values()):
+        text = "; ".join(f"{place}: {', '.join(names)}" for place, names in classes.items())
+        raise UserError(f"the teachers have different classes, and {why}", where=where, found=text, todo=todo)
     return first
 
 
 def _classes_of(
     teacher: TeacherConfig, where: str, name: str, config: RunConfig, reader: DataReader
 ) -> tuple[str, ...]:
-    """Class names of a teacher in order: of the data that its stage learned from, or of its folder; () for none."""
-    if teacher.classes is not None:  # what the user maps its outputs to are the data's classes
+    """The class names of a teacher in order, from its stage's data or its folder; () for none."""
+    if teacher.classes is not None:  # the user maps its outputs to the data's classes
         names = teacher.classes.values() if isinstance(teacher.classes, dict) else teacher.classes
         return tuple(dict.fromkeys(name for name in names if name is not None))
     path, ref = teacher.model.path, teacher.model.stage
@@ -83,7 +83,7 @@ def _names_in(file: Path) -> tuple[str, ...]:
 
 
 def check_labelled(config: RunConfig, facts: Mapping[str, DataFacts]) -> None:
-    """Refuse a stage that reads labels of a train split without any, and a choice or score by labels that do not exist.
+    """Refuse to learn, choose or score by the labels of a split that has none.
 
     Args:
         facts: of the data entries.
@@ -141,15 +141,15 @@ def _check_readers(config: RunConfig, name: str, stage: StageConfig, regression:
 def _check_scored(config: RunConfig, facts: Mapping[str, DataFacts]) -> None:
     """Refuse to score a classifier on data of other classes than its stage learned."""
     name = config.data_name(config.evaluate.data)
-    ours = facts[name]
+    target = facts[name]
     for model in scored_models(config):
         other = config.data_name(config.stages[StageRef.named(model).stage].data)
-        theirs = facts[other]
-        if ours.known and theirs.known and (ours.kind, ours.classes) != (theirs.kind, theirs.classes):
+        source = facts[other]
+        if target.known and source.known and (target.kind, target.classes) != (source.kind, source.classes):
             raise UserError(
                 f"'{model}' has other classes than the data it is to be scored on",
                 where="evaluate.data",
-                found=f"data '{name}': {', '.join(ours.classes) or 'numbers'}",
-                allowed=f"as in data '{other}': {', '.join(theirs.classes) or 'numbers'}",
+                found=f"data '{name}': {', '.join(target.classes) or 'numbers'}",
+                allowed=f"as in data '{other}': {', '.join(source.classes) or 'numbers'}",
                 todo="name the same `labels` in both entries, or leave the model out of evaluate.stages",
             )

@@ -1,4 +1,4 @@
-"""Shapes of a chain's models that depend on other models: a geometric ladder of sizes, and layers taken from above."""
+"""Derive the shapes of a chain's models: a geometric ladder of sizes, and layers taken from the model above."""
 
 from __future__ import annotations
 
@@ -36,12 +36,13 @@ class Model:
 
 @dataclass(frozen=True)
 class Shapes:
-    """Every shape between two: layers, widths and heads no further apart than theirs; heads divide the width evenly.
+    """Every shape between two models, in layers, width and heads; heads divide the width evenly.
 
     Args:
-        top: the larger model. student: the smaller one, a description; what is not its shape is kept.
-        count: exact number of parameters of a description.
-        fixed_width: widths and heads are the top's (models made of its layers).
+        top: the larger model.
+        student: description of the smaller one, whose other settings every shape has.
+        count: gives the exact number of parameters of a description.
+        fixed_width: all widths and heads are the top's, for models made of its layers.
     """
 
     top: ModelInfo
@@ -51,36 +52,36 @@ class Shapes:
 
     @cached_property
     def candidates(self) -> list[tuple[ModelConfig, int]]:
-        """(description, parameters), every one strictly between the two in some dimension or equal to one of them."""
+        """All shapes: (description, parameters)."""
         assert self.student.layers is not None
         low, high = sorted((self.student.layers, self.top.num_layers))
-        found = []
+        shapes = []
         for width, heads in self._widths():
             # Layers are alike, so the number of parameters is a straight line in their number.
             one, two = (self.count(self._shape(n, width, heads)) for n in (1, 2))
-            found += [(self._shape(n, width, heads), one + (n - 1) * (two - one)) for n in range(low, high + 1)]
-        return found
+            shapes += [(self._shape(n, width, heads), one + (n - 1) * (two - one)) for n in range(low, high + 1)]
+        return shapes
 
     def nearest(self, target: float, share: float, below: float) -> tuple[ModelConfig, int]:
         """The shape nearest to `target` parameters in the logarithm, smaller than `below`.
 
         Args:
-            share: position of the rung between the top (0) and the student (1), for what is proportionate.
+            share: position of the rung between the top (0) and the student (1), which decides among near shapes.
 
         Raises:
             UserError: there is no smaller shape.
         """
-        allowed = [found for found in self.candidates if found[1] < below]
+        allowed = [candidate for candidate in self.candidates if candidate[1] < below]
         if not allowed:
             raise UserError(
                 "there are not so many different shapes between the teacher and the student",
                 where="chain.num_rungs",
                 todo="ask for fewer, or give the shapes as `rungs`",
             )
-        return min(allowed, key=lambda found: self._distance(found, target, share))
+        return min(allowed, key=lambda candidate: self._distance(candidate, target, share))
 
-    def _distance(self, found: tuple[ModelConfig, int], target: float, share: float) -> tuple[float, float, float]:
-        shape, parameters = found
+    def _distance(self, candidate: tuple[ModelConfig, int], target: float, share: float) -> tuple[float, float, float]:
+        shape, parameters = candidate
         assert shape.layers and shape.width and self.student.layers and self.student.width  # noqa: PT018
         apart = abs(math.log(parameters / target))
         skew = abs(math.log(shape.layers) - _between(self.top.num_layers, self.student.layers, share))
@@ -88,7 +89,7 @@ class Shapes:
         return (0.0 if apart <= NEAR else apart, skew, apart)
 
     def _widths(self) -> list[tuple[int, int]]:
-        """(width, heads), the heads of each width those whose own width is nearest to the proportionate one."""
+        """Pairs of width and heads: for each width the number of heads nearest to the proportionate one."""
         assert self.student.width is not None
         assert self.student.heads is not None
         if self.fixed_width:
@@ -98,16 +99,16 @@ class Shapes:
         unit = min(max(unit, _SMALLEST_UNIT), _LARGEST_UNIT)
         widths = {low, high, *range(-(-low // unit) * unit, high + 1, unit)}
         fewest, most = sorted((self.student.heads, self.top.num_heads))
-        found = []
+        pairs = []
         for width in sorted(widths):
             share = (math.log(width) - math.log(high)) / (math.log(low) - math.log(high)) if low < high else 1.0
-            wanted = _between(self.top.num_heads, self.student.heads, share)
+            target = _between(self.top.num_heads, self.student.heads, share)
             # An even width per head: rotary positions turn pairs.
             valid = [h for h in range(fewest, most + 1) if width % h == 0 and (width // h) % 2 == 0]
             valid = [h for h in valid if h % self._grouped == 0]
             if valid:
-                found.append((width, min(valid, key=lambda h: abs(math.log(h) - wanted))))
-        return found
+                pairs.append((width, min(valid, key=lambda h: abs(math.log(h) - target))))
+        return pairs
 
     @property
     def _grouped(self) -> int:
@@ -133,11 +134,12 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Look:
-    """What a planner knows of the models of a run, without weights.
+    """A planner's knowledge of the models of a run, without weights.
 
     Args:
-        stage: plans a stage, so that those below it know its models.
-        model_config: (stage, model, where) -> its configuration. made: model of a stage -> the same.
+        stage: plans a stage, so that later ones know its models.
+        model_config: (stage, model, where) -> its configuration.
+        made: model of a stage -> its configuration.
     """
 
     stage: Callable[[str], object]
@@ -146,7 +148,7 @@ class Look:
 
 
 def complete(config: RunConfig, planner: Callable[[RunConfig], Look]) -> RunConfig:
-    """The run with the models of all stages of its chain, and so with the stages; as it is when nothing is missing.
+    """The run with the models and stages of its chain; unchanged when nothing is missing.
 
     Reads configurations of models and the tokenizer, no weights. The same input gives the same shapes.
 
@@ -156,17 +158,17 @@ def complete(config: RunConfig, planner: Callable[[RunConfig], Look]) -> RunConf
     chain = config.chain
     if chain is None or chain.resolved:
         return config
-    asked = {name: chain.described(name) for name in chain.names}
+    shapes = {name: chain.described(name) for name in chain.names}
     # Stand-ins under the right names: enough to find the tokenizer and the teachers.
-    stand_in = _with_models(config, {n: chain.models.get(n) or m or chain.student for n, m in asked.items()})
+    stand_in = _with_models(config, {n: chain.models.get(n) or m or chain.student for n, m in shapes.items()})
     sizes = _Sizes(stand_in, planner(stand_in))
     top = sizes.top()
     if chain.num_rungs:
-        asked |= ladder(chain, top, sizes.count(chain.student), sizes.count)
+        shapes |= ladder(chain, top, sizes.count(chain.student), sizes.count)
     models, above = dict(chain.models), top
     for name in chain.names:
         if name not in models:
-            shape = asked[name]
+            shape = shapes[name]
             assert shape is not None, "given, or derived above"
             first = top if name == chain.direct_name else above
             begin = {"fresh": lambda shape, *_: shape, "teacher": from_layers, "slice": from_slice}
@@ -179,16 +181,16 @@ def _with_models(config: RunConfig, models: dict[str, ModelConfig]) -> RunConfig
     values = config.model_dump(mode="json", exclude_unset=True)
     values["chain"]["models"] = {n: model.model_dump(mode="json", exclude_unset=True) for n, model in models.items()}
     try:
-        made = RunConfig.model_validate(values)
+        run = RunConfig.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(str(first.get("ctx", {}).get("error", first["msg"]))) from None  # it says where
-    made._base, made._written = config._base, config._written
-    return made
+    run._base, run._written = config._base, config._written
+    return run
 
 
 class _Sizes:
-    """Shapes and parameters of the models around a chain."""
+    """Sizes of the models around a chain."""
 
     def __init__(self, config: RunConfig, look: Look) -> None:
         assert config.chain is not None
@@ -200,30 +202,30 @@ class _Sizes:
     def top(self) -> Model:
         """The largest of the models above the chain, the first of equals."""
         for name in self._config.stages:
-            if name == self._first:  # what the chain uses stands before it
+            if name == self._first:  # the stages that the chain uses stand before it
                 break
             self._look.stage(name)
         stage = self._config.stages[self._first]
-        found = []
+        models = []
         for i, teacher in enumerate(self._chain.teachers):
-            found.append(
+            models.append(
                 self._sized(teacher.model, self._look.model_config(stage, teacher.model, f"chain.teachers[{i}]"))
             )
-        return max(found, key=lambda model: model.parameters)
+        return max(models, key=lambda model: model.parameters)
 
     def of(self, name: str, model: ModelConfig) -> Model:
-        """The model of a stage of the chain, as the next one sees it."""
-        made = self._look.model_config(self._config.stages[name], model, f"stages.{name}.student")
-        self._look.made[name] = made
-        return self._sized(ModelConfig(path=str(StageRef(name))), made)
+        """The model of a stage of the chain, for the next stage."""
+        config = self._look.model_config(self._config.stages[name], model, f"stages.{name}.student")
+        self._look.made[name] = config
+        return self._sized(ModelConfig(path=str(StageRef(name))), config)
 
     def count(self, model: ModelConfig) -> int:
         """Parameters of a description."""
-        made = self._look.model_config(self._config.stages[self._first], model, "chain.student")
-        return count_parameters(made, self._auto_class)
+        config = self._look.model_config(self._config.stages[self._first], model, "chain.student")
+        return count_parameters(config, self._auto_class)
 
-    def _sized(self, model: ModelConfig, made: PretrainedConfig) -> Model:
-        return Model(model, model_info(made, self._auto_class), count_parameters(made, self._auto_class))
+    def _sized(self, model: ModelConfig, config: PretrainedConfig) -> Model:
+        return Model(model, model_info(config, self._auto_class), count_parameters(config, self._auto_class))
 
 
 def ladder(chain: ChainConfig, top: Model, student_parameters: int, count: Count) -> dict[str, ModelConfig]:
@@ -243,12 +245,12 @@ def ladder(chain: ChainConfig, top: Model, student_parameters: int, count: Count
         )
     names = chain.assistants
     shapes = Shapes(top.info, chain.student, count, any(chain.start_of(n) == "teacher" for n in names))
-    found: dict[str, ModelConfig] = {}
+    models: dict[str, ModelConfig] = {}
     below = float(top.parameters)
     for position, name in enumerate(names, 1):
         share = position / (len(names) + 1)
         target = math.exp(_between(top.parameters, student_parameters, share))
-        found[name], parameters = shapes.nearest(target, share, below)
+        models[name], parameters = shapes.nearest(target, share, below)
         if parameters <= student_parameters:
             raise UserError(
                 "there are not so many different shapes between the teacher and the student",
@@ -257,28 +259,28 @@ def ladder(chain: ChainConfig, top: Model, student_parameters: int, count: Count
                 todo="ask for fewer, or give the shapes as `rungs`",
             )
         below = float(parameters)
-    return found
+    return models
 
 
 def from_layers(shape: ModelConfig, above: Model, where: str) -> ModelConfig:
     """A model made of evenly chosen layers of the one above it, the last layer among them.
 
     Args:
-        shape: the description of what is wanted. above: the model that gives the layers.
-
+        shape: description of the model.
+        above: the model that gives the layers.
     Raises:
         UserError: it has another architecture, width or heads, or fewer layers.
     """
     assert shape.layers is not None
     _check_inherited(shape, ("kv_heads", "intermediate"), where)
     info = above.info
-    wanted = {"architecture": shape.architecture, "width": shape.width, "heads": shape.heads}
-    found = {"architecture": info.architecture, "width": info.width, "heads": info.num_heads}
-    if wanted != found or shape.layers > info.num_layers or above.config.slice is not None:
+    target = {"architecture": shape.architecture, "width": shape.width, "heads": shape.heads}
+    source = {"architecture": info.architecture, "width": info.width, "heads": info.num_heads}
+    if target != source or shape.layers > info.num_layers or above.config.slice is not None:
         raise UserError(
             "cannot begin with layers of the model above it",
             where=where,
-            found=f"{wanted['architecture']} {shape.layers}x{shape.width}, {shape.heads} heads",
+            found=f"{target['architecture']} {shape.layers}x{shape.width}, {shape.heads} heads",
             allowed=f"{info.architecture} {info.num_layers}x{info.width} or fewer layers, {info.num_heads} heads",
             todo="make them equal, or set initial: fresh",
         )
@@ -289,8 +291,8 @@ def from_slice(shape: ModelConfig, above: Model, where: str) -> ModelConfig:
     """A model of evenly chosen layers of the one above it, each cut to a smaller width and fewer heads.
 
     Args:
-        shape: the description of what is wanted. above: the model that is cut; see `mtkd.models.cut`.
-
+        shape: description of the model.
+        above: the model that is cut; see `mtkd.models.cut`.
     Raises:
         UserError: it has another architecture, or is larger in some dimension.
     """
@@ -311,26 +313,26 @@ def from_slice(shape: ModelConfig, above: Model, where: str) -> ModelConfig:
 
 
 def _check_inherited(shape: ModelConfig, also: tuple[str, ...], where: str) -> None:
-    """Refuse what a model that begins as a part of another one takes from it, and that has no effect here."""
-    given = [name for name in (*also, "max_positions", "tie_embeddings") if name in shape.model_fields_set]
-    if given:
+    """Refuse fields that have no effect, since a model that begins as a part of another one takes them from it."""
+    fields = [name for name in (*also, "max_positions", "tie_embeddings") if name in shape.model_fields_set]
+    if fields:
         raise UserError(
             "a model that begins as a part of the one above it has these from there",
             where=where,
-            found=", ".join(given),
+            found=", ".join(fields),
             todo="drop them, or set initial: fresh",
         )
 
 
 def _taken(shape: ModelConfig, above: Model, cut: dict[str, int] | None = None) -> ModelConfig:
-    """Evenly chosen layers of the model above, `cut` to a slice, with the dropout and vocabulary that are asked for."""
+    """Evenly chosen layers of the model above, `cut` to a slice, with the dropout and vocabulary of `shape`."""
     assert shape.layers is not None
     before = above.config.keep_layers or range(1, above.info.num_layers + 1)
-    kept = [before[layer - 1] for layer in even_layers(shape.layers, above.info.num_layers)]
+    layers = [before[layer - 1] for layer in even_layers(shape.layers, above.info.num_layers)]
     values = {
         "path": above.config.path,
         "revision": above.config.revision,
-        "keep_layers": kept,
+        "keep_layers": layers,
         "slice": cut,
         "dropout": shape.dropout,
         "vocabulary": shape.vocabulary,

@@ -1,4 +1,4 @@
-"""Where the models and the tokenizer of a run come from; the tokenizer that a run trains is made here."""
+"""Locate the models and the tokenizer of a run, and train the tokenizer where the run has its own."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def resolve_path(path: str, base: Path) -> Path | str:
 
 
 def revision_of(model: ModelConfig) -> str | None:
-    """The hub revision that is loaded: the one that is given, else that of the card."""
+    """The hub revision to load: that of the configuration, else that of the card."""
     card = load_cards().get(model.path or "")
     return model.revision or (card.revision if card else None)
 
 
 def tokenizer_origin(config: RunConfig) -> tuple[str, str | None]:
-    """Path and revision of the tokenizer of a run that does not train one: the given one, or the first loaded model's.
+    """Path and revision of the tokenizer of a run that trains none: the configured one, or the first loaded model's.
 
     Raises:
         UserError: there is none.
@@ -70,8 +70,8 @@ def given_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     path, revision = tokenizer_origin(config)
     if (card := missing(path, config.base)) is not None:
         raise UserError("this model is not here", where="tokenizer", found=path, todo=how_to_get(card))
-    found = read_tokenizer(resolve_path(path, config.base), revision)
-    if found is None:
+    tokenizer = read_tokenizer(resolve_path(path, config.base), revision)
+    if tokenizer is None:
         raise DataError(
             "the folder holds no tokenizer",
             where="tokenizer.path",
@@ -79,28 +79,28 @@ def given_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
             allowed="a folder with tokenizer.json or another tokenizer's files, or a hub id",
             todo="name a folder with a tokenizer, or train one: tokenizer.train_on",
         )
-    check_certain(found, "tokenizer")
-    return found
+    check_certain(tokenizer, "tokenizer")
+    return tokenizer
 
 
 def missing(path: str | None, base: Path) -> Card | None:
-    """The card of a published GLM that was not converted yet, so that nothing but its shape is known."""
+    """The card of a published GLM that is not converted yet, so that only its shape is known."""
     return missing_glm(path, lambda name: resolve_path(name, base))
 
 
 def missing_models(config: RunConfig) -> list[str]:
-    """The models and the tokenizer of a run that are not here, each with what brings them."""
+    """The models and the tokenizer of a run that are not here, each with the way to get it."""
     models = [m for s in config.stages.values() for m in (*s.trained.values(), *(t.model for t in s.teachers))]
     paths = [model.path for model in models] + ([config.tokenizer.path] if config.tokenizer else [])
-    found = {path: missing(path, config.base) for path in paths if path is not None}
-    return [f"{path}: {how_to_get(card)}" for path, card in found.items() if card is not None]
+    cards = {path: missing(path, config.base) for path in paths if path is not None}
+    return [f"{path}: {how_to_get(card)}" for path, card in cards.items() if card is not None]
 
 
 def read_tokenizer(folder: Path | str, revision: str | None = None) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a folder or hub id; a folder is checked before any file of it is opened.
 
     Returns:
-        None for a folder without files of one: a model's need not have it.
+        None for a folder without a tokenizer: a model's folder need not have one.
     """
     if isinstance(folder, Path):
         check_tokenizer_folder(folder)
@@ -112,23 +112,23 @@ def read_tokenizer(folder: Path | str, revision: str | None = None) -> PreTraine
 def compare_tokenizer(
     run: PreTrainedTokenizerBase, folder: Path | str, revision: str | None, where: str, *, masked: bool
 ) -> list[str]:
-    """Refuse a loaded model whose tokenizer gives other ids than the run's, as far as it brings one.
+    """Refuse a loaded model that brings a tokenizer with other ids than the run's.
 
     Args:
         masked: whether the model is asked about masked tokens.
     Returns:
-        What differs and does not matter, or is not known, in words.
+        Notes about differences that do not matter, or are unknown.
     Raises:
-        DataError: as `check_same_tokenizer`.
+        DataError: as for `check_same_tokenizer`.
     """
-    own = read_tokenizer(folder, revision)
-    if own is None:
+    tokenizer = read_tokenizer(folder, revision)
+    if tokenizer is None:
         return [f"no tokenizer in {folder}: that its ids mean the same as the run's is taken on trust"]
-    return check_same_tokenizer(run, own, where, masked=masked)
+    return check_same_tokenizer(run, tokenizer, where, masked=masked)
 
 
 def trained_tokenizer(config: RunConfig, raw: Raw, run: Path, dist: Dist) -> PreTrainedTokenizerBase:
-    """The tokenizer that a run trains on the train split of `raw`, kept in the run folder; a collective."""
+    """Train the run's tokenizer on the train split of `raw`, or load it from the run folder; a collective."""
     settings = config.tokenizer
     assert settings is not None
     assert settings.train_on is not None
@@ -141,8 +141,8 @@ def trained_tokenizer(config: RunConfig, raw: Raw, run: Path, dist: Dist) -> Pre
         texts = [text for column in columns for text in raw.texts("train", column)]
         with Working(f"training a tokenizer on data.{settings.train_on}", len(texts), "texts") as working:
             shown = working.counting(texts)
-            made = train_tokenizer(shown, settings.vocab_size, closed=closed, commands=settings.commands)
-        made.save_pretrained(fresh)
+            tokenizer = train_tokenizer(shown, settings.vocab_size, closed=closed, commands=settings.commands)
+        tokenizer.save_pretrained(fresh)
 
     if dist.is_main and not _is_trained(folder, origin):
         write_sealed(folder, write, {_ORIGIN: origin})
@@ -151,7 +151,7 @@ def trained_tokenizer(config: RunConfig, raw: Raw, run: Path, dist: Dist) -> Pre
 
 
 def _is_trained(folder: Path, origin: dict[str, Any]) -> bool:
-    """Whether the tokenizer that was trained on this is here, as it was written; a damaged one is trained again."""
+    """Whether the run folder has an intact tokenizer of this origin; a damaged one is trained again."""
     if not os.path.lexists(folder):
         return False
     try:

@@ -1,4 +1,4 @@
-"""What stays in memory of what trains, by stage of ZeRO, from parameter counts.
+"""Count the memory of trained parameters and their optimizer, by stage of ZeRO, from parameter counts.
 
 `mtkd.pool.backends` has the teachers' part; `mtkd.planning.footprint` counts what comes and goes within a step.
 """
@@ -17,12 +17,12 @@ _PREFETCHED, _LIVE = 50_000_000, 1_000_000_000
 
 @dataclass(frozen=True)
 class Trained:
-    """Bytes on a rank of what trains.
+    """Bytes on a rank for the trained parameters.
 
     Attributes:
         optimizer: moments, and from ZeRO 1 on the float32 copy that they belong to.
-        buckets: DeepSpeed's buffers, and what ZeRO 3 has gathered.
-        gradients: where they do not come and go as in the footprint; else None.
+        buckets: DeepSpeed's buffers, and parameters that ZeRO 3 has gathered.
+        gradients: where they stay between steps; None where the footprint counts them.
         flat: copies in which all gradients are reduced after the backward pass.
     """
 
@@ -34,7 +34,7 @@ class Trained:
 
 
 def trained_share(trained: float, engine: EngineConfig, ranks: int) -> Trained:
-    """What holds the trained parameters.
+    """The bytes of a rank for the trained parameters.
 
     Args:
         trained: bytes of the trained parameters, which are float32, as their two moments are.

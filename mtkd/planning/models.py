@@ -1,4 +1,4 @@
-"""What every model of a run will be, from configurations alone: architecture, sizes, vocabulary, tokenizer."""
+"""Plan every model of a run from configurations alone: architecture, sizes, vocabulary, tokenizer."""
 
 from __future__ import annotations
 
@@ -30,44 +30,44 @@ from mtkd.registry import TASKS
 
 
 class PlannedModels:
-    """The models of a run as its stages will have them; stages are asked for in order.
+    """The models of a run, without weights; stages are planned in order.
 
     Args:
         config: resolved.
-        reader: of the data entries, whose classes the models have; None: what the configuration names is all there is.
+        reader: of the data entries, whose classes the models have; None: the configuration alone names them.
     Attributes:
-        tokens: the run's tokenizer as far as it is known.
+        tokens: the run's tokenizer, or its stand-in.
         made: configurations of the models that earlier stages make, by name.
-        compressed: of these models, the ids of those whose vocabulary is compressed.
-        notes: place of a model in the configuration -> what its classes are matched with, and what differs in its
-            tokenizer and does not matter.
+        compressed: number of ids of those models whose vocabulary is compressed, by name.
+        notes: place of a model in the configuration -> how its classes are matched, and differences of its tokenizer
+            that do not matter.
     """
 
     def __init__(self, config: RunConfig, reader: DataReader | None = None) -> None:
         self.config = config
         self._reader = reader
         self.made: dict[str, PretrainedConfig] = {}
-        self.compressed: dict[str, int] = {}  # stages whose model has a compressed vocabulary: its ids
+        self.compressed: dict[str, int] = {}
         self.notes: dict[str, list[str]] = {}
         self.tokens = PlannedTokenizer(config)
 
     def facts(self, data: DataConfig) -> DataFacts:
-        """What is known of a `data` entry: its classes, and what its labels are."""
+        """The facts of a `data` entry: its classes and the kind of its labels."""
         return unread(data) if self._reader is None else self._reader.facts(self._name_of(data), data)
 
     def spec(
-        self, made: PretrainedConfig, model: ModelConfig, data: DataSpec, *, compressed: bool = False
+        self, config: PretrainedConfig, model: ModelConfig, data: DataSpec, *, compressed: bool = False
     ) -> ModelSpec:
         """A model without weights.
 
         Args:
-            compressed: by the stage that trains it.
+            compressed: whether the stage that trains it cuts its vocabulary.
         """
         return ModelSpec(
-            made,
+            config,
             data.auto_class,
             self.tokens.num_ids,
-            kept=made.vocab_size if compressed or self.vocabulary(model) is not None else None,
+            kept=config.vocab_size if compressed or self.vocabulary(model) is not None else None,
             labels_known=data.facts.known,
             origin=model,
         )
@@ -80,28 +80,28 @@ class PlannedModels:
         reads: frozenset[str] | None = None,
         classes: Given | None = None,
     ) -> PretrainedConfig:
-        """The configuration of a model as a stage will have it, which is one that can do the stage's task.
+        """The configuration of a model in a stage, checked against the stage's task.
 
         Args:
-            reads: of a teacher: which of its predictions are read; None for a model that is trained.
-            classes: of a teacher: what its outputs stand for, where the user says it.
+            reads: predictions of a teacher that are read; None for a model that is trained.
+            classes: meaning of a teacher's outputs, where the user gives it.
         """
         data = self.config.data[self.config.data_name(stage.data)]
         if classes is not None:
             check_given(self._name_of(data), data, self.facts(data), f"{where}.classes")
         block = where if reads is None else f"{where}.model"
         with placed(model=block, data=f"data.{self._name_of(data)}"):
-            made, found = self._any(stage, model, where, reads, classes)
-        if found is not None and found.note:
-            self._note(where, found.note)
+            config, matching = self._any(stage, model, where, reads, classes)
+        if matching is not None and matching.note:
+            self._note(where, matching.note)
         with placed(model=block):
-            cloze = model_info(made, TASKS.find(data.task).class_for(data)).cloze
+            cloze = model_info(config, TASKS.find(data.task).class_for(data)).cloze
         compressed = model.vocabulary is not None or self.vocabulary(model) is not None
-        check_model(data, made.model_type, where, cloze=cloze, compressed=compressed)
-        return made
+        check_model(data, config.model_type, where, cloze=cloze, compressed=compressed)
+        return config
 
     def unread(self, stage: StageConfig, model: ModelConfig, where: str) -> PretrainedConfig:
-        """As `of`, while a chain's shapes are looked for: nothing is said of predictions."""
+        """The same while a chain's shapes are derived: no predictions are read yet."""
         return self.of(stage, model, where, frozenset())
 
     def _any(
@@ -112,11 +112,11 @@ class PlannedModels:
             raise compressed_twice(f"{where}.vocabulary")
         data = self.config.data[self.config.data_name(stage.data)]
         if model.stage is not None:
-            made = smaller_config(self.made[model.stage.model], model, self.tokens.tokenizer, self.tokens.num_ids)
-            found = None
+            config = smaller_config(self.made[model.stage.model], model, self.tokens.tokenizer, self.tokens.num_ids)
+            matching = None
             if reads is None or "logits" in reads:
-                found = self._classes_of(model.stage.stage, data, where, classes, "classes" if reads else "")
-            return self._for_task(made, data, where), found
+                matching = self._classes_of(model.stage.stage, data, where, classes, "classes" if reads else "")
+            return self._for_task(config, data, where), matching
         facts, name = self.facts(data), self._name_of(data)
         request = ModelRequest.of_data(
             name,
@@ -130,7 +130,7 @@ class PlannedModels:
         return load_model_config(model, replace(request, taught=taught, where=where))
 
     def _answers(self, data: DataConfig) -> list[list[int]] | None:
-        """Token ids of the words of a cloze's classes; a stand-in's while the tokenizer is not there."""
+        """Token ids of the words of a cloze's classes; of the stand-in while the tokenizer does not exist."""
         if not TASKS.find(data.task).cloze:
             return None
         return answer_ids(data, self.tokens.tokenizer, f"data.{self._name_of(data)}")
@@ -138,16 +138,16 @@ class PlannedModels:
     def _name_of(self, data: DataConfig) -> str:
         return next(name for name, other in self.config.data.items() if other is data)
 
-    def _for_task(self, made: PretrainedConfig, data: DataConfig, where: str) -> PretrainedConfig:
-        """An earlier stage's model as this stage will load it: the head of its task, the length of its data."""
+    def _for_task(self, config: PretrainedConfig, data: DataConfig, where: str) -> PretrainedConfig:
+        """An earlier stage's model with the head of this stage's task, checked against the length of its data."""
         auto_class = TASKS.find(data.task).class_for(data)
-        made = type(made).from_dict(made.to_dict())
-        if made.model_type == GLM:
-            answer_with(made, self._answers(data), classifies=auto_class == CLASSIFIER)
+        config = type(config).from_dict(config.to_dict())
+        if config.model_type == GLM:
+            answer_with(config, self._answers(data), classifies=auto_class == CLASSIFIER)
         facts = self.facts(data)
         if auto_class == CLASSIFIER and facts.known:
-            made.num_labels = facts.num_labels
-        longest = model_info(made, auto_class).max_positions
+            config.num_labels = facts.num_labels
+        longest = model_info(config, auto_class).max_positions
         if longest < data.max_length:
             raise UserError(
                 "the data's examples are longer than the longest sequence of the earlier stage's model",
@@ -156,15 +156,17 @@ class PlannedModels:
                 allowed=f"at most {longest}",
                 todo="give the model of that stage more max_positions, or this data a smaller max_length",
             )
-        return made
+        return config
 
-    def _classes_of(self, earlier: str, data: DataConfig, where: str, given: Given | None, key: str) -> ClassMap | None:
-        """Which output of an earlier stage's classifier is which class of the data; None where a side is not known."""
-        made_on = self.config.data_of(self.config.stages[earlier])
-        theirs, ours = self.facts(made_on), self.facts(data)
-        if not (made_on.task == data.task == "classify" and theirs.known and ours.known):
+    def _classes_of(
+        self, earlier: str, data: DataConfig, where: str, classes: Given | None, key: str
+    ) -> ClassMap | None:
+        """Match an earlier stage's classifier with the classes of the data; None where a side is not known."""
+        source_data = self.config.data_of(self.config.stages[earlier])
+        source, target = self.facts(source_data), self.facts(data)
+        if not (source_data.task == data.task == "classify" and source.known and target.known):
             return None
-        return earlier_classes(earlier, theirs, ours, where, given, key)
+        return earlier_classes(earlier, source, target, where, classes, key)
 
     def vocabulary(self, model: ModelConfig) -> int | None:
         """Ids of a model that comes with a vocabulary map; None for a whole vocabulary."""
@@ -172,11 +174,11 @@ class PlannedModels:
             return self.compressed.get(model.stage.model)
         if model.path is None:
             return None
-        found = read_vocabulary(resolve_path(model.path, self.config.base), self.tokens.tokenizer, "@model.path")
-        return None if found is None else found.num_kept
+        table = read_vocabulary(resolve_path(model.path, self.config.base), self.tokens.tokenizer, "@model.path")
+        return None if table is None else table.num_kept
 
     def check_scored(self) -> None:
-        """Refuse to score a model on examples that are longer than it can read; after every stage was planned."""
+        """Refuse to score a model on examples that are longer than it can read; called after every stage is planned."""
         name = self.config.data_name(self.config.evaluate.data)
         data = self.config.data[name]
         auto_class = TASKS.find(data.task).class_for(data)
@@ -192,7 +194,7 @@ class PlannedModels:
                 )
 
     def check_tokenizer(self, model: ModelConfig, where: str, task: TaskSpec, *, teaches: bool) -> None:
-        """Token -> id and the cut of texts of a model and of the run, where both exist before anything is trained."""
+        """Compare the tokenizers of a model and of the run, and note differences that do not matter."""
         if self.vocabulary(model) is not None:
             if teaches and task.token_level:
                 raise compressed_teacher(model.path or "", where)
@@ -201,5 +203,5 @@ class PlannedModels:
             self._note(where, note)
 
     def _note(self, where: str, note: str) -> None:
-        if note not in (known := self.notes.setdefault(where, [])):
-            known.append(note)
+        if note not in (notes := self.notes.setdefault(where, [])):
+            notes.append(note)

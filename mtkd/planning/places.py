@@ -1,13 +1,13 @@
 """Places in messages are those of the user's file: ``stages.student.teachers[0].model``, with file and line.
 
-A function that reads one model or one `data` block does not know where in the configuration it stands. It raises with
-``where="@model.slice.heads"`` or ``"@data.max_length"``, and whoever knows says so around the call::
+A function that reads one model or one `data` block does not know the place of that block. It raises with
+``where="@model.slice.heads"`` or ``"@data.max_length"``, and its caller names the place::
 
     with placed(model="stages.student.student", data="data.text"):
         build_model(...)
 
-`in_file` is what the commands put around everything: it turns the stages that a chain stands for into what was written
-of the chain, and adds file and line. A static test holds every literal place against the schema.
+The commands put `in_file` around everything. It turns places in a chain's stages into places of `chain`, and adds file
+and line. A static test compares every literal place with the schema.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _PLACE = re.compile(r"([a-z_]+)([.\[]|$)")
 
 @contextmanager
 def placed(**roles: str) -> Iterator[None]:
-    """Within it an error at ``@ROLE...`` is at ``PLACE...``; one at a place on disk also names the block it is used by.
+    """Move errors at ``@ROLE...`` to ``PLACE...``; an error at a place on disk also names the block that uses it.
 
     Args:
-        roles: what is read within (model, data, stage, weighting, row) -> its place in the configuration.
+        roles: role of a block (model, data, stage, weighting, row) -> its place in the configuration.
     """
     try:
         yield
@@ -47,14 +47,14 @@ def placed(**roles: str) -> Iterator[None]:
 
 
 def _is_place(where: str) -> bool:
-    """Whether it is, or will be, a place in a configuration; else it is one on disk, or an option of a command."""
-    found = _PLACE.match(where)
-    return where.startswith("@") or (found is not None and found[1] in RunConfig.model_fields)
+    """Whether this is a place in a configuration, and not one on disk or an option of a command."""
+    match = _PLACE.match(where)
+    return where.startswith("@") or (match is not None and match[1] in RunConfig.model_fields)
 
 
 @contextmanager
 def in_file(config: RunConfig) -> Iterator[None]:
-    """Within it an error at a place of `config` names the place as the user wrote it, with file and line."""
+    """Make errors at a place of `config` name the place that the user wrote, with file and line."""
     try:
         yield
     except UserError as error:
@@ -65,7 +65,7 @@ def in_file(config: RunConfig) -> Iterator[None]:
 
 
 def _in_file(where: str, config: RunConfig, root: Value) -> tuple[str, str]:
-    """(place, file:line) of a place of the configuration; other places as they are, without a line."""
+    """(place, file:line) of a place of the configuration; other places stay, without a line."""
     if not _is_place(where):
         return where, ""
     parts = _of_chain(_known(split_path(where), config), config)
@@ -76,9 +76,9 @@ def _in_file(where: str, config: RunConfig, root: Value) -> tuple[str, str]:
 
 
 def _known(parts: list[str], config: RunConfig) -> Location:
-    """The parts of a path, with those put together again that are the name of a stage, a data entry, a member, ...
+    """The parts of a path; a name with dots, of a stage or data entry, stays one part.
 
-    Only of stages and data a dot matters: everything else that users name is looked up in what was written.
+    Other names need no such care: they are looked up in the written file.
     """
     names = _names(config, parts[0])
     for length in range(len(parts) - 1, 0, -1):
@@ -89,9 +89,9 @@ def _known(parts: list[str], config: RunConfig) -> Location:
 
 
 def _names(config: RunConfig, first: str) -> list[str]:
-    """What may stand behind `first`, where users name it."""
-    made = config.chain.names if config.chain else []
-    return {"stages": [*config.stages, *made], "data": [*config.data]}.get(first, [])
+    """The names that users gave to the parts of `first`."""
+    stages = config.chain.names if config.chain else []
+    return {"stages": [*config.stages, *stages], "data": [*config.data]}.get(first, [])
 
 
 def _number(part: str) -> str | int:
@@ -103,12 +103,12 @@ def _is_there(parts: Location, config: RunConfig) -> bool:
     first, second = str(parts[0]), parts[1] if len(parts) > 1 else None
     if second is None:
         return True
-    known = _names(config, first)
-    return second in known if known else step_into(step_into(RunConfig, first), second) is not None
+    names = _names(config, first)
+    return second in names if names else step_into(step_into(RunConfig, first), second) is not None
 
 
 def _until_scalar(parts: Location, root: Value) -> Location:
-    """A place as far as it can be written: below a plain value, which stands for a block, there is nothing."""
+    """The part of a place that a file can have: a plain value in place of a block has nothing below it."""
     here: Value | None = root
     for depth, part in enumerate(parts):
         if here is not None and not isinstance(here.value, dict | list):
@@ -125,7 +125,7 @@ def _below(here: Value, part: str | int) -> Value | None:
 
 
 def _of_chain(parts: Location, config: RunConfig) -> Location:
-    """A place in a stage that a chain made: what of the chain says it."""
+    """The place in `chain` that determines a place in one of its stages."""
     chain, root = config.chain, config._written.root
     if chain is None or root is None or len(parts) < 2 or parts[0] != "stages" or parts[1] not in chain.names:
         return parts
@@ -147,7 +147,7 @@ def _of_chain(parts: Location, config: RunConfig) -> Location:
 
 
 def _model_of(chain: ChainConfig, name: str, root: Value) -> Location:
-    """What of a chain describes the model of a stage."""
+    """The place in `chain` that describes the model of a stage."""
     if _written(root, ("chain", "models", name)) is not None:
         return ("chain", "models", name)
     if name not in chain.assistants:
@@ -156,7 +156,7 @@ def _model_of(chain: ChainConfig, name: str, root: Value) -> Location:
 
 
 def _teacher_of(chain: ChainConfig, name: str, number: int, rest: Location, root: Value) -> Location:
-    """What of a chain describes teacher `number` of a stage: one at the top, or the assistant that it is."""
+    """The place in `chain` of teacher `number` of a stage: a teacher at the top, or an assistant."""
     above = chain.assistants if name == chain.student_name else []
     if name in chain.assistants:
         above = chain.assistants[: chain.assistants.index(name)]

@@ -1,4 +1,4 @@
-"""`mtkd.plan`: everything resolved and checked, nothing trained and no weight loaded."""
+"""`mtkd.plan`: resolve and check a run without training and without loading weights."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from mtkd.weightings.make import stage_reads
 
 @dataclass(frozen=True)
 class Specified:
-    """A run whose stages are known.
+    """A run with the specs of its stages.
 
     Attributes:
         config: resolved.
         stages: the spec of each, in order.
-        missing: models and data that are not here, each with what brings it.
-        data: the data entries as the stages will see them.
+        missing: models and data that are not here, each with the way to get it.
+        data: the data entries that the stages will see.
     """
 
     config: RunConfig
@@ -45,7 +45,7 @@ class Specified:
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """The run with every stage of its chain, and a decided precision; else as it is.
+    """The run with every stage of its chain and a decided precision.
 
     Shapes that depend on other models are derived.
 
@@ -63,15 +63,15 @@ def resolve(config: RunConfig) -> RunConfig:
 def plan(
     config: RunConfig, *, memory: bool = False, reader: DataReader | None = None, redo: Collection[str] = ()
 ) -> Plan:
-    """Resolve and check a run: models from their configurations, rows against both sides, tokenizers against another.
+    """Resolve and check a run: the configurations of models, the rows of objectives, tokenizers, data.
 
     Args:
-        memory: also say what each stage needs of memory and disk; a second or so per stage, for models of 10B up to
+        memory: also count memory and disk of each stage. This takes a second or so per stage, for models of 10B up to
             a minute: every change that might help is planned too.
-        reader: of the data entries, which the run goes on with.
-        redo: stages that are to be made again: the run is planned as it would be then.
+        reader: of the data entries; the run can use it afterwards.
+        redo: stages that will be made again.
     Raises:
-        UserError: what would fail later for a reason that can be known now.
+        UserError: the run would fail later for a reason that can be known now.
     """
     with in_file(config):
         precision = choose(config, planned=memory)
@@ -87,9 +87,9 @@ def specify(config: RunConfig, reader: DataReader) -> Specified:
     """The specs of all stages of a run that is resolved and checked.
 
     Args:
-        reader: of the data entries, which the run goes on with.
+        reader: of the data entries; the run uses it afterwards.
     Raises:
-        UserError: what would fail later for a reason that can be known now.
+        UserError: the run would fail later for a reason that can be known now.
     """
     with in_file(config):
         specifier = Specifier(config, reader)
@@ -111,7 +111,7 @@ def specify(config: RunConfig, reader: DataReader) -> Specified:
 
 
 def _check_routes(config: RunConfig, facts: Mapping[str, DataFacts], reader: DataReader) -> None:
-    """Refuse rows without a teacher of the stage where its weighting reads one from them."""
+    """Refuse rows that name no teacher of the stage, where the weighting reads the teacher from them."""
     for name, stage in config.stages.items():
         data, where = config.data_name(stage.data), f"stages.{name}.weighting"
         token_level = TASKS.find(config.data[data].task).token_level
@@ -122,10 +122,10 @@ def _check_routes(config: RunConfig, facts: Mapping[str, DataFacts], reader: Dat
 
 
 def _planned(run: Specified, redo: Collection[str], *, memory: bool) -> list[PlannedStage]:
-    """The stages as the table shows them.
+    """The stages of the table.
 
     Args:
-        memory: with what each needs of memory and disk.
+        memory: also count the memory and disk that each stage needs.
     """
     stages = [
         planned_stage(spec, _state(run.config, number, spec.stage, spec.name, redo))
@@ -134,7 +134,7 @@ def _planned(run: Specified, redo: Collection[str], *, memory: bool) -> list[Pla
     if not memory:
         return stages
     engine = run.config.engine
-    # who says how large a GPU is plans for it, and may do so where there is none
+    # a configuration that names the size of a GPU is planned for it, also on a machine without one
     on_gpu = device_of(engine) == "cuda" or (engine.device == "auto" and engine.gpu_memory_gb is not None)
     limits = find_limits(engine, run.config.folder, on_gpu=on_gpu)
     return [
@@ -143,7 +143,7 @@ def _planned(run: Specified, redo: Collection[str], *, memory: bool) -> list[Pla
 
 
 def _state(config: RunConfig, number: int, stage: StageConfig, name: str, redo: Collection[str]) -> str:
-    """Whether a stage is done, as what it is now.
+    """Whether a stage is done with its present configuration.
 
     Args:
         number: of its folder.
@@ -175,7 +175,7 @@ def _table(run: Specified, stages: list[PlannedStage], notes: list[str]) -> Plan
 
 
 def _few_resamples(config: RunConfig) -> str:
-    """What is said when no comparison could reach a verdict with the resamples of the configuration."""
+    """A note when no comparison could reach a verdict with the configured resamples."""
     settings = config.evaluate
     needed = settings.enough_resamples(len(settings.comparisons))
     if needed == settings.resamples:

@@ -1,7 +1,7 @@
-"""What a stage is, without weights: the plan makes it once, and everything that follows reads it.
+"""Describe a stage without weights: the plan makes the `StageSpec` once, and every later part reads it.
 
-The plan's table, the count of memory, the build, the capture of caches: each is given the same `StageSpec`. Nothing in
-it depends on the machine: a tile's size, the number of processes and what is done already are asked elsewhere.
+The plan's table, the count of memory, the build and the capture of caches share one `StageSpec`. Nothing in it depends
+on the machine: the size of a tile, the number of processes and the state of the run are asked elsewhere.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class DataSpec:
 
     Attributes:
         name: of the `data` entry.
-        facts: what its rows say: classes, kind of label.
+        facts: from its rows: classes, kind of label.
     """
 
     name: str
@@ -58,10 +58,10 @@ class ModelSpec:
     Attributes:
         config: transformers' configuration, as the stage will load it.
         auto_class: its head.
-        num_ids: real ids of the run; of a tokenizer that the run trains the most that it may have.
+        num_ids: real ids of the run; an upper bound while the run has to train its tokenizer.
         kept: rows of a compressed vocabulary; None for a whole one.
         labels_known: False while only the data can tell the number of classes.
-        origin: what the user asked for.
+        origin: its block in the configuration.
     """
 
     config: PretrainedConfig
@@ -74,7 +74,7 @@ class ModelSpec:
 
     @cached_property
     def info(self) -> ModelInfo:
-        """Shape and capabilities; of a classifier with unknown classes, two."""
+        """Shape and capabilities; a classifier with unknown classes has two."""
         info = model_info(self.config, self.auto_class)
         return with_open_labels(info, self.auto_class, known=self.labels_known)
 
@@ -94,9 +94,10 @@ class TeacherSpec:
     """A teacher of a stage.
 
     Attributes:
-        config: of the teacher. place: of it in the user's file.
-        gives: the model that runs, the cache that stands for it, or what a plug-in says of its own.
-        backend: where its weights live; the configuration's, unless the plan tries another one.
+        config: its block in the configuration.
+        place: of that block in the user's file.
+        gives: the model that runs, the cache that replaces it, or a plug-in's facts about its own teacher.
+        backend: where its weights live; the configured one, unless the plan tries another.
     """
 
     config: TeacherConfig
@@ -119,12 +120,12 @@ class TeacherSpec:
 
     @property
     def runs(self) -> bool:
-        """Whether a model runs; else its answers are read."""
+        """Whether a model runs; otherwise a cache has its answers."""
         return BACKENDS[self.backend].runs
 
     @property
     def size(self) -> TeacherSize:
-        """What its weights occupy."""
+        """The memory of its weights under its backend."""
         numbers, backend = self.numbers, BACKENDS[self.config.backend]
         size = backend.size(self.config, numbers.weights, numbers.head, self.info.num_layers)
         return replace(size, backend=self.backend)
@@ -135,14 +136,15 @@ class StageSpec:
     """One stage of a run.
 
     Attributes:
-        stage: as configured.
-        trained: what it trains, by role: "student", or the members.
+        stage: its configuration.
+        trained: the models it trains, by role: "student", or the members.
         teachers: in pool order.
         rows: of its objective, compiled against student and teachers; none for a cache.
-        heads: which of the teachers' predictions are read (`mtkd.planning.teaching`): these heads must be trained.
+        heads: the teachers' heads that are read (`mtkd.planning.teaching`) and so must be trained.
         seed: of initialisation, order and dropout.
-        cached: of a cache stage what is kept, a line per teacher. cache_bytes: the most that it writes; None: unknown.
-        notes: what was decided for the user, a sentence each.
+        cached: contents of the caches it makes, a line per teacher.
+        cache_bytes: upper bound of the bytes of these caches; None: unknown.
+        notes: decisions made for the user, a sentence each.
     """
 
     name: str
@@ -179,7 +181,7 @@ class StageSpec:
 
     @property
     def columns(self) -> int:
-        """Of the widest logits: rows of a head; of a cache stage the ids that it keeps some of."""
+        """Columns of the widest logits: rows of a head, or the real ids where a cache keeps some of them."""
         if self.token_level and self.stage.kind == "cache":
             return max(t.gives.num_ids if isinstance(t.gives, ModelSpec) else t.info.vocabulary for t in self.teachers)
         infos = [*(model.info for model in self.trained.values()), *(teacher.info for teacher in self.teachers)]
@@ -187,12 +189,12 @@ class StageSpec:
 
     @property
     def tokens_per_batch(self) -> int:
-        """Tokens of a batch, at most."""
+        """Upper bound of the tokens of a batch."""
         batch = self.stage.batch
         return batch.tokens or (batch.sequences or 0) * self.data.config.max_length
 
     def with_backend(self, name: str) -> StageSpec:
-        """The stage with those teachers under another backend that would take less memory there."""
+        """The stage with another backend for every teacher that would take less memory there."""
         teachers = (replace(t, backend=name) if name in BACKENDS[t.backend].lighter else t for t in self.teachers)
         return replace(self, teachers=tuple(teachers))
 

@@ -1,4 +1,4 @@
-"""From the configuration of a stage to its `StageSpec`; what can be wrong without weights is refused here."""
+"""Turn the configuration of a stage into its `StageSpec`, and refuse errors that show without weights."""
 
 from __future__ import annotations
 
@@ -38,27 +38,27 @@ from mtkd.registry import TASKS
 
 
 class Specifier:
-    """Makes the specs of a run's stages; they are asked for in order.
+    """Makes the specs of a run's stages, in order.
 
     Args:
         config: resolved.
-        reader: of the data entries; None: what the configuration names is all that is known.
+        reader: of the data entries; None: the configuration alone gives classes.
     """
 
     def __init__(self, config: RunConfig, reader: DataReader | None = None) -> None:
         self.config = config
         self.models = PlannedModels(config, reader)
-        self._caches: dict[str, CacheFacts] = {}  # NAME/TEACHER -> what an earlier cache stage will have made
+        self._caches: dict[str, CacheFacts] = {}  # NAME/TEACHER -> facts of the cache that an earlier stage makes
 
     def look(self) -> Look:
-        """What the ladder of a chain asks about models."""
+        """The models of the run, for the ladder of a chain."""
         return Look(self.stage, self.models.unread, self.models.made)
 
     def stage(self, name: str) -> StageSpec:
         """The spec of a stage.
 
         Raises:
-            UserError: what would fail later for a reason that can be known now.
+            UserError: the stage would fail later for a reason that can be known now.
         """
         stage = self.config.stages[name]
         spec = StageSpec(
@@ -85,17 +85,17 @@ class Specifier:
         return DataSpec(name, data, TASKS.find(data.task, f"data.{name}.task"), self.models.facts(data))
 
     def _trained(self, spec: StageSpec) -> dict[str, ModelSpec]:
-        """What the stage trains; its models are known to later stages from here on."""
+        """Specify the models that the stage trains, and note them for later stages."""
         stage, models = spec.stage, self.models
-        made = {role: models.of(stage, model, stage.place(spec.name, role)) for role, model in stage.trained.items()}
-        models.made |= {model_name(spec.name, stage, role): config for role, config in made.items()}
+        configs = {role: models.of(stage, model, stage.place(spec.name, role)) for role, model in stage.trained.items()}
+        models.made |= {model_name(spec.name, stage, role): config for role, config in configs.items()}
         trained = {}
         for role, model in stage.trained.items():
-            own = model_name(spec.name, stage, role)
+            name = model_name(spec.name, stage, role)
             if model.vocabulary is not None or models.vocabulary(model) is not None:
-                models.compressed[own] = made[role].vocab_size
+                models.compressed[name] = configs[role].vocab_size
             models.check_tokenizer(model, stage.place(spec.name, role), spec.data.task, teaches=False)
-            trained[role] = models.spec(made[role], model, spec.data, compressed=own in models.compressed)
+            trained[role] = models.spec(configs[role], model, spec.data, compressed=name in models.compressed)
         return trained
 
     def _teacher(self, spec: StageSpec, number: int, teacher: TeacherConfig) -> TeacherSpec:
@@ -104,7 +104,7 @@ class Specifier:
         return TeacherSpec(teacher, place, BACKENDS[teacher.backend].describe(teacher, outlook), teacher.backend)
 
     def _with_rows(self, spec: StageSpec) -> StageSpec:
-        """The stage with its rows, each of which its models can answer."""
+        """The stage with its rows, checked against its models."""
         if spec.stage.batch.packing:
             live = [t.gives for t in spec.teachers if isinstance(t.gives, ModelSpec)]
             _check_packed(spec.data.task, [*spec.trained.values(), *live], f"{spec.where}.batch.packing")
@@ -128,7 +128,7 @@ class Specifier:
         )
 
     def _with_caches(self, spec: StageSpec) -> StageSpec:
-        """The stage with what it keeps of each teacher, which later stages may read."""
+        """The stage with the contents of its caches, noted for later stages."""
         size, lines, tokens = 0.0, list[str](), train_tokens(spec.data.config, self.config.base)
         for teacher in spec.teachers:
             columns = self.models.tokens.num_ids if spec.token_level else teacher.info.num_labels
@@ -145,7 +145,7 @@ class Specifier:
         return replace(spec, cached=tuple(lines), cache_bytes=None if tokens is None else size * tokens)
 
     def _notes(self, name: str) -> tuple[str, ...]:
-        """What was decided of a stage's models."""
+        """Decisions about a stage's models, a sentence each."""
         prefix = f"stages.{name}."
         places = {place: notes for place, notes in self.models.notes.items() if place.startswith(prefix)}
         lines = [f"{place}: {note}" for place, notes in places.items() for note in notes]
@@ -155,7 +155,7 @@ class Specifier:
 
 
 def _check_packed(task: TaskSpec, models: Sequence[ModelSpec], where: str) -> None:
-    """Refuse to pack examples, or for models, that cannot share a row."""
+    """Refuse packing where the examples of a task, or a model, cannot share rows."""
     if task.laid:
         raise UserError(
             f"examples of task '{task.name}' have two parts, each with a mask of its own",

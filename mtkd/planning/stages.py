@@ -1,4 +1,4 @@
-"""The stages of a run in order: what each one depends on, what identifies it, and which are done already."""
+"""Answer questions about the stages of a run: dependencies, heads, identifying values, stages to redo."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _BOOKKEEPING = {"save_every", "keep"}
 
 
 def model_name(stage_name: str, stage: StageConfig, role: str) -> str:
-    """Name of what a stage trains under a role of `StageConfig.trained`: its own, or NAME/MEMBER."""
+    """The name of a model that a stage trains: the stage's own, or NAME/MEMBER."""
     return StageRef(stage_name, role if stage.members else "").model
 
 
@@ -32,13 +32,13 @@ def used_stages(stage: StageConfig) -> list[str]:
 
 
 def needed_stages(stage: StageConfig) -> list[str]:
-    """Names of the earlier stages that this one cannot be made without: their models, or how long they took."""
+    """Names of the earlier stages whose models or training times this one needs."""
     timed = [stage.equal_time.to, stage.equal_time.rate_of] if stage.equal_time else []
     return list(dict.fromkeys([*used_stages(stage), *timed]))
 
 
 def to_redo(config: RunConfig, names: Sequence[str]) -> list[str]:
-    """These stages and all that depend on them, the last of the run first.
+    """These stages and those that depend on them, the last of the run first.
 
     Raises:
         UserError: there is no stage of this name.
@@ -60,20 +60,20 @@ def to_redo(config: RunConfig, names: Sequence[str]) -> list[str]:
 
 
 def changed_stages(config: RunConfig, folders: Mapping[str, StageDir]) -> list[str]:
-    """Finished stages whose own configuration is another now, without those that go with an earlier one of them."""
-    found: list[str] = []
-    gone: set[str] = set()
+    """Finished stages whose own configuration changed, without those that depend on an earlier one of them."""
+    names: list[str] = []
+    later: set[str] = set()
     for name, stage in config.stages.items():
         record = folders[name].done()
-        if record is None or name in gone or record.identity.get("stage") == stage_values(stage):
+        if record is None or name in later or record.identity.get("stage") == stage_values(stage):
             continue
-        found.append(name)
-        gone |= set(to_redo(config, [name]))
-    return found
+        names.append(name)
+        later |= set(to_redo(config, [name]))
+    return names
 
 
 def scored_models(config: RunConfig) -> list[str]:
-    """The models that are scored at the end: those that `evaluate` names, else all that learn to do its task."""
+    """The models that are scored at the end: those that `evaluate` names, otherwise all that learn its task."""
     if config.evaluate.stages:
         return config.scored
     return [model for model in config.models if does_task(config, model) and not never_trained(config, model)]
@@ -87,9 +87,9 @@ def learns_to_predict(config: RunConfig, name: str) -> bool:
 
 
 def never_trained(config: RunConfig, model: str) -> bool:
-    """Whether a stage's model has the head that it was drawn with: from its first stage on, no row compares logits.
+    """Whether a stage's model still has its random head: since its first stage no row compared logits.
 
-    A model that is loaded from a folder may bring its head along; the plan looks.
+    A model from a folder may bring a trained head; the plan checks that.
 
     Args:
         model: STAGE or STAGE/MEMBER.
@@ -98,18 +98,18 @@ def never_trained(config: RunConfig, model: str) -> bool:
     stage: StageConfig = config.stages[name]
     if stage.kind == "cache" or learns_to_predict(config, name):
         return False
-    origins = {model_name(name, stage, role): made for role, made in stage.trained.items()}
+    origins = {model_name(name, stage, role): each for role, each in stage.trained.items()}
     origin = origins[model]
     return origin.path is None if origin.stage is None else never_trained(config, origin.stage.model)
 
 
 def does_task(config: RunConfig, stage: str) -> bool:
     """Whether a stage's models have the head for the data of `evaluate`."""
-    ours, theirs = config.stages[StageRef.named(stage).stage].data, config.evaluate.data
-    labels = [config.data[config.data_name(name)].classes for name in (ours, theirs)]
-    if all(labels) and labels[0] != labels[1]:  # found in the data, they are compared when the models are loaded
+    source, target = config.stages[StageRef.named(stage).stage].data, config.evaluate.data
+    labels = [config.data[config.data_name(name)].classes for name in (source, target)]
+    if all(labels) and labels[0] != labels[1]:  # classes from the data are compared when the models are loaded
         return False
-    return head_fits(head_for(config, ours), head_for(config, theirs))
+    return head_fits(head_for(config, source), head_for(config, target))
 
 
 def head_for(config: RunConfig, data_name: str) -> str:
@@ -121,20 +121,20 @@ def head_for(config: RunConfig, data_name: str) -> str:
 
 
 def head_fits(model: str, task: str) -> bool:
-    """Whether a model of one auto class has the head of another: both heads of pre-training include masked tokens'."""
+    """Whether a model of one auto class has the head of another: pre-training includes the head for masked tokens."""
     return model == task or (model, task) == (PRE_TRAINING, MASKED_LM)
 
 
 def can_teach(model: str, task: str) -> bool:
-    """Whether what a model of one head predicts means something with another: a cloze is a language model's reading."""
+    """Whether a student with the head `task` can learn from a `model` head: a cloze reads a language model's head."""
     return head_fits(model, task) or {model, task} == {CAUSAL_LM, CLOZE}
 
 
 def stage_values(stage: StageConfig) -> dict[str, Any]:
-    """The fields of a stage that determine what it makes, as plain values."""
-    if stage.kind == "cache":  # how many examples share a forward pass rounds the last bits, and decides nothing
+    """The fields of a stage that determine its result, as plain values."""
+    if stage.kind == "cache":  # without the batch, which changes the rounding of the last bits alone
         return _without_places(stage.model_dump(mode="json", include={"kind", "data", "teachers", "cache"}))
-    # Looking at a stage changes nothing, unless what is seen decides where it ends or which step is kept.
+    # Validation changes nothing, unless its score decides where the stage ends or which step is exported.
     looking = set() if stage.selects else {"evaluate_every"}
     values = stage.model_dump(mode="json", exclude=_BOOKKEEPING | looking | {"cache"})
     values = _without_places(values)
@@ -145,9 +145,9 @@ def stage_values(stage: StageConfig) -> dict[str, Any]:
 
 
 def _without_places(values: dict[str, Any]) -> dict[str, Any]:
-    """Stage values in which live teachers are all resident: where their weights are changes no numbers.
+    """Ignore the backend of live teachers: where weights are stored does not change the results.
 
-    (A sharded teacher's are those of a resident one to rounding.)
+    (A sharded teacher's results are those of a resident one up to rounding.)
     """
     for teacher in values["teachers"]:
         teacher["backend"] = teacher["backend"] if not BACKENDS[teacher["backend"]].runs else "resident"

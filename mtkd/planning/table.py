@@ -1,4 +1,4 @@
-"""What `mtkd plan` shows: stages and models as they would run, as plain values and as tables."""
+"""Show a plan: its stages and models, as plain values and as tables."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ SKIPPED = "done, skipped"
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """A model of a stage: `role` is "student" or the teacher's name; `parameters` counted on the meta device.
+    """A model of a stage.
 
     Attributes:
-        backend: where a teacher's weights live; empty for what is trained.
+        role: "student", a member, or the teacher's name.
+        parameters: counted on the meta device.
+        backend: where a teacher's weights live; empty for trained models.
     """
 
     role: str
@@ -37,11 +39,12 @@ class PlannedModel:
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A stage as it would run; `steps` and `tokens` (upper bound) are None while they depend on data or stages.
+    """A stage of the plan.
 
     Attributes:
-        memory: None where it was not asked for.
-        notes: what was decided for the user, a sentence each.
+        steps, tokens: None while they depend on data or stages; tokens are an upper bound.
+        memory: None where the plan does not count it.
+        notes: decisions made for the user, a sentence each.
     """
 
     name: str
@@ -58,11 +61,11 @@ class PlannedStage:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `mtkd run` would do.
+    """The plan of a run.
 
     Attributes:
-        missing: models and data that are not here, and what brings them.
-        precision: the precision and why, and a warning where it is slow here.
+        missing: models and data that are not here, each with the way to get it.
+        precision: the precision, its reason, and a warning where it is slow here.
     """
 
     name: str
@@ -79,7 +82,7 @@ class Plan:
         return asdict(self)
 
     def tables(self) -> list[Table]:
-        """For the terminal."""
+        """The tables for the terminal."""
         table = Table(
             "stage", "kind", "state", "model", "origin", "shape", "parameters", "steps", "tokens <=",
             title=f"{self.name}  ->  {self.folder}   engine: {self.engine}",
@@ -153,14 +156,14 @@ def _gb(size: float) -> str:
 
 
 def with_consequences(stages: list[PlannedStage]) -> list[PlannedStage]:
-    """A stage is not skipped when one that it uses is to be made: its teacher will be another."""
-    found: dict[str, PlannedStage] = {}
+    """Skip no stage that needs one which is still to be made: its teachers will change."""
+    by_name: dict[str, PlannedStage] = {}
     for stage in stages:
-        stale = [need for need in stage.needs if found[need].state != SKIPPED]
+        stale = [need for need in stage.needs if by_name[need].state != SKIPPED]
         if stage.state == SKIPPED and stale:
             stage = replace(stage, state=f"done, but {stale[0]} is not")
-        found[stage.name] = stage
-    return list(found.values())
+        by_name[stage.name] = stage
+    return list(by_name.values())
 
 
 def _model(role: str, model: ModelConfig, info: ModelInfo, parameters: int) -> PlannedModel:
@@ -175,11 +178,7 @@ def _model(role: str, model: ModelConfig, info: ModelInfo, parameters: int) -> P
 
 
 def planned_stage(spec: StageSpec, state: str) -> PlannedStage:
-    """A stage as the table shows it.
-
-    Args:
-        state: whether it is done.
-    """
+    """A stage of the table; `state` says whether it is done."""
     stage = spec.stage
     trained = [_model(role, stage.trained[role], m.info, m.num_parameters) for role, m in spec.trained.items()]
     trains = stage.kind != "cache"

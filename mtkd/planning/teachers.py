@@ -1,4 +1,4 @@
-"""What the plan asks of the backends of a run's teachers, and what it tells them."""
+"""Check that the backends of a run's teachers are registered, and give each backend its view of the plan."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def check_backends(config: RunConfig) -> None:
 
 
 def check_teachers(config: RunConfig) -> None:
-    """Refuse what teachers alone show to be wrong: unknown backends and options, what this machine lacks.
+    """Refuse unknown backends and options of teachers, and backends that this machine cannot run.
 
     Raises:
         UserError: naming the teacher.
@@ -51,11 +51,12 @@ def _teachers(config: RunConfig) -> dict[str, TeacherConfig]:
 
 @dataclass(frozen=True)
 class TeacherOutlook:
-    """What the plan can find out for one teacher; an `Outlook` of `mtkd.pool.backend`.
+    """The plan's knowledge for one teacher; an `Outlook` of `mtkd.pool.backend`.
 
     Attributes:
-        spec: of its stage, as far as it is made. place: of the teacher.
-        caches: that earlier stages will have made, by name.
+        spec: of its stage, without teachers and rows.
+        place: of the teacher.
+        caches: facts of the caches that earlier stages make, by name.
     """
 
     config: RunConfig

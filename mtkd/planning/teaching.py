@@ -1,4 +1,4 @@
-"""Which heads of its teachers a stage reads."""
+"""Find the teachers' heads that a stage reads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HEADS = ("logits", "nsp_logits")
 
 
 def heads_read(config: RunConfig, name: str) -> frozenset[str]:
-    """Which of `HEADS` a stage reads of its teachers: rows, weighting, cache, or the score of the ensemble."""
+    """The `HEADS` of the teachers that rows, weighting, cache or the score of the ensemble read."""
     stage, where = config.stages[name], f"stages.{name}"
     data = config.data[config.data_name(stage.data)]
     rows = stage_rows(stage, data, where)

@@ -1,4 +1,4 @@
-"""The tokenizer of a run while it is planned: the real one, or one that stands in for it."""
+"""The tokenizer of a run while it is planned: the real one or a stand-in."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from mtkd.registry import TASKS
 
 
 class PlannedTokenizer:
-    """The tokenizer of a run as far as it is known.
+    """The tokenizer of a planned run.
 
     Attributes:
-        tokenizer: the run's, or one with its special tokens.
-        num_ids: its real ids; of one that the run trains, the most that it may have.
-        stands_in: the real one does not exist yet.
+        tokenizer: the run's, or a stand-in with its special tokens.
+        num_ids: its real ids; for a stand-in an upper bound.
+        stands_in: whether the real one does not exist yet.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -43,7 +43,7 @@ class PlannedTokenizer:
                 ["stand-in"], settings.vocab_size, commands=settings.commands
             )
             self.num_ids = settings.vocab_size
-        elif card is not None:  # a published GLM that is not converted yet: as little is known of its tokenizer
+        elif card is not None:  # a published GLM without converted files has no tokenizer either
             assert card.ids is not None, "cards of GLM have it"
             self.tokenizer, self.num_ids = train_tokenizer(["stand-in"], card.ids, commands="glm"), card.ids
             self.stands_in = True
@@ -52,13 +52,13 @@ class PlannedTokenizer:
             self.num_ids = num_real_ids(self.tokenizer)
 
     def check_chats(self) -> None:
-        """Refuse turns of a chat that the run's tokenizer, trained ones included, cannot write at all."""
+        """Refuse chats whose turns the run's tokenizer cannot write."""
         for name, data in self._config.data.items():
             if data.chat:
                 check_chat_template(self.tokenizer, f"data.{name}.chat")
 
     def check_commands(self) -> None:
-        """Refuse GLM's tasks with a tokenizer that lacks what they write, or examples too short for a blank."""
+        """Refuse GLM's tasks with a tokenizer that lacks their tokens, or with examples too short for a blank."""
         for name, data in self._config.data.items():
             task: TaskSpec = TASKS.find(data.task, f"data.{name}.task")
             with placed(data=f"data.{name}"):
@@ -68,12 +68,10 @@ class PlannedTokenizer:
                     Infilling(self.tokenizer, data, around_text(self.tokenizer)).room(data.max_length)
 
     def compare(self, model: ModelConfig, where: str, *, masked: bool) -> list[str]:
-        """What differs between the tokenizers of a model and of the run and does not matter, in words.
-
-        Nothing is compared while one of the two does not exist.
+        """Compare the tokenizers of a model and of the run, once both exist; the notes name harmless differences.
 
         Args:
-            masked: the model is asked about masked tokens.
+            masked: whether the model is asked about masked tokens.
         Raises:
             DataError: they give other ids, or cut texts otherwise.
         """

@@ -1,4 +1,4 @@
-"""What all ranks of a run must agree on: configuration, versions, code, data, and the run's folder."""
+"""Make all ranks of a run agree on configuration, versions, code, data, precision and the run's folder."""
 
 from __future__ import annotations
 
@@ -22,16 +22,18 @@ from mtkd.engine.precision import choose, decided, warning
 from mtkd.errors import UserError, on_every_rank
 
 _SHOWN = 12  # differing keys in one message
-# Seconds until all ranks must see a file of the main rank. Network file systems look again after a few.
+# Seconds until all ranks must see a file of the main rank: network file systems cache listings for a few.
 _SEEN_AFTER = 20.0
 
 
 def agree(dist: Dist, mine: Mapping[str, Any], where: str, todo: str) -> None:
-    """Refuse ranks whose values differ; a collective. Digests first: only when these differ, the values travel.
+    """Refuse ranks whose values differ; a collective.
+
+    Ranks compare digests first, and send the values only when these differ.
 
     Args:
-        mine: this rank's values, plain ones.
-        where: for the message, as todo.
+        mine: this rank's plain values.
+        where, todo: for the message.
     Raises:
         UserError: the same on every rank; it names rank, host, key and both values.
     """
@@ -53,11 +55,11 @@ def agree(dist: Dist, mine: Mapping[str, Any], where: str, todo: str) -> None:
 
 
 def agree_on_run(dist: Dist, config: RunConfig, redo: Sequence[str]) -> None:
-    """Before anything is read: one configuration, one set of versions, one mtkd; see `agree`."""
+    """Refuse ranks with other configurations, versions or code, before anything is read; see `agree`."""
     if dist.world_size == 1:
         return
     mine = {
-        # the hostfile is read by launchers alone, and may lie elsewhere on each node
+        # only launchers read the hostfile, and its path may differ between nodes
         **config.model_dump(mode="json", exclude={"engine": {"hostfile"}}),
         "--redo": list(redo),
         "versions": {**versions(), "files of mtkd": _code_digest()},
@@ -66,13 +68,13 @@ def agree_on_run(dist: Dist, config: RunConfig, redo: Sequence[str]) -> None:
 
 
 def agree_on_precision(dist: Dist, config: RunConfig) -> RunConfig:
-    """The run with the precision that the main rank decides on, said once; a collective.
+    """The run with the precision that the main rank chooses and prints; a collective.
 
-    Ranks on other processors follow: of what is slow on a node the main rank speaks as well.
+    Ranks on other processors follow, and the main rank prints a warning for each host where the precision is slow.
     """
     choice = on_main(dist, lambda: choose(config))
-    asked, config = config.engine.precision, decided(config, choice.precision)
-    if asked == "auto":
+    setting, config = config.engine.precision, decided(config, choice.precision)
+    if setting == "auto":
         say(f"precision: {choice}", main=dist.is_main)
     warnings = _of_all(dist, (socket.gethostname(), warning(config.engine)))
     for host, line in {host: line for host, line in reversed(warnings) if line}.items():
@@ -81,12 +83,12 @@ def agree_on_precision(dist: Dist, config: RunConfig) -> RunConfig:
 
 
 def new_run_id() -> str:
-    """A name for a run that no other has: its start in UTC by the clock of the main rank, and chance."""
+    """A unique name for a run: its start in UTC by the clock of the main rank, and random digits."""
     return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
 
 
 def check_shared(dist: Dist, folder: Path) -> None:
-    """Refuse a run folder that is not one and the same for all ranks; a collective.
+    """Refuse a run folder that is not the same for all ranks; a collective.
 
     Raises:
         UserError: the same on every rank; it names the nodes that see another folder.
@@ -111,7 +113,7 @@ def check_shared(dist: Dist, folder: Path) -> None:
 
 
 def _listed(mark: Path) -> bool:
-    """Whether the file is there; the folder is listed, since file systems remember a missing name for a while."""
+    """Whether a file exists, by its folder's listing: file systems remember a missing name for a while."""
     return mark.parent.is_dir() and mark.name in {path.name for path in mark.parent.iterdir()}
 
 
@@ -122,7 +124,7 @@ def _of_all(dist: Dist, mine: Any) -> list[Any]:
 
 @cache
 def _code_digest() -> str:
-    """Digest of every source file of mtkd: checkouts of one version may hold different code."""
+    """Digest of all source files of mtkd: checkouts of one version may differ in code."""
     digest, package = hashlib.sha256(), Path(mtkd.__file__).parent
     for file in sorted(package.rglob("*.py")):
         digest.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes() + b"\0")

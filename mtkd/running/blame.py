@@ -1,4 +1,4 @@
-"""An exception that passes through a plug-in's file is the plug-in's: a message with file and line, exit code 2."""
+"""Turn exceptions that pass through a plug-in's file into a message with file and line, and exit code 2."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from mtkd.registry import as_text, loaded_files
 
 @contextmanager
 def plugin_errors() -> Iterator[None]:
-    """Within it what a plug-in raises, `sys.exit` included, becomes a `UserError` that names its line.
+    """Turn exceptions of a plug-in, `sys.exit` included, into a `UserError` that names its line.
 
     Raises:
-        UserError: in place of an exception with a frame in a plug-in's file; every other one passes as it is.
+        UserError: in place of an exception with a frame in a plug-in's file; others pass unchanged.
     """
     try:
         yield

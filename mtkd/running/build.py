@@ -37,8 +37,8 @@ class BuiltStage:
     """Everything the loop needs for one stage.
 
     Attributes:
-        identity: what determines its model; a checkpoint must have the same.
-        layout: the processes that a checkpoint is cut for.
+        identity: values that determine its model; a checkpoint must have the same.
+        layout: engine and processes that a checkpoint is cut for.
     """
 
     name: str
@@ -54,12 +54,12 @@ class BuiltStage:
     transforms: tuple[Transform, ...] = ()
 
     def num_parameters(self, member: str | None = None) -> int:
-        """Parameters of the exported models, or of one of them; tied and shared ones once."""
+        """Number of parameters of the exported models, or of one of them; tied and shared ones count once."""
         models = torch.nn.ModuleList(m.model for n, m in self.objective.models.items() if member in (None, n))
         return sum(getattr(p, "ds_numel", p.numel()) for p in models.parameters())
 
     def micro_batches(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of the next optimizer step, which has this number, on the engine's device."""
+        """This rank's micro-batches of the next optimizer step, number `step`, on the engine's device."""
         batches = next(self.stream)
         for transform in self.transforms:
             batches = transform(batches, step)
@@ -75,12 +75,12 @@ def build(context: RunContext, spec: StageSpec) -> BuiltStage:
     """Load and wire everything of a stage.
 
     Raises:
-        UserError: what the plan could not see without weights.
+        UserError: an error that shows in the weights alone.
     """
     config, stage = context.config, spec.stage
     with placed(stage=spec.where):
         data = context.data(spec.data.name)
-        split = _train_split(spec, data)  # before models are loaded: it may name unknown teachers
+        split = _train_split(spec, data)  # before models are loaded, for it may name unknown teachers
         if stage.kind == "cofinetune":
             objective, pool = _cofinetuning(context, spec, data), TeacherPool([], [])
         else:
@@ -108,14 +108,14 @@ def build(context: RunContext, spec: StageSpec) -> BuiltStage:
 
 
 def tile_of(context: RunContext, models: Sequence[TappedModel | Teacher]) -> int:
-    """Positions per tile for the widest of some models' logits."""
+    """Positions per tile for the widest logits of these models."""
     return tile_for(context.config.engine, max(model.num_columns for model in models), context.device.type)
 
 
 def _cofinetuning(context: RunContext, spec: StageSpec, data: LoadedData) -> Trainable:
     """Models that are trained together on labels."""
     where = f"{spec.where}.members"
-    # initialised differently, like teachers of different seeds
+    # members with equal weights would teach the same, so each has a seed of its own
     models = {
         name: load_model(context, model, data, seed=spec.seed + i, where=f"{where}.{name}")
         for i, (name, model) in enumerate(spec.stage.members.items())
@@ -151,9 +151,9 @@ def _distillation(context: RunContext, spec: StageSpec, data: LoadedData) -> tup
 
 
 def _check_planned(planned: ModelInfo, loaded: ModelInfo, where: str) -> None:
-    """Refuse a model that is another one than the plan saw: rows name its layers, and weights have its shapes.
+    """Refuse a model that changed since the plan: rows name its layers, and weights have its shapes.
 
-    Only the number of ids may differ: of a tokenizer that the run trains, the plan knows the most that it may have.
+    Only the number of ids may differ: of a tokenizer that the run trains, the plan knows an upper bound.
 
     Raises:
         DataError: with both shapes.
@@ -169,7 +169,7 @@ def _check_planned(planned: ModelInfo, loaded: ModelInfo, where: str) -> None:
 
 
 def _train_split(spec: StageSpec, data: LoadedData) -> Split:
-    """What the stage trains on, with the teacher that each example names where the weighting reads it."""
+    """The train split, with the teacher that each example names where the weighting reads it."""
     names, where = tuple(teacher.name for teacher in spec.teachers), f"{spec.where}.weighting"
     split, reads = data.splits["train"], stage_reads(spec.stage, spec.where, token_level=spec.token_level)
     return split.routed(names, where) if "route" in reads.names else split

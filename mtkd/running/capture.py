@@ -1,8 +1,8 @@
-"""A cache stage: its teachers run once over the train split, one after the other, and what they say goes to disk.
+"""Run a cache stage: its teachers run once over the train split, one after the other, and their answers go to disk.
 
-Ranks take disjoint shards and talk after every round of them; nothing else is collective, so unequal examples do not
-matter. A shard's batches are made of its own examples alone: what stands in it depends neither on the number of ranks
-nor on where an earlier session stopped.
+Ranks take disjoint shards and talk after every round of them. Nothing else is collective, so unequal examples do not
+matter. A shard's batches hold its own examples alone. So its content depends neither on the number of ranks nor on
+where an earlier session stopped.
 """
 
 from __future__ import annotations
@@ -58,11 +58,12 @@ _LOOKED_AT = 16  # examples whose inputs of two epochs are compared
 
 @dataclass
 class _Job:
-    """What the caches of a stage have in common, and how far they are.
+    """The shared facts and the progress of a stage's caches.
 
     Attributes:
-        seconds: that teachers ran, earlier sessions included. shards, examples: done so far, over all teachers.
-        place: of the teacher that runs, in the configuration.
+        seconds: running time of teachers, earlier sessions included.
+        shards, examples: done so far, over all teachers.
+        place: of the running teacher, in the configuration.
     """
 
     context: RunContext
@@ -91,10 +92,10 @@ def capture(context: RunContext, spec: StageSpec, identity: dict[str, Any]) -> d
     """Make the caches of a stage, going on with those that an earlier session began.
 
     Returns:
-        Facts for the stage's DONE record; `caches`: per teacher what `CacheWriter.finish` measured, with its examples.
+        Facts for the stage's DONE record; `caches`: per teacher the facts of `CacheWriter.finish` and its examples.
     Raises:
         Preempted: SIGTERM or SIGINT arrived; finished shards stay.
-        DataError: what was begun is another cache, or inputs change with the epoch.
+        DataError: the begun caches are others, or inputs change with the epoch.
         NonFiniteError: a teacher's outputs are NaN.
     """
     name, stage = spec.name, spec.stage
@@ -105,7 +106,7 @@ def capture(context: RunContext, spec: StageSpec, identity: dict[str, Any]) -> d
         with stop_flag() as stopped, StageProgress(name, unit, 0, context.dist.is_main, "example") as progress:
             for teacher in spec.teachers:
                 _cache(job, teacher, stopped, progress)
-            on_main(context.dist, lambda: _catch_up(job))  # all were made by an earlier session
+            on_main(context.dist, lambda: _catch_up(job))  # an earlier session may have made them all
             if not context.dist.all_ok(not stopped()):
                 raise on_every_rank(_preempted(job))
         fault_point("before-cache-export", 0)
@@ -114,31 +115,31 @@ def capture(context: RunContext, spec: StageSpec, identity: dict[str, Any]) -> d
     exported = job.folder.export
 
     def read() -> tuple[dict[str, dict[str, Any]], float]:
-        """What each finished cache tells of itself, and the seconds of all sessions."""
+        """The facts of each finished cache, and the seconds of all sessions."""
         facts = {t.name: _facts(exported / t.name, job.data) for t in stage.teachers}
         return facts, read_seconds(exported / _SECONDS, _damaged(job))
 
-    made, seconds = together(context.dist, read, partial(_failed, exported))
-    for teacher_name, facts in made.items():
+    caches, seconds = together(context.dist, read, partial(_failed, exported))
+    for teacher_name, facts in caches.items():
         say(f"  {name}/{teacher_name}: {_sentence(facts)}", main=context.dist.is_main)
     return {
         "stage": name,
         "kind": stage.kind,
-        "parameters": sum(facts["parameters"] for facts in made.values()),
+        "parameters": sum(facts["parameters"] for facts in caches.values()),
         "teachers": [t.name for t in stage.teachers],
-        "steps": sum(facts["shards"] for facts in made.values()),
+        "steps": sum(facts["shards"] for facts in caches.values()),
         "seconds": seconds,
-        "tokens": sum(facts["positions"] for facts in made.values()),
+        "tokens": sum(facts["positions"] for facts in caches.values()),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "caches": made,
-        "manifests": manifests(exported, list(made)),
+        "caches": caches,
+        "manifests": manifests(exported, list(caches)),
     }
 
 
 def restore_notes(folder: StageDir, record: Done) -> list[Path]:
-    """Write the notes of a finished cache again where they are damaged: its DONE has what stood in them.
+    """Write damaged notes of a finished cache again, from its DONE.
 
-    A stage whose DONE is lost goes on by these notes, so their damage must not stay until then.
+    A stage that loses its DONE goes on by these notes, so they must be intact by then.
 
     Args:
         record: the stage's DONE.
@@ -166,10 +167,10 @@ def _holds(compare: Callable[[], bool]) -> bool:
 
 
 def _begun(job: _Job, identity: dict[str, Any]) -> bool:
-    """Whether an earlier session had only the DONE record left to write; makes the working folder else.
+    """Whether an earlier session had only the DONE record left to write; otherwise make the working folder.
 
     Raises:
-        DataError: with every difference, when what was begun is another cache.
+        DataError: the begun caches are others; with every difference.
     """
     for folder in (job.folder.export, job.folder.partial):
         note = folder / _IDENTITY
@@ -195,12 +196,12 @@ def _begun(job: _Job, identity: dict[str, Any]) -> bool:
 
 
 def _damaged(job: _Job) -> str:
-    """What helps when a note about what was begun is damaged."""
+    """The advice for a damaged note."""
     return f"begin this stage again: {redo_command([job.name])}"
 
 
 def _cache(job: _Job, planned: TeacherSpec, stopped: StopFlag, progress: StageProgress) -> None:
-    """One teacher's cache in the working folder, as far as it is missing."""
+    """Make the missing shards of one teacher's cache, in the working folder."""
     context, dist, config = job.context, job.context.dist, planned.config
     where = job.place = planned.place
     folder = job.folder.partial / config.name
@@ -220,7 +221,7 @@ def _cache(job: _Job, planned: TeacherSpec, stopped: StopFlag, progress: StagePr
     def open_writer() -> CacheWriter:
         return CacheWriter(folder, content, origin, job.stage.cache.shard_examples)
 
-    on_main(dist, lambda: open_writer() and None)  # one rank makes the folder; the others find it and compare
+    on_main(dist, lambda: open_writer() and None)  # one rank makes the folder, so the others compare theirs with it
     writer = together(dist, open_writer, partial(_failed, folder))
     missing = on_main(dist, writer.missing)
     job.shards += writer.num_shards - len(missing)
@@ -245,11 +246,11 @@ def _round(
     stopped: StopFlag,
     progress: StageProgress,
 ) -> None:
-    """At most one shard per rank; afterwards every rank knows whether all went well, and whether to stop."""
+    """Write at most one shard per rank; afterwards every rank knows of failures and signals."""
     dist, begun = job.context.dist, time.monotonic()
 
     def own_shard() -> int:
-        """Examples that this rank has written."""
+        """Write this rank's shard, and count its examples."""
         if dist.rank >= len(shards):
             return 0
         number, examples = shards[dist.rank]
@@ -260,8 +261,8 @@ def _round(
             writer.write(number, records)
         return len(records)
 
-    written = together(dist, own_shard, partial(_failed, writer.folder))
-    stops, new_shards, new_examples = dist.sum([stopped(), bool(written), written])
+    num_written = together(dist, own_shard, partial(_failed, writer.folder))
+    stops, new_shards, new_examples = dist.sum([stopped(), bool(num_written), num_written])
     job.seconds += time.monotonic() - begun
     job.shards, job.examples = job.shards + int(new_shards), job.examples + int(new_examples)
     on_main(dist, lambda: _log(job))
@@ -281,7 +282,7 @@ def _preempted(job: _Job) -> Preempted:
 def _records(
     job: _Job, teacher: Teacher, content: CacheContent, examples: range, stopped: StopFlag
 ) -> list[Record] | None:
-    """What a teacher says about some examples; None when a signal stopped the process before the end."""
+    """A teacher's answers for some examples; None when a signal stops the process first."""
     wants, records = frozenset({"logits", *content.hidden}), list[Record]()
     tile = tile_for(job.context.config.engine, content.columns, job.context.device.type)
     for batch in _batches(job.split, job.stage.batch, examples):
@@ -298,13 +299,13 @@ def _records(
 
 
 def _batches(split: Split, batch: BatchConfig, examples: range) -> Iterator[Any]:
-    """The examples of a shard, by falling length, with as many at a time as the stage's `batch` says."""
+    """The batches of a shard, by falling length, of the size in the stage's `batch`."""
     for part in length_batches(np.array(examples), split.lengths, batch):
         yield split.collate(part.tolist())
 
 
 def _check_finite(record: Record, teacher: str, dtype: str, job: _Job) -> None:
-    """Refuse to keep NaN; a mass of 0 (log -inf) is a number."""
+    """Refuse NaN; -inf is valid, for it is the log of a mass of 0."""
     arrays = [*record.targets.values(), *record.traits.values()]
     arrays += [] if record.classes is None else [record.classes]
     if any(np.isnan(values).any() for values in arrays):
@@ -328,20 +329,20 @@ def _failed(folder: Path, message: str) -> UserError:
 
 
 def _log(job: _Job) -> None:
-    """Where the stage stands, for `mtkd status`, and the seconds for a later session."""
+    """Log the progress for `mtkd status`, and keep the seconds for a later session."""
     write_seconds(job.folder.partial / _SECONDS, job.seconds)
     lines = JsonLines(job.context.run.metrics_file, job.name)
     lines.write(job.shards, {"examples": job.examples}, {"seconds": round(job.seconds, 3)})
 
 
 def _catch_up(job: _Job) -> None:
-    """Log the shards that a killed session wrote and did not log; drop lines of shards that are no more."""
+    """Log the shards that a killed session wrote but did not log, and drop lines of shards that are missing."""
     if rewind(job.context.run.metrics_file, job.name, job.shards) < job.shards:
         _log(job)
 
 
 def _facts(folder: Path, data: LoadedData) -> dict[str, Any]:
-    """What a finished cache tells of itself, with its size in examples and shards."""
+    """The facts of a finished cache, with its numbers of examples and shards."""
     reader, facts = open_cache(folder, data.task.class_for(data.config), str(folder))
     return {
         **reader.facts,
@@ -359,7 +360,7 @@ def _sentence(facts: dict[str, Any]) -> str:
 
 
 def _check_same_every_epoch(split: Split, where: str) -> None:
-    """Refuse data whose inputs change with the epoch: what a teacher says once is then not what it would say again.
+    """Refuse data whose inputs change with the epoch: a teacher's answers would change with them.
 
     Raises:
         DataError: naming the first example that differs.

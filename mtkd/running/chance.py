@@ -1,4 +1,4 @@
-"""A look at the teachers of classes before anything learns from them: one below chance has its classes mixed up."""
+"""Test teachers of classes before a student learns from them: below chance, their classes may be mixed up."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from mtkd.models.features import as_logits
 from mtkd.models.forward import LOGITS
 from mtkd.pool import Teacher
 
-# Texts and batches that are looked at, at most: seconds before a stage of hours. 256 texts tell 40% from 50% at three
-# standard errors.
+# The most texts and batches of the test: it must take seconds before a stage of hours. 256 texts tell 40% from 50% at
+# three standard errors.
 _TEXTS, _BATCHES = 256, 32
 
 
 def warn_below_chance(
     teachers: Mapping[str, Teacher], data: LoadedData, batch: BatchConfig, device: torch.device, dist: Dist
 ) -> dict[str, float]:
-    """Say which teachers are right less often than a guess on labelled train texts. A collective.
+    """Warn of teachers that are right less often than a guess on labelled train texts. A collective.
 
-    Nothing random is drawn and the data stream stays where it is, so a run goes on bit by bit as without it.
+    It draws no random numbers and does not move the data stream, so it changes no bit of the run.
 
     Args:
-        teachers: those whose predictions are read, by their place in the configuration. data: of the stage.
-        batch: how many texts fit into memory at a time.
+        teachers: those whose predictions are read, by their place in the configuration.
+        data: of the stage.
+        batch: size of a batch that fits into memory.
     Returns:
-        Per teacher the share of the texts that it classifies as their labels say; {} where no text has a class.
+        Per teacher the share of texts that it classifies correctly; {} where no text has a class.
     """
     split = data.splits["train"]
     if data.num_labels < 2 or not data.config.labelled or split.labels is None:
@@ -64,10 +65,10 @@ def warn_below_chance(
     return shares
 
 
-def _batches(data: LoadedData, chosen: np.ndarray, batch: BatchConfig, dist: Dist) -> Iterator[Batch]:
-    """This rank's part of the chosen texts; the same number of batches on every rank."""
+def _batches(data: LoadedData, texts: np.ndarray, batch: BatchConfig, dist: Dist) -> Iterator[Batch]:
+    """This rank's batches of the texts; every rank has the same number, for `forward` may be a collective."""
     split = data.splits["train"]
-    steps = list(length_batches(chosen, split.lengths, batch))
+    steps = list(length_batches(texts, split.lengths, batch))
     for step in steps[:: -(-len(steps) // _BATCHES)]:
         for slot in slots(step.tolist(), dist.world_size, batch.accumulate, split.lengths)[dist.rank]:
             yield split.collate(slot, size=max(1, len(slot)))

@@ -1,4 +1,4 @@
-"""The progress of a stage."""
+"""Show the progress of a stage."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class StageProgress:
 
     Args:
         name: of the stage.
-        steps: all of them; `done` of these were made by an earlier session.
+        steps: all steps of the stage; an earlier session made `done` of them.
         main: whether this rank shows anything.
-        unit: what a step is.
+        unit: name of a step.
     """
 
     def __init__(self, name: str, steps: int, done: int, main: bool, unit: str = "step") -> None:
@@ -48,7 +48,7 @@ class StageProgress:
             self._bar.stop()
 
     def skip(self, step: int) -> None:
-        """`step` steps are done, those since the last report by an earlier session: they do not count in the rate."""
+        """Report `step` steps as done, the new ones by an earlier session, so that they do not count in the rate."""
         self._first, self._step = self._first + step - self._step, step
         if self._bar:
             self._bar.reset(self._task, completed=step)

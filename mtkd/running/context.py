@@ -1,4 +1,4 @@
-"""What the stages of a run share: configuration, folder, processes, tokenizer, data, and the stages that are done."""
+"""Hold what the stages of a run share: configuration, folder, processes, tokenizer, data, finished stages."""
 
 from __future__ import annotations
 
@@ -24,16 +24,19 @@ from mtkd.planning.spec import StageSpec
 
 
 class RunContext:
-    """What every stage of a run is given.
+    """The shared state of a run's stages.
 
     Args:
-        config: the run, resolved. run: its folder. dist: this process's rank. device: where tensors live.
-        reader: of its data, where the plan has read them already.
-        specs: of the stages, as the plan made them; empty for a run that is done.
+        config: the run, resolved.
+        run: its folder.
+        dist: this process's rank.
+        device: where tensors live.
+        reader: of its data, if the plan has read them already.
+        specs: of the stages, from the plan; empty for a run that is done.
     Attributes:
         dtype: of the matrix products.
-        records: per stage that is done its DONE record, as the main rank knows it: over a network file system other
-            ranks may see the file seconds later.
+        records: DONE records of finished stages, from the main rank: over a network file system other ranks may see
+            the file seconds later.
     """
 
     def __init__(
@@ -56,13 +59,13 @@ class RunContext:
         return self.run.stage(list(self.config.stages).index(stage) + 1, stage)
 
     def record(self, stage: str) -> Done:
-        """What a stage that is done has recorded."""
+        """The DONE record of a finished stage."""
         record = self.records.get(stage) or self.folder(stage).done()
         assert record is not None, "earlier stages are done before later ones start"
         return record
 
     def raw(self, name: str) -> Raw:
-        """The documents or rows of a `data` entry, read once."""
+        """The rows of a `data` entry, read once."""
         with placed(data=f"data.{name}"):
             return self._reader.raw(self.config.data[name])
 
@@ -78,16 +81,16 @@ class RunContext:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The run's one tokenizer: trained (and kept in the run folder), given, or that of the first loaded model."""
+        """The run's one tokenizer: trained (and kept in the run folder), configured, or the first loaded model's."""
         settings = self.config.tokenizer
         if settings is not None and settings.train_on is not None:
             return trained_tokenizer(self.config, self.raw(settings.train_on), self.run.path, self.dist)
         return given_tokenizer(self.config)
 
     def resolve(self, path: str) -> Path | str:
-        """stage:NAME[/MEMBER] -> its export, a folder -> its path, a card -> its source; else the hub id as it is.
+        """Resolve stage:NAME[/MEMBER] to its export, a folder to its path, a card to its source; a hub id stays.
 
-        What a run made is compared with what it sealed, once per process.
+        The export of a run is compared with its seal, once per process.
         """
         if (ref := StageRef.parse(path)) is not None:
             return self.export_of(ref)
@@ -97,5 +100,5 @@ class RunContext:
         return place
 
     def export_of(self, ref: StageRef) -> Path:
-        """The folder of what an earlier stage made, which is what it sealed."""
+        """The folder of an earlier stage's export, compared with its seal."""
         return open_export(ref.stage, self.folder(ref.stage), self.record(ref.stage), ref.part)

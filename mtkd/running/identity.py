@@ -1,4 +1,4 @@
-"""The identity of a stage: everything that determines what it makes. DONE and checkpoints are compared with it."""
+"""Compute the identity of a stage, all values that determine its result, and compare DONE and checkpoints with it."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from mtkd.running.context import RunContext
 from mtkd.weightings.spec import WEIGHTINGS
 
 SEGMENTATION = "segmentation"
-"""Of an identity: how the tokenizer cuts a text; with the same token -> id, other merges give other ids."""
+"""Key of an identity: how the tokenizer cuts a text. With the same token -> id, other merges give other ids."""
 
 
 def stage_identity(context: RunContext, name: str) -> dict[str, Any]:
-    """What determines the model that a stage makes; see `identity`. Earlier stages must be done."""
+    """The identity of a stage, see `identity`; earlier stages must be done."""
     config, stage = context.config, context.config.stages[name]
     data = config.data_name(stage.data)
     models = {role: _placed_digest(context, m, stage.place(name, role)) for role, m in stage.trained.items()}
@@ -60,7 +60,7 @@ def stage_identity(context: RunContext, name: str) -> dict[str, Any]:
 
 
 def _vocabularies(context: RunContext, stage: StageConfig) -> dict[str, str]:
-    """Digests of what compressed vocabularies are counted in, by use."""
+    """Digests of the texts in which the ids of compressed vocabularies are counted, by use."""
     digests = {}
     for role, model in stage.trained.items():
         if model.vocabulary is not None:
@@ -79,15 +79,15 @@ def equal_time_steps(context: RunContext, stage: StageConfig) -> int:
 
 
 def model_digest(context: RunContext, model: ModelConfig) -> str:
-    """What identifies the weights a model starts from, and what is cut from them."""
+    """Digest of the weights that a model starts from, and of the cut."""
     whole, cut = _whole_digest(context, model), model.model_dump(mode="json", include={"keep_layers", "slice"})
     return fingerprint([whole, cut]) if model.is_cut else whole
 
 
 def teacher_digest(context: RunContext, teacher: TeacherConfig) -> str:
-    """What identifies a teacher's predictions: its weights, and what its outputs stand for where the user says it.
+    """Digest of a teacher's predictions: of its weights, and of `classes` where the user sets them.
 
-    A cache has it: it keeps the logits of the data's classes, in the order that `classes` gives them.
+    A cache keeps this digest, for its logits are in the order that `classes` gives.
     """
     config = context.config
     code = partial(plugin_code, {path: config.base / path for path in config.plugins})
@@ -111,7 +111,7 @@ def _whole_digest(context: RunContext, model: ModelConfig) -> str:
     folder = context.resolve(model.path)
     if not isinstance(folder, Path):
         return f"{folder}@{revision_of(model)}"
-    check_folder(folder)  # a link in it could lead the digest to a file outside
+    check_folder(folder)  # a link could lead the digest to a file outside the folder
     return weights_digest(folder)
 
 
@@ -121,7 +121,9 @@ def identity(
     """Everything that determines what a stage makes; equal identities make equal models.
 
     Args:
-        data: fingerprint of the raw data. tokenizer: its fingerprint. segmentation: digest of how it cuts a text.
+        data: fingerprint of the raw data.
+        tokenizer: fingerprint of the tokenizer.
+        segmentation: digest of the way it cuts a text.
         models: per use ("student", "teacher NAME") the digest of the weights it starts from.
         steps: the resolved number of optimizer steps.
     """
@@ -143,14 +145,14 @@ def identity(
         "models": dict(models),
     }
     if stage.kind == "cache":
-        del values["compile"]  # its teachers never are
+        del values["compile"]  # a cache stage compiles no teacher
         if stage.cache.targets != "sampled":
-            del values["seed"]  # nothing else is drawn
+            del values["seed"]  # only sampled targets are drawn
     return values
 
 
 def _plugin_digests(config: RunConfig, name: str) -> dict[str, str]:
-    """sha256 of every plug-in that the stage takes something from, and of what these depend on."""
+    """sha256 of every plug-in that the stage uses, and of the plug-ins these depend on."""
     stage = config.stages[name]
     data = config.data_of(stage)
     used: list[tuple[Registry[Any], str]] = [(WEIGHTINGS, stage.weighting.name), (TASKS, data.task)]
@@ -164,21 +166,21 @@ def _plugin_digests(config: RunConfig, name: str) -> dict[str, str]:
     return plugin_code({path: config.base / path for path in config.plugins}, origins)
 
 
-def finished(folder: StageDir, name: str, wanted: dict[str, Any], redo: Sequence[str] = ()) -> Done | None:
-    """The DONE record of a stage that need not be redone; None when it is not done.
+def finished(folder: StageDir, name: str, identity: dict[str, Any], redo: Sequence[str] = ()) -> Done | None:
+    """The DONE record of a finished stage; None when it is not done.
 
     Args:
         redo: the stages to name in the error's advice; default: this one.
 
     Raises:
-        DataError: it is done, but as something else; the message lists every difference.
+        DataError: its identity is another one; the message lists every difference.
     """
     record = folder.done()
     if record is None:
         return None
-    wanted = as_known(record.identity, wanted)
-    if record.fingerprint != fingerprint(wanted):
-        changed = differences(record.identity, wanted)
+    identity = as_known(record.identity, identity)
+    if record.fingerprint != fingerprint(identity):
+        changed = differences(record.identity, identity)
         raise DataError(
             "this stage is finished, but with another configuration, teacher, data set or tokenizer",
             where=f"stages.{name}",
@@ -190,16 +192,16 @@ def finished(folder: StageDir, name: str, wanted: dict[str, Any], redo: Sequence
 
 
 def as_known(before: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, Any]:
-    """An identity without what the one that was written before, by an earlier release, may not know."""
+    """An identity without the keys that a record of an earlier release does not have."""
     return {key: value for key, value in identity.items() if key in before or key != SEGMENTATION}
 
 
 def check_checkpoint(
     name: str, manifest: Mapping[str, Any], identity: Mapping[str, Any], layout: Mapping[str, Any]
 ) -> None:
-    """Refuse to go on with a checkpoint of another stage than `identity`, or of other processes than `layout`.
+    """Refuse to go on with a checkpoint of another identity, or of other processes than `layout`.
 
-    Without ZeRO every process holds all of it: then their number may be another one.
+    Without ZeRO every process holds the whole state, so the number of processes may change.
 
     Args:
         layout: engine, world_size and zero_stage of this run.

@@ -1,4 +1,4 @@
-"""The end of a run: score its models on held-out data, compare them with paired tests, write results.json."""
+"""Score the models of a run on held-out data, compare them with paired tests, and write results.json."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ Scores = list[dict[str, Any]]
 
 
 def judge(context: RunContext) -> dict[str, Any]:
-    """Score every model that `evaluate` names and compare them; nothing is redone whose inputs are unchanged.
+    """Score the models that `evaluate` names and compare them; scores with unchanged inputs are kept.
 
     Returns:
-        What results.json holds: task, split, models with overall and per-domain metrics, comparisons.
+        The content of results.json: task, split, models with overall and per-domain metrics, comparisons.
     """
     settings = context.config.evaluate
     name = context.config.data_name(settings.data)
-    wanted = [*scored_models(context.config), *(ENSEMBLE_PREFIX + s for s in settings.ensembles)]
+    names = [*scored_models(context.config), *(ENSEMBLE_PREFIX + s for s in settings.ensembles)]
     shared = {
         "data": context.raw(name).fingerprint,
         "config": context.config.data[name].values(),
@@ -47,16 +47,16 @@ def judge(context: RunContext) -> dict[str, Any]:
         "tokenizer": tokenizer_fingerprint(context.tokenizer, chat=context.config.data[name].chat),
         "precision": context.config.engine.decided_precision,
     }
-    keys = {model: fingerprint([shared, _fingerprints(context, model)]) for model in wanted}
-    shown = {model: _shown(context, model) for model in wanted if ensemble_of(model) is None}
-    inputs = fingerprint([keys, settings.model_dump(mode="json"), shown])
+    keys = {model: fingerprint([shared, _fingerprints(context, model)]) for model in names}
+    facts = {model: _shown(context, model) for model in names if ensemble_of(model) is None}
+    inputs = fingerprint([keys, settings.model_dump(mode="json"), facts])
     path = context.run.path / "results.json"
     known = on_main(context.dist, lambda: _known(path))
     if known.get("inputs") == inputs and on_main(
-        context.dist, lambda: all(_is_scored(*_files(context, model), keys[model]) for model in wanted)
+        context.dist, lambda: all(_is_scored(*_files(context, model), keys[model]) for model in names)
     ):
         return known
-    scores = {model: _scores(context, model, keys[model], name) for model in wanted}
+    scores = {model: _scores(context, model, keys[model], name) for model in names}
     context.dist.barrier()
     results: dict[str, Any] = {}
     if context.dist.is_main:
@@ -68,7 +68,7 @@ def judge(context: RunContext) -> dict[str, Any]:
 
 
 def _known(path: Path) -> dict[str, Any]:
-    """The results that are there, if they are what was written; else they are computed again."""
+    """The results in the run folder; {} where they are missing or damaged."""
     try:
         return read_record(path, Results, old=False)
     except FileNotFoundError:
@@ -79,7 +79,7 @@ def _known(path: Path) -> dict[str, Any]:
 
 
 def _fingerprints(context: RunContext, model: str) -> list[str]:
-    """Digests of the models behind a name and of their stages' exports: a stage made again may round otherwise."""
+    """Digests of the models of a name and of their stages' exports: a stage that is redone may round differently."""
     if (together := ensemble_of(model)) is not None:
         teachers = context.config.stages[together].teachers
         models, digests = [t.model for t in teachers], [teacher_digest(context, t) for t in teachers]
@@ -92,7 +92,7 @@ def _fingerprints(context: RunContext, model: str) -> list[str]:
 
 
 def _files(context: RunContext, model: str) -> tuple[Path, Path]:
-    """Where the scores of a model are, and the note of what they were computed from."""
+    """The file of a model's scores, and the note with the key of their inputs."""
     together = ensemble_of(model)
     ref = StageRef.named(together or model)
     stem = "ensemble-scores" if together else f"scores-{ref.part}" if ref.part else "scores"
@@ -100,7 +100,7 @@ def _files(context: RunContext, model: str) -> tuple[Path, Path]:
 
 
 def _scores(context: RunContext, model: str, key: str, data_name: str) -> Scores | None:
-    """Scores of one model on the main rank; from its file, if that was made from the same inputs."""
+    """Scores of one model, on the main rank; from its file where the inputs are the same."""
     file, note = _files(context, model)
     if on_main(context.dist, lambda: _is_scored(file, note, key)):
         return read_jsonl(file) if context.dist.is_main else None
@@ -125,11 +125,11 @@ def _scores(context: RunContext, model: str, key: str, data_name: str) -> Scores
 
 
 def _is_scored(file: Path, note: Path, key: str) -> bool:
-    """Whether a file holds the scores of these inputs, as they were written."""
-    known = read_scores_note(note)
-    if known is None or known["key"] != key:
+    """Whether a file holds the undamaged scores of these inputs."""
+    record = read_scores_note(note)
+    if record is None or record["key"] != key:
         return False
-    if known["scores"] != file_digest(file):
+    if record["scores"] != file_digest(file):
         say(f"scored again: {file}: the file is damaged, or was changed")
         return False
     return True
@@ -146,7 +146,7 @@ def _models(context: RunContext, model: str, data: LoadedData) -> list[Reader]:
 
 
 def _shown(context: RunContext, model: str) -> dict[str, Any]:
-    """What the results say of a stage's model in addition to its scores."""
+    """Facts of a stage's model that the results show next to its scores."""
     ref = StageRef.named(model)
     done = context.record(ref.stage)
     return {

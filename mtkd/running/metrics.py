@@ -1,4 +1,4 @@
-"""The metrics of a stage: summed over micro-batches and ranks, written to every sink.
+"""Sum the metrics of a stage over micro-batches and ranks, and write them to every sink.
 
 A line has the keys `stage`, `step`, `time` and the values by name; `mtkd.engine.jsonlines` has the prefixes of names.
 A sink takes such values: metrics.jsonl always, TensorBoard where it is installed.
@@ -27,10 +27,10 @@ from mtkd.weightings.faults import FAULTS, check_faults
 
 
 class Sink(Protocol):
-    """Where metrics go, on the main rank."""
+    """A target of metrics, on the main rank."""
 
     def write(self, step: int, values: Mapping[str, float], facts: Mapping[str, float]) -> None:
-        """Values of a step; `facts` say where the run stood: seconds, tokens."""
+        """Write the values of a step; `facts`: seconds and tokens so far."""
         ...
 
     def close(self) -> None: ...
@@ -50,7 +50,7 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Curves for TensorBoard, a folder per stage. What a killed session drew beyond `first` is not shown."""
+    """Curves for TensorBoard, a folder per stage; those of a killed session end before `first`."""
 
     def __init__(self, folder: Path, first: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -69,7 +69,7 @@ class MetricsLog:
     """All sinks of a stage; does nothing on other ranks than the main one.
 
     Args:
-        done: the step that the stage goes on from: what was logged beyond it is dropped, since it is done again.
+        done: the step that the stage goes on from; later lines are dropped, since their steps run again.
     """
 
     def __init__(self, run: RunDir, stage: str, dist: Dist, done: int) -> None:
@@ -78,7 +78,7 @@ class MetricsLog:
         on_main(dist, lambda: rewind(self._file, stage, done))
         if dist.is_main:
             self._sinks.append(JsonLines(self._file, stage))
-            with suppress(ImportError):  # an extra
+            with suppress(ImportError):  # TensorBoard is an optional dependency
                 self._sinks.append(TensorBoard(run.path / "tensorboard" / stage, done + 1))
 
     def __enter__(self) -> MetricsLog:
@@ -96,7 +96,7 @@ class MetricsLog:
             sink.write(step, values, facts or {})
 
     def sync(self) -> None:
-        """Bring the lines to the disk, so that they do not fall behind a checkpoint. A collective."""
+        """Bring the lines to the disk, so that no checkpoint is ahead of them. A collective."""
         on_main(self._dist, lambda: sync_jsonl(self._file))
 
 
@@ -125,7 +125,7 @@ class Meter:
         return "loss" not in self._sums or math.isfinite(self._sums["loss"])
 
     def states(self) -> list[dict[str, Any]]:
-        """What `TrainState.meters` keeps, on the main rank; empty elsewhere. A collective."""
+        """The values for `TrainState.meters` on the main rank; empty elsewhere. A collective."""
         mine = {"sums": {name: float(value) for name, value in self._sums.items()}, "seen": self._seen}
         return self._dist.gather_objects(mine) or []
 
@@ -133,7 +133,7 @@ class Meter:
         """Means per step since the last flush, over all ranks.
 
         Raises:
-            UserError: weights of the teachers that no stage can train with, on every rank.
+            UserError: the teachers' weights are faulty; on every rank.
         """
         steps = max(self._seen // self._micro_batches, 1)
         values = torch.stack(list(self._sums.values())).tolist() if self._sums else []

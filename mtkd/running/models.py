@@ -1,4 +1,4 @@
-"""Models of a stage, loaded: each has the run's tokenizer and the head of the stage's data."""
+"""Load the models of a stage, with the run's tokenizer and the head for the stage's data."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def load_model(
     """A model for the data's task, with taps.
 
     Args:
-        seed: of everything that is newly initialised.
-        where: its block in the configuration; of a teacher the teacher's, whose `model` it is.
-        teacher: whose embedding tells which ids are alike, for a fresh student with a compressed vocabulary.
+        seed: of newly initialised weights.
+        where: its block in the configuration, or the teacher's block that has it as `model`.
+        teacher: its embedding shows which ids are alike, for a fresh student with a compressed vocabulary.
         taught: of a frozen teacher: what is read of it; None for a model that is trained, or was here.
         empty: without its weights, as `build_model` has it.
     Raises:
@@ -78,7 +78,7 @@ def _keep_table(tables: list[Tensor], whole: PreTrainedModel) -> None:
 
 
 def _columns(built: PreTrainedModel, request: ModelRequest, data: LoadedData) -> tuple[int, ...] | None:
-    """The outputs of a classifier that teaches, in the order of the data's classes; None where they are in it."""
+    """The outputs of a teaching classifier in the order of the data's classes; None where the order is the same."""
     taught = request.taught
     if (
         taught is None
@@ -100,12 +100,12 @@ def _vocabulary(context: RunContext, model: ModelConfig, built: PreTrainedModel,
     """The part of the ids that a model is to keep; the main rank's, on every rank.
 
     Args:
-        table: [V,H].
+        table: the embedding [V,H] that shows which ids are alike.
     """
     assert model.vocabulary is not None
     name = context.config.data_name(model.vocabulary.counts)
     with placed(data=f"data.{name}"):
-        own = make_vocabulary(
+        vocabulary = make_vocabulary(
             model.vocabulary,
             context.config.data[name],
             context.raw(name),
@@ -113,4 +113,4 @@ def _vocabulary(context: RunContext, model: ModelConfig, built: PreTrainedModel,
             built.config,
             table,
         )
-    return context.dist.broadcast_object(own)  # near ties could be rounded differently elsewhere
+    return context.dist.broadcast_object(vocabulary)  # ranks could round near ties differently, and keep other ids

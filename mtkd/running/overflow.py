@@ -1,4 +1,4 @@
-"""Find the teacher that overflowed: after a step whose loss is not finite, every teacher runs on its batches again.
+"""Find the teacher that overflowed: after a step without a finite loss, every teacher runs on its batches again.
 
 Training looks at the loss alone, since a look at every teacher in every step would make a GPU wait. This costs one
 forward pass of the teachers, once, in a run that ends.

@@ -1,8 +1,8 @@
-"""`--redo`: stages are made again, and what they made before stays until then.
+"""Redo stages (`--redo`): their former results stay until the new ones are done.
 
 A stage's folder is renamed aside (``stages/.before-01-NAME``, with its lines of metrics.jsonl in it) and removed when
-the new one is done. A killed redo is finished by the next plain run. One that ends with an error before anything new
-was saved is undone: the folders are renamed back. Results and report stay until there are new ones.
+the new one is done. The next plain run finishes a killed redo. A redo that fails before it saves anything is undone:
+the folders are renamed back. Results and report stay until there are new ones.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def pending(run: RunDir) -> list[str]:
     """The stages that a killed call was setting aside.
 
     Raises:
-        DataError: the note of it is damaged.
+        DataError: its note is damaged.
     """
     file = _note(run)
     if not file.parent.is_dir():  # no run yet, or a file in its place, which is refused when the folder is made
@@ -46,9 +46,9 @@ def pending(run: RunDir) -> list[str]:
 
 
 def set_aside(run: RunDir, names: Sequence[str]) -> None:
-    """Rename what these stages made aside; under the lock. Also sweeps up what a killed call left.
+    """Rename the folders of these stages aside, and remove leftovers of a killed call; under the lock.
 
-    A kill on the way is finished by the next call: what was asked is noted first.
+    A note of the stages is written first, so that the next call can finish this one after a kill.
     """
     parent = run.path / "stages"
     _sweep(run)
@@ -64,14 +64,14 @@ def set_aside(run: RunDir, names: Sequence[str]) -> None:
                 _set_aside(run, name, path, [line for line in lines if line.get("stage") == name])
                 fault_point("while-forgetting", 0)
         if run.metrics_file.exists():
-            kept = [line for line in lines if line.get("stage") not in names]
-            write_atomic(run.metrics_file, "".join(to_json(line) + "\n" for line in kept))
+            others = [line for line in lines if line.get("stage") not in names]
+            write_atomic(run.metrics_file, "".join(to_json(line) + "\n" for line in others))
         _note(run).unlink()
 
 
 @contextmanager
 def undone_on_error(run: RunDir, config: RunConfig) -> Iterator[None]:
-    """Within it an error undoes what was set aside, see `put_back`; after a signal or a kill the redo goes on."""
+    """Put the stages back after an error, see `put_back`; after a signal or a kill the redo goes on."""
     try:
         yield
     except Preempted:
@@ -86,9 +86,9 @@ def undone_on_error(run: RunDir, config: RunConfig) -> Iterator[None]:
 
 
 def put_back(run: RunDir, config: RunConfig) -> list[str]:
-    """Undo what `set_aside` did to the stages of which nothing new was saved; under the lock.
+    """Undo `set_aside` for the stages that saved nothing new; under the lock.
 
-    A stage stays aside when one that it needs was made again: it would be the pupil of a model that is gone.
+    A stage stays aside when one that it needs was redone: its former teacher no longer exists.
 
     Returns:
         Their names.
@@ -107,7 +107,7 @@ def put_back(run: RunDir, config: RunConfig) -> list[str]:
 
 
 def drop_replaced(run: RunDir) -> None:
-    """Remove what was set aside of stages that are done again; under the lock."""
+    """Remove the former folders of stages that are done again; under the lock."""
     for name, path in run.set_aside().items():
         with suppress(DataError):
             if any(StageDir(new).done() for new in run.stage_folders().get(name, [])):
@@ -121,7 +121,7 @@ def _note(run: RunDir) -> Path:
 
 
 def _set_aside(run: RunDir, name: str, path: Path, lines: list[dict[str, object]]) -> None:
-    if name in run.set_aside():  # of an earlier redo that was not finished: what that had begun goes
+    if name in run.set_aside():  # an earlier redo was not finished: drop what it had begun
         _remove(path)
         return
     write_atomic(path / _METRICS, "".join(to_json(line) + "\n" for line in lines))
@@ -135,11 +135,11 @@ def _put_back(run: RunDir, name: str, old: Path) -> None:
     for new in run.stage_folders().get(name, []):
         _remove(new)
     shutil.rmtree(run.path / _CURVES / name, ignore_errors=True)
-    others, _ = readable_jsonl(run.metrics_file)
-    kept = [line for line in others if line.get("stage") != name]
+    old_lines, _ = readable_jsonl(run.metrics_file)
+    lines = [line for line in old_lines if line.get("stage") != name]
     if (old / _METRICS).exists():
-        kept += readable_jsonl(old / _METRICS)[0]
-        write_atomic(run.metrics_file, "".join(to_json(line) + "\n" for line in kept))
+        lines += readable_jsonl(old / _METRICS)[0]
+        write_atomic(run.metrics_file, "".join(to_json(line) + "\n" for line in lines))
         (old / _METRICS).unlink()
     if (old / _CURVES).is_dir():
         (old / _CURVES).rename(run.path / _CURVES / name)
@@ -147,13 +147,13 @@ def _put_back(run: RunDir, name: str, old: Path) -> None:
 
 
 def _has_new(run: RunDir, name: str) -> bool:
-    """Whether anything was saved of the stage since it was set aside."""
+    """Whether the stage saved anything since it was set aside."""
     folders = [StageDir(path) for path in run.stage_folders().get(name, [])]
     return any(f.done_file.exists() or f.partial.is_dir() or newest_sealed(f.checkpoints).path for f in folders)
 
 
 def _sweep(run: RunDir) -> None:
-    """Remove what a killed call was removing."""
+    """Finish the removals of a killed call."""
     parent = run.path / "stages"
     run.sweep_offloaded()
     sweep_left(run.path)
@@ -163,7 +163,7 @@ def _sweep(run: RunDir) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder, renamed first: half of one must not look like a stage."""
+    """Rename and remove a folder: half of one must not look like a stage."""
     going = path.with_name(f"{_GOING}{path.name.lstrip('.')}-{os.getpid()}")
     path.rename(going)
     shutil.rmtree(going)

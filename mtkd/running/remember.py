@@ -1,4 +1,4 @@
-"""The run's own copy of its configuration, and where it was made: kept up to date by `run`, read again by `resume`."""
+"""Keep the run's own copy of its configuration: `run` writes it, `resume` reads it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def reopen(path: Path) -> RunConfig:
     """The configuration of an existing run, for `mtkd resume`.
 
     Raises:
-        UserError: not a run folder. DataError: nothing in it can be resumed.
+        UserError: not a run folder.
+        DataError: nothing in it can be resumed.
     """
     path = path.resolve()
     folder = RunDir.open(path)
@@ -41,23 +42,23 @@ def reopen(path: Path) -> RunConfig:
 
 
 def remember(config: RunConfig, folder: RunDir) -> str:
-    """Keep run.yaml and the folder that its relative paths start from up to date; damaged ones are written again.
+    """Bring run.yaml and the folder of its relative paths up to date, and write damaged files again.
 
     Returns:
-        The run's id: by the clock of this, the main rank, when it was first started.
+        The run's id, from its first start by the clock of this, the main rank.
     """
     try:
-        known = config_digest(own_config(folder)) == config_digest(config)
+        same = config_digest(own_config(folder)) == config_digest(config)
     except UserError as error:
         say(f"written again: {error.where}: {error.message}")
-        known = False
-    if not known or not folder.config_is_whole(must=True):
-        folder.write_config(config)  # finished stages are compared with it one by one
+        same = False
+    if not same or not folder.config_is_whole(must=True):
+        folder.write_config(config)  # safe: every finished stage is compared with the new configuration
     try:
-        found = folder.environment()
+        facts = folder.environment()
     except DataError as error:
         say(f"written again: {error.where}: {error.message}")
-        found = environment(sys.argv)
-    run_id = str(found.get(_RUN_ID) or new_run_id())
-    write_record(folder.environment_file, {**found, _BASE: str(config.base.resolve()), _RUN_ID: run_id})
+        facts = environment(sys.argv)
+    run_id = str(facts.get(_RUN_ID) or new_run_id())
+    write_record(folder.environment_file, {**facts, _BASE: str(config.base.resolve()), _RUN_ID: run_id})
     return run_id

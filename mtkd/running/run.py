@@ -1,4 +1,4 @@
-"""`mtkd.run`: the stages of a run one after the other, then the judgement and the report."""
+"""`mtkd.run`: run the stages of a run one after the other, score its models, and write the report."""
 
 from __future__ import annotations
 
@@ -51,10 +51,11 @@ from mtkd.running.train import train
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run made.
+    """The result of a run.
 
     Attributes:
-        folder: the run folder. report: its HTML page.
+        folder: the run folder.
+        report: its HTML page.
         stages: per stage its DONE record (steps, seconds, parameters, fingerprint, ...).
         results: task, metrics of every scored model, comparisons; see `mtkd.running.judge`.
     """
@@ -65,7 +66,7 @@ class RunResult:
     results: dict[str, Any]
 
     def export(self, stage: str) -> Path:
-        """Folder of the model STAGE, or STAGE/MEMBER, for plain `AutoModel*.from_pretrained`; or of a cache."""
+        """Folder of a model (STAGE or STAGE/MEMBER) for plain `AutoModel*.from_pretrained`, or of a cache."""
         ref = StageRef.named(stage)
         name, member = ref.stage, ref.part
         members = self.stages[name].get("members") or self.stages[name].get("caches") or {}
@@ -79,16 +80,16 @@ class RunResult:
 def run(config: RunConfig, redo: Sequence[str] = ()) -> RunResult:
     """Run every stage that is not done, evaluate, and write the report.
 
-    Called again on the same configuration it goes on where it stopped; finished stages are not redone.
+    A second call on the same configuration goes on where the first stopped, and redoes no finished stage.
 
     Args:
-        redo: stages that are made again first of all, with everything that depends on them.
+        redo: stages that are made again, with all stages that depend on them.
 
     Raises:
         UserError: and its subclasses, whose `exit_code` is that of the command line.
     """
     dist, device = start_processes(config.engine)
-    # Everything is within it: what one rank refuses must reach the others, who would wait for it.
+    # Everything is inside `watched`: the other ranks would wait for one that refuses the run.
     with watched(dist, config.engine.timeout_seconds, config.folder / "logs"), plugin_errors(), in_file(config):
         agree_on_run(dist, config, redo)
         config = agree_on_precision(dist, config)
@@ -105,12 +106,12 @@ def _run(config: RunConfig, redo: Sequence[str], dist: Dist, device: torch.devic
     specs = _specify(config, reader, dist, again)
     folder = on_main(dist, lambda: RunDir.create(config, base=Path(config.output)))
     check_shared(dist, folder.path)
-    with ExitStack() as held:
-        # On the main rank alone, and passed on to the others: they would wait for it in their first collective.
-        on_main(dist, lambda: held.enter_context(folder.lock()))
+    with ExitStack() as resources:
+        # The main rank alone takes the lock. `on_main` passes its errors on: the others would wait in a collective.
+        on_main(dist, lambda: resources.enter_context(folder.lock()))
         on_main(dist, lambda: set_aside(folder, again))
         if dist.is_main:
-            held.enter_context(undone_on_error(folder, config))
+            resources.enter_context(undone_on_error(folder, config))
         run_id = on_main(dist, lambda: remember(config, folder))
         _pathrank(folder, dist, run_id)
         context = RunContext(config, folder, dist, device, reader, specs)
@@ -123,10 +124,10 @@ def _run(config: RunConfig, redo: Sequence[str], dist: Dist, device: torch.devic
 
 
 def _specify(config: RunConfig, reader: DataReader, dist: Dist, again: Sequence[str]) -> Mapping[str, StageSpec]:
-    """The specs of all stages; none where all of them are done and stay so. A collective.
+    """The specs of all stages; none where all are done and none is redone. A collective.
 
-    A mistake in the last stage must not wait for the first ones, and none may cost a stage that is to be redone. The
-    main rank goes first: a mistake is then said once, and the others plan the same at one time.
+    A mistake in the last stage must show before the first one runs, and before a stage to redo is set aside. The main
+    rank goes first, so that a mistake is printed once; the others then plan at the same time.
 
     Args:
         again: the stages that are to be redone.
@@ -165,7 +166,7 @@ def _planned_otherwise(message: str) -> UserError:
 
 
 def _check_needed(context: RunContext) -> None:
-    """Check what finished stages made: damage must not wait for hours of training, nor for who loads it later."""
+    """Check the exports of finished stages: damage must show before hours of training, and before users load them."""
     done = {name: record for name in context.config.stages if (record := context.folder(name).done())}
     to_do = [stage for name, stage in context.config.stages.items() if name not in done]
     models = [model for s in to_do for model in (*s.trained.values(), *(t.model for t in s.teachers))]
@@ -178,12 +179,12 @@ def _check_needed(context: RunContext) -> None:
 
 
 def _report(folder: RunDir) -> Path:
-    """The report, written again unless it shows what the run is now."""
+    """The report, written again unless it is current."""
     return folder.report_file if is_current(folder.path) else write_report(folder.path)
 
 
 def _pathrank(folder: RunDir, dist: Dist, run_id: str) -> None:
-    """Where each of several ranks runs, in its log; `mtkd.engine.watch` adds how it ended."""
+    """Log where each of several ranks runs; `mtkd.engine.watch` adds how it ended."""
     if dist.world_size > 1:
         note(
             folder.rank_log(dist.rank),
@@ -192,30 +193,30 @@ def _pathrank(folder: RunDir, dist: Dist, run_id: str) -> None:
 
 
 def _stage(context: RunContext, name: str) -> Done:
-    """Make a stage, or find that it is done."""
+    """Make a stage, unless it is done."""
     folder, stage, dist = context.folder(name), context.config.stages[name], context.dist
-    wanted = stage_identity(context, name)
-    agree(dist, wanted, f"stage '{name}': data, tokenizer and models", "give every node the same files")
-    if (record := _finished(context, name, wanted)) is not None:
+    identity = stage_identity(context, name)
+    agree(dist, identity, f"stage '{name}': data, tokenizer and models", "give every node the same files")
+    if (record := _finished(context, name, identity)) is not None:
         return record
     say(f"stage {name}: {stage.kind}", main=dist.is_main)
     spec = context.specs[name]
     with placed(stage=spec.where):
-        facts = capture(context, spec, wanted) if stage.kind == "cache" else _trained(context, spec, folder)
-    record = Done.of({**facts, "fingerprint": fingerprint(wanted), "identity": wanted})
+        facts = capture(context, spec, identity) if stage.kind == "cache" else _trained(context, spec, folder)
+    record = Done.of({**facts, "fingerprint": fingerprint(identity), "identity": identity})
     fault_point("before-done", record.steps)
     on_main(dist, lambda: _mark_done(context.run, folder, record))
     gc.collect()
     return record
 
 
-def _finished(context: RunContext, name: str, wanted: dict[str, Any]) -> Done | None:
-    """The record of a stage that is done, as what it is now; None where it is to do."""
+def _finished(context: RunContext, name: str, identity: dict[str, Any]) -> Done | None:
+    """The record of a stage that is done with its present identity; None where it is to do."""
     config, folder, main = context.config, context.folder(name), context.dist.is_main
     folders = {other: context.folder(other) for other in config.stages}
 
     def found() -> Done | None:
-        return finished(folder, name, wanted, list(dict.fromkeys([name, *changed_stages(config, folders)])))
+        return finished(folder, name, identity, list(dict.fromkeys([name, *changed_stages(config, folders)])))
 
     record = on_main(context.dist, found)
     if record is None:
@@ -229,7 +230,7 @@ def _finished(context: RunContext, name: str, wanted: dict[str, Any]) -> Done | 
 
 
 def _trained(context: RunContext, spec: StageSpec, folder: StageDir) -> dict[str, Any]:
-    """Train a stage and export its models. Returns: facts for its DONE record."""
+    """Train a stage, export its models, and return the facts for its DONE record."""
     built = build(context, spec)
     if "logits" in spec.heads:
         read = {planned.place: teacher for planned, teacher in zip(spec.teachers, built.pool.teachers, strict=True)}
@@ -255,7 +256,7 @@ def _mark_done(run: RunDir, folder: StageDir, record: Done) -> None:
 
 
 def _export(context: RunContext, built: BuiltStage, folder: StageDir) -> None:
-    """Write every model so that plain transformers loads it, tokenizer included; members in folders of their own."""
+    """Write every model and its tokenizer for plain transformers; members have folders of their own."""
     states = {name: built.engine.model_state(name) for name in built.objective.models}
 
     def write(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a stage's own validation scores decide: when it ends, and which of its steps becomes its model."""
+"""Decide by validation scores when a stage ends, and which of its steps becomes its model."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from mtkd.running.state import TrainState
 
 
 def check_selection(built: BuiltStage) -> None:
-    """What the plan could not see without the data: the split and the metric by which the stage selects.
+    """Check the split and the metric by which the stage selects, which the plan cannot see without the data.
 
     Raises:
-        UserError: one of them is not there.
+        UserError: one of them is missing.
     """
     metric, data = built.stage.selects, built.data
     if not metric:
@@ -41,7 +41,7 @@ def check_selection(built: BuiltStage) -> None:
 def validate(built: BuiltStage, log: MetricsLog, step: int) -> float:
     """Log the scores on the validation split; the student's random state is untouched.
 
-    Always the label loss (nats per target), and the metric by which the stage selects. A collective.
+    The scores are the label loss (nats per target) and the metric by which the stage selects. A collective.
 
     Returns:
         That metric, the same on every rank; the loss when the stage selects by nothing, NaN without a split.
@@ -68,7 +68,7 @@ def validate(built: BuiltStage, log: MetricsLog, step: int) -> float:
 
 
 def note_score(built: BuiltStage, state: TrainState, value: float) -> bool:
-    """Remember a validation score in the state; whether this step must be kept because it is the best so far.
+    """Note a validation score in the state; true if the step must be kept as the best so far.
 
     An equal score is not better, NaN never is. After `patience` scores in a row that are not, `state.ended` says so.
     """
@@ -89,10 +89,10 @@ def note_score(built: BuiltStage, state: TrainState, value: float) -> bool:
 
 
 def take_best(built: BuiltStage, folder: StageDir, state: TrainState) -> int:
-    """Load the step that is exported into the engine, if it is not the last one; returns it. A collective.
+    """Load the step to export into the engine, unless it is the last one, and return it. A collective.
 
     Raises:
-        DataError: no score was a number, or the checkpoint of the best one is not whole.
+        DataError: no score was a number, or the checkpoint of the best step is not whole.
     """
     if built.stage.export == "last" or state.best_step == state.step:
         return state.step
@@ -123,7 +123,7 @@ def take_best(built: BuiltStage, folder: StageDir, state: TrainState) -> int:
 
 
 def _mean(values: list[float]) -> float:
-    """NaN of none: only the main rank has scores, and tells the others."""
+    """The mean, NaN for no values: only the main rank has scores, and broadcasts them."""
     return sum(values) / len(values) if values else float("nan")
 
 

@@ -1,4 +1,4 @@
-"""What the training loop itself remembers, in every checkpoint."""
+"""Keep the state of the training loop, part of every checkpoint."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass
 class TrainState:
-    """What the loop itself must remember; parameters, optimizer and random states are the engine's.
+    """The state of the loop itself; the engine has parameters, optimizer and random states.
 
     Attributes:
         step: optimizer steps done.
@@ -17,7 +17,8 @@ class TrainState:
         targets: positions with a target seen so far.
         meters: per rank the metrics of the steps since the last log line; without them the first line after a resume
             would be the mean of fewer steps.
-        best_step: step of the best validation score so far, 0 before the first; best_value: that score.
+        best_step: step of the best validation score so far, 0 before the first.
+        best_value: that score.
         waited: evaluations since then.
         ended: why training ends before the last step; empty while it goes on.
     """
@@ -34,7 +35,7 @@ class TrainState:
 
 
 def regrouped(meters: list[dict[str, Any]], ranks: int) -> list[dict[str, Any]]:
-    """`TrainState.meters` for another number of processes: the sums of all stand with the first one."""
+    """`TrainState.meters` for another number of processes: the first one has the sums of all."""
     if not meters or len(meters) == ranks:
         return meters
     sums = {name: sum(meter["sums"].get(name, 0.0) for meter in meters) for name in meters[0]["sums"]}

@@ -1,4 +1,4 @@
-"""Where a run stands, read from its folder alone: the facts behind `mtkd status`."""
+"""Read the state of a run from its folder alone, for `mtkd status`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def status(path: Path) -> dict[str, Any]:
     config = own_config(run)
     logged: dict[str, dict[str, Any]] = {}
     for line in readable_jsonl(run.metrics_file)[0]:
-        if "loss" in line or "examples" in line:  # of training, and of a cache
+        if "loss" in line or "examples" in line:  # a line of training, or of a cache
             logged[str(line.get("stage"))] = line
     stages = [
         _stage(name, run.stage(position, name), logged.get(name, {})) for position, name in enumerate(config.stages, 1)
@@ -32,7 +32,7 @@ def status(path: Path) -> dict[str, Any]:
 
 
 def is_finished(config: RunConfig, before: int) -> bool:
-    """Whether a call of `run` that began after `mark_of` said `before` has done everything."""
+    """Whether a call of `run`, begun after `mark_of` returned `before`, has done everything."""
     folder = RunDir(config.folder)
     stages = [folder.stage(i, name) for i, name in enumerate(config.stages, 1)]
     return mark_of(config) != before and all(stage.done() for stage in stages) and folder.report_file.is_file()

@@ -1,4 +1,4 @@
-"""The loop: every stage that trains runs it, under either engine."""
+"""Train a stage: the loop that every stage runs, under either engine."""
 
 from __future__ import annotations
 
@@ -134,13 +134,13 @@ class _Session:
         raise on_every_rank(_non_finite(self._built, self._state.step, self._meter.flush()))
 
     def count(self, counts: Mapping[str, int]) -> None:
-        """Note in the state that a step is done; `counts`: its positions over all ranks."""
+        """Count a finished step in the state; `counts`: its positions over all ranks."""
         state = self._state
         state.step, state.stream = state.step + 1, self._built.stream.state()
         state.seconds, state.targets = time.monotonic() - self._begun, state.targets + counts["targets"]
 
     def log_if_due(self, norm: float) -> float | None:
-        """Log the means since the last line; the loss among them, or None where no line is due. A collective.
+        """Log the means since the last line, and return their loss; None where no line is due. A collective.
 
         Raises:
             NonFiniteError: that loss is not finite.
@@ -158,7 +158,7 @@ class _Session:
         return means["loss"]
 
     def validate_if_due(self) -> bool:
-        """Validate; whether the step is the best so far and must be kept. A collective."""
+        """Validate where it is due; true if the step must be kept as the best so far. A collective."""
         if not self._validates:
             return False
         better = note_score(self._built, self._state, validate(self._built, self._log, self._state.step))
@@ -166,7 +166,7 @@ class _Session:
         return better
 
     def save_if_due(self, must: bool) -> None:
-        """Seal a checkpoint, with the log lines up to it on the disk. A collective."""
+        """Seal a checkpoint where one is due, after the log lines are on the disk. A collective."""
         every = self._built.stage.save_every
         if not (must or self.ends or (every and self._state.step % every == 0)):
             return
@@ -199,8 +199,8 @@ def _save(built: BuiltStage, folder: StageDir, state: TrainState, meter: Meter) 
     """Seal a checkpoint.
 
     Raises:
-        NonFiniteError: the parameters, or a loss since the last log line, are not finite: nothing is written then, so
-            that a run whose cause is removed goes on from what was good.
+        NonFiniteError: the parameters, or a loss since the last log line, are not finite. Nothing is written, so that
+            a corrected run goes on from the last good checkpoint.
     """
     engine = built.engine
     if not engine.dist.all_ok(all_finite(built.objective) and meter.finite_loss()):

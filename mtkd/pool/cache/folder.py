@@ -1,4 +1,4 @@
-"""Caches that are finished: their folders, and what they say of themselves."""
+"""Open finished caches, and check them against a run's tokenizer, precision and data."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ class CacheFacts:
     """What is known of a teacher's cache before it is read.
 
     Attributes:
-        content: what it holds. info, num_parameters: of the teacher that it was, or will be, made of.
-        settings: where more can be asked for: the stage that makes it, or the folder.
+        content: kinds of values in it.
+        info, num_parameters: of its teacher.
+        settings: the stage or folder to name where more is needed.
         origin: None while the cache is only planned.
     """
 
@@ -40,7 +41,7 @@ class CacheFacts:
 
     @property
     def numbers(self) -> Numbers:
-        """Of its model, which takes no memory here."""
+        """The size of its model, which takes no memory here."""
         return Numbers(self.num_parameters)
 
     def stand_in(self, wants: frozenset[str], batch: Batch) -> Features:
@@ -64,7 +65,7 @@ class CacheFacts:
 
 
 def read_facts(path: str, base: Path, auto_class: str, where: str) -> CacheFacts:
-    """What the folder of a cache says of itself.
+    """Read the facts of a finished cache.
 
     Raises:
         DataError: there is no cache, or not one that can be read here.
@@ -73,7 +74,7 @@ def read_facts(path: str, base: Path, auto_class: str, where: str) -> CacheFacts
 
 
 def open_cache(folder: Path, auto_class: str, where: str) -> tuple[CacheReader, CacheFacts]:
-    """A finished cache and what it says of itself.
+    """Open a finished cache and read its facts.
 
     Args:
         auto_class: the teacher's head, from the task.
@@ -82,14 +83,14 @@ def open_cache(folder: Path, auto_class: str, where: str) -> tuple[CacheReader, 
     """
     reader = CacheReader(folder)
     info, parameters = shape_of(reader.origin.model, auto_class, where)
-    if reader.content.targets == "classes":  # of the data: its teacher may have had others besides
+    if reader.content.targets == "classes":  # the cache keeps the data's classes; its teacher may have more
         info = replace(info, num_labels=reader.content.columns)
     facts = CacheFacts(reader.content, info, parameters, str(folder), reader.origin)
     return reader, facts
 
 
 def cache_digest(folder: Path) -> str:
-    """What identifies a finished cache: its manifest, which has the digest of every file.
+    """The digest of a finished cache: that of its manifest, which has the digests of all files.
 
     Raises:
         DataError: the folder is no finished cache.
@@ -116,7 +117,7 @@ def cache_folder(path: str, base: Path, where: str) -> Path:
 
 
 def check_tokenizer_of(facts: CacheFacts, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Refuse the cache of a teacher with another tokenizer, where the run's own is known already."""
+    """Refuse the cache of a teacher with another tokenizer than the run's."""
     assert facts.origin is not None
     facts.origin.check(replace(facts.origin, tokenizer=tokenizer_fingerprint(tokenizer)), where)
 
@@ -130,11 +131,11 @@ def check_precision_of(facts: CacheFacts, precision: str, where: str) -> None:
 def origin_of(
     teacher: str, data: LoadedData, tokenizer: PreTrainedTokenizerBase, model: dict[str, Any], precision: str
 ) -> CacheOrigin:
-    """What a cache of a run's train split is made of.
+    """The origin of a cache of the train split.
 
     Args:
-        teacher: its digest.
-        model: its configuration.
+        teacher: digest of the teacher.
+        model: values of its configuration.
     """
     examples, ids = len(data.splits["train"]), tokenizer_fingerprint(tokenizer)
     return CacheOrigin(teacher, ids, data.fingerprint, "train", examples, model, precision)
