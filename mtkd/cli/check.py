@@ -58,7 +58,8 @@ def check_plugin(path: Path) -> Iterator[Kept]:
         raise UserError(
             "the plug-in registers nothing",
             where=str(path),
-            todo="use @mtkd.loss, @mtkd.weighting, @mtkd.method, @mtkd.transform, @mtkd.teacher or @mtkd.number_format in it",
+            todo="use @mtkd.loss, @mtkd.weighting, @mtkd.method, @mtkd.transform, @mtkd.teacher or "
+            "@mtkd.number_format in it",
         )
     for i, name in found:
         registry, check = _CHECKS[i]
