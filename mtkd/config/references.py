@@ -116,11 +116,7 @@ class References:
             raise ValueError(f"{where}: stage {ref.stage!r} is a cache: it has no training to be as long as")
 
     def _check_made(self, ref: StageRef | None, earlier: Sequence[str], where: str, *, cached: bool) -> None:
-        """What an earlier stage makes, its part included.
-
-        Args:
-            cached: whether a cache is asked for.
-        """
+        """Refuse a reference to no model of an earlier stage; `cached`: to none of its caches."""
         if ref is None:
             return
         self._check_earlier(ref, earlier, where)

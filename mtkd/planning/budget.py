@@ -212,6 +212,7 @@ def _at_one_time(spec: StageSpec) -> tuple[TeacherSpec, ...]:
 def _step(spec: StageSpec, engine: EngineConfig, on_gpu: bool) -> Step:
     batch, length = spec.stage.batch, spec.data.config.max_length
     share = num_processes(engine) * batch.accumulate
+    # rounded up: the rank with the most sequences needs the most memory
     sequences = -(-batch.sequences // share) if batch.sequences else (batch.tokens or 0) // share // length
     return Step(
         replace(spec, teachers=_at_one_time(spec)),
@@ -293,11 +294,11 @@ def _changes(spec: StageSpec, engine: EngineConfig, on_gpu: bool) -> Iterator[tu
             spec,
             engine.model_copy(update={"activation_checkpointing": True}),
         )
-    if not engine.in_bf16 and (on_gpu or here("cpu").precision == "bf16"):
+    if not engine.in_bf16 and (on_gpu or here("cpu").precision == "bf16"):  # not where a CPU multiplies it slowly
         yield "engine.precision: bf16", spec, engine.model_copy(update={"precision": "bf16"})
     step = _step(spec, engine, on_gpu)
     tile = min(step.tile, step.sequences * step.length)
-    if spec.token_level and tile > 16:
+    if spec.token_level and tile > 16:  # the least that `tile: auto` takes
         smaller = max(tile // 4, 16)
         yield f"engine.tile: {smaller}", spec, engine.model_copy(update={"tile": smaller})
     if engine.kind == "deepspeed" and num_processes(engine) > 1:

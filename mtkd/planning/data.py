@@ -30,7 +30,7 @@ from mtkd.registry import TASKS
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What is known of a `data` entry.
+    """The facts of a `data` entry.
 
     Attributes:
         kind: "class", "number" (a regression), or "" for tasks without labels and while nothing is known.

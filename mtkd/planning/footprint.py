@@ -297,6 +297,7 @@ def _trainable(step: Step, weighting: Weighting | None) -> Trainable:
         return CoFinetuning(models, regression=bool(spec.data.regression), tile=step.tile, dtype=step.dtype)
     (student,) = models.values()
     infos = {teacher.name: teacher.info for teacher in spec.teachers}
+    # teachers of one parameter each: their sizes change weights of the mixture, and no shape
     facts = StageFacts(tuple(infos), (1,) * len(infos), student.info.width, student.info.num_labels, 0)
     weighting = weighting or make_weighting(spec.stage.weighting, facts, "weighting")
     how = Wiring(spec.stage.per, spec.token_level, step.tile, step.dtype)
@@ -327,7 +328,7 @@ def _model(spec: ModelSpec) -> TappedModel:
     model = tapped_model(spec.config, spec.auto_class, spec.dtype)
     vocabulary = None
     if spec.kept is not None:
-        ids = torch.zeros(spec.num_ids, dtype=torch.int64)
+        ids = torch.zeros(spec.num_ids, dtype=torch.int64)  # the sizes of the map count, not its values
         vocabulary = VocabularyMap(ids[: spec.kept], ids, ids, "")
     return TappedModel(model, spec.auto_class, spec.num_ids, vocabulary)
 
@@ -335,7 +336,7 @@ def _model(spec: ModelSpec) -> TappedModel:
 def _teacher(gives: Gives) -> TappedModel | Gives:
     if not isinstance(gives, ModelSpec):
         return gives
-    model = _model(gives).eval().requires_grad_(False)
+    model = _model(gives).eval().requires_grad_(False)  # frozen: its forward saves nothing for a backward pass
     speed_up_linears(model)
     return model
 

@@ -43,7 +43,7 @@ def trained_share(trained: float, engine: EngineConfig, ranks: int) -> Trained:
         return Trained(trained, 2 * trained)
     part, bucket = trained / ranks, min(trained, FLOAT * LARGEST_BUCKET)
     if engine.zero_stage == 0:
-        return Trained(trained, 2 * trained, flat=bucket)
+        return Trained(trained, 2 * trained, flat=bucket)  # without ZeRO every rank holds everything
     # From ZeRO 1 on DeepSpeed keeps a float32 copy with the moments, also of parameters that are float32 themselves.
     if engine.zero_stage < 3:
         gradients = trained if engine.zero_stage == 1 else part

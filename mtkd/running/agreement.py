@@ -95,7 +95,7 @@ def check_shared(dist: Dist, folder: Path) -> None:
     """
     if dist.world_size == 1:
         return
-    mark = dist.broadcast_object(folder / f".tmp-shared-{secrets.token_hex(8)}")
+    mark = dist.broadcast_object(folder / f".tmp-shared-{secrets.token_hex(8)}")  # a name that no other run left here
     on_main(dist, mark.touch)
     limit = time.monotonic() + _SEEN_AFTER
     while not (seen := _listed(mark)) and time.monotonic() < limit:

@@ -110,6 +110,7 @@ def capture(context: RunContext, spec: StageSpec, identity: dict[str, Any]) -> d
             if not context.dist.all_ok(not stopped()):
                 raise on_every_rank(_preempted(job))
         fault_point("before-cache-export", 0)
+        # last: `export` exists only with every cache finished
         on_main(context.dist, lambda: job.folder.partial.rename(job.folder.export) and None)
     context.dist.barrier()
     exported = job.folder.export
@@ -130,7 +131,7 @@ def capture(context: RunContext, spec: StageSpec, identity: dict[str, Any]) -> d
         "steps": sum(facts["shards"] for facts in caches.values()),
         "seconds": seconds,
         "tokens": sum(facts["positions"] for facts in caches.values()),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts in KiB
         "caches": caches,
         "manifests": manifests(exported, list(caches)),
     }
@@ -223,7 +224,7 @@ def _cache(job: _Job, planned: TeacherSpec, stopped: StopFlag, progress: StagePr
 
     on_main(dist, lambda: open_writer() and None)  # one rank makes the folder, so the others compare theirs with it
     writer = together(dist, open_writer, partial(_failed, folder))
-    missing = on_main(dist, writer.missing)
+    missing = on_main(dist, writer.missing)  # all ranks share one list: they may see a network folder differently
     job.shards += writer.num_shards - len(missing)
     job.examples += origin.num_examples - sum(len(examples) for _, examples in missing)
     progress.skip(job.examples)
@@ -234,7 +235,7 @@ def _cache(job: _Job, planned: TeacherSpec, stopped: StopFlag, progress: StagePr
         _round(job, teacher, writer, missing[start : start + dist.world_size], stopped, progress)
     teacher.close()
     del teacher
-    gc.collect()
+    gc.collect()  # the next teacher needs the memory
     on_main(dist, writer.finish)
 
 

@@ -75,7 +75,7 @@ def equal_time_steps(context: RunContext, stage: StageConfig) -> int:
     """Optimizer steps that take as many seconds as another stage trained, by the measured rate of a third."""
     assert stage.equal_time is not None
     target, rate = context.record(stage.equal_time.to), context.record(stage.equal_time.rate_of)
-    return max(1, math.ceil(target.seconds / (rate.seconds / rate.steps)))
+    return max(1, math.ceil(target.seconds / (rate.seconds / rate.steps)))  # rounded up: no less time than the other
 
 
 def model_digest(context: RunContext, model: ModelConfig) -> str:

@@ -51,11 +51,11 @@ def judge(context: RunContext) -> dict[str, Any]:
     facts = {model: _shown(context, model) for model in names if ensemble_of(model) is None}
     inputs = fingerprint([keys, settings.model_dump(mode="json"), facts])
     path = context.run.path / "results.json"
-    known = on_main(context.dist, lambda: _known(path))
-    if known.get("inputs") == inputs and on_main(
+    former = on_main(context.dist, lambda: _former(path))
+    if former.get("inputs") == inputs and on_main(
         context.dist, lambda: all(_is_scored(*_files(context, model), keys[model]) for model in names)
     ):
-        return known
+        return former
     scores = {model: _scores(context, model, keys[model], name) for model in names}
     context.dist.barrier()
     results: dict[str, Any] = {}
@@ -67,7 +67,7 @@ def judge(context: RunContext) -> dict[str, Any]:
     return dict(context.dist.broadcast_object(results))
 
 
-def _known(path: Path) -> dict[str, Any]:
+def _former(path: Path) -> dict[str, Any]:
     """The results in the run folder; {} where they are missing or damaged."""
     try:
         return read_record(path, Results, old=False)

@@ -108,7 +108,7 @@ class Meter:
         self._objective, self._weighting = built.objective, built.stage.weighting.name
         self._micro_batches = built.stage.batch.accumulate
         before: dict[str, Any] = state.meters[dist.rank] if state.meters else {"sums": {}, "seen": 0}
-        self._sums = {
+        self._sums = {  # a checkpoint has null for NaN
             name: torch.tensor(math.nan if value is None else value, dtype=torch.float64, device=built.engine.device)
             for name, value in before["sums"].items()
         }

@@ -64,7 +64,7 @@ def validate(built: BuiltStage, log: MetricsLog, step: int) -> float:
         values |= {metric: _mean([summarise(task, scored)[metric] for scored in records if scored is not None])}
     objective.train()
     log.log(step, {VALIDATION + name: value for name, value in values.items()})
-    return dist.broadcast_object(values[metric])
+    return dist.broadcast_object(values[metric])  # all ranks must stop and save alike
 
 
 def note_score(built: BuiltStage, state: TrainState, value: float) -> bool:
@@ -78,7 +78,7 @@ def note_score(built: BuiltStage, state: TrainState, value: float) -> bool:
     sign = 1 if stage.selects in LOWER_IS_BETTER else -1
     if value == value and (state.best_value is None or sign * value < sign * state.best_value):
         state.best_step, state.best_value, state.waited = state.step, value, 0
-        return stage.export == "best"
+        return stage.export == "best"  # only then is its checkpoint read again
     state.waited += 1
     if stage.early_stop is not None and state.waited >= stage.early_stop.patience and state.step < built.steps:
         state.ended = (
@@ -110,7 +110,7 @@ def take_best(built: BuiltStage, folder: StageDir, state: TrainState) -> int:
             check_seal(best)
         except DataError as error:
             problem = str(error)
-    problem = built.engine.dist.broadcast_object(problem)
+    problem = built.engine.dist.broadcast_object(problem)  # all ranks raise: `load` would wait for the main one
     if problem:
         raise DataError(
             "the checkpoint of the best step is not whole",

@@ -1,4 +1,4 @@
-"""The teachers of a stage, opened: what a run has for them is a `Stock` of `mtkd.pool.backend`."""
+"""Open the teachers of a stage: `RunStock` gives a backend the run's models, folders and caches."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from mtkd.running.models import load_model, vocabulary_of
 class RunStock:
     """The stock of one teacher.
 
-    Attributes: reads: which of its predictions are read (`mtkd.planning.teaching`): their heads must be in its files.
+    Attributes:
+        reads: its predictions that are read (`mtkd.planning.teaching`): its files must have their heads.
     """
 
     context: RunContext
@@ -85,13 +86,16 @@ def open_teacher(
     packing: str = "",
     compiled: bool = False,
 ) -> Teacher:
-    """A teacher whose tokenizer is the run's, ready to be asked; a collective.
+    """Open a teacher with the run's tokenizer, under its backend; a collective.
 
-    Its logits are those of the data's classes, in their order.
+    Its logits are in the order of the data's classes.
 
-    Args: where: its place in the configuration. reads: see `RunStock`. packing, compiled: see `Site`.
+    Args:
+        where: its place in the configuration.
+        reads: see `RunStock`.
+        packing, compiled: see `Site`.
     Raises:
-        UserError: what does not fit the stage, or cannot be read.
+        UserError: the teacher does not fit the stage, or cannot be read.
     """
     file = context.run.offload_file(teacher.name)
     site = Site(where, context.device, context.dtype, context.dist, file, packing, compiled)

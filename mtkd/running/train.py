@@ -65,7 +65,7 @@ def train(built: BuiltStage, config: RunConfig, run: RunDir, folder: StageDir) -
                 engine.backward(loss)
                 meter.add(metrics)
             norm = engine.step(step)
-            session.check_finite(norm, micro_batches)
+            session.check_finite(norm, micro_batches)  # before the step counts: no checkpoint may hold it
             after_step(objective, engine, micro_batches)
             session.count(counts)
             progress.update(state.step, session.log_if_due(norm))
@@ -83,7 +83,7 @@ def train(built: BuiltStage, config: RunConfig, run: RunDir, folder: StageDir) -
         "ended": state.ended or "all steps",
         "seconds": state.seconds,
         "tokens": state.targets,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts in KiB
     }
 
 
@@ -150,7 +150,7 @@ class _Session:
         if not (self._is_last or state.step == 1 or state.step % self._config.log_every == 0 or before_a_choice):
             return None
         means = self._meter.flush()
-        rate = learning_rate(stage.optimizer, state.step - 1, self._built.steps)
+        rate = learning_rate(stage.optimizer, state.step - 1, self._built.steps)  # of the step that is done
         facts = {"seconds": round(state.seconds, 3), "tokens": state.targets}
         self._log.log(state.step, {"lr": rate, "grad_norm": norm, **means}, facts)
         if not math.isfinite(means["loss"]):
@@ -170,7 +170,7 @@ class _Session:
         every = self._built.stage.save_every
         if not (must or self.ends or (every and self._state.step % every == 0)):
             return
-        self._log.sync()
+        self._log.sync()  # first: a resume drops lines after the checkpoint, but cannot restore lost ones
         with self._stopped.writing():
             _save(self._built, self._folder, self._state, self._meter)
         self._start_clock()
@@ -203,6 +203,7 @@ def _save(built: BuiltStage, folder: StageDir, state: TrainState, meter: Meter) 
             a corrected run goes on from the last good checkpoint.
     """
     engine = built.engine
+    # one look per checkpoint: at every step it would make a GPU wait
     if not engine.dist.all_ok(all_finite(built.objective) and meter.finite_loss()):
         raise on_every_rank(_non_finite(built, state.step - 1, meter.flush(), "a parameter"))
     state.meters = meter.states()
@@ -214,7 +215,7 @@ def _save(built: BuiltStage, folder: StageDir, state: TrainState, meter: Meter) 
 
     facts = {"step": state.step, "identity": built.identity, **built.layout}
     if built.stage.export == "best":
-        facts["best"] = state.best_step
+        facts["best"] = state.best_step  # `save_sealed` keeps the checkpoint that the newest ones refer to
     save_sealed(folder.checkpoints, state.step, write, facts, dist=built.engine.dist, keep=built.stage.keep)
 
 
