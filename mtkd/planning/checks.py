@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mtkd.config import RANDOM_TOKENS, ModelConfig, RunConfig, StageConfig, StageRef
+from mtkd.config import RANDOM_TOKENS, ModelConfig, OwnTeacher, RunConfig, StageConfig, StageRef
 from mtkd.config.read import Location, dotted
 from mtkd.data.files import columns_of
 from mtkd.data.paths import find_files
@@ -139,7 +139,7 @@ def _check_heads(config: RunConfig, name: str) -> None:
     stage, read = config.stages[name], heads_read(config, name)
     for i, teacher in enumerate(stage.teachers):
         ref = teacher.model.stage
-        if ref is None:
+        if ref is None or isinstance(teacher, OwnTeacher):  # which reads its model in its own way
             continue
         where, earlier = f"stages.{name}.teachers[{i}]", ref.stage
         earlier_head, head = (head_for(config, s.data) for s in (config.stages[earlier], stage))

@@ -119,11 +119,6 @@ class TeacherSpec:
         return self.gives.numbers
 
     @property
-    def runs(self) -> bool:
-        """Whether a model runs; otherwise a cache has its answers."""
-        return BACKENDS[self.backend].runs
-
-    @property
     def size(self) -> TeacherSize:
         """The memory of its weights under its backend."""
         numbers, backend = self.numbers, BACKENDS[self.config.backend]

@@ -35,7 +35,7 @@ def check_teacher(teacher: str | Own, options: Mapping[str, Any] | None = None) 
 
     Raises:
         LawBroken: at the first law that it does not keep.
-        UserError: it can be made for neither.
+        UserError: its constructor refuses both.
     """
     spec = BACKENDS.find(teacher) if isinstance(teacher, str) else teacher
     assert isinstance(spec, Own), "a built-in backend runs a model"
@@ -43,7 +43,7 @@ def check_teacher(teacher: str | Own, options: Mapping[str, Any] | None = None) 
     for token_level in (True, False):
         case = _Case(spec, options or {}, token_level)
         try:
-            case.made()
+            case.fresh()
         except UserError as error:
             refused.append(error)
             continue
@@ -61,7 +61,7 @@ class _Case:
     options: Mapping[str, Any]
     token_level: bool
 
-    def made(self) -> PluggedTeacher:
+    def fresh(self) -> PluggedTeacher:
         """A fresh teacher."""
         tokenizer = _tokenizer()
         classes = () if self.token_level else _CLASSES
@@ -88,7 +88,7 @@ class _Case:
 
     def answer(self, batch: Batch, wants: frozenset[str] | None = None) -> dict[str, Tensor]:
         """What a fresh teacher says, at real tokens: [n,V], or [B,C]."""
-        return self.at_tokens(self.made().answers(batch, self.wants if wants is None else wants), batch)
+        return self.at_tokens(self.fresh().answers(batch, self.wants if wants is None else wants), batch)
 
     def at_tokens(self, features: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Features at real tokens; padding may have any."""
@@ -127,7 +127,7 @@ def _finite_law(case: _Case) -> None:
 
 def _repeatable_law(case: _Case) -> None:
     """The same batch has the same answer, bit by bit: of the same teacher, and of another one with its options."""
-    teacher, batch = case.made(), case.batch()
+    teacher, batch = case.fresh(), case.batch()
     first, second = (case.at_tokens(teacher.answers(batch, case.wants), batch) for _ in range(2))
     for other in (second, case.answer(batch)):
         for key, values in first.items():
@@ -139,13 +139,13 @@ def _order_law(case: _Case) -> None:
     """An example has the same answer wherever it stands in a batch."""
     order = [2, 0, 3, 1]
     batch, moved = case.batch(), case.batch(order)
-    whole = case.made().answers(batch, case.wants)
+    whole = case.fresh().answers(batch, case.wants)
     here = {key: value[order] for key, value in whole.items()}
     _differ("order", case, case.at_tokens(here, moved), case.answer(moved), "with the examples' order")
 
 
 def _cut_law(case: _Case) -> None:
-    """An example has the same answer whatever else is in its batch: ranks and micro-batches cut a step anywhere."""
+    """An example has the same answer next to any other examples: ranks and micro-batches cut a step anywhere."""
     batch = case.batch()
     parts = [case.answer(case.batch(rows)) for rows in (slice(0, 1), slice(1, None))]
     joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
@@ -169,7 +169,7 @@ def _untouched_law(case: _Case) -> None:
 def _gradient_law(case: _Case) -> None:
     """Nothing that it gives has a gradient: a graph behind it would stay in memory until the step ends."""
     with torch.no_grad():
-        answer = case.made().own.forward(case.batch(), case.wants)
+        answer = case.fresh().own.forward(case.batch(), case.wants)
     for key in case.wants:
         if answer[key].requires_grad:
             raise LawBroken("gradient", case.spec.name, f"'{key}' requires a gradient")

@@ -84,7 +84,8 @@ class PluggedTeacher:
 
     Args:
         own: has `forward`, and may have `ahead`, `close` and `view`.
-        facts: that it was made with. info: shape of what it gives.
+        facts: that its constructor had.
+        info: shape of what it gives.
         num_parameters: that it says to have.
     """
 
@@ -126,11 +127,11 @@ class PluggedTeacher:
         values = answer.get(key) if isinstance(answer, Mapping) else None
         shape = _shape(key, batch, self.info)
         if not isinstance(values, Tensor) or list(values.shape) != shape:
-            found = "nothing" if values is None else list(values.shape) if isinstance(values, Tensor) else type(values)
+            actual = "nothing" if values is None else list(values.shape) if isinstance(values, Tensor) else type(values)
             raise UserError(
                 f"teacher '{self.name}' gives '{key}' in another shape than the batch asks for",
                 where="@stage.teachers",
-                found=found,
+                found=actual,
                 allowed=shape,
                 todo=f"forward returns {{'{key}': a tensor of this shape}}",
             )

@@ -118,36 +118,40 @@ def partition(
     if device.type == "cpu":
         _give_blocks_back()
     init = deepspeed.zero.Init(config_dict_or_path=dict(settings))
-    made: dict[int, Any] = {}
-    broken: list[str] = []
 
-    def fill() -> None:
-        for place, module in model.named_modules():
-            for short, old in module._parameters.items():
-                if old is None:
-                    continue
-                if id(old) not in made:
-                    name = f"{place}.{short}" if place else short
-                    made[id(old)] = _parameter(weights[name], half, device, dist)
-                    if not _part(made[id(old)], dist).isfinite().all():
-                        broken.append(name)
-                    # What `Init` does to a parameter but the broadcast: every rank has its own values.
-                    init._convert_to_deepspeed_param(made[id(old)])
-                    made[id(old)].partition()
-                module._parameters[short] = made[id(old)]
-        _fill_buffers(model, weights)
+    def fill() -> list[str]:
+        return _fill(model, weights, init, half, device, dist)
 
-    together(dist, fill, lambda reasons: DataError(f"the weights cannot be read: {reasons}", where=where))
-    damaged = dist.broadcast_object(sorted({n for names in dist.gather_objects(broken) or [] for n in names}))
+    own = together(dist, fill, lambda reasons: DataError(f"the weights cannot be read: {reasons}", where=where))
+    damaged = dist.broadcast_object(sorted({n for names in dist.gather_objects(own) or [] for n in names}))
     if damaged:
         raise broken_weights(where, ", ".join(damaged[:5]))
 
 
-def _fill_buffers(model: nn.Module, weights: Mapping[str, StoredWeight]) -> None:
-    """Read every buffer that is stored whole: buffers are small, and DeepSpeed leaves them alone."""
+def _fill(
+    model: nn.Module, weights: Mapping[str, StoredWeight], init: Any, half: bool, device: torch.device, dist: Dist
+) -> list[str]:
+    """Replace every parameter by this rank's part of it; the names of those with numbers that are not finite."""
+    parts: dict[int, Any] = {}  # of tied parameters one
+    broken: list[str] = []
+    for place, module in model.named_modules():
+        for short, old in module._parameters.items():
+            if old is None:
+                continue
+            if id(old) not in parts:
+                name = f"{place}.{short}" if place else short
+                part = _parameter(weights[name], half, device, dist)
+                if not _part(part, dist).isfinite().all():
+                    broken.append(name)
+                # What `Init` does to a parameter but the broadcast: every rank has its own values.
+                init._convert_to_deepspeed_param(part)
+                part.partition()  # type: ignore[attr-defined]
+                parts[id(old)] = part
+            module._parameters[short] = parts[id(old)]
     for name, buffer in model.named_buffers():
         if name in weights:
             buffer.copy_(read_numbers(weights[name], 0, buffer.numel()).view(buffer.shape))
+    return broken
 
 
 def _give_blocks_back() -> None:

@@ -186,11 +186,11 @@ class StreamedParameters:
             return self._read(weight).to(self._device, torch.float32, copy=True)
         if self._device.type == "cpu":
             return self._read(weight)  # mapped: read at any time, by `MappedLogits`
-        kept = self._kept.get(id(head))
-        if kept is None:
-            kept = self._here(weight, torch.float32)
-            self._kept[id(head)] = kept
-        return kept
+        whole = self._kept.get(id(head))
+        if whole is None:
+            whole = self._here(weight, torch.float32)
+            self._kept[id(head)] = whole
+        return whole
 
     def drop(self) -> None:
         self._files.drop_all()
@@ -226,16 +226,16 @@ class StreamedParameters:
 
     def _place(self, model: PreTrainedModel, weights: Mapping[str, StoredWeight]) -> None:
         """A stand-in for every parameter, one for tied ones, and the values of persistent buffers."""
-        made: dict[int, nn.Parameter] = {}
+        stand_ins: dict[int, nn.Parameter] = {}
         for path, module in model.named_modules():
             for name, old in list(module._parameters.items()):
                 if old is None:
                     continue
-                if id(old) not in made:
-                    made[id(old)] = nn.Parameter(self._absent(old), requires_grad=False)
-                    self._stored[id(made[id(old)])] = weights[f"{path}.{name}" if path else name]
-                    self._parameters.append(made[id(old)])
-                module._parameters[name] = made[id(old)]
+                if id(old) not in stand_ins:
+                    stand_ins[id(old)] = nn.Parameter(self._absent(old), requires_grad=False)
+                    self._stored[id(stand_ins[id(old)])] = weights[f"{path}.{name}" if path else name]
+                    self._parameters.append(stand_ins[id(old)])
+                module._parameters[name] = stand_ins[id(old)]
             for name, buffer in module._buffers.items():
                 stored = weights.get(f"{path}.{name}" if path else name)
                 if buffer is not None:
@@ -306,10 +306,10 @@ class StreamedParameters:
     def _here(self, weight: StoredWeight, dtype: torch.dtype) -> Tensor:
         """The values on the device: mapped where they can be, else a copy."""
         raw = self._read(weight)
-        found = raw.to(self._device).to(dtype)  # the smaller form goes to the device
-        if found is not raw:
+        values = raw.to(self._device).to(dtype)  # the smaller form goes to the device
+        if values is not raw:
             self._files.drop([weight])
-        return found
+        return values
 
     def _read(self, weight: StoredWeight) -> Tensor:
         """The values as they are stored, mapped; looked at when they are read for the first time."""

@@ -204,7 +204,7 @@ class PinnedParameters:
         self._coming, self._here, self._kept = None, {}, []
 
     def _copied(self) -> tuple[Tensor, list[Tensor], torch.cuda.Event | None]:
-        heads = [found for found in (reference() for reference in self._kept) if found is not None]
+        heads = [head for head in (reference() for reference in self._kept) if head is not None]
         with torch.cuda.stream(self._stream):  # None: no stream is entered
             if len(heads) != len(self._head):
                 heads = [self._on_device(h) for h in self._host_heads]

@@ -119,9 +119,9 @@ class TopCodec:
         tail = arrays["tail"].astype(np.float32)
         if count and not (np.isfinite(tail).all() and tail.max() <= 0 and np.isfinite(log_probs).all()):
             raise ValueError("a mass is not a number between 0 and 1")
-        kept = np.log(-np.expm1(np.minimum(tail.astype(np.float64), -1e-9)))  # never 0: k columns have a mass
+        mass = np.log(-np.expm1(np.minimum(tail.astype(np.float64), -1e-9)))  # never 0: k columns have a mass
         sums = np.exp(log_probs).sum(1)  # at least 1: the largest is exp(0)
-        log_probs += (kept - np.log(sums)).astype(np.float32)[:, None]
+        log_probs += (mass - np.log(sums)).astype(np.float32)[:, None]
         return ids, log_probs, tail
 
 

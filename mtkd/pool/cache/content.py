@@ -148,14 +148,14 @@ class CacheOrigin:
             DataError: naming the first field that differs, with both values.
         """
         for name in ("teacher", "tokenizer", "data", "split", "num_examples", "precision"):
-            found, asked = getattr(self, name), getattr(wanted, name)
-            if found != asked:
+            own, asked = getattr(self, name), getattr(wanted, name)
+            if own != asked:
                 raise DataError(
                     f"the cache was made with another {_WORDS[name]}",
                     where=where,
-                    found=f"{found} in the cache",
+                    found=f"{own} in the cache",
                     allowed=f"{asked} in this run",
-                    todo=f"write engine.precision: {found} for this run, or make the cache again in {asked}"
+                    todo=f"write engine.precision: {own} for this run, or make the cache again in {asked}"
                     if name == "precision"
                     else "make the cache again, or name the one that belongs to this run",
                 )
@@ -185,9 +185,9 @@ def _from_json(cls: type[Plain], value: Any, where: str) -> Plain:
     kinds = {f.name: f.type for f in fields(cls)}
     if not isinstance(value, Mapping) or value.keys() != kinds.keys():
         raise DataError("the description of the cache is malformed", where=where, allowed=sorted(kinds))
-    for name, found in value.items():
-        if not isinstance(found, _JSON_TYPES[str(kinds[name])]) or (kinds[name] != "bool" and isinstance(found, bool)):
-            raise DataError("the description of the cache is malformed", where=where, found=f"{name}: {found!r}")
+    for name, item in value.items():
+        if not isinstance(item, _JSON_TYPES[str(kinds[name])]) or (kinds[name] != "bool" and isinstance(item, bool)):
+            raise DataError("the description of the cache is malformed", where=where, found=f"{name}: {item!r}")
     return cls(**value)
 
 

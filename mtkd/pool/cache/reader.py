@@ -93,7 +93,7 @@ class CacheReader:
         Raises:
             DataError: for an example that the cache does not have, or a broken shard.
         """
-        found: list[tuple[Shard, int] | None] = []
+        places: list[tuple[Shard, int] | None] = []
         for example in ids:
             if not -1 <= example < self.origin.num_examples:
                 raise DataError(
@@ -102,34 +102,34 @@ class CacheReader:
                     allowed=f"0 to {self.origin.num_examples - 1}",
                 )
             number, local = divmod(example, self.shard_examples)
-            found.append(None if example < 0 else (self.shard(number), local))
-        values, traits = self._positions([pair for pair in found if pair])
+            places.append(None if example < 0 else (self.shard(number), local))
+        values, traits = self._positions([pair for pair in places if pair])
         return Records(
             self.content,
             tuple(ids),
-            tokens=torch.tensor([int(p[0].part("tokens", p[1])[0]) if p else 0 for p in found]),
-            positions=torch.tensor([int(p[0].part("positions", p[1])[0]) if p else 0 for p in found]),
+            tokens=torch.tensor([int(p[0].part("tokens", p[1])[0]) if p else 0 for p in places]),
+            positions=torch.tensor([int(p[0].part("positions", p[1])[0]) if p else 0 for p in places]),
             values=values,
             traits=traits,
-            classes=self._rows("classes", found) if self.content.targets == "classes" else None,
-            hidden={key: self._hidden(key, found) for key in self.content.hidden},
+            classes=self._rows("classes", places) if self.content.targets == "classes" else None,
+            hidden={key: self._hidden(key, places) for key in self.content.hidden},
             where=str(self.folder),
         )
 
-    def _positions(self, found: list[tuple[Shard, int]]) -> tuple[SparseRows | None, dict[str, Tensor]]:
-        traits = {name: _tensor(_parts(f"trait.{name}", found)) for name in self.content.stored_traits}
+    def _positions(self, places: list[tuple[Shard, int]]) -> tuple[SparseRows | None, dict[str, Tensor]]:
+        traits = {name: _tensor(_parts(f"trait.{name}", places)) for name in self.content.stored_traits}
         if not self.content.per_token:
             return None, traits
-        if not found:
+        if not places:
             empty, none = torch.zeros(0, self.content.k), torch.zeros(0)
             tail = none if self.content.targets == "top" else None
             return SparseRows(empty.long(), empty, tail, self.content.temperature, None), traits
-        kept = [name for name in found[0][0].arrays if name.startswith("target.")]
-        coded = {name.removeprefix("target."): _parts(name, found) for name in kept}
+        names = [name for name in places[0][0].arrays if name.startswith("target.")]
+        coded = {name.removeprefix("target."): _parts(name, places) for name in names}
         try:
             values = self._decoded(coded)
         except ValueError as error:
-            raise found[0][0].fail(f"the targets of {len(found)} examples are broken: {error}") from None
+            raise places[0][0].fail(f"the targets of {len(places)} examples are broken: {error}") from None
         return values, traits
 
     def _decoded(self, coded: Arrays) -> SparseRows:
@@ -141,33 +141,33 @@ class CacheReader:
         entropy = torch.from_numpy(coded["entropy"])
         return SparseRows(torch.from_numpy(ids), torch.from_numpy(log_probs), None, temperature, entropy)
 
-    def _rows(self, name: str, found: list[tuple[Shard, int] | None]) -> Tensor:
+    def _rows(self, name: str, places: list[tuple[Shard, int] | None]) -> Tensor:
         """One row per example, zeros in filler rows."""
-        return _placed(torch.from_numpy(self._stored(name, found)), found)
+        return _placed(torch.from_numpy(self._stored(name, places)), places)
 
-    def _stored(self, name: str, found: list[tuple[Shard, int] | None]) -> np.ndarray:
+    def _stored(self, name: str, places: list[tuple[Shard, int] | None]) -> np.ndarray:
         """An array of the examples that are no filler rows, one after another."""
         empty = self.shard(0).arrays[name][:0]
-        return np.concatenate([empty, *(shard.part(name, local) for shard, local in filter(None, found))])
+        return np.concatenate([empty, *(shard.part(name, local) for shard, local in filter(None, places))])
 
-    def _hidden(self, key: str, found: list[tuple[Shard, int] | None]) -> Tensor:
-        tensor = torch.from_numpy(self._stored(f"hidden.{key}", found))
+    def _hidden(self, key: str, places: list[tuple[Shard, int] | None]) -> Tensor:
+        tensor = torch.from_numpy(self._stored(f"hidden.{key}", places))
         tensor = tensor.view(torch.bfloat16) if self.content.dtype == "bfloat16" else tensor
-        return _placed(tensor, found) if split_key(key)[0] in PER_EXAMPLE else tensor
+        return _placed(tensor, places) if split_key(key)[0] in PER_EXAMPLE else tensor
 
 
-def _placed(stored: Tensor, found: list[tuple[Shard, int] | None]) -> Tensor:
+def _placed(stored: Tensor, places: list[tuple[Shard, int] | None]) -> Tensor:
     """One row per example that was asked for, zeros in filler rows."""
-    whole = torch.zeros(len(found), *stored.shape[1:], dtype=stored.dtype)
-    whole[torch.tensor([pair is not None for pair in found], dtype=torch.bool)] = stored
+    whole = torch.zeros(len(places), *stored.shape[1:], dtype=stored.dtype)
+    whole[torch.tensor([pair is not None for pair in places], dtype=torch.bool)] = stored
     return whole
 
 
-def _parts(name: str, found: Sequence[tuple[Shard, int]]) -> np.ndarray:
+def _parts(name: str, places: Sequence[tuple[Shard, int]]) -> np.ndarray:
     """An array of several examples, one after another, copied out of the map."""
-    if not found:
+    if not places:
         return np.zeros(0, np.float32)
-    return np.concatenate([shard.part(name, local) for shard, local in found])
+    return np.concatenate([shard.part(name, local) for shard, local in places])
 
 
 def _tensor(values: np.ndarray) -> Tensor:
@@ -176,7 +176,7 @@ def _tensor(values: np.ndarray) -> Tensor:
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """What `verify` found: the facts of the manifest (empty when there is none), and every problem with its file."""
+    """What `verify` saw: the facts of the manifest (empty when there is none), and every problem with its file."""
 
     facts: dict[str, Any]
     problems: list[str]

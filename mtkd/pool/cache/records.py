@@ -103,9 +103,9 @@ def _put_positions(content: CacheContent, records: list[Record], batch: Batch, l
 
 def _top(content: CacheContent, logits: Tensor) -> Arrays:
     log_probs = torch.log_softmax(logits.float() / content.temperature, -1)
-    kept, ids = log_probs.topk(content.k, -1)
+    best, ids = log_probs.topk(content.k, -1)
     others = log_probs.scatter(-1, ids, -torch.inf).logsumexp(-1)
-    return {"ids": _numpy(ids), "log_probs": _numpy(kept), "tail": _numpy(others)}
+    return {"ids": _numpy(ids), "log_probs": _numpy(best), "tail": _numpy(others)}
 
 
 def _sampled(content: CacheContent, logits: Tensor, owners: np.ndarray, places: np.ndarray) -> Arrays:
@@ -165,13 +165,13 @@ class Records:
         Raises:
             DataError: when a feature was not stored, or an example has other lengths than when it was.
         """
-        found: Features = {}
+        features: Features = {}
         for key in sorted(wants):
             if key == "logits":
-                found[key] = self.logits(name, batch)
+                features[key] = self.logits(name, batch)
             else:
-                found[key] = self._feature(key, batch)
-        return found
+                features[key] = self._feature(key, batch)
+        return features
 
     def logits(self, name: str, batch: Batch) -> Logits:
         """Class logits, or what is known at the batch's targets.
@@ -211,13 +211,13 @@ class Records:
         whole[mask] = values.float()
         return whole
 
-    def _same(self, found: Tensor, stored: Tensor, what: str) -> None:
-        if not torch.equal(found, stored):
-            row = int((found != stored).nonzero()[0])
+    def _same(self, counts: Tensor, stored: Tensor, what: str) -> None:
+        if not torch.equal(counts, stored):
+            row = int((counts != stored).nonzero()[0])
             raise DataError(
                 f"example {self.ids[row]} has another number of {what} than when the cache was made",
                 where=self.where,
-                found=int(found[row]),
+                found=int(counts[row]),
                 allowed=int(stored[row]),
             )
 

@@ -91,15 +91,15 @@ def _top(content: CacheContent, whole: Arrays) -> tuple[Arrays, dict[str, float]
     coded = codec.encode(whole["ids"], whole["log_probs"], whole["tail"])
     order = np.argsort(whole["ids"], 1)
     exact, tail = np.take_along_axis(whole["log_probs"], order, 1).astype(np.float64), whole["tail"].astype(np.float64)
-    _, found, found_tail = codec.decode(coded)
-    largest = float(np.abs(exact - found)[np.isfinite(exact)].max(initial=0))
-    return coded, {"kl": _divergence(exact, found) + _divergence(tail, found_tail), "max_log_prob_error": largest}
+    _, decoded, coded_tail = codec.decode(coded)
+    largest = float(np.abs(exact - decoded)[np.isfinite(exact)].max(initial=0))
+    return coded, {"kl": _divergence(exact, decoded) + _divergence(tail, coded_tail), "max_log_prob_error": largest}
 
 
-def _divergence(exact: np.ndarray, found: np.ndarray) -> float:
+def _divergence(exact: np.ndarray, decoded: np.ndarray) -> float:
     """``sum p log(p/q) - p + q`` in nats: KL for masses that sum to 1, and never below 0 where rounding left 1e-8."""
-    p, q = np.exp(exact), np.exp(found.astype(np.float64))
-    return float((p * (np.maximum(exact, -1e30) - found) - p + q).sum())
+    p, q = np.exp(exact), np.exp(decoded.astype(np.float64))
+    return float((p * (np.maximum(exact, -1e30) - decoded) - p + q).sum())
 
 
 def _sampled(content: CacheContent, records: Sequence[Record], whole: Arrays) -> tuple[Arrays, dict[str, float]]:
@@ -164,9 +164,9 @@ class Shard:
         if not (size := self.path.stat().st_size):
             raise self.fail("not a shard of a cache (safetensors)")
         # torch's maps keep no file descriptor, as Python's do: a process may have many more shards than open files
-        found = torch.from_file(str(self.path), shared=False, size=size, dtype=torch.uint8).numpy()
-        found.flags.writeable = False
-        return found
+        mapped = torch.from_file(str(self.path), shared=False, size=size, dtype=torch.uint8).numpy()
+        mapped.flags.writeable = False
+        return mapped
 
     def fail(self, why: str) -> DataError:
         return DataError(why, where=str(self.path), todo="`mtkd cache verify` lists what is broken; make it again")
@@ -195,8 +195,8 @@ class Shard:
         wanted |= {"classes": "F32"} if content.targets == "classes" else {}
         kind = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}[content.dtype]
         wanted |= {f"hidden.{key}": kind for key in content.hidden}
-        found = {name: kind for name, kind in self.kinds.items() if name != "__metadata__"}
-        if found != wanted or metadata(header).get("first") != self.first:
+        stated = {name: kind for name, kind in self.kinds.items() if name != "__metadata__"}
+        if stated != wanted or metadata(header).get("first") != self.first:
             raise self.fail("the shard does not hold what the cache says it does")
         if any(len(self.arrays[name]) != count for name in ("tokens", "positions")):
             raise self.fail(f"the shard does not hold {count} examples")
