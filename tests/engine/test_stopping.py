@@ -36,7 +36,8 @@ def stop_in(place: str, number: signal.Signals) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize(
-    "place", ["mtkd.running.run:plan", "mtkd.running.run:train", "mtkd.running.run:_export", "mtkd.running.run:judge"]
+    "place",
+    ["mtkd.running.run:specify", "mtkd.running.run:train", "mtkd.running.run:_export", "mtkd.running.run:judge"],
 )
 def test_a_signal_outside_of_training_ends_the_run(tmp_path: Path, place: str, number: signal.Signals) -> None:
     """While it plans, loads, exports and scores: exit code 75, no traceback; run again, it ends well."""
