@@ -248,17 +248,17 @@ def _verdict(memory: StageMemory, limits: Limits, on_gpu: bool) -> tuple[bool | 
     ]
     if on_gpu:
         pairs.insert(0, ("GPU", memory.rank_gb, limits.rank))
-    limited = [(name, need, there / GB) for name, need, there in pairs if there is not None]
+    limited = [(name, need, limit / GB) for name, need, limit in pairs if limit is not None]
     over = [
-        f"{name}: {need:.2f} GB needed, {there:.2f} GB {limits.source[name]}, {need - there:.2f} GB too much"
-        for name, need, there in limited
-        if need > there
+        f"{name}: {need:.2f} GB needed, {limit:.2f} GB {limits.source[name]}, {need - limit:.2f} GB too much"
+        for name, need, limit in limited
+        if need > limit
     ]
     if over:
         return False, "does not fit. " + "; ".join(over)
     if not limited or (on_gpu and limits.rank is None):
         return None, "no GPU here and no engine.gpu_memory_gb: nothing to compare with"
-    return True, "fits: " + ", ".join(f"{name} {need:.2f} of {there:.2f} GB" for name, need, there in limited)
+    return True, "fits: " + ", ".join(f"{name} {need:.2f} of {limit:.2f} GB" for name, need, limit in limited)
 
 
 def _advice(spec: StageSpec, engine: EngineConfig, now: StageMemory, limits: Limits, on_gpu: bool) -> list[str]:

@@ -198,17 +198,17 @@ def _check_vocabularies(config: RunConfig) -> None:
     for name, stage in config.stages.items():
         task = TASKS.find(config.data[config.data_name(stage.data)].task)
         for i, teacher in enumerate(stage.teachers):
-            if task.token_level and _made(teacher.model) in compressed:
+            if task.token_level and _earlier_model(teacher.model) in compressed:
                 raise compressed_teacher(teacher.model.path or "", f"stages.{name}.teachers[{i}]")
         for role, model in stage.trained.items():
-            goes_on = _made(model) in compressed
+            goes_on = _earlier_model(model) in compressed
             if goes_on and model.vocabulary is not None:
                 raise compressed_twice(f"{stage.place(name, role)}.vocabulary")
             if goes_on or model.vocabulary is not None:
                 compressed.add(model_name(name, stage, role))
 
 
-def _made(model: ModelConfig) -> str:
+def _earlier_model(model: ModelConfig) -> str:
     """The name of a model that an earlier stage makes; "" for any other model."""
     return "" if model.stage is None else model.stage.model
 

@@ -2,7 +2,7 @@
 
 A stage's own objective and teachers are built of torch's fake tensors (any size, no memory) and make one step:
 teachers, forward, tiles, backward. Every storage is followed until it is freed. So the count includes what a model
-saves for its backward pass, what autocast copies and what a loss needs in between, without a formula for any of it.
+saves for its backward pass, what autocast copies and what a loss needs in between. No formula is needed for any of it.
 Where the code asks for a value, the answer is that every position counts: the largest step.
 """
 

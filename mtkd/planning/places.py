@@ -68,14 +68,14 @@ def _in_file(where: str, config: RunConfig, root: Value) -> tuple[str, str]:
     """(place, file:line) of a place of the configuration; other places stay, without a line."""
     if not _is_place(where):
         return where, ""
-    parts = _of_chain(_known(split_path(where), config), config)
+    parts = _of_chain(_joined(split_path(where), config), config)
     if not _is_there(parts, config):
         return where, ""
     written = _until_scalar(parts, root)
     return dotted(written), written_at(root, written) if str(written[0]) in root.value else ""
 
 
-def _known(parts: list[str], config: RunConfig) -> Location:
+def _joined(parts: list[str], config: RunConfig) -> Location:
     """The parts of a path; a name with dots, of a stage or data entry, stays one part.
 
     Other names need no such care: they are looked up in the written file.

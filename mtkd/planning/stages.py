@@ -135,8 +135,8 @@ def stage_values(stage: StageConfig) -> dict[str, Any]:
     if stage.kind == "cache":  # without the batch, which changes the rounding of the last bits alone
         return _without_places(stage.model_dump(mode="json", include={"kind", "data", "teachers", "cache"}))
     # Validation changes nothing, unless its score decides where the stage ends or which step is exported.
-    looking = set() if stage.selects else {"evaluate_every"}
-    values = stage.model_dump(mode="json", exclude=_BOOKKEEPING | looking | {"cache"})
+    validation = set() if stage.selects else {"evaluate_every"}
+    values = stage.model_dump(mode="json", exclude=_BOOKKEEPING | validation | {"cache"})
     values = _without_places(values)
     if not stage.transforms:  # finished stages may not know the field
         del values["transforms"]

@@ -77,7 +77,7 @@ def _broken(features: Features, key: str, batch: Batch) -> int:
 
 
 def _counted(key: str, batch: Batch) -> Tensor:
-    """Where the logits of real tokens [B,L] or examples [B] are; a batch may be filled up with empty rows."""
+    """Mask of the logits of real tokens [B,L] or examples [B]; a batch may be filled up with empty rows."""
     of_tokens = key == "logits" and batch.targets.dim() == 2
     return batch.attention_mask.bool() if of_tokens else batch.attention_mask.bool().any(-1)
 

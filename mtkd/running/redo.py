@@ -26,7 +26,7 @@ _GOING = ".forgotten-"
 _METRICS, _CURVES = "metrics.jsonl", "tensorboard"
 
 
-class _Asked(Checked):
+class _Request(Checked):
     stages: list[str]
 
 
@@ -40,7 +40,7 @@ def pending(run: RunDir) -> list[str]:
     if not file.parent.is_dir():  # no run yet, or a file in its place, which is refused when the folder is made
         return []
     try:
-        return list(read_record(file, _Asked, "remove the file, and give --redo again", old=False)["stages"])
+        return list(read_record(file, _Request, "remove the file, and give --redo again", old=False)["stages"])
     except FileNotFoundError:
         return []
 

@@ -88,7 +88,7 @@ def train(built: BuiltStage, config: RunConfig, run: RunDir, folder: StageDir) -
 
 
 class _Session:
-    """What one process does between the optimizer steps of a stage: count, log, validate, save."""
+    """The work of one process between the optimizer steps of a stage: count, log, validate, save."""
 
     def __init__(
         self,
