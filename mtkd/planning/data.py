@@ -104,6 +104,14 @@ class DataReader:
             self._facts[key] = self._read(name, data)
         return self._facts[key]
 
+    def known(self) -> dict[str, DataFacts]:
+        """The facts so far, by the values of their entry, for the readers of other processes."""
+        return dict(self._facts)
+
+    def adopt(self, facts: Mapping[str, DataFacts]) -> None:
+        """Take facts that the reader of another process found: to check every row once is enough."""
+        self._facts |= facts
+
     def _read(self, name: str, data: DataConfig) -> DataFacts:
         try:
             with placed(data=f"data.{name}"):

@@ -110,6 +110,19 @@ def specify(config: RunConfig, reader: DataReader) -> Specified:
         return Specified(config, stages, missing, tuple(data))
 
 
+def specs_of(config: RunConfig, reader: DataReader) -> Mapping[str, StageSpec]:
+    """The specs of a run that another process has specified already.
+
+    Args:
+        reader: with that process's facts, so that rows are not checked again.
+    Raises:
+        UserError: a model or file that the other process found is not here, or is another one.
+    """
+    with in_file(config):
+        specifier = Specifier(config, reader)
+        return {name: specifier.stage(name) for name in config.stages}
+
+
 def _check_routes(config: RunConfig, facts: Mapping[str, DataFacts], reader: DataReader) -> None:
     """Refuse rows that name no teacher of the stage, where the weighting reads the teacher from them."""
     for name, stage in config.stages.items():

@@ -136,11 +136,11 @@ def _distillation(context: RunContext, spec: StageSpec, data: LoadedData) -> tup
     first = teachers[0] if teachers else None
     where = f"{spec.where}.student"
     student = load_model(context, stage.trained["student"], data, seed=spec.seed, where=where, teacher=first)
-    _check_planned(spec.trained["student"].info, student.info, where)
+    _check_planned(spec.trained["student"].info, student.info, where, logits=True)
     if packing:
         student.enable_packing(packing)
     for planned, teacher in zip(spec.teachers, teachers, strict=True):
-        _check_planned(planned.info, teacher.info, planned.place)
+        _check_planned(planned.info, teacher.info, planned.place, logits="logits" in spec.heads)
     names = tuple(teacher.name for teacher in teachers)
     facts = stage_facts(names, [t.num_parameters for t in teachers], student, spec.seed)
     weighting = make_weighting(stage.weighting, facts, f"{spec.where}.weighting")
@@ -150,15 +150,21 @@ def _distillation(context: RunContext, spec: StageSpec, data: LoadedData) -> tup
     return objective, TeacherPool(teachers, wants, context.config.engine.prefetch)
 
 
-def _check_planned(planned: ModelInfo, loaded: ModelInfo, where: str) -> None:
+def _check_planned(planned: ModelInfo, loaded: ModelInfo, where: str, *, logits: bool) -> None:
     """Refuse a model that changed since the plan: rows name its layers, and weights have its shapes.
 
-    Only the number of ids may differ: of a tokenizer that the run trains, the plan knows an upper bound.
+    The number of ids may differ: of a tokenizer that the run trains, the plan knows an upper bound. So may the number
+    of classes of a teacher whose hidden states alone are read: it keeps its own head.
 
+    Args:
+        logits: its logits are read.
     Raises:
         DataError: with both shapes.
     """
-    if replace(planned, vocabulary=loaded.vocabulary) != loaded:
+    expected = replace(planned, vocabulary=loaded.vocabulary)
+    if not logits:
+        expected = replace(expected, num_labels=loaded.num_labels)
+    if expected != loaded:
         raise DataError(
             "the model's configuration changed since the run was planned",
             where=where,

@@ -29,11 +29,11 @@ from mtkd.errors import UserError
 from mtkd.evaluate.report import is_current, write_report
 from mtkd.models.load import quiet
 from mtkd.planning.checks import check
-from mtkd.planning.data import DataReader
+from mtkd.planning.data import DataFacts, DataReader
 from mtkd.planning.exports import check_finished, manifests, open_export
 from mtkd.planning.labels import with_teachers_classes
 from mtkd.planning.places import in_file, placed
-from mtkd.planning.plan import resolve, specify
+from mtkd.planning.plan import resolve, specify, specs_of
 from mtkd.planning.spec import StageSpec
 from mtkd.planning.stages import changed_stages, to_redo
 from mtkd.running.agreement import agree, agree_on_precision, agree_on_run, check_shared
@@ -127,36 +127,33 @@ def _specify(config: RunConfig, reader: DataReader, dist: Dist, again: Sequence[
     """The specs of all stages; none where all are done and none is redone. A collective.
 
     A mistake in the last stage must show before the first one runs, and before a stage to redo is set aside. The main
-    rank goes first, so that a mistake is printed once; the others then plan at the same time.
+    rank goes first and checks every row of the data; the others then make the same specs from its facts. Specs are not
+    sent: they hold functions of plug-ins.
 
     Args:
         again: the stages that are to be redone.
     """
+    specs: Mapping[str, StageSpec] = {}
 
-    def on_this_rank() -> Mapping[str, StageSpec]:
+    def first() -> dict[str, DataFacts] | None:
+        nonlocal specs
+        folder = RunDir(Path(config.output) / config.name)
+        stages = [folder.stage(number, name) for number, name in enumerate(config.stages, 1)]
+        if not again and folder.config_file.is_file() and all(stage.done() for stage in stages):
+            return None
         run = specify(config, reader)
         if run.missing:
             raise UserError(
                 "models or data of this run are not here", where="stages", found="\n           ".join(run.missing)
             )
-        return run.stages
+        specs = run.stages
+        return reader.known()
 
-    def to_do() -> bool:
-        folder = RunDir(Path(config.output) / config.name)
-        stages = [folder.stage(number, name) for number, name in enumerate(config.stages, 1)]
-        return bool(again) or not folder.config_file.is_file() or not all(stage.done() for stage in stages)
-
-    specs: Mapping[str, StageSpec] = {}
-
-    def first() -> bool:
-        nonlocal specs
-        if work := to_do():
-            specs = on_this_rank()
-        return work
-
-    if not on_main(dist, first):
+    facts = on_main(dist, first)
+    if facts is None:
         return {}
-    return together(dist, lambda: specs if dist.is_main else on_this_rank(), _planned_otherwise)
+    reader.adopt(facts)
+    return together(dist, lambda: specs if dist.is_main else specs_of(config, reader), _planned_otherwise)
 
 
 def _planned_otherwise(message: str) -> UserError:

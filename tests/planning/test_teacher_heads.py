@@ -110,10 +110,12 @@ def test_everything_that_reads_predictions_needs_a_head(folder: Path, reads: dic
     refused(mtkd.load_config(folder / "run.yaml"), "no trained head")
 
 
-def test_a_hidden_teacher_without_a_head_is_run(folder: Path) -> None:
-    """A plain encoder may be matched inside; the student learns the classes from the labels."""
+@pytest.mark.parametrize("names", [(), ("a", "b", "c"), ("only",)])
+def test_a_teacher_of_hidden_states_may_have_any_head(folder: Path, names: tuple[str, ...]) -> None:
+    """None, other classes than the data's, a regression: rows on its hidden states read none of it."""
     label = {"feature": "logits", "loss": "ce", "target": "labels"}
-    result = mtkd.run(config(folder, [save(folder, BertModel)], match=[*HIDDEN, label]))
+    kind = BertForSequenceClassification if names else BertModel
+    result = mtkd.run(config(folder, [save(folder, kind, names)], match=[*HIDDEN, label]))
     assert set(result.results["models"]) == {"student"}
 
 
