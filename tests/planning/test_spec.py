@@ -89,6 +89,8 @@ def test_another_model_than_the_plan_saw_is_refused() -> None:
         return model_info(LlamaConfig(**shape), CAUSAL_LM)
 
     _check_planned(info(), info(), "here", logits=True)
-    _check_planned(info(vocab_size=50), info(), "here", logits=True)  # a trained tokenizer may have fewer ids than planned
+    _check_planned(
+        info(vocab_size=50), info(), "here", logits=True
+    )  # a trained tokenizer may have fewer ids than planned
     with pytest.raises(DataError, match="changed since the run was planned"):
         _check_planned(info(), info(num_hidden_layers=3), "here", logits=True)
