@@ -239,6 +239,24 @@ class SparseLogits:
         return self
 
 
+@dataclass
+class NoLogits:
+    """Stands for the logits of a teacher that gives none. The plan refuses what reads them, so rows are empty."""
+
+    @property
+    def num_columns(self) -> int:
+        return 0
+
+    def rows(self, index: Tensor) -> Tensor:
+        return torch.empty(len(index), 0, device=index.device)  # [n,0]
+
+    def select(self, columns: Tensor) -> NoLogits:
+        return self
+
+    def in_dtype(self, dtype: torch.dtype) -> NoLogits:
+        return self
+
+
 Features = dict[str, Tensor | Logits]
 
 

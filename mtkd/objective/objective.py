@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mtkd.data.batch import Batch
 from mtkd.engine.base import Trainable
 from mtkd.engine.jsonlines import ROW
-from mtkd.models.features import Features, HeadLogits, Logits, as_logits
+from mtkd.models.features import Features, HeadLogits, Logits, NoLogits, as_logits
 from mtkd.models.forward import LOGITS, features_of
 from mtkd.models.pieces import EVERY_PIECE, Pieces
 from mtkd.models.taps import TappedModel
@@ -67,9 +67,10 @@ class Objective(Trainable):
     def models(self) -> dict[str, TappedModel]:
         return {"student": self.student}
 
-    def teacher_wants(self, k: int) -> frozenset[str]:
-        """Feature keys asked of teacher k. Its logits are always among them: they cost nothing until they are read."""
-        return LOGITS.union(*(row.teacher_wants(k) for row in self.rows))
+    def teacher_wants(self, k: int, *, has_logits: bool = True) -> frozenset[str]:
+        """Feature keys asked of teacher k. Its logits are among them where it has any: unread they cost nothing."""
+        always = LOGITS if has_logits else frozenset()
+        return always.union(*(row.teacher_wants(k) for row in self.rows))
 
     def outside_parameters(self) -> list[nn.Parameter]:
         return [*super().outside_parameters(), *self.weighting.parameters()]
@@ -136,7 +137,7 @@ class Objective(Trainable):
 
     def teacher_logits(self, teachers: Sequence[Features]) -> list[Logits]:
         """The teachers' logits over the student's columns, cast once for the weights and the rows together."""
-        logits = [as_logits(teacher["logits"]) for teacher in teachers]
+        logits = [as_logits(teacher["logits"]) if "logits" in teacher else NoLogits() for teacher in teachers]
         vocabulary = self.student.vocabulary
         # Columns before the softmax: a compressed student is compared with the teacher's distribution over its own ids.
         if vocabulary is not None and self.token_level:

@@ -343,7 +343,7 @@ def _teacher(gives: Gives) -> TappedModel | Gives:
 
 def _features(step: Step, k: int, teacher: TappedModel | Gives, objective: Trainable, batch: Batch) -> Features:
     assert isinstance(objective, Objective)
-    wants = objective.teacher_wants(k)
+    wants = objective.teacher_wants(k, has_logits="logits" in teacher.info.taps)
     if not isinstance(teacher, TappedModel):
         assert isinstance(teacher, CacheFacts | PluggedFacts)
         return teacher.stand_in(wants, batch)

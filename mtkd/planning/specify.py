@@ -28,7 +28,7 @@ from mtkd.planning.ladder import Look
 from mtkd.planning.models import PlannedModels
 from mtkd.planning.spec import DataSpec, ModelSpec, StageSpec, TeacherSpec
 from mtkd.planning.stages import model_name, never_trained, stage_seed
-from mtkd.planning.teachers import TeacherOutlook
+from mtkd.planning.teachers import TeacherOutlook, check_predictions
 from mtkd.planning.teaching import heads_read
 from mtkd.pool import BACKENDS
 from mtkd.pool.backends import check_room
@@ -74,6 +74,7 @@ class Specifier:
             check_cacheable(stage, spec.data.config, spec.where)
         spec = replace(spec, trained=self._trained(spec))
         spec = replace(spec, teachers=tuple(self._teacher(spec, i, t) for i, t in enumerate(stage.teachers)))
+        check_predictions(spec)
         spec = self._with_caches(spec) if stage.kind == "cache" else self._with_rows(spec)
         sizes, place = [teacher.size for teacher in spec.teachers], Place(device_of(self.config.engine) == "cuda")
         check_room(sizes, place, self.config.folder, f"{spec.where}.teachers")

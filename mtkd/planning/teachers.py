@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mtkd.config import RunConfig, TeacherConfig
+from mtkd.data.batch import STUDENT
 from mtkd.errors import UserError
 from mtkd.models.folder import check_folder
 from mtkd.models.formats import format_of
@@ -39,6 +40,9 @@ def check_teachers(config: RunConfig) -> None:
     """
     for place, teacher in _teachers(config).items():
         BACKENDS.find(teacher.backend, f"{place}.backend").check(teacher, place)
+    for name, stage in config.stages.items():
+        for i, teacher in enumerate(stage.teachers):
+            _check_view(config, name, teacher, f"stages.{name}.teachers[{i}]")
 
 
 def _teachers(config: RunConfig) -> dict[str, TeacherConfig]:
@@ -47,6 +51,44 @@ def _teachers(config: RunConfig) -> dict[str, TeacherConfig]:
     if config.chain is not None:
         places["chain.teachers"] = config.chain.teachers
     return {f"{place}[{i}]": teacher for place, teachers in places.items() for i, teacher in enumerate(teachers)}
+
+
+def check_predictions(spec: StageSpec) -> None:
+    """Refuse a teacher without logits in a stage whose rows, weighting, cache or ensemble reads them.
+
+    Raises:
+        UserError: naming the teacher.
+    """
+    for teacher in spec.teachers:
+        if "logits" in spec.heads and "logits" not in teacher.info.taps:
+            raise UserError(
+                f"teacher '{teacher.name}' gives no logits, and a row, the weighting, the cache or the score of the "
+                "ensemble reads them",
+                where=teacher.place,
+                found=f"it gives {', '.join(sorted(teacher.info.taps))}",
+                todo="take another teacher, or compare its hidden states alone",
+            )
+
+
+def _check_view(config: RunConfig, name: str, teacher: TeacherConfig, place: str) -> None:
+    """Refuse a teacher that reads a view where no transform can have written it."""
+    view, stage = BACKENDS[teacher.backend].view_of(teacher), config.stages[name]
+    if view == STUDENT:
+        return
+    if not stage.transforms:
+        raise UserError(
+            f"teacher '{teacher.name}' reads the view '{view}', which only a transform of the stage can add",
+            where=place,
+            found=f"a {stage.kind} stage without transforms",
+            todo=f"name a transform that adds '{view}' under stages.{name}.transforms of a stage that trains",
+        )
+    if name in config.evaluate.ensembles:
+        raise UserError(
+            f"teacher '{teacher.name}' reads the view '{view}', which the batches of a score do not have",
+            where="evaluate.ensembles",
+            found=name,
+            todo="leave the stage out here",
+        )
 
 
 @dataclass(frozen=True)

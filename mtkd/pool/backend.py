@@ -15,6 +15,7 @@ import torch
 
 from mtkd.config import TeacherConfig
 from mtkd.config.read import fingerprint
+from mtkd.data.batch import STUDENT
 from mtkd.engine.dist import Dist
 from mtkd.models.info import ModelInfo
 from mtkd.models.numbers import Numbers
@@ -187,6 +188,10 @@ class Backend:
     def memory(self, teachers: Sequence[TeacherSize], place: Place) -> Share:
         """What the weights of a stage's teachers of this backend take; there is at least one."""
         return Share()
+
+    def view_of(self, teacher: TeacherConfig) -> str:
+        """The key of `Batch.views` that it reads; `STUDENT` for the run's text."""
+        return STUDENT
 
     def origin(self, teacher: TeacherConfig) -> str:
         """Where its answers come from, as the plan shows it; "" for its model."""

@@ -6,7 +6,7 @@
         def forward(self, batch, wants): return {"logits": ...}  # [B,L,V], or [B,C] in the order of the classes
 
 The constructor's parameters are the options of the YAML; one called `facts` receives the `TeacherFacts`. `ahead(batch)`
-and `close()` are called where the class has them; `view` names the one of `Batch.views` that it reads.
+and `close()` are called where the class has them.
 """
 
 from __future__ import annotations
@@ -83,17 +83,20 @@ class PluggedTeacher:
     """An object of a plug-in's class in the place of a model.
 
     Args:
-        own: has `forward`, and may have `ahead`, `close` and `view`.
+        own: has `forward`, and may have `ahead` and `close`.
         facts: that its constructor had.
         info: shape of what it gives.
         num_parameters: that it says to have.
+        view: the one of `Batch.views` that it reads.
+        where: its place in the configuration.
     """
 
-    def __init__(self, own: Any, facts: TeacherFacts, info: ModelInfo, num_parameters: int) -> None:
+    def __init__(
+        self, own: Any, facts: TeacherFacts, info: ModelInfo, num_parameters: int, *, view: str, where: str
+    ) -> None:
         self.name, self.info, self.num_parameters = facts.name, info, num_parameters
-        self.view: str = getattr(own, "view", STUDENT)
         self.num_columns, self.embedding_table = facts.columns, None
-        self.own, self._facts = own, facts
+        self.own, self.view, self._where = own, view, where
 
     def provides(self) -> frozenset[str]:
         return self.info.taps
@@ -130,7 +133,7 @@ class PluggedTeacher:
             actual = "nothing" if values is None else list(values.shape) if isinstance(values, Tensor) else type(values)
             raise UserError(
                 f"teacher '{self.name}' gives '{key}' in another shape than the batch asks for",
-                where="@stage.teachers",
+                where=self._where,
                 found=actual,
                 allowed=shape,
                 todo=f"forward returns {{'{key}': a tensor of this shape}}",
@@ -159,6 +162,7 @@ class Own(Backend):
         layers, width: of its hidden states, where it gives any.
         parameters: float32 numbers that it keeps in memory, for the plan.
         needs_model: the configuration must name a model.
+        view: the one of `Batch.views` that it reads; `STUDENT` for the run's text.
     """
 
     name: str
@@ -168,6 +172,7 @@ class Own(Backend):
     width: int = 0
     parameters: int = 0
     needs_model: bool = False
+    view: str = STUDENT
 
     def __post_init__(self) -> None:
         where, unknown = f"decorator of '{self.name}'", sorted(self.gives - set(GIVES))
@@ -212,8 +217,18 @@ class Own(Backend):
             raise
         except ValueError as error:
             raise UserError(str(error), where=f"{where}.options") from error
+        if (view := getattr(own, "view", self.view)) != self.view:
+            raise UserError(
+                f"teacher '{self.name}' says in its class which view it reads",
+                where=where,
+                found=view,
+                todo=f"say it in the decorator: @mtkd.teacher('{self.name}', view='{view}')",
+            )
         info = self.info(facts.columns, max_positions, token_level=facts.token_level)
-        return PluggedTeacher(own, facts, info, self.parameters)
+        return PluggedTeacher(own, facts, info, self.parameters, view=self.view, where=where)
+
+    def view_of(self, teacher: TeacherConfig) -> str:
+        return self.view
 
     def check(self, teacher: TeacherConfig, where: str) -> None:
         assert isinstance(teacher, OwnTeacher)
@@ -264,11 +279,13 @@ def teacher(
     width: int = 0,
     parameters: int = 0,
     needs_model: bool = False,
+    view: str = STUDENT,
 ) -> Callable[[Decorated], Decorated]:
     """Register a class as a teacher backend under `name`; see `Own` for the rest."""
 
     def decorate(cls: Decorated) -> Decorated:
-        BACKENDS.add(name, Own(name, cls, frozenset(gives), layers, width, parameters, needs_model))  # type: ignore[arg-type]
+        own = Own(name, cls, frozenset(gives), layers, width, parameters, needs_model, view)  # type: ignore[arg-type]
+        BACKENDS.add(name, own)
         return cls
 
     return decorate

@@ -146,7 +146,7 @@ def _distillation(context: RunContext, spec: StageSpec, data: LoadedData) -> tup
     weighting = make_weighting(stage.weighting, facts, f"{spec.where}.weighting")
     how = Wiring(stage.per, spec.token_level, tile_of(context, [student, *teachers]), context.dtype, spec.seed)
     objective = wire(student, {teacher.name: teacher.info for teacher in teachers}, spec.rows, weighting, how)
-    wants = [objective.teacher_wants(k) for k in range(len(teachers))]
+    wants = [objective.teacher_wants(k, has_logits="logits" in t.info.taps) for k, t in enumerate(teachers)]
     return objective, TeacherPool(teachers, wants, context.config.engine.prefetch)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from mtkd.config import BatchConfig
-from mtkd.data.batch import Batch
+from mtkd.data.batch import STUDENT, Batch
 from mtkd.data.load import LoadedData
 from mtkd.data.progress import say
 from mtkd.data.sampler import length_batches, slots
@@ -45,11 +45,13 @@ def warn_below_chance(
     chosen = labelled[np.unique(np.linspace(0, len(labelled) - 1, min(_TEXTS, len(labelled))).astype(int))]
     shares: dict[str, float] = {}
     for place, teacher in teachers.items():
+        if teacher.view != STUDENT:
+            continue  # a transform writes its text, and these batches come from the split
         right = count = 0.0
         for some in _batches(data, chosen, batch, dist):
             on_device = some.to(device)
             index = on_device.target_mask.nonzero().squeeze(-1)
-            logits = as_logits(teacher.forward(on_device.read_by(teacher.view), LOGITS)["logits"]).rows(index)
+            logits = as_logits(teacher.forward(on_device, LOGITS)["logits"]).rows(index)
             right += float((logits.argmax(-1) == on_device.targets[index]).sum())
             count += len(index)
             alive()

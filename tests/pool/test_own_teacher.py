@@ -336,6 +336,108 @@ def test_what_cannot_be_is_refused_by_the_plan(what: str, tmp_path: Path) -> Non
         assert text in str(caught.value), caught.value
 
 
+MORE = """
+from dataclasses import replace
+import torch
+import mtkd
+
+@mtkd.teacher("states", gives=("hidden",), layers=2, width=8)
+class States:
+    def __init__(self, facts): pass
+    def forward(self, batch, wants):
+        return {key: batch.input_ids[..., None].expand(-1, -1, 8) / 100 for key in wants}  # [B,L,8]
+
+@mtkd.teacher("reader", view="other")
+class Reader:
+    def __init__(self, facts): self.columns, self.token_level = facts.columns, facts.token_level
+    def forward(self, batch, wants):
+        student = batch.view().input_ids
+        assert batch.input_ids is batch.views["other"].input_ids
+        shape = student.shape if self.token_level else student.shape[:1]
+        return {"logits": torch.zeros(*shape, self.columns)}
+
+@mtkd.transform("copies")
+def copies(batches, facts):
+    return [replace(b, views={"other": mtkd.View(b.input_ids.clone(), b.attention_mask)}) for b in batches]
+"""
+
+
+def more_run(folder: Path, stages: dict[str, Any], evaluate: dict[str, Any] | None = None) -> Path:
+    """The tiny run with some changes to its stages, and the teachers of MORE."""
+    file = token_run(folder)
+    (folder / "more.py").write_text(MORE)
+    values = yaml.safe_load(file.read_text())
+    values["plugins"] = ["cycle.py", "more.py"]
+    values["stages"]["student"] |= stages.pop("student", {})
+    values["stages"] |= stages
+    values["evaluate"] = evaluate or {}
+    file.write_text(yaml.safe_dump(values, sort_keys=False))
+    return file
+
+
+HIDDEN_ROWS = [
+    {"feature": "hidden", "loss": "mse", "student_layer": 1, "teacher_layer": 1},
+    {"feature": "logits", "loss": "ce", "target": "labels"},
+]
+
+
+def test_a_teacher_of_hidden_states_alone_teaches(tmp_path: Path) -> None:
+    """Law: where nothing reads logits, a teacher without any is planned, counted and run."""
+    student = {"teachers": [{"backend": "states"}], "match": HIDDEN_ROWS, "method": None}
+    file = more_run(tmp_path, {"student": student}, {"comparisons": [], "ensembles": []})
+    mtkd.plan(load_config(file), memory=True)
+    mtkd.run(load_config(file))
+    assert rows_of(tmp_path, "row/0:hidden:mse")
+
+
+CANNOT: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
+    "an ensemble without logits": (
+        {"student": {"teachers": [{"backend": "states"}], "match": HIDDEN_ROWS, "method": None}},
+        {"ensembles": ["student"]},
+        ("stages.student.teachers[0]: teacher 'states' gives no logits",),
+    ),
+    "a cache without logits": (
+        {"kept": {"kind": "cache", "teachers": [{"backend": "states"}], "cache": {"hidden": ["hidden.1"]}}},
+        {},
+        ("stages.kept.teachers[0]: teacher 'states' gives no logits",),
+    ),
+    "a view without transforms": (
+        {"student": {"teachers": [{"backend": "reader"}]}},
+        {"ensembles": []},
+        ("stages.student.teachers[0]: teacher 'reader' reads the view 'other'", "stages.student.transforms"),
+    ),
+    "a cache of a view": (
+        {"kept": {"kind": "cache", "teachers": [{"backend": "reader"}]}},
+        {},
+        ("stages.kept.teachers[0]: teacher 'reader' reads the view 'other'", "a cache stage"),
+    ),
+    "a view in an ensemble": (
+        {"student": {"teachers": [{"backend": "reader"}], "transforms": ["copies"]}},
+        {"ensembles": ["student"]},
+        ("evaluate.ensembles: teacher 'reader' reads the view 'other'",),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CANNOT)
+def test_a_stage_that_cannot_serve_the_teacher_is_refused_by_the_plan(what: str, tmp_path: Path) -> None:
+    """Law: the plan knows what the decorator says of features and views, and names the place."""
+    stages, evaluate, texts = CANNOT[what]
+    file = more_run(tmp_path, json.loads(json.dumps(stages)), {"comparisons": [], **evaluate})
+    with pytest.raises(UserError) as caught:
+        mtkd.plan(load_config(file))
+    for text in texts:
+        assert text in str(caught.value), caught.value
+
+
+def test_a_teacher_with_a_view_teaches_where_a_transform_writes_it(tmp_path: Path) -> None:
+    """Law: the stage runs to its end; the test of classes before it does not ask this teacher."""
+    student = {"teachers": [{"backend": "reader"}], "transforms": ["copies"]}
+    file = more_run(tmp_path, {"student": student}, {"comparisons": [], "ensembles": []})
+    mtkd.run(load_config(file))
+    assert rows_of(tmp_path, "loss")
+
+
 def test_a_wrong_shape_is_told_with_the_teacher(tmp_path: Path) -> None:
     """Law: logits of the wrong width are the plug-in author's to fix: exit 2, teacher and both shapes."""
     file = token_run(tmp_path, teachers=[{"backend": "cycle"}])
