@@ -201,14 +201,19 @@ class Backend:
         """What the plan says of a cache stage with batches of so many tokens; "" for nothing."""
         return ""
 
-    def source(self, teacher: TeacherConfig, model: Callable[[], str], cache: Callable[[], str]) -> str:
-        """Digest of what the configuration names under `model`: of weights, or of the folder of a cache."""
+    def source(self, teacher: TeacherConfig, model: Callable[[], str], cache: Callable[[], str], base: Path) -> str:
+        """Digest of what the configuration names: under `model` weights or the folder of a cache, in options files.
+
+        Args: base: that relative paths of the configuration start from.
+        """
         return model()
 
-    def digest(self, teacher: TeacherConfig, model: str, code: Callable[[Collection[str]], Mapping[str, str]]) -> str:
+    def digest(
+        self, teacher: TeacherConfig, model: str, code: Callable[[Collection[str]], Mapping[str, str]], base: Path
+    ) -> str:
         """What identifies the teacher's predictions: its weights, and what its outputs stand for if the user says it.
 
-        Args: model: digest of its model. code: origins of plug-ins -> digests of their code.
+        Args: model: digest of its model. code: origins of plug-ins -> digests of their code. base: as for `source`.
         """
         return model if teacher.classes is None else fingerprint([model, teacher.classes])
 

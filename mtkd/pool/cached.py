@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from mtkd.config import TeacherConfig
@@ -63,7 +64,7 @@ class Cached(Backend):
     def origin(self, teacher: TeacherConfig) -> str:
         return f"cache {teacher.model.path}"
 
-    def source(self, teacher: TeacherConfig, model: Callable[[], str], cache: Callable[[], str]) -> str:
+    def source(self, teacher: TeacherConfig, model: Callable[[], str], cache: Callable[[], str], base: Path) -> str:
         return cache() if teacher.model.stage is None else model()
 
     def open(self, teacher: TeacherConfig, stock: Stock) -> CachedTeacher:

@@ -18,7 +18,7 @@ from mtkd.data.tokenizers import num_real_ids, train_tokenizer
 from mtkd.errors import LawBroken, UserError
 from mtkd.models.features import LAYERED
 from mtkd.pool.backend import BACKENDS
-from mtkd.pool.own import Own, PluggedTeacher, TeacherFacts
+from mtkd.pool.own import BatchChanged, Own, PluggedTeacher, TeacherFacts
 
 TOLERANCE = 1e-4
 """Relative, of float32: for another shape of batch other kernels sum some hundred products in another order."""
@@ -88,7 +88,11 @@ class _Case:
 
     def answer(self, batch: Batch, wants: frozenset[str] | None = None) -> dict[str, Tensor]:
         """What a fresh teacher says, at real tokens: [n,V], or [B,C]."""
-        return self.at_tokens(self.fresh().answers(batch, self.wants if wants is None else wants), batch)
+        try:
+            features = self.fresh().answers(batch, self.wants if wants is None else wants)
+        except BatchChanged as error:
+            raise LawBroken("untouched", self.spec.name, f"it changes the batch's {error.found}") from error
+        return self.at_tokens(features, batch)
 
     def at_tokens(self, features: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         """Features at real tokens; padding may have any."""

@@ -12,8 +12,9 @@ and `close()` are called where the class has them.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from mtkd.config import OwnTeacher, TeacherConfig
 from mtkd.config.read import fingerprint
-from mtkd.data.batch import STUDENT, Batch
+from mtkd.data.batch import STUDENT, Batch, View
 from mtkd.errors import UserError
 from mtkd.models.features import Features, split_key
 from mtkd.models.info import ModelInfo
@@ -30,6 +31,7 @@ from mtkd.models.numbers import FLOAT, Numbers
 from mtkd.pool.backend import BACKENDS, Backend, Gives, Outlook, Stock
 from mtkd.pool.base import Teacher
 from mtkd.pool.cache.made_of import plugged_values
+from mtkd.pool.named import named_files
 from mtkd.pool.sizes import Place, Share, TeacherSize
 from mtkd.registry import Decorated, check_options
 
@@ -79,6 +81,10 @@ class PluggedFacts:
         return {key: torch.zeros(_shape(key, batch, self.info)) for key in wants}
 
 
+class BatchChanged(UserError):
+    """A teacher wrote into the batch."""
+
+
 class PluggedTeacher:
     """An object of a plug-in's class in the place of a model.
 
@@ -103,16 +109,27 @@ class PluggedTeacher:
 
     def ahead(self, batch: Batch) -> None:
         if hasattr(self.own, "ahead"):
-            self.own.ahead(batch)
+            with self._unchanged(batch):
+                self.own.ahead(batch)
 
     def answers(self, batch: Batch, wants: frozenset[str]) -> dict[str, Tensor]:
         """The wanted features, detached, in float32.
 
         Raises:
             UserError: a feature that is missing or has another shape.
+            BatchChanged: it wrote into the batch.
         """
-        with torch.no_grad():
-            answer = self.own.forward(batch, wants)
+        with torch.no_grad(), self._unchanged(batch):
+            try:
+                answer = self.own.forward(batch, wants)
+            except (TypeError, AttributeError) as error:
+                if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
+                    raise  # from inside of it, where a traceback has its line
+                raise UserError(
+                    f"forward of the plug-in's teacher '{self.name}' cannot be called: {error}",
+                    where=self._where,
+                    todo="give the class forward(self, batch, wants)",
+                ) from error
         return {key: self._checked(key, answer, batch) for key in sorted(wants)}
 
     def forward(self, batch: Batch, wants: frozenset[str]) -> Features:
@@ -125,6 +142,22 @@ class PluggedTeacher:
     def close(self) -> None:
         if hasattr(self.own, "close"):
             self.own.close()
+
+    @contextmanager
+    def _unchanged(self, batch: Batch) -> Iterator[None]:
+        """Refuse a call that writes into the batch: other teachers and the student read it too."""
+        before = _tensors(batch)
+        versions = {name: tensor._version for name, tensor in before.items()}
+        yield
+        after = _tensors(batch)
+        for name, tensor in before.items():
+            if after.get(name) is not tensor or tensor._version != versions[name]:
+                raise BatchChanged(
+                    f"teacher '{self.name}' changes the batch, which other teachers and the student read",
+                    where=self._where,
+                    found=name,
+                    todo="write into a copy: batch.input_ids.clone()",
+                )
 
     def _checked(self, key: str, answer: Any, batch: Batch) -> Tensor:
         values = answer.get(key) if isinstance(answer, Mapping) else None
@@ -139,6 +172,13 @@ class PluggedTeacher:
                 todo=f"forward returns {{'{key}': a tensor of this shape}}",
             )
         return values.detach().to(batch.input_ids.device, torch.float32)
+
+
+def _tensors(batch: Batch) -> dict[str, Tensor]:
+    """Every tensor of a batch and its views, by name."""
+    parts: dict[str, Batch | View] = {"": batch, **{f"views[{name!r}].": view for name, view in batch.views.items()}}
+    found = {f"{part}{f.name}": getattr(each, f.name) for part, each in parts.items() for f in fields(each)}
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
 def _shape(key: str, batch: Batch, info: ModelInfo) -> list[int]:
@@ -180,6 +220,24 @@ class Own(Backend):
             raise UserError("a teacher gives features", where=where, found=unknown, allowed=GIVES)
         if self.gives & {"hidden", "cls", "embedding"} and not self.width:
             raise UserError("hidden states have a width", where=where, found="width=0")
+        self._check_forward(where)
+
+    def _check_forward(self, where: str) -> None:
+        """Refuse a class whose objects cannot be asked `forward(batch, wants)`."""
+        forward = getattr(self.cls, "forward", None)
+        bound = isinstance(inspect.getattr_static(self.cls, "forward", None), staticmethod | classmethod)
+        try:
+            if not callable(forward):
+                raise TypeError("it has none")
+            inspect.signature(forward).bind(*([None] * (2 if bound else 3)))
+        except TypeError as error:
+            raise UserError(
+                "a teacher is a class with forward(self, batch, wants)",
+                where=where,
+                found=f"{self.cls.__name__}: {error}",
+            ) from error
+        except ValueError:
+            pass  # compiled code that does not tell its parameters
 
     def options(self) -> dict[str, inspect.Parameter]:
         """The parameters of its constructor that a stage may set."""
@@ -248,12 +306,22 @@ class Own(Backend):
         whole = sum(t.weights for t in teachers)
         return Share(whole, whole, built=whole)
 
-    def source(self, teacher: TeacherConfig, model: Callable[[], str], cache: Callable[[], str]) -> str:
-        return "plug-in" if teacher.model.path is None else model()
+    def source(self, teacher: TeacherConfig, model: Callable[[], str], cache: Callable[[], str], base: Path) -> str:
+        source = "plug-in" if teacher.model.path is None else model()
+        return "; ".join([source, *(f"{name} {digest}" for name, digest in self._files(teacher, base).items())])
 
-    def digest(self, teacher: TeacherConfig, model: str, code: Callable[[Collection[str]], Mapping[str, str]]) -> str:
+    def digest(
+        self, teacher: TeacherConfig, model: str, code: Callable[[Collection[str]], Mapping[str, str]], base: Path
+    ) -> str:
         assert isinstance(teacher, OwnTeacher)
-        return fingerprint([model, self.name, teacher.options, dict(code([BACKENDS.origin(self.name)]))])
+        parts = [model, self.name, teacher.options, dict(code([BACKENDS.origin(self.name)]))]
+        files = self._files(teacher, base)
+        return fingerprint([*parts, files] if files else parts)
+
+    def _files(self, teacher: TeacherConfig, base: Path) -> dict[str, str]:
+        """Digests of the files that the options name, from the configuration's folder or the plug-in's."""
+        assert isinstance(teacher, OwnTeacher)
+        return named_files(teacher.options, [base, Path(inspect.getfile(self.cls)).parent])
 
     def open(self, teacher: TeacherConfig, stock: Stock) -> Teacher:
         assert isinstance(teacher, OwnTeacher)

@@ -46,6 +46,7 @@ def stage_identity(context: RunContext, name: str) -> dict[str, Any]:
             teacher,
             partial(_placed_digest, context, teacher.model, where),
             partial(_cache_digest, context, teacher.model, where),
+            config.base,
         )
         models[f"teacher {teacher.name}"] = source
     return identity(
@@ -91,7 +92,7 @@ def teacher_digest(context: RunContext, teacher: TeacherConfig) -> str:
     """
     config = context.config
     code = partial(plugin_code, {path: config.base / path for path in config.plugins})
-    return BACKENDS[teacher.backend].digest(teacher, model_digest(context, teacher.model), code)
+    return BACKENDS[teacher.backend].digest(teacher, model_digest(context, teacher.model), code, config.base)
 
 
 def _placed_digest(context: RunContext, model: ModelConfig, where: str) -> str:

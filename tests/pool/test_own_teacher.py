@@ -438,6 +438,76 @@ def test_a_teacher_with_a_view_teaches_where_a_transform_writes_it(tmp_path: Pat
     assert rows_of(tmp_path, "loss")
 
 
+READS = """
+import json
+from pathlib import Path
+import torch
+import mtkd
+
+@mtkd.teacher("from_file")
+class FromFile:
+    def __init__(self, facts, files: dict = {}):
+        self.columns, self.value = facts.columns, json.loads((Path(__file__).parent / files["table"][0]).read_text())
+    def forward(self, batch, wants):
+        return {"logits": torch.full((*batch.input_ids.shape, self.columns), self.value)}  # [B,L,V]
+"""
+
+
+@pytest.mark.parametrize("kind", ["student", "kept"])
+def test_another_content_of_a_file_in_the_options_is_another_stage(kind: str, tmp_path: Path) -> None:
+    """Law: a finished stage is refused when a file that an option names has other content, at any depth of it."""
+    teachers = [{"backend": "from_file", "options": {"files": {"table": ["values.json"]}}}]
+    stages = (
+        {"kept": {"kind": "cache", "teachers": teachers}} if kind == "kept" else {"student": {"teachers": teachers}}
+    )
+    file = more_run(tmp_path, stages, {"comparisons": []})
+    (tmp_path / "more.py").write_text(READS)
+    (tmp_path / "values.json").write_text("0.5")
+    mtkd.run(load_config(file))
+    mtkd.run(load_config(file))
+    (tmp_path / "values.json").write_text("0.75")
+    with pytest.raises(
+        UserError, match=rf"stages\.{kind}: this stage is finished(.|\n)*teacher from_file': 'plug-in; values.json"
+    ):
+        mtkd.run(load_config(file))
+
+
+class Wanting(Sums):
+    def forward(self, batch: Any) -> dict[str, torch.Tensor]:  # type: ignore[override]
+        return {}
+
+
+class Nothing:
+    forward = None
+
+
+@pytest.mark.parametrize("cls", [Wanting, Nothing, object])
+def test_a_class_that_cannot_be_asked_is_refused_when_it_registers(cls: type) -> None:
+    """Law: forward takes the batch and the wanted features."""
+    with pytest.raises(UserError, match=r"decorator of 'x': a teacher is a class with forward\(self, batch, wants\)"):
+        Own("x", cls, frozenset({"logits"}))
+
+
+def test_an_object_that_hides_its_forward_is_named_with_its_place(tmp_path: Path) -> None:
+    """Law: a call that cannot be made is the plug-in's error, at the teacher."""
+    file = token_run(tmp_path, teachers=[{"backend": "cycle"}])
+    (tmp_path / "cycle.py").write_text(CYCLE.replace("self.rows = sharp", "self.forward, self.rows = None, sharp"))
+    with pytest.raises(UserError, match=r"teachers\[0\]: forward of the plug-in's teacher 'cycle' cannot be called"):
+        mtkd.run(load_config(file))
+
+
+@pytest.mark.parametrize(
+    ("write", "field"),
+    [("batch.input_ids[:] = 5", "input_ids"), ("batch.targets = batch.targets + 0", "targets")],
+)
+def test_a_teacher_that_writes_into_the_batch_ends_the_run(write: str, field: str, tmp_path: Path) -> None:
+    """Law: what the student trains on is what the data says; who changes it is named."""
+    file = token_run(tmp_path, teachers=[{"backend": "cycle"}])
+    (tmp_path / "cycle.py").write_text(CYCLE.replace("        return {", f"        {write}\n        return {{"))
+    with pytest.raises(UserError, match=rf"teachers\[0\]: teacher 'cycle' changes the batch(.|\n)*found: +{field}"):
+        mtkd.run(load_config(file))
+
+
 def test_a_wrong_shape_is_told_with_the_teacher(tmp_path: Path) -> None:
     """Law: logits of the wrong width are the plug-in author's to fix: exit 2, teacher and both shapes."""
     file = token_run(tmp_path, teachers=[{"backend": "cycle"}])
