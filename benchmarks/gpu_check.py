@@ -114,8 +114,9 @@ def numerics(device: str, toy: bool, file: Path) -> int:
     count = Count()
     chosen = ["-k", "kl or llama"] if toy else []
     test = ROOT / "tests" / "test_on_device.py"
-    # -n 0 also where the environment's options ask for several processes: one GPU
-    status = pytest.main([str(test), "-q", "-p", "no:cacheprovider", "--device", device, *chosen], [count])
+    # Libraries that are imported already keep plain assertions: no reason to end.
+    quiet = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    status = pytest.main([str(test), "-q", "-p", "no:cacheprovider", "--device", device, *quiet, *chosen], [count])
     file.write_text(json.dumps({"tests": count.counts, "failed": count.failed}))
     return int(status)
 
