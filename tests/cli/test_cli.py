@@ -280,11 +280,11 @@ def test_public_names_survive_any_import_order():
 def test_mtkd_run_starts_the_launcher_itself(tmp_path):
     """Two processes under ZeRO 2 through the command line; the export is one model, and the exit code the ranks'."""
     file = write_yaml(tmp_path, engine={"kind": "deepspeed", "processes": 2, "zero_stage": 2})
-    code, output = processes.run(tmp_path, "run", str(file))
+    code, output = processes.run(tmp_path, "run", str(file), executes=True)  # new interpreters, as for a user
     assert code == 0, output
     results = json.loads((tmp_path / "runs/tiny/results.json").read_text())
     assert set(results["models"]) == {"teacher", "student", "ensemble:student"}
     diverging = ("-o", "name=other", "-o", "stages.teacher.optimizer.lr=1e30")
-    code, output = processes.run(tmp_path, "run", str(file), *diverging, executes=True)
+    code, output = processes.run(tmp_path, "run", str(file), *diverging)
     assert code == 64, output
     assert output.count("is not finite at step") == 1  # of all ranks of the node one speaks
