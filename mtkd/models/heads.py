@@ -77,7 +77,8 @@ def find_heads(config: PretrainedConfig, auto_class: str, folder: Path) -> dict[
     if stored is None:
         return None
     model = meta_model(config, auto_class)
-    lay_out(model)
+    with torch.device("meta"):  # a format may make its numbers with `torch.zeros`
+        lay_out(model)
     return heads_of(model, auto_class, stored)
 
 

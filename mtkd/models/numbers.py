@@ -51,7 +51,8 @@ def numbers_of(config: PretrainedConfig, auto_class: str) -> Numbers:
     """
     model = meta_model(config, auto_class)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    lay_out(model)
+    with torch.device("meta"):  # a format may make its numbers with `torch.zeros`
+        lay_out(model)
     head = model.get_output_embeddings() if auto_class in TOKEN_LEVEL else None
     return Numbers(
         parameters,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_run import write_data, write_yaml
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import mtkd
 from mtkd.config import ModelConfig
 from mtkd.data.tokenizers import train_tokenizer
 from mtkd.errors import DataError, UserError
+from mtkd.models.formats import FORMATS
+from mtkd.models.heads import find_heads
 from mtkd.models.info import CAUSAL_LM
 from mtkd.models.load import build_model, load_config
 from mtkd.models.numbers import numbers_of
@@ -118,6 +121,31 @@ def test_a_plan_counts_what_the_format_says(folder: Path, tmp_path: Path) -> Non
         assert parts[kind]["teachers' weights"] == pytest.approx(weights)
     del parts["whole"]["teachers' weights"], parts["int8"]["teachers' weights"]
     assert parts["whole"] == pytest.approx(parts["int8"])
+
+
+def test_a_format_takes_no_memory_at_plan_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layout that names no device makes nothing off the meta device, in the count and in the names of the head."""
+    models: list[PreTrainedModel] = []
+
+    class Zeros(torch.nn.Module):
+        def __init__(self, layer: torch.nn.Linear) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(layer.weight.shape, dtype=torch.int8), requires_grad=False)
+            self.register_buffer("scale", torch.zeros(layer.out_features, 1))
+
+    def zeros(model: PreTrainedModel, settings: Mapping[str, Any]) -> None:
+        models.append(model)
+        for name, layer in list(model.named_modules()):
+            if type(layer) is torch.nn.Linear:
+                model.set_submodule(name, Zeros(layer))
+
+    monkeypatch.setitem(FORMATS._values, "int8-rows", zeros)
+    config = LlamaConfig.from_pretrained(folder / "int8")
+    numbers_of(config, CAUSAL_LM)
+    find_heads(config, CAUSAL_LM, folder / "int8")
+    assert len(models) == 2
+    for model in models:
+        assert all(value.is_meta for value in (*model.parameters(), *model.buffers()))
 
 
 def test_the_numbers_of_a_format(folder: Path) -> None:
