@@ -36,7 +36,7 @@ def before_step(
     """
     if not isinstance(objective, Objective):
         return ((batch, pool.forward(batch)) for batch in micro_batches)
-    if "gram" not in objective.weighting.reads or len(objective.teacher_names) < 2:
+    if "gram" not in objective.weighting.may_read() or len(objective.teacher_names) < 2:
         objective.begin_step(step)
         return ((batch, pool.forward(batch)) for batch in micro_batches)
     features_of_step = [pool.forward(batch) for batch in micro_batches]

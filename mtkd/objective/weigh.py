@@ -55,7 +55,7 @@ class Weigher:
         pieces: Pieces,
     ) -> None:
         self._weighting, self._names, self._how, self._pieces = weighting, tuple(teachers), how, pieces
-        facts = [FACTS[name] for name in weighting.reads & FACTS.keys()] if teachers else []
+        facts = [FACTS[name] for name in weighting.may_read() & FACTS.keys()] if teachers else []
         keys = {"logits": "logits", "hidden": f"hidden.{num_layers}"}
         self._features = {name: keys[name] for fact in facts for name in fact.student}
         self._beyond_targets = how.token_level and any(
@@ -90,7 +90,7 @@ class Weigher:
             return Weights(torch.zeros(0, len(batch.keys), 1, device=batch.input_ids.device))
         # Facts are detached: no gradient reaches student or teachers through the weights.
         around = self._around(batch, student, counts)
-        traits = Traits(logits, around, self._how.per, self._how.tile, self._pieces, self._weighting.reads)
+        traits = Traits(logits, around, self._how.per, self._how.tile, self._pieces, self._weighting.may_read())
         values = self._weighting(traits)
         if values.shape == (*traits.shape[:2], 1):
             values = values.expand(traits.shape)  # one weight per example is the same at all its tokens

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from mtkd.data.batch import Batch
-from mtkd.weightings.traits import Traits
+from mtkd.weightings.traits import FACTS, TRAITS, Traits
+
+ReadsRule = Callable[[Mapping[str, Any], int], Collection[str]]
+"""``(options, number of teachers) -> names`` of `TRAITS` and `FACTS`, for a weighting that does not always read all.
+
+Options that are left out are absent; of a weighting that Python code makes directly none is known.
+"""
+
+
+def names_of(asks: Collection[str] | ReadsRule, options: Mapping[str, Any], num_teachers: int) -> frozenset[str]:
+    """The names that a declaration gives with these options."""
+    return frozenset(asks(options, num_teachers) if callable(asks) else asks)
 
 
 @dataclass(frozen=True)
@@ -45,14 +57,20 @@ class Weighting(nn.Module):
 
     What it reads is declared in the decorator, `@mtkd.weighting("name", reads=("ce", "pooled"))`: names of traits and
     facts (`mtkd.weightings.facts`). Without that, the plan runs it once on made-up teachers and notes which traits it
-    reads; facts that the stage must prepare are then named in the attribute `reads`.
+    reads; facts that the stage must prepare are then named in the attribute `reads`, or declared by a class that it
+    extends.
 
     Attributes, set by a subclass (or by its constructor, where they depend on options):
-        reads: the names that it may read; the decorator's, where it declares them.
+        reads: the facts that the stage prepares for it; not looked at where the decorator declares what it reads.
         per_token: False: `per: token` is refused, because a weight per token is not defined.
         lr: peak learning rate of its own parameters, on the stage's schedule; None: the optimizer's.
         rewarded: after every optimizer step `judged` and `reward` are called.
         negative: its weights may be negative; set from the decorator's flag of this name.
+
+    Attributes that mtkd sets:
+        declared_reads: `reads` of the decorator of this class, or of the nearest one that it extends.
+        declared_per_token: likewise its `per_token`.
+        served_names: the result of `may_read`; None of an instance that Python code makes directly.
     """
 
     reads: frozenset[str] = frozenset()
@@ -60,6 +78,21 @@ class Weighting(nn.Module):
     lr: float | None = None
     rewarded: bool = False
     negative: bool = False
+    declared_reads: ClassVar[Collection[str] | ReadsRule | None] = None
+    declared_per_token: ClassVar[Callable[[Mapping[str, Any]], bool] | None] = None
+    served_names: frozenset[str] | None = None
+
+    def may_read(self, options: Mapping[str, Any] | None = None) -> frozenset[str]:
+        """The names that training serves.
+
+        Without a declaration of its own these are `reads`, what the classes that it extends declare, and all that
+        costs nothing before the step: a trial may have missed a trait.
+        """
+        if self.served_names is not None:
+            return self.served_names
+        inherited = names_of(type(self).declared_reads or (), options or {}, 2)  # one alone reads no more than two
+        free = {name for name, fact in FACTS.items() if not fact.asked}
+        return frozenset(self.reads) | inherited | TRAITS.keys() | free
 
     def forward(self, traits: Traits) -> Tensor:
         """Weights, [T,B,L], float32, finite, not all 0; non-negative unless declared."""

@@ -71,7 +71,7 @@ class Teachers:
             all_names: serve names that the weighting does not declare, too.
         """
         logits = [DenseLogits(self.logits[k, rows]) for k in order]
-        reads = None if all_names else of.reads
+        reads = None if all_names else of.may_read()
         return Traits(logits, self._around(order, of, rows), self.per, tile=4, reads=reads)
 
     def batch(self, order: tuple[int, ...] = _ORDER, rows: slice = _EVERY) -> Batch:
@@ -168,8 +168,8 @@ def _reads_law(spec: WeightingSpec, make: OptionsOf, case: Teachers) -> None:
     traits = case.traits(_ORDER, module, all_names=True)
     module(traits)
     module.penalty(traits)
-    if more := sorted(traits.names - module.reads):
-        text = f"it reads {', '.join(more)}, which `reads` of its decorator does not name, for {case.what}"
+    if more := sorted(traits.names - module.may_read()):
+        text = f"it reads {', '.join(more)}, which its `reads` does not name, for {case.what}"
         raise LawBroken("reads", spec.name, text)
 
 

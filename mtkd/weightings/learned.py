@@ -73,7 +73,8 @@ class Learned(Weighting):
         self.anchor_share, self.entropy, self.lr = anchor_share, entropy, lr
         self.theta = nn.Parameter(torch.zeros(len(facts.teachers)))
         self.gate: nn.Parameter | None = None
-        if gate == "pooled":
+        if gate == "pooled":  # here too, for a class that extends this one and sets the gate itself
+            self.reads, self.per_token = frozenset({"pooled"}), False
             self.gate = nn.Parameter(torch.zeros(len(facts.teachers), facts.width))
 
     def forward(self, traits: Traits) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -50,7 +50,7 @@ def make_weighting(named: Named, facts: StageFacts, where: str) -> Weighting:
         raise
     except ValueError as error:
         raise UserError(str(error), where=f"{where}.options") from error
-    if unknown := weighting.reads - FACTS.keys() - TRAITS.keys():
+    if unknown := weighting.may_read() - FACTS.keys() - TRAITS.keys():
         raise UserError(
             f"weighting '{named.name}' reads what nothing provides",
             where=where,
@@ -107,9 +107,9 @@ def _tried(asked: _Asked) -> tuple[Reads, Trial | None]:
     reads = asked.spec.reads(asked.named.options, len(asked.teachers))
     if reads is None:
         prepared = {name for name, fact in FACTS.items() if fact.asked}
-        names = (trial.names - prepared if trial else frozenset()) | (weighting.reads & prepared)
+        names = (trial.names - prepared if trial else frozenset()) | (weighting.may_read() & prepared)
         reads = Reads(names, asked.spec.needs_labels, weighting.per_token, declared=False)
-    return reads, trial
+    return replace(reads, per_token=asked.spec.per_token(asked.named.options, weighting)), trial
 
 
 def check_weighting(stage: StageConfig, rows: Sequence[Match], where: str, *, token_level: bool) -> None:
@@ -144,5 +144,10 @@ def check_weighting(stage: StageConfig, rows: Sequence[Match], where: str, *, to
     if trial is None:
         return
     check_faults(trial.faults, name, f"{where}.weighting", negative=spec.negative)
-    if reads.declared and (more := sorted(trial.names - reads.names)):
-        raise undeclared(more[0], reads.names, f"{where}.weighting")
+    if more := sorted(trial.names - reads.names):
+        error = undeclared(more[0], reads.names, f"{where}.weighting")
+        if not reads.declared:  # a decorator's `reads` of these alone would refuse the traits
+            prepared = {*more, *(name for name in reads.names & FACTS.keys() if FACTS[name].asked)}
+            names = ", ".join(map(repr, sorted(prepared)))
+            error.todo = f"name in the class all that the stage prepares: reads = frozenset({{{names}}})"
+        raise error

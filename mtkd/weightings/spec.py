@@ -15,14 +15,11 @@ from typing import Any
 
 from mtkd.errors import UserError
 from mtkd.registry import Decorated, Registry, check_options
+from mtkd.weightings.base import ReadsRule, Weighting, names_of
 from mtkd.weightings.traits import FACTS, TRAITS
 
 GIVEN = ("teachers", "facts")
 """Parameters of a weighting's constructor that mtkd fills in: the teachers' names; the stage's `StageFacts`."""
-
-
-ReadsRule = Callable[[Mapping[str, Any], int], Collection[str]]
-"""``(options, number of teachers) -> names`` of `TRAITS` and `FACTS`, for a weighting that does not always read all."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,8 @@ class WeightingSpec:
         needs_labels: the weights depend on labels.
         negative: a weight may be negative: then a teacher is one to move away from.
         asks: names of `TRAITS` and `FACTS` that it reads, or a rule that gives them; None: not declared.
-        token_rule: ``options -> bool``, whether it can give a weight per token; None: the class's `per_token`.
+        token_rule: ``options -> bool``, whether it can give a weight per token; None: that of the class it extends,
+            else the class's `per_token`.
     """
 
     name: str
@@ -77,9 +75,19 @@ class WeightingSpec:
         """Its `Reads` with these options; None without a declaration: `mtkd.weightings.make` then tries it."""
         if self.asks is None:
             return None
-        names = self.asks(options, num_teachers) if callable(self.asks) else self.asks
-        per_token = self.cls.per_token if self.token_rule is None else self.token_rule(options)  # type: ignore[attr-defined]
-        return Reads(frozenset(names), self.needs_labels, per_token, declared=True)
+        names = names_of(self.asks, options, num_teachers)
+        return Reads(names, self.needs_labels, self.per_token(options), declared=True)
+
+    def per_token(self, options: Mapping[str, Any], weighting: Weighting | None = None) -> bool:
+        """Whether it can give a weight per token.
+
+        Args:
+            weighting: made with these options, where there is one: its constructor may know better.
+        """
+        weighting_class: type[Weighting] = self.cls
+        rule = self.token_rule or weighting_class.declared_per_token
+        by_options = weighting_class.per_token if rule is None else rule(options)
+        return by_options and (weighting is None or weighting.per_token)
 
     def options(self) -> dict[str, inspect.Parameter]:
         """The parameters of its constructor that a stage may set; those of `GIVEN` come from mtkd."""
@@ -110,11 +118,7 @@ class WeightingSpec:
         weighting = self.cls(**named)
         weighting.negative = self.negative
         reads = self.reads(named, num_teachers=2)  # one teacher alone reads no more than two
-        if reads is None:  # every trait is served, because a trial may have missed one
-            free = {name for name, fact in FACTS.items() if not fact.asked}
-            weighting.reads = frozenset(weighting.reads) | TRAITS.keys() | free
-        else:
-            weighting.reads = reads.names
+        weighting.served_names = weighting.may_read(named) if reads is None else reads.names
         return weighting
 
 
@@ -144,6 +148,11 @@ def weighting(
     asks = reads if reads is None or callable(reads) else tuple(reads)
 
     def decorate(cls: Decorated) -> Decorated:
+        # On the class, where a class that extends it and an instance that Python code makes find it.
+        if asks is not None:
+            cls.declared_reads = asks  # type: ignore[attr-defined]
+        if per_token is not None:
+            cls.declared_per_token = per_token  # type: ignore[attr-defined]
         spec = WeightingSpec(name, cls, sums_to_one, needs_labels, negative, asks, per_token)  # type: ignore[arg-type]
         WEIGHTINGS.add(name, spec)
         return cls

@@ -346,5 +346,6 @@ def undeclared(name: str, declared: Collection[str], where: str) -> UserError:
         where=where,
         found=name,
         allowed=sorted(declared) or "nothing",
-        todo=f"add it to the decorator: @mtkd.weighting(..., reads=('{name}', ...))",
+        todo=f"add it to the decorator: @mtkd.weighting(..., reads=('{name}', ...)); where that has no `reads`, "
+        f"add it to the class: reads = frozenset({{'{name}', ...}})",
     )

@@ -25,11 +25,15 @@ from mtkd.data.batch import position_counts
 from mtkd.errors import LawBroken, UserError
 from mtkd.models.features import DenseLogits
 from mtkd.weightings import FACTS, TRAITS, Around, StageFacts, Traits, Weighting
+from mtkd.weightings.correctness import CAMKD
 from mtkd.weightings.laws import check_weighting
+from mtkd.weightings.learned import Learned
+from mtkd.weightings.make import check_weighting as plan_weighting
 from mtkd.weightings.make import make_weighting, stage_reads
 from mtkd.weightings.spec import WEIGHTINGS, Reads, WeightingSpec
 from mtkd.weightings.traits import Fact
 from mtkd.weightings.trial import try_weighting
+from mtkd.weightings.uncertainty import Uncertainty
 
 # What the classes' docstrings say that each reads of two teachers.
 READS: dict[str, set[str]] = {
@@ -122,7 +126,7 @@ def test_a_fact_that_a_stage_prepares_is_refused_unless_it_is_named(name: str) -
         def forward(self, traits: Traits) -> Tensor:
             return traits.read(name)
 
-    allowed = WeightingSpec("mine", Reader)().reads
+    allowed = WeightingSpec("mine", Reader)().may_read()
     assert (name in allowed) == (not FACTS[name].asked)
     traits = Traits([DenseLogits(x) for x in LOGITS], Around(batch_of(TARGETS)), "example", 3, reads=allowed)
     if FACTS[name].asked:
@@ -152,8 +156,112 @@ def test_a_plug_in_without_a_declaration_works_as_before(monkeypatch: pytest.Mon
     assert found == Reads(frozenset({"pooled", "margin"}), labels=False, per_token=False, declared=False)
     assert found.traits == {"margin"}
     assert found.predictions
-    assert spec().reads >= {"pooled", "entropy", "agreement"}
-    assert "gram" not in spec().reads
+    assert spec().may_read() >= {"pooled", "entropy", "agreement"}
+    assert "gram" not in spec().may_read()
+
+
+def stage_of(monkeypatch: pytest.MonkeyPatch, spec: WeightingSpec, per: str = "example", **options: Any) -> StageConfig:
+    """A stage of two teachers and decoders, whose weighting is `spec`."""
+    monkeypatch.setitem(WEIGHTINGS._values, spec.name, spec)
+    student = {"architecture": "gpt2", "layers": 1, "width": 8, "heads": 2}
+    values = {"kind": "distill", "student": student, "teachers": ["a", "b"], "method": "kd", "steps": 1, "per": per}
+    return StageConfig.model_validate({**values, "weighting": {"name": spec.name, "options": options}})
+
+
+class MyUncertainty(Uncertainty):
+    """Adds nothing."""
+
+
+class Gated(Learned):
+    """Takes its gate from the stage."""
+
+
+class AlwaysGated(Learned):
+    """Sets its gate itself."""
+
+    def __init__(self, facts: StageFacts) -> None:
+        super().__init__(facts, gate="pooled")
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "fact"),
+    [(MyUncertainty, {}, "student_uncertainty"), (Gated, {"gate": "pooled"}, "pooled"), (AlwaysGated, {}, "pooled")],
+)
+def test_a_class_without_a_declaration_has_that_of_the_class_it_extends(
+    monkeypatch: pytest.MonkeyPatch, cls: type[Weighting], options: dict[str, Any], fact: str
+) -> None:
+    """The plan knows the facts that the library's class reads, and the first step gets them."""
+    spec = WeightingSpec("mine", cls)
+    stage = stage_of(monkeypatch, spec, **options)
+    plan_weighting(stage, (), "stages.s", token_level=True)
+    assert fact in stage_reads(stage, "stages.s", token_level=True).names
+    objective, pool = make_objective(
+        causal_model(16, 1, 0), [causal_model(16, 1, 1)] * 2, (Match(loss="kl"),), stage.weighting
+    )
+    batch = causal_batch((7, 4))
+    objective(batch, pool.forward(batch), {**position_counts([batch]), **objective.weighting.counts(batch)})
+    if fact == "pooled":
+        by_token = stage_of(monkeypatch, spec, "token", **options)
+        with pytest.raises(UserError, match="one weight per example"):
+            plan_weighting(by_token, (), "stages.s", token_level=True)
+
+
+def test_a_weighting_that_python_makes_may_read_what_its_class_declares() -> None:
+    """Without the registry's construction the class still has the declaration."""
+    facts = StageFacts.stand_in(("a", "b"))
+    assert "student_uncertainty" in Uncertainty(facts).may_read()
+    assert "pooled" in Learned(facts, gate="pooled").may_read()
+    assert "pooled" not in Learned(facts).may_read()
+    assert "ce" in CAMKD().may_read()
+
+
+def test_reads_may_be_a_property() -> None:
+    """A class may work out the facts that it reads."""
+
+    class Mine(Weighting):
+        @property
+        def reads(self) -> frozenset[str]:  # type: ignore[override]
+            return frozenset({"pooled"})
+
+    assert "pooled" in WeightingSpec("mine", Mine)().may_read()
+    assert WeightingSpec("mine", Mine, asks=("ce",))().may_read() == {"ce"}
+
+
+def test_a_fact_that_no_attribute_names_is_refused_at_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The advice names all facts that the stage prepares, in the attribute and not in the decorator."""
+
+    class Mine(Weighting):
+        reads = frozenset({"pooled"})
+
+        def forward(self, traits: Traits) -> Tensor:
+            facts = traits.student_loss.mean() + traits.student_uncertainty.mean() + traits.pooled.mean()
+            return torch.softmax(traits.margin, 0) + 0 * facts
+
+    stage = stage_of(monkeypatch, WeightingSpec("mine", Mine))
+    with pytest.raises(UserError, match="reads 'student_loss' and does not declare it") as caught:
+        plan_weighting(stage, (), "stages.s", token_level=True)
+    assert caught.value.where == "stages.s.weighting"
+    assert "reads = frozenset({'pooled', 'student_loss', 'student_uncertainty'})" in caught.value.todo
+    Mine.reads = frozenset({"pooled", "student_loss", "student_uncertainty"})
+    again = stage_of(monkeypatch, WeightingSpec("mine2", Mine))
+    plan_weighting(again, (), "stages.s", token_level=True)
+
+
+def test_a_constructor_may_rule_out_weights_per_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A declaration of names does not override what an instance says of tokens."""
+
+    class Mine(Weighting):
+        def __init__(self, whole: bool = False) -> None:
+            super().__init__()
+            self.per_token = not whole
+
+        def forward(self, traits: Traits) -> Tensor:
+            return torch.softmax(traits.margin, 0)
+
+    spec = WeightingSpec("mine", Mine, asks=("margin",))
+    plan_weighting(stage_of(monkeypatch, spec, "token"), (), "stages.s", token_level=True)
+    with pytest.raises(UserError, match="one weight per example"):
+        plan_weighting(stage_of(monkeypatch, spec, "token", whole=True), (), "stages.s", token_level=True)
 
 
 def test_an_unknown_name_lists_the_nearest() -> None:
