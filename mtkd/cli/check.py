@@ -28,18 +28,26 @@ from mtkd.weightings.spec import WEIGHTINGS
 
 @dataclass(frozen=True)
 class Kept:
-    """One family of laws that a registered thing keeps; `laws` names them, empty where there are none to keep."""
+    """One family of laws that a registered thing keeps.
+
+    Attributes:
+        laws: their names; empty where there are none to keep, or none were run.
+        skipped: why none were run; "" where they were, or there are none.
+    """
 
     kind: str
     name: str
     family: str
     laws: tuple[str, ...]
+    skipped: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
+        if self.skipped:
+            return f"{self.kind} '{self.name}': loaded; its laws are not run: {self.skipped}"
         if not self.laws:
             return f"{self.kind} '{self.name}': loaded; there are no laws for it"
         return f"{self.kind} '{self.name}': keeps the {self.family} laws ({', '.join(self.laws)})"
@@ -67,15 +75,15 @@ def check_plugin(path: Path) -> Iterator[Kept]:
             yield Kept(registry.kind, name, *kept)
 
 
-Families = Iterator[tuple[str, tuple[str, ...]]]
+Families = Iterator[tuple[str, tuple[str, ...]] | tuple[str, tuple[str, ...], str]]
 
 
 def _names(laws: tuple[Callable[..., None], ...]) -> tuple[str, ...]:
     return tuple(law.__name__.strip("_").removesuffix("_law").replace("_", " ") for law in laws)
 
 
-def _checked(check: Callable[[], None], where: str) -> None:
-    """Run some laws; every error in them becomes one of the plug-in."""
+def _checked(check: Callable[[], None], where: str, how: str = "mtkd.check_loss and the like") -> None:
+    """Run some laws; every error in them becomes one of the plug-in. Args: how: they are run in a test."""
     try:
         check()
     except LawBroken as error:
@@ -83,7 +91,7 @@ def _checked(check: Callable[[], None], where: str) -> None:
             f"breaks the law '{error.law}'",
             where=where,
             found=error.found,
-            todo="laws.py of mtkd says what the law asks; mtkd.check_loss and the like run it in a test of yours",
+            todo=f"laws.py of mtkd says what the law asks; in a test of yours it is run by {how}",
         ) from error
     except UserError:
         raise
@@ -91,7 +99,7 @@ def _checked(check: Callable[[], None], where: str) -> None:
         raise UserError(
             f"cannot be run: {type(error).__name__}: {error}",
             where=where,
-            todo="a traceback: mtkd.check_loss and the like in a test",
+            todo=f"a traceback: {how} in a test",
         ) from error
 
 
@@ -132,8 +140,11 @@ _TEACHER = ModelInfo("stand-in", 12, 64, 4, 4, 16, 100, 0, 64, False, _STUDENT.t
 def _check_teacher(name: str, where: str) -> Families:
     spec = BACKENDS[name]
     assert isinstance(spec, Own)
+    if spec.needs_model:
+        yield "teacher", (), f'it reads a model; in a test: mtkd.check_teacher("{name}", folder=PATH)'
+        return
     _defaults(spec.options(), where, f'mtkd.check_teacher("{name}", {{...}})')
-    _checked(lambda: check_teacher(spec), where)
+    _checked(lambda: check_teacher(spec), where, f'mtkd.check_teacher("{name}")')
     yield "teacher", _names(TEACHER_LAWS)
 
 

@@ -9,6 +9,7 @@ from pydantic import Discriminator, Field, Tag, TypeAdapter, field_validator, mo
 from mtkd.config.base import Config, Name
 from mtkd.config.model import ModelConfig
 from mtkd.config.refs import STAGE_PREFIX
+from mtkd.errors import nearest
 
 Classes = tuple[str | None, ...] | dict[str, str | None]
 """What a classifier's outputs stand for: the data's class per output, or {OUTPUT: class}."""
@@ -70,7 +71,8 @@ class Teacher(Config):
         backend = value.get("backend", RESIDENT)
         others = {key for key in _ONLY if key in value and key not in cls.model_fields}
         if given := [key for key in _ONLY if key in others and value[key] is not None]:
-            raise ValueError(_ONLY[given[0]].format(backend=backend) if cls is not OwnTeacher else _UNREAD[given[0]])
+            own = cls is OwnTeacher
+            raise ValueError(_perhaps(backend) + _UNREAD[given[0]] if own else _ONLY[given[0]].format(backend=backend))
         value = {key: item for key, item in value.items() if key not in others}
         if not value.get("name"):
             model = value.get("model")
@@ -208,7 +210,9 @@ class OwnTeacher(Teacher):
     @model_validator(mode="after")
     def _reads_itself(self) -> OwnTeacher:
         if more := sorted(self.model.model_fields_set - {"path", "revision"}):
-            raise ValueError(f"a teacher of your own reads its model itself; drop model.{more[0]}")
+            raise ValueError(
+                f"{_perhaps(self.backend)}a teacher of your own reads its model itself; drop model.{more[0]}"
+            )
         return self
 
 
@@ -237,6 +241,12 @@ _UNREAD = {
     "sharded": "sharded is for backend: sharded, not for a teacher of your own; drop it",
     "classes": "classes is for models: a teacher of your own answers in the order of the data's classes; drop it",
 }
+
+
+def _perhaps(backend: Any) -> str:
+    """The first part of a message where the name of a built-in backend may be misspelled; "" for any other name."""
+    guess = nearest(backend, BUILT_IN) if isinstance(backend, str) else ""
+    return f"unknown backend '{backend}'; {guess} Or, if a plug-in has it: " if guess else ""
 
 
 def _not_ours(schema: dict[str, Any]) -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 from mtkd.config import RunConfig, TeacherConfig
 from mtkd.data.batch import STUDENT
 from mtkd.errors import UserError
-from mtkd.models.folder import check_folder
+from mtkd.models.folder import check_folder, find_folder
 from mtkd.models.formats import format_of
 from mtkd.models.info import CLASSIFIER
 from mtkd.models.weights import check_weights
 from mtkd.planning.caches import check_same_data
-from mtkd.planning.locate import resolve_path
+from mtkd.planning.locate import missing, resolve_path
 from mtkd.planning.models import PlannedModels
 from mtkd.planning.places import placed
 from mtkd.planning.spec import ModelSpec, StageSpec, with_open_labels
@@ -132,6 +132,13 @@ class TeacherOutlook:
                 check_weights(config, data.auto_class, folder)
         self.models.check_tokenizer(teacher.model, place, data.task, teaches=True)
         return self.models.spec(config, teacher.model, data)
+
+    def find_model(self) -> None:
+        model, base = self.teacher.model, self.config.base
+        if model.path is None or model.stage is not None or missing(model.path, base) is not None:
+            return  # an earlier stage makes it, or the plan lists it as missing
+        with placed(model=f"{self.place}.model", teacher=self.place):
+            find_folder(model.path, model.revision, lambda path: resolve_path(path, base), weights=False)
 
     def cache(self) -> CacheFacts:
         ref, data, where = self.teacher.model.stage, self.spec.data, f"{self.place}.model"

@@ -95,6 +95,10 @@ class Outlook(Protocol):
         """The model that the configuration names, checked against task, tokenizer and backend."""
         ...
 
+    def find_model(self) -> None:
+        """Look for the folder of that model, without its weights."""
+        ...
+
     def cache(self) -> CacheFacts:
         """What is known of the cache that the configuration names, checked against data, tokenizer and precision."""
         ...

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,20 +29,25 @@ _CLASSES = ("negative", "neutral", "positive")
 _VOCABULARY = 300  # ids of the stand-in tokenizer: 256 bytes, special ones, and some merges
 
 
-def check_teacher(teacher: str | Own, options: Mapping[str, Any] | None = None) -> None:
+def check_teacher(teacher: str | Own, options: Mapping[str, Any] | None = None, *, folder: Path | None = None) -> None:
     """Every law of a teacher, for token tasks and for classes.
 
     A constructor that raises a ValueError does not answer for one of the two; it must for the other.
 
+    Args:
+        folder: of the model that it reads, for `TeacherFacts.folder`.
     Raises:
         LawBroken: at the first law that it does not keep.
-        UserError: its constructor refuses both.
+        UserError: its constructor refuses both, or it needs a model and has no folder.
     """
     spec = BACKENDS.find(teacher) if isinstance(teacher, str) else teacher
     assert isinstance(spec, Own), "a built-in backend runs a model"
+    if spec.needs_model and folder is None:
+        where, todo = f"teacher '{spec.name}'", f'mtkd.check_teacher("{spec.name}", folder=PATH)'
+        raise UserError("it reads a model, and there is no folder of one", where=where, todo=todo)
     refused: list[UserError] = []
     for token_level in (True, False):
-        case = _Case(spec, options or {}, token_level)
+        case = _Case(spec, options or {}, token_level, folder)
         try:
             case.fresh()
         except UserError as error:
@@ -60,13 +66,14 @@ class _Case:
     spec: Own
     options: Mapping[str, Any]
     token_level: bool
+    folder: Path | None
 
     def fresh(self) -> PluggedTeacher:
         """A fresh teacher."""
         tokenizer = _tokenizer()
         classes = () if self.token_level else _CLASSES
         columns = num_real_ids(tokenizer) if self.token_level else len(_CLASSES)
-        facts = TeacherFacts("teacher", tokenizer, columns, classes, self.token_level, torch.device("cpu"))
+        facts = TeacherFacts("teacher", tokenizer, columns, classes, self.token_level, torch.device("cpu"), self.folder)
         return self.spec.make(self.options, facts, 64, f"teacher '{self.spec.name}'")
 
     @property

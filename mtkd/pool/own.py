@@ -295,6 +295,7 @@ class Own(Backend):
             raise UserError(f"a '{self.name}' teacher reads a model", where=f"{where}.model", found="nothing")
 
     def describe(self, teacher: TeacherConfig, outlook: Outlook) -> Gives:
+        outlook.find_model()
         asked = outlook.asked
         info = self.info(asked.columns, asked.max_positions, token_level=asked.token_level)
         return PluggedFacts(info, Numbers(self.parameters, FLOAT * self.parameters))

@@ -508,6 +508,62 @@ def test_a_teacher_that_writes_into_the_batch_ends_the_run(write: str, field: st
         mtkd.run(load_config(file))
 
 
+@pytest.mark.parametrize("needs", [False, True])
+def test_a_folder_that_is_not_there_is_refused_by_the_plan(needs: bool, tmp_path: Path) -> None:
+    """Law: no earlier stage trains before the missing model of a plug-in is noticed."""
+    file = token_run(tmp_path, teachers=[{"backend": "cycle", "model": "nowhere/at/all"}])
+    if needs:
+        (tmp_path / "cycle.py").write_text(CYCLE.replace('"cycle")', '"cycle", needs_model=True)'))
+    with pytest.raises(UserError) as caught:
+        mtkd.plan(load_config(file))
+    assert "stages.student.teachers[0].model" in str(caught.value)
+    assert "nowhere/at/all" in str(caught.value)
+
+
+class Numbered(Sums):
+    def of(self, batch: Any) -> torch.Tensor:
+        return super().of(batch) * self.number
+
+    def __init__(self, facts: mtkd.TeacherFacts) -> None:
+        super().__init__(facts)
+        assert facts.folder is not None
+        self.number = float((facts.folder / "number.txt").read_text())
+
+
+def test_the_laws_of_a_teacher_that_reads_a_model(tmp_path: Path) -> None:
+    """Law: `mtkd check` says that it does not run them, and how a test does; with a folder they are run."""
+    (tmp_path / "needs.py").write_text(CYCLE.replace('"cycle")', '"cycle", needs_model=True)'))
+    (line,) = map(str, check_plugin(tmp_path / "needs.py"))
+    assert line.endswith('its laws are not run: it reads a model; in a test: mtkd.check_teacher("cycle", folder=PATH)')
+    (tmp_path / "number.txt").write_text("2")
+    own = Own("numbered", Numbered, frozenset({"logits"}), needs_model=True)
+    mtkd.check_teacher(own, folder=tmp_path)
+    with pytest.raises(UserError, match="it reads a model, and there is no folder"):
+        mtkd.check_teacher(own)
+
+
+MISSPELLED = {
+    "keep_layers": {"backend": "offlod", "model": {"path": "x", "keep_layers": [1]}},
+    "classes": {"backend": "residnt", "model": "x", "classes": ["a", "b"]},
+}
+
+
+@pytest.mark.parametrize("key", MISSPELLED)
+def test_a_misspelled_backend_is_the_first_thing_that_is_said(key: str, tmp_path: Path) -> None:
+    """Law: the name of a built-in backend is offered before a rule for a plug-in's teachers."""
+    file = token_run(tmp_path, teachers=[MISSPELLED[key]])
+    with pytest.raises(UserError, match=r"unknown backend '(offlod|residnt)'; did you mean '(offload|resident)'\?"):
+        load_config(file)
+
+
+@pytest.mark.parametrize("backend", [None, 5])
+def test_a_backend_without_a_name_is_refused(backend: Any, tmp_path: Path) -> None:
+    """Law: what is no text is no backend."""
+    file = token_run(tmp_path, teachers=[{"backend": backend, "model": "x"}])
+    with pytest.raises(UserError, match=r"teachers\[0\]\.backend: unknown teacher backend"):
+        mtkd.plan(load_config(file))
+
+
 def test_a_wrong_shape_is_told_with_the_teacher(tmp_path: Path) -> None:
     """Law: logits of the wrong width are the plug-in author's to fix: exit 2, teacher and both shapes."""
     file = token_run(tmp_path, teachers=[{"backend": "cycle"}])
