@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import processes
 import pytest
+import torch
+from tiny import causal_batch, class_batch
+from tiny_glm import LONGEST, split_of, tokenizer
 from tiny_run import NAME, STUDENT_STEPS, tiny_config, write_data, write_yaml
 
+from mtkd.config import Named
+from mtkd.data.batch import Batch, View
+from mtkd.data.transforms import TRANSFORMS, StepFacts, TransformSpec, make_transforms
 from mtkd.engine.jsonlines import read_jsonl
 from mtkd.engine.seal import newest_sealed
 from mtkd.errors import UserError
@@ -200,7 +208,11 @@ def plugin_folder(temporary: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [("batches[:0]", "as many micro-batches"), ("None", "a list of batches"), ("batches[0].keys[0] / {}", "p.py:6")],
+    [
+        ("[batches.pop(), batches][1]", "as many micro-batches"),
+        ("None", "no list of batches"),
+        ("batches[0].keys[0] / {}", "p.py:6"),
+    ],
 )
 @slow
 def test_what_a_transform_gives_back_is_checked(tmp_path: Path, value: str, text: str) -> None:
@@ -208,6 +220,90 @@ def test_what_a_transform_gives_back_is_checked(tmp_path: Path, value: str, text
     (tmp_path / "p.py").write_text(PLUGIN.replace("{name}", "mine").replace("{value}", value))
     file = str(write_yaml(tmp_path, plugins=["p.py"], stages={"teacher": {"transforms": ["mine"]}}))
     processes.assert_refused(tmp_path, ("run", file), 2, text)
+
+
+BATCH = causal_batch((7, 4))  # [2,7]
+GLM = split_of().collate([0, 1])
+ROWS, LENGTH = GLM.input_ids.shape
+
+
+def transformed(batches: list[Batch], change: Callable[[list[Batch]], Any], max_length: int = LONGEST) -> list[Batch]:
+    """What a stage gets from its transform `mine`, on a split of rows up to `max_length`."""
+
+    def function(batches: list[Batch], at: StepFacts) -> Any:
+        return change(batches)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TRANSFORMS._values, "mine", TransformSpec("mine", function))
+        facts = StepFacts(0, 1, tokenizer(), split_of(), max_length)
+        (transform,) = make_transforms([Named(name="mine")], facts, "stages.s.transforms")
+        return transform(batches, 0)
+
+
+def refused(batches: list[Batch], change: Callable[[list[Batch]], Any], **limits: int) -> UserError:
+    with pytest.raises(UserError, match=r"^stages\.s\.transforms\[0\]: transform 'mine' ") as caught:
+        transformed(batches, change, **limits)
+    return caught.value
+
+
+def view(**fields: Any) -> dict[str, View]:
+    return {"v": replace(BATCH.view(), **fields)}
+
+
+@pytest.mark.parametrize(
+    ("given", "fields", "found", "allowed"),
+    [
+        (BATCH, {"attention_mask": BATCH.attention_mask.long()}, "attention_mask: int64 [2,7]", "bool [2,7]"),
+        (BATCH, {"attention_mask": BATCH.attention_mask & (BATCH.keys == 0)[:, None]}, "row 1", "one True"),
+        (BATCH, {"targets": BATCH.keys}, "targets: int64 [2]", "int64 [2,7]"),
+        (class_batch((7, 4)), {"targets": BATCH.targets}, "targets: int64 [2,7]", "int64 [2]"),
+        (BATCH, {"input_ids": BATCH.input_ids.int()}, "input_ids: int32 [2,7]", "int64 [2,7]"),
+        (BATCH, {"input_ids": BATCH.input_ids[0]}, "input_ids: int64 [7]", "int64 [2,tokens]"),
+        (BATCH, {"keys": BATCH.keys[:0]}, "keys: int64 [0]", "1 to 2 rows"),
+        (BATCH, {"origin": BATCH.keys[:1]}, "origin: int64 [1]", "int64 [2]"),
+        (BATCH, {"targets": None}, "targets: NoneType", "int64 [2,7]"),
+        (GLM, {"position_ids": GLM.input_ids}, "position_ids", f"int64 [{ROWS},2,{LENGTH}]"),
+        (GLM, {"sep": torch.ones(ROWS, 1, dtype=torch.int64)}, f"sep: int64 [{ROWS},1]", f"int64 [{ROWS}]"),
+        (BATCH, {"views": view(attention_mask=BATCH.attention_mask[:, 1:])}, "views['v'].attention_mask", "bool [2,7]"),
+        (BATCH, {"views": view(sep=BATCH.keys[:1])}, "views['v'].sep: int64 [1]", "int64 [2]"),
+        (BATCH, {"views": view(input_ids=BATCH.input_ids[:1])}, "views['v'].input_ids: int64 [1,7]", "int64 [2,7]"),
+    ],
+)
+def test_a_batch_that_does_not_fit_together_is_refused(
+    given: Batch, fields: dict[str, Any], found: str, allowed: str
+) -> None:
+    """The message names the transform, the tensor, and its type and shape; the unchanged batch passes."""
+    assert transformed([given], lambda batches: batches)[0].input_ids is given.input_ids
+    error = refused([given, given], lambda batches: [batches[0], replace(batches[1], **fields)])
+    assert (str(error.found).startswith("batches[1]."), found in str(error.found)) == (True, True), error
+    assert allowed in str(error.allowed)
+
+
+def test_a_transform_may_change_its_list_and_is_checked_all_the_same() -> None:
+    """A micro-batch less ends the run, also where the list itself lost it: other ranks would wait for it."""
+    batches = [BATCH, BATCH]
+    for change in (lambda given: given[:1], lambda given: [given.pop(), given][1]):
+        error = refused(batches, change)
+        assert (error.found, error.allowed, len(batches)) == (1, 2, 2)
+
+
+def test_rows_and_tokens_stay_within_the_plan() -> None:
+    """More rows are refused, in a batch of its own and in the one it got; so are longer ones, those of views too."""
+    more = causal_batch((7, 4, 3))
+
+    def written(batches: list[Batch]) -> list[Batch]:
+        vars(batches[0]).update(vars(more))
+        return batches
+
+    for change in (lambda batches: [more], written):
+        error = refused([BATCH], change)
+        assert (error.found, error.allowed) == ("batches[0].keys: int64 [3]", "int64, 1 to 2 rows")
+    assert len(BATCH.keys) == 2
+    assert "7 tokens" in str(refused([BATCH], lambda batches: batches, max_length=6).found)
+    ids, mask = torch.zeros(2, 8, dtype=torch.int64), torch.ones(2, 8, dtype=torch.bool)
+    longer = replace(BATCH, views={"v": View(ids, mask)})
+    assert refused([BATCH], lambda _: [longer], max_length=7).found == "batches[0].views['v'].input_ids: 8 tokens"
+    assert transformed([BATCH], lambda _: [longer], max_length=8) == [longer]
 
 
 def test_a_cached_teacher_answered_for_another_text(tmp_path_factory: pytest.TempPathFactory) -> None:
