@@ -60,14 +60,14 @@ class _Asked:
 
 
 # Ten places of plan and run read the rows of a stage; methods are called and labels resolved once. An entry keeps its
-# stage alive, so that no other object can have its id.
+# stage alive, so that no other object can have its id. All callers share it, so that none may change it.
 @lru_cache(maxsize=256)
 def _rows(asked: _Asked) -> Mapping[str, Match]:
     stage, data, where = asked.stage, asked.data, asked.where
     if stage.kind == "cache":
-        return {}
+        return MappingProxyType({})
     if stage.kind != "distill":
-        return {f"{where}: {row.feature}": row for row in label_rows(data, asked.regression)}
+        return MappingProxyType({f"{where}: {row.feature}": row for row in label_rows(data, asked.regression)})
     named = method_rows(stage.method, TASKS.find(data.task).token_level, f"{where}.method") if stage.method else {}
     rows = mixed(named, stage.match, where)
     _check_some(tuple(rows.values()), where)

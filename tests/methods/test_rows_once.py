@@ -9,6 +9,7 @@ import pytest
 import tiny_run
 
 import mtkd
+from mtkd.config.match import Match
 from mtkd.methods import rows as methods_rows
 from mtkd.planning import specify
 
@@ -47,3 +48,13 @@ def test_a_method_is_read_once_for_a_plan_and_a_run(tmp_path: Path, monkeypatch:
     mtkd.plan(config)
     mtkd.run(config)
     assert calls == ["stages.student.method"]
+
+
+@pytest.mark.parametrize("stage", ["teacher", "student", "cache"])
+def test_rows_that_callers_share_cannot_be_changed(tmp_path: Path, stage: str) -> None:
+    """A caller that wrote into them would change the rows of all others."""
+    cache = {"kind": "cache", "teachers": ["stage:teacher"]}
+    config = tiny_run.tiny_config(tmp_path, stages={"cache": cache})
+    rows = methods_rows.placed_rows(config.stages[stage], config.data["text"], f"stages.{stage}")
+    with pytest.raises(TypeError):
+        rows["more"] = Match(loss="kl")  # type: ignore[index]
