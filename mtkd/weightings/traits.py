@@ -142,6 +142,11 @@ class Fact:
         """Whether a weighting must name it before the step; the others cost nothing until they are read."""
         return self.prepared or bool(self.student)
 
+    @property
+    def own(self) -> bool:
+        """Whether a user wrote it."""
+        return not self.function.__module__.startswith("mtkd.")
+
 
 FACTS: dict[str, Fact] = {}
 
@@ -232,10 +237,14 @@ class Traits:
 
     @property
     def sound(self) -> Tensor:
-        """Whether all that was read so far is finite, [] bool."""
-        read = [*self._known.values(), *self._known_positions.values()]
-        known = [values.isfinite().all().to(self._mask.device) for values in read]
-        return torch.stack(known).all() if known else self._mask.new_ones(())
+        """Whether all that was read so far is finite but for a user's facts, [] bool.
+
+        Such a fact may be at fault itself: then the weighting that reads it is to blame, not the teachers.
+        """
+        known = [values for name, values in self._known.items() if name not in FACTS or not FACTS[name].own]
+        read = [*known, *self._known_positions.values()]
+        finite = [values.isfinite().all().to(self._mask.device) for values in read]
+        return torch.stack(finite).all() if finite else self._mask.new_ones(())
 
     def full(self, value: float) -> Tensor:
         """A constant, [T,B,L]."""

@@ -18,9 +18,10 @@ from mtkd.config.match import Match
 from mtkd.config.read import load_config
 from mtkd.data.batch import position_counts
 from mtkd.errors import UserError
-from mtkd.weightings import Traits, Weighting
+from mtkd.weightings import FACTS, Traits, Weighting
 from mtkd.weightings.faults import FAULTS, check_faults
 from mtkd.weightings.spec import WEIGHTINGS, WeightingSpec
+from mtkd.weightings.traits import Fact
 from mtkd.weightings.trial import try_weighting
 
 ROWS = (Match(loss="kl"),)
@@ -111,6 +112,23 @@ def test_a_teacher_that_is_not_finite_is_not_the_weightings_fault() -> None:
     _, metrics = objective(batch, pool.forward(batch), position_counts([batch]))
     assert metrics["loss"].isnan()
     check_faults({name: float(metrics[name]) for name in FAULTS}, "entropy", "here", negative=False)
+
+
+def test_a_fact_that_is_not_finite_is_not_the_teachers_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's fact that is NaN for finite teachers makes weights that are not numbers: the weighting is refused."""
+
+    class Reader(Weighting):
+        def forward(self, traits: Traits) -> torch.Tensor:
+            return traits.entropy + traits.read("undefined")
+
+    fact = Fact(lambda traits: torch.full((), float("nan")))
+    monkeypatch.setitem(FACTS, "undefined", fact)
+    monkeypatch.setitem(WEIGHTINGS._values, "mine", WeightingSpec("mine", Reader))
+    objective, pool = make_objective(causal_model(16, 1, 0), [causal_model(16, 1, 1)] * 2, ROWS, "mine", per="token")
+    batch = causal_batch((7, 4))
+    _, metrics = objective(batch, pool.forward(batch), position_counts([batch]))
+    with pytest.raises(UserError, match="weighting 'mine' gives weights that are not numbers"):
+        check_faults({name: float(metrics[name]) for name in FAULTS}, "mine", "here", negative=False)
 
 
 def test_weights_of_another_shape_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
