@@ -345,10 +345,8 @@ class Table:
         return {"logits": self.rows[batch.input_ids]}  # [B,L,V]
 
 
-@mtkd.teacher("table_from_one")
+@mtkd.teacher("table_from_one", view="from-one")
 class TableFromOne(Table):
-    view = "from-one"
-
     def forward(self, batch, wants):
         assert batch.input_ids.shape[1] == batch.view().input_ids.shape[1] + 1
         return {"logits": self.rows[batch.input_ids[:, 1:] - 1]}  # [B,L,V], at the student's positions
@@ -371,7 +369,9 @@ def test_a_teacher_reads_the_view_that_a_transform_adds(tmp_path: Path) -> None:
     weights = [(stage / "export/model.safetensors").read_bytes() for stage in (own, viewed_run)]
     assert weights[0] == weights[1]
     without = "stages.viewed.transforms=[]"
-    processes.assert_refused(tmp_path, ("run", str(file), "-o", without, "--redo", "viewed"), 2, "no view of this name")
+    processes.assert_refused(
+        tmp_path, ("run", str(file), "-o", without, "--redo", "viewed"), 2, "reads the view 'from-one'"
+    )
 
 
 @slow
