@@ -77,7 +77,7 @@ def padded(values: Tensor, more: int) -> Tensor:
 class Given(nn.Module):
     """A weighting that returns what it was given, [T,B,L]."""
 
-    reads, lr = frozenset[str](), None
+    lr = None
 
     def __init__(self, weights: Tensor) -> None:
         super().__init__()
@@ -88,6 +88,9 @@ class Given(nn.Module):
 
     def penalty(self, traits: object) -> None:
         return None
+
+    def may_read(self) -> frozenset[str]:
+        return frozenset()
 
 
 def teachers(count: int) -> list[HeadLogits]:
