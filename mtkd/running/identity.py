@@ -198,7 +198,11 @@ def as_known(before: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str
 
 
 def check_checkpoint(
-    name: str, manifest: Mapping[str, Any], identity: Mapping[str, Any], layout: Mapping[str, Any]
+    name: str,
+    manifest: Mapping[str, Any],
+    identity: Mapping[str, Any],
+    layout: Mapping[str, Any],
+    folder: Path | None = None,
 ) -> None:
     """Refuse to go on with a checkpoint of another identity, or of other processes than `layout`.
 
@@ -206,16 +210,17 @@ def check_checkpoint(
 
     Args:
         layout: engine, world_size and zero_stage of this run.
+        folder: of the checkpoint, for the message: it may lie in the wrong stage's folder.
     Raises:
         DataError: with every difference, and the command that goes on.
     """
     saved = {key: manifest[key] for key in layout}
-    cut = differences(saved, layout)
+    cut, place = differences(saved, layout), [f"in {folder}"] if folder else []
     if changed := differences(manifest["identity"], as_known(manifest["identity"], identity)):
         raise DataError(
             "the checkpoint belongs to another configuration, teacher, data set or tokenizer",
             where=f"stages.{name}",
-            found="\n           ".join(changed + cut),
+            found="\n           ".join(changed + cut + place),
             todo="undo the change, give the run another name, or begin this stage again: " + redo_command([name]),
         )
     whole = [(values["engine"], values["zero_stage"]) == ("deepspeed", 0) for values in (saved, layout)]
@@ -223,7 +228,7 @@ def check_checkpoint(
         raise DataError(
             "the checkpoint was cut for other processes",
             where=f"stages.{name}",
-            found="\n           ".join(cut),
+            found="\n           ".join(cut + place),
             todo=f"go on as it was begun: {_command_for(saved)}\n"
             f"           or begin this stage again (earlier ones stay): {redo_command([name])}",
         )

@@ -234,7 +234,7 @@ def _restore(built: BuiltStage, folder: StageDir) -> TrainState:
                 todo="remove this folder to train the stage from its beginning",
             )
         return TrainState()
-    check_checkpoint(built.name, newest.manifest, built.identity, built.layout)
+    check_checkpoint(built.name, newest.manifest, built.identity, built.layout, newest.path)
     state = TrainState(**json.loads((newest.path / _STATE).read_text()))
     state.meters = regrouped(state.meters, dist.world_size)
     built.engine.load(newest.path)

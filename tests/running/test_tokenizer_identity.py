@@ -65,8 +65,9 @@ def test_other_merges_make_another_stage(tmp_path: Path) -> None:
     assert [line.split(":")[0] for line in differences(first, second)] == ["segmentation"]
     with pytest.raises(DataError, match="finished, but with another"):
         finished(Finished(first), "teacher", second)  # type: ignore[arg-type]
-    with pytest.raises(DataError, match="segmentation"):
-        check_checkpoint("teacher", {"identity": first, **LAYOUT}, second, LAYOUT)
+    with pytest.raises(DataError, match="segmentation") as caught:
+        check_checkpoint("teacher", {"identity": first, **LAYOUT}, second, LAYOUT, tmp_path / "step-3")
+    assert str(tmp_path / "step-3") in str(caught.value.found)  # which of the files on disk it is
     before = {key: value for key, value in first.items() if key != "segmentation"}
     assert finished(Finished(before), "teacher", first) is not None  # type: ignore[arg-type]
     check_checkpoint("teacher", {"identity": before, **LAYOUT}, first, LAYOUT)
