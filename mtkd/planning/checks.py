@@ -196,7 +196,7 @@ def _check_vocabularies(config: RunConfig) -> None:
     """Refuse to compress a vocabulary twice, and teachers of tokens that have a compressed one."""
     compressed: set[str] = set()
     for name, stage in config.stages.items():
-        task = TASKS.find(config.data[config.data_name(stage.data)].task)
+        task = TASKS.find(config.data_of(stage).task)
         for i, teacher in enumerate(stage.teachers):
             if task.token_level and _earlier_model(teacher.model) in compressed:
                 raise compressed_teacher(teacher.model.path or "", f"stages.{name}.teachers[{i}]")

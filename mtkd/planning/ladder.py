@@ -196,7 +196,7 @@ class _Sizes:
         assert config.chain is not None
         self._config, self._look, self._chain = config, look, config.chain
         self._first = config.chain.names[0]
-        data = config.data[config.data_name(config.stages[self._first].data)]
+        data = config.data_of(config.stages[self._first])
         self._auto_class = str(TASKS.find(data.task).class_for(data))
 
     def top(self) -> Model:

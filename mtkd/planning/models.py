@@ -69,7 +69,6 @@ class PlannedModels:
             self.tokens.num_ids,
             kept=config.vocab_size if compressed or self.vocabulary(model) is not None else None,
             labels_known=data.facts.known,
-            origin=model,
         )
 
     def of(
@@ -86,7 +85,7 @@ class PlannedModels:
             reads: predictions of a teacher that are read; None for a model that is trained.
             classes: meaning of a teacher's outputs, where the user gives it.
         """
-        data = self.config.data[self.config.data_name(stage.data)]
+        data = self.config.data_of(stage)
         if classes is not None:
             check_given(self._name_of(data), data, self.facts(data), f"{where}.classes")
         block = where if reads is None else f"{where}.model"
@@ -110,7 +109,7 @@ class PlannedModels:
         vocabulary = self.vocabulary(model)
         if model.vocabulary is not None and vocabulary is not None:
             raise compressed_twice(f"{where}.vocabulary")
-        data = self.config.data[self.config.data_name(stage.data)]
+        data = self.config.data_of(stage)
         if model.stage is not None:
             config = smaller_config(self.made[model.stage.model], model, self.tokens.tokenizer, self.tokens.num_ids)
             matching = None

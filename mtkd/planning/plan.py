@@ -12,7 +12,7 @@ from mtkd.engine.launch import num_processes, shown_command
 from mtkd.engine.precision import choose, decided, device_of, warning, with_precision
 from mtkd.planning.budget import find_limits, stage_memory
 from mtkd.planning.checks import check, check_credentials
-from mtkd.planning.data import DataFacts, DataReader
+from mtkd.planning.data import DataReader
 from mtkd.planning.dataview import PlannedData, view
 from mtkd.planning.labels import check_labelled, with_teachers_classes
 from mtkd.planning.ladder import complete
@@ -23,7 +23,7 @@ from mtkd.planning.specify import Specifier
 from mtkd.planning.stages import stage_values
 from mtkd.planning.table import SKIPPED, Plan, PlannedStage, planned_stage, with_consequences
 from mtkd.planning.teachers import check_backends
-from mtkd.registry import TASKS, load_plugins
+from mtkd.registry import load_plugins
 from mtkd.weightings.make import stage_reads
 
 
@@ -100,7 +100,7 @@ def specify(config: RunConfig, reader: DataReader) -> Specified:
         stages = {name: specifier.stage(name) for name in config.stages}
         models.check_scored()
         check_labelled(config, facts)
-        _check_routes(config, facts, reader)
+        _check_routes(stages, reader)
         missing = (*missing_models(config), *(each.not_here for each in facts.values() if each.not_here))
         tokenizer = None if models.tokens.stands_in else models.tokens.tokenizer
         data = [
@@ -123,15 +123,15 @@ def specs_of(config: RunConfig, reader: DataReader) -> Mapping[str, StageSpec]:
         return {name: specifier.stage(name) for name in config.stages}
 
 
-def _check_routes(config: RunConfig, facts: Mapping[str, DataFacts], reader: DataReader) -> None:
+def _check_routes(stages: Mapping[str, StageSpec], reader: DataReader) -> None:
     """Refuse rows that name no teacher of the stage, where the weighting reads the teacher from them."""
-    for name, stage in config.stages.items():
-        data, where = config.data_name(stage.data), f"stages.{name}.weighting"
-        token_level = TASKS.find(config.data[data].task).token_level
-        reads = stage_reads(stage, f"stages.{name}", token_level=token_level)
-        if "route" in reads.names and not facts[data].not_here:
-            raw, teachers = reader.raw(config.data[data]), tuple(teacher.name for teacher in stage.teachers)
-            check_routes(raw.splits["train"], raw.origin("train"), config.data[data], teachers, where)
+    for spec in stages.values():
+        reads = stage_reads(spec.stage, spec.where, token_level=spec.token_level)
+        if "route" in reads.names and not spec.data.facts.not_here:
+            raw, teachers = reader.raw(spec.data.config), tuple(teacher.name for teacher in spec.teachers)
+            check_routes(
+                raw.splits["train"], raw.origin("train"), spec.data.config, teachers, f"{spec.where}.weighting"
+            )
 
 
 def _planned(run: Specified, redo: Collection[str], *, memory: bool) -> list[PlannedStage]:

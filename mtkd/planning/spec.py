@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from transformers import PretrainedConfig
 
-from mtkd.config import DataConfig, ModelConfig, StageConfig, TeacherConfig
+from mtkd.config import DataConfig, StageConfig, TeacherConfig
 from mtkd.data.tasks import TaskSpec
 from mtkd.models.info import CLASSIFIER, ModelInfo, model_info
 from mtkd.models.numbers import Numbers, numbers_of
@@ -61,7 +61,6 @@ class ModelSpec:
         num_ids: real ids of the run; an upper bound while the run has to train its tokenizer.
         kept: rows of a compressed vocabulary; None for a whole one.
         labels_known: False while only the data can tell the number of classes.
-        origin: its block in the configuration.
     """
 
     config: PretrainedConfig
@@ -70,7 +69,6 @@ class ModelSpec:
     kept: int | None = None
     dtype: torch.dtype = torch.float32
     labels_known: bool = True
-    origin: ModelConfig | None = None
 
     @cached_property
     def info(self) -> ModelInfo:

@@ -14,7 +14,7 @@ HEADS = ("logits", "nsp_logits")
 def heads_read(config: RunConfig, name: str) -> frozenset[str]:
     """The `HEADS` of the teachers that rows, weighting, cache or the score of the ensemble read."""
     stage, where = config.stages[name], f"stages.{name}"
-    data = config.data[config.data_name(stage.data)]
+    data = config.data_of(stage)
     rows = stage_rows(stage, data, where)
     heads = {row.feature for row in rows if row.target == "teacher" and row.feature in HEADS and row.weight}
     reads = stage_reads(stage, where, token_level=TASKS.find(data.task).token_level)

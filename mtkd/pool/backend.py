@@ -57,7 +57,7 @@ class Asked:
 
     Attributes:
         auto_class: of the stage's task. token_level: logits are [B,L,V] instead of [B,C].
-        columns: real ids, or classes; in a plan 2 while nobody has read the classes.
+        columns: real ids, or classes; in a plan 2 while the classes are not read.
         classes: names in order, as far as they are known.
         max_positions: tokens of the longest example.
         tokenizer: the run's; None while it does not exist.

@@ -26,7 +26,7 @@ from mtkd.planning.places import placed
 from mtkd.planning.spec import StageSpec
 from mtkd.pool import Teacher, TeacherPool
 from mtkd.running.context import RunContext
-from mtkd.running.identity import equal_time_steps, stage_identity
+from mtkd.running.identity import equal_time_steps
 from mtkd.running.models import load_model
 from mtkd.running.teachers import open_teacher
 from mtkd.weightings.make import make_weighting, stage_facts, stage_reads
@@ -71,9 +71,11 @@ class BuiltStage:
         self.engine.close()
 
 
-def build(context: RunContext, spec: StageSpec) -> BuiltStage:
+def build(context: RunContext, spec: StageSpec, identity: dict[str, Any]) -> BuiltStage:
     """Load and wire everything of a stage.
 
+    Args:
+        identity: of the stage, see `mtkd.running.identity.stage_identity`.
     Raises:
         UserError: an error that shows in the weights alone.
     """
@@ -103,7 +105,6 @@ def build(context: RunContext, spec: StageSpec) -> BuiltStage:
         }
         facts = StepFacts(0, spec.seed, context.tokenizer, split, data.config.max_length)
         transforms = make_transforms(stage.transforms, facts, f"{spec.where}.transforms")
-        identity = stage_identity(context, spec.name)
         return BuiltStage(spec.name, stage, objective, pool, engine, stream, data, steps, identity, layout, transforms)
 
 

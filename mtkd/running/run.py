@@ -199,7 +199,7 @@ def _stage(context: RunContext, name: str) -> Done:
     say(f"stage {name}: {stage.kind}", main=dist.is_main)
     spec = context.specs[name]
     with placed(stage=spec.where):
-        facts = capture(context, spec, identity) if stage.kind == "cache" else _trained(context, spec, folder)
+        facts = capture(context, spec, identity) if stage.kind == "cache" else _trained(context, spec, folder, identity)
     record = Done.of({**facts, "fingerprint": fingerprint(identity), "identity": identity})
     fault_point("before-done", record.steps)
     on_main(dist, lambda: _mark_done(context.run, folder, record))
@@ -226,9 +226,9 @@ def _finished(context: RunContext, name: str, identity: dict[str, Any]) -> Done 
     return record
 
 
-def _trained(context: RunContext, spec: StageSpec, folder: StageDir) -> dict[str, Any]:
+def _trained(context: RunContext, spec: StageSpec, folder: StageDir, identity: dict[str, Any]) -> dict[str, Any]:
     """Train a stage, export its models, and return the facts for its DONE record."""
-    built = build(context, spec)
+    built = build(context, spec, identity)
     if "logits" in spec.heads:
         read = {planned.place: teacher for planned, teacher in zip(spec.teachers, built.pool.teachers, strict=True)}
         warn_below_chance(read, built.data, built.stage.batch, context.device, context.dist)
