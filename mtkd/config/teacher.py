@@ -101,6 +101,26 @@ class ModelTeacher(Teacher):
         "without ([negative, null, positive]); or {OUTPUT: class}, the others have none; outputs without a class are "
         "dropped before the softmax. Default: by name, else by position",
     )
+    other: tuple[str, ...] = Field(
+        (),
+        description="classify: a specialist's output that means `none of my classes`, by name or number; it is dropped "
+        "before the softmax too, weighting: abstain reads its probability, and classes of the data without an output "
+        "have probability 0",
+    )
+
+    @field_validator("other", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        """One output may stand without a list."""
+        values = value if isinstance(value, list | tuple) else () if value is None else (value,)
+        return tuple(map(_class_text, values))
+
+    @field_validator("other")
+    @classmethod
+    def _each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) < len(value) or not all(name.strip() for name in value):
+            raise ValueError("other names each output that means `none of my classes` once")
+        return value
 
     @field_validator("classes", mode="before")
     @classmethod
@@ -182,6 +202,11 @@ class CacheTeacher(Teacher):
         """A cache has the classes of the data."""
         return None
 
+    @property
+    def other(self) -> tuple[str, ...]:
+        """A cache knows by itself which logits mean none of them."""
+        return ()
+
     @model_validator(mode="after")
     def _plain(self) -> CacheTeacher:
         _check_vocabulary(self.model)
@@ -206,6 +231,11 @@ class OwnTeacher(Teacher):
     def classes(self) -> None:
         """It answers in the order of the data's classes."""
         return None
+
+    @property
+    def other(self) -> tuple[str, ...]:
+        """It has an output per class of the data, and no others."""
+        return ()
 
     @model_validator(mode="after")
     def _reads_itself(self) -> OwnTeacher:
@@ -234,12 +264,14 @@ BUILT_IN = tuple(_BLOCKS)
 _ONLY = {
     "sharded": "sharded is for backend: sharded, not for {backend}; drop it",
     "classes": "a cache holds the logits of the data's classes; give classes where the cache is made",
+    "other": "a cache keeps the output that means none of the classes; give other where the cache is made",
     "options": "options is for a teacher of your own, not for backend: {backend}; drop it",
 }
 
 _UNREAD = {
     "sharded": "sharded is for backend: sharded, not for a teacher of your own; drop it",
     "classes": "classes is for models: a teacher of your own answers in the order of the data's classes; drop it",
+    "other": "other is for models: a teacher of your own answers for the data's classes alone; drop it",
 }
 
 

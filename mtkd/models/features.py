@@ -68,9 +68,15 @@ class Logits(Protocol):
 
 @dataclass
 class DenseLogits:
-    """Logits that exist already: class logits [B,C] (or small token logits [B,L,V])."""
+    """Logits that exist already: class logits [B,C] (or small token logits [B,L,V]).
+
+    Attributes:
+        other: logits of a specialist's outputs that mean "none of my classes", [B,R]; None where it has none. No
+            softmax over the classes knows them. Who scales `values` scales them too (`divided`).
+    """
 
     values: Tensor  # [..., C]
+    other: Tensor | None = None
 
     @property
     def num_columns(self) -> int:
@@ -80,7 +86,21 @@ class DenseLogits:
         return self.values.reshape(-1, self.num_columns)[index].float()
 
     def select(self, columns: Tensor) -> DenseLogits:
-        return DenseLogits(self.values.index_select(-1, columns))
+        return DenseLogits(self.values.index_select(-1, columns), self.other)
+
+    def divided(self, temperature: float) -> DenseLogits:
+        """All logits divided by a temperature, before any softmax reads them."""
+        other = None if self.other is None else self.other / temperature
+        return DenseLogits(self.values / temperature, other)
+
+    def own_mass(self) -> Tensor:
+        """Probability of all classes together, over all outputs, [B] float32: 1 - p(other); 1 without such outputs.
+
+        As a sigmoid of the difference of the two sides: `1 - p` would round to 0 long before.
+        """
+        if self.other is None:
+            return torch.ones_like(self.values[..., 0], dtype=torch.float32)
+        return torch.sigmoid(self.values.float().logsumexp(-1) - self.other.float().logsumexp(-1))
 
     def in_dtype(self, dtype: torch.dtype) -> DenseLogits:
         return self

@@ -108,7 +108,7 @@ def load_config(config: ModelConfig, request: ModelRequest) -> tuple[PretrainedC
     classes, taught = full.classes, request.taught
     if full.trained and request.num_labels and taught is not None and "logits" in taught.reads:
         where = request.where or str(full.folder)
-        classes = teacher_classes(full.config, request.label_names, request.num_labels, where, taught.classes)
+        classes = teacher_classes(full.config, request.label_names, request.num_labels, where, taught.meaning)
     if request.auto_class == CLASSIFIER:
         full.config.num_labels = request.num_labels or full.config.num_labels or 0
         stand_in_pad(full.config, request.tokenizer)

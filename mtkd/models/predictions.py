@@ -6,7 +6,7 @@ with the head's weight for the rows that are read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from mtkd.errors import UserError
 from mtkd.models.attention import Recorder
+from mtkd.models.classes import ClassMap
 from mtkd.models.features import DenseLogits, HeadLogits
 from mtkd.models.headcalls import head_forward, last_position, pooled_forward
 from mtkd.models.heads import output_layer, stand_in_pad
@@ -30,18 +31,18 @@ class Predictions:
         model: with a head for `auto_class`.
         info: of the model, all its outputs included.
         num_ids: columns of token-level logits; those after them are padding and never reach a softmax.
-        columns: of a classifier: the outputs that are its logits, in this order; None for all.
+        classes: of a classifier: which of its outputs are its logits; None for all, in their order.
 
     Raises:
         UserError: fewer embeddings than ids, or an output head that is not linear.
     """
 
     def __init__(
-        self, model: PreTrainedModel, auto_class: str, info: ModelInfo, num_ids: int, columns: Sequence[int] | None
+        self, model: PreTrainedModel, auto_class: str, info: ModelInfo, num_ids: int, classes: ClassMap | None
     ) -> None:
         self._model, self._num_ids = model, num_ids
         self.token_level = auto_class in TOKEN_LEVEL
-        self._columns = None if columns is None else torch.tensor(columns)
+        self._classes = classes
         self._num_outputs = info.vocabulary if self.token_level else info.num_labels
         self._two_heads = auto_class == PRE_TRAINING
         self._transform = head_transform(model.config)
@@ -79,7 +80,7 @@ class Predictions:
     def logits(self, recorder: Recorder, output: Any) -> DenseLogits | HeadLogits:
         """The logits after a forward pass, [B,L,V] or [B,C]."""
         if not self.token_level:
-            return DenseLogits(self._select(output.logits))
+            return DenseLogits(output.logits) if self._classes is None else self._classes.logits(output.logits)
         if recorder.head_input is None:
             architecture = self._model.config.model_type
             raise UserError(f"architecture '{architecture}' never called its output head", where="@model")
@@ -89,11 +90,8 @@ class Predictions:
     def whole(self, output: Any, num_columns: int) -> Tensor:
         """The logits that the model computed itself, of all positions: [n,V] or [n,C]."""
         logits = output.prediction_logits if self._two_heads else output.logits
-        return self._select(logits.float().reshape(-1, self._num_outputs))[:, :num_columns]
-
-    def _select(self, logits: Tensor) -> Tensor:
-        """The outputs that count, [..., C]; the others never reach a softmax."""
-        return logits if self._columns is None else logits.index_select(-1, self._columns.to(logits.device))
+        logits = logits.float().reshape(-1, self._num_outputs)
+        return logits[:, :num_columns] if self._classes is None else self._classes.logits(logits).values
 
 
 def head_transform(config: PretrainedConfig) -> Callable[[Tensor], Tensor] | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mtkd.config import DataConfig
 from mtkd.data.blanks import answer_ids
-from mtkd.models.classes import Given
+from mtkd.models.classes import UNSAID, Meaning
 from mtkd.registry import TASKS
 
 if TYPE_CHECKING:
@@ -25,11 +25,11 @@ class Taught:
 
     Attributes:
         reads: which of its predictions are read, "logits" and "nsp_logits"; their heads must be in its files.
-        classes: what its outputs stand for, where the user says it.
+        meaning: what the user says of its outputs.
     """
 
     reads: frozenset[str]
-    classes: Given | None = None
+    meaning: Meaning = UNSAID
 
 
 @dataclass(frozen=True)

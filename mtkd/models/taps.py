@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from mtkd.data.batch import Batch
 from mtkd.errors import UserError, nearest
 from mtkd.models.attention import Recorder, recording
 from mtkd.models.broken import overflowing_model
+from mtkd.models.classes import ClassMap
 from mtkd.models.features import ATTENTION, DenseLogits, Features, split_key
 from mtkd.models.forward import number_format
 from mtkd.models.info import TAP, ModelInfo, check_packing, model_info
@@ -44,7 +45,7 @@ class TappedModel(nn.Module):
         auto_class: the auto class of that head, e.g. "AutoModelForMaskedLM".
         num_ids: real token ids; columns of the vocabulary at and after it are padding and never reach a softmax.
         vocabulary: of a model with a compressed one; batches keep the run's ids, its logits have the kept columns.
-        columns: of a classifier: the outputs that are its logits, in this order; None for all.
+        classes: of a classifier: which of its outputs are its logits; None for all, in their order.
 
     Attributes:
         info: shape and capabilities.
@@ -61,7 +62,7 @@ class TappedModel(nn.Module):
         auto_class: str,
         num_ids: int,
         vocabulary: VocabularyMap | None = None,
-        columns: Sequence[int] | None = None,
+        classes: ClassMap | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -72,10 +73,10 @@ class TappedModel(nn.Module):
         if model.config._attn_implementation != TAP:  # transformers' own: no recorder would ever be called
             self.info = dataclasses.replace(self.info, taps=self.info.taps - set(ATTENTION))
         self._inputs = Inputs(model, vocabulary)
-        self._predictions = Predictions(model, auto_class, self.info, self.num_ids, columns)
+        self._predictions = Predictions(model, auto_class, self.info, self.num_ids, classes)
         self.token_level = self._predictions.token_level
-        if columns is not None:
-            self.info = dataclasses.replace(self.info, num_labels=len(columns))
+        if classes is not None:
+            self.info = dataclasses.replace(self.info, num_labels=len(classes.classes))
 
     def forward(self, batch: Batch, wants: frozenset[str]) -> Features:
         """The wanted features of a batch of B sequences of L tokens.

@@ -23,15 +23,25 @@ from mtkd.weightings.make import stage_reads
 _FOR_TOKENS = {"targets", "k", "temperature", "bits", "proposal", "traits"}
 
 
-def content_of(cache: CacheConfig, *, token_level: bool, columns: int, seed: int) -> CacheContent:
+def content_of(
+    cache: CacheConfig,
+    *,
+    token_level: bool,
+    columns: int,
+    seed: int,
+    others: int = 0,
+    missing: tuple[str, ...] = (),
+) -> CacheContent:
     """The content that a cache stage keeps of a teacher.
 
     Args:
         columns: number of real ids, or of classes.
         seed: of the draws.
+        others, missing: of a specialist: see `CacheContent`.
     """
     if not token_level:
-        return CacheContent("classes", 0, 1.0, columns, hidden=cache.hidden, dtype=cache.dtype)
+        hidden, dtype = cache.hidden, cache.dtype
+        return CacheContent("classes", 0, 1.0, columns, hidden=hidden, dtype=dtype, others=others, missing=missing)
     return CacheContent(
         cache.targets,
         cache.k,
@@ -224,7 +234,7 @@ def bytes_per_token(content: CacheContent, info: ModelInfo) -> float:
     elif content.targets == "sampled":
         total += 2 + content.k * SampledCodec(content.columns, content.k, content.proposal != 1).bytes_per_id
     elif content.targets == "classes":
-        total += 4 * content.columns
+        total += 4 * (content.columns + content.others)
     return total + sum(size * info.width for key in content.hidden)
 
 
@@ -242,7 +252,7 @@ def describe(content: CacheContent, info: ModelInfo, tokens: int | None) -> str:
     text = {
         "top": f"top {content.k} of {content.columns:,} ids, {content.bits} bits",
         "sampled": f"{content.k} draws from {content.columns:,} ids",
-        "classes": f"{content.columns} class logits",
+        "classes": f"{content.columns} class logits" + f" and {content.others} of none of them" * bool(content.others),
     }[content.targets]
     if content.per_token:
         text += f", temperature {content.temperature:g}"

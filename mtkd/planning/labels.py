@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mtkd.config import RunConfig, StageConfig, StageRef, TeacherConfig
+from mtkd.data.labelkinds import in_order
 from mtkd.data.sources import has_labels
 from mtkd.errors import UserError
 from mtkd.methods.rows import stage_rows
@@ -42,7 +43,9 @@ def with_teachers_classes(config: RunConfig, reader: DataReader) -> RunConfig:
         }
         every = {place: _classes_of(teacher, place, name, so_far, reader) for place, teacher in teachers.items()}
         classes = {place: names for place, names in every.items() if names}
-        data[name] = entry.model_copy(update={"labels": _common(classes, f"data.{name}.labels", facts.why)})
+        partly = any(teacher.other for teacher in teachers.values())
+        labels = _together(classes) if partly else _common(classes, f"data.{name}.labels", facts.why)
+        data[name] = entry.model_copy(update={"labels": labels})
     return config.model_copy(update={"data": data})
 
 
@@ -57,6 +60,11 @@ def _common(classes: Mapping[str, tuple[str, ...]], where: str, why: str) -> tup
     return first
 
 
+def _together(classes: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """All classes of specialists, in the order that labels would give them."""
+    return tuple(in_order({name for names in classes.values() for name in names}))
+
+
 def _classes_of(
     teacher: TeacherConfig, where: str, name: str, config: RunConfig, reader: DataReader
 ) -> tuple[str, ...]:
@@ -67,12 +75,17 @@ def _classes_of(
     path, ref = teacher.model.path, teacher.model.stage
     if ref is not None:
         other = config.data_name(config.stages[ref.stage].data)
-        return () if other == name else reader.facts(other, config.data[other]).classes
+        return () if other == name else _own(reader.facts(other, config.data[other]).classes, teacher)
     if path is None or not BACKENDS[teacher.backend].runs or missing(path, config.base) is not None:
         return ()
     with placed(model=f"{where}.model"):
         folder = find_folder(path, revision_of(teacher.model), lambda p: resolve_path(p, config.base), weights=False)
-    return _names_in(folder / "config.json")
+    return _own(_names_in(folder / "config.json"), teacher)
+
+
+def _own(names: tuple[str, ...], teacher: TeacherConfig) -> tuple[str, ...]:
+    """The outputs of a teacher that are classes."""
+    return tuple(name for i, name in enumerate(names) if name not in teacher.other and str(i) not in teacher.other)
 
 
 def _names_in(file: Path) -> tuple[str, ...]:

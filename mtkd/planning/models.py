@@ -10,7 +10,7 @@ from mtkd.config import DataConfig, ModelConfig, RunConfig, StageConfig
 from mtkd.data.blanks import answer_ids
 from mtkd.data.tasks import TaskSpec, check_model
 from mtkd.errors import UserError
-from mtkd.models.classes import ClassMap, Given
+from mtkd.models.classes import UNSAID, ClassMap, Meaning
 from mtkd.models.cloze import answer_with
 from mtkd.models.info import CLASSIFIER, GLM, model_info
 from mtkd.models.load import load_config as load_model_config
@@ -39,6 +39,7 @@ class PlannedModels:
         tokens: the run's tokenizer, or its stand-in.
         made: configurations of the models that earlier stages make, by name.
         compressed: number of ids of those models whose vocabulary is compressed, by name.
+        matched: place of a teacher in the configuration -> which of its outputs are the data's classes.
         notes: place of a model in the configuration -> how its classes are matched, and differences of its tokenizer
             that do not matter.
     """
@@ -48,6 +49,7 @@ class PlannedModels:
         self._reader = reader
         self.made: dict[str, PretrainedConfig] = {}
         self.compressed: dict[str, int] = {}
+        self.matched: dict[str, ClassMap] = {}
         self.notes: dict[str, list[str]] = {}
         self.tokens = PlannedTokenizer(config)
 
@@ -77,22 +79,24 @@ class PlannedModels:
         model: ModelConfig,
         where: str,
         reads: frozenset[str] | None = None,
-        classes: Given | None = None,
+        meaning: Meaning = UNSAID,
     ) -> PretrainedConfig:
         """The configuration of a model in a stage, checked against the stage's task.
 
         Args:
             reads: predictions of a teacher that are read; None for a model that is trained.
-            classes: meaning of a teacher's outputs, where the user gives it.
+            meaning: what the user says of a teacher's outputs.
         """
         data = self.config.data_of(stage)
-        if classes is not None:
-            check_given(self._name_of(data), data, self.facts(data), f"{where}.classes")
+        if meaning.key:
+            check_given(self._name_of(data), data, self.facts(data), where, meaning.key)
         block = where if reads is None else f"{where}.model"
         with placed(model=block, data=f"data.{self._name_of(data)}"):
-            config, matching = self._any(stage, model, where, reads, classes)
-        if matching is not None and matching.note:
-            self._note(where, matching.note)
+            config, matching = self._any(stage, model, where, reads, meaning)
+        if matching is not None:
+            self.matched[where] = matching
+            if matching.note:
+                self._note(where, matching.note)
         with placed(model=block):
             cloze = model_info(config, TASKS.find(data.task).class_for(data)).cloze
         compressed = model.vocabulary is not None or self.vocabulary(model) is not None
@@ -104,7 +108,7 @@ class PlannedModels:
         return self.of(stage, model, where, frozenset())
 
     def _any(
-        self, stage: StageConfig, model: ModelConfig, where: str, reads: frozenset[str] | None, classes: Given | None
+        self, stage: StageConfig, model: ModelConfig, where: str, reads: frozenset[str] | None, meaning: Meaning
     ) -> tuple[PretrainedConfig, ClassMap | None]:
         vocabulary = self.vocabulary(model)
         if model.vocabulary is not None and vocabulary is not None:
@@ -114,7 +118,7 @@ class PlannedModels:
             config = smaller_config(self.made[model.stage.model], model, self.tokens.tokenizer, self.tokens.num_ids)
             matching = None
             if reads is None or "logits" in reads:
-                matching = self._classes_of(model.stage.stage, data, where, classes, "classes" if reads else "")
+                matching = self._classes_of(model.stage.stage, data, where, meaning, "classes" if reads else "")
             return self._for_task(config, data, where), matching
         facts, name = self.facts(data), self._name_of(data)
         request = ModelRequest.of_data(
@@ -125,7 +129,7 @@ class PlannedModels:
             vocabulary or self.tokens.num_ids,
             lambda path: resolve_path(path, self.config.base),
         )
-        taught = None if reads is None else Taught(reads, classes)
+        taught = None if reads is None else Taught(reads, meaning)
         return load_model_config(model, replace(request, taught=taught, where=where))
 
     def _answers(self, data: DataConfig) -> list[list[int]] | None:
@@ -157,15 +161,13 @@ class PlannedModels:
             )
         return config
 
-    def _classes_of(
-        self, earlier: str, data: DataConfig, where: str, classes: Given | None, key: str
-    ) -> ClassMap | None:
+    def _classes_of(self, earlier: str, data: DataConfig, where: str, meaning: Meaning, key: str) -> ClassMap | None:
         """Match an earlier stage's classifier with the classes of the data; None where a side is not known."""
         source_data = self.config.data_of(self.config.stages[earlier])
         source, target = self.facts(source_data), self.facts(data)
         if not (source_data.task == data.task == "classify" and source.known and target.known):
             return None
-        return earlier_classes(earlier, source, target, where, classes, key)
+        return earlier_classes(earlier, source, target, where, meaning, key)
 
     def vocabulary(self, model: ModelConfig) -> int | None:
         """Ids of a model that comes with a vocabulary map; None for a whole vocabulary."""

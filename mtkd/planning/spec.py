@@ -15,12 +15,14 @@ from transformers import PretrainedConfig
 
 from mtkd.config import DataConfig, StageConfig, TeacherConfig
 from mtkd.data.tasks import TaskSpec
+from mtkd.models.classes import ClassMap
 from mtkd.models.info import CLASSIFIER, ModelInfo, model_info
 from mtkd.models.numbers import Numbers, numbers_of
 from mtkd.objective.compile import Row
 from mtkd.planning.data import DataFacts
 from mtkd.planning.stages import needed_stages
 from mtkd.pool import BACKENDS, Gives
+from mtkd.pool.cache.folder import CacheFacts
 from mtkd.pool.sizes import TeacherSize
 
 
@@ -61,6 +63,7 @@ class ModelSpec:
         num_ids: real ids of the run; an upper bound while the run has to train its tokenizer.
         kept: rows of a compressed vocabulary; None for a whole one.
         labels_known: False while only the data can tell the number of classes.
+        classes: of a teacher: which of its outputs are the data's classes; None while a side is not known.
     """
 
     config: PretrainedConfig
@@ -69,6 +72,7 @@ class ModelSpec:
     kept: int | None = None
     dtype: torch.dtype = torch.float32
     labels_known: bool = True
+    classes: ClassMap | None = None
 
     @cached_property
     def info(self) -> ModelInfo:
@@ -115,6 +119,19 @@ class TeacherSpec:
     def numbers(self) -> Numbers:
         """The size of its model; one that does not run takes no memory."""
         return self.gives.numbers
+
+    @property
+    def num_others(self) -> int:
+        """Number of its outputs that mean "none of my classes"."""
+        return self.gives.content.others if isinstance(self.gives, CacheFacts) else len(self.config.other)
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Classes of the data that it has no output for, as far as they are known."""
+        if isinstance(self.gives, CacheFacts):
+            return self.gives.content.missing
+        classes = self.gives.classes if isinstance(self.gives, ModelSpec) else None
+        return () if classes is None else classes.missing
 
     @property
     def size(self) -> TeacherSize:

@@ -27,6 +27,7 @@ from mtkd.planning.data import DataReader
 from mtkd.planning.ladder import Look
 from mtkd.planning.models import PlannedModels
 from mtkd.planning.spec import DataSpec, ModelSpec, StageSpec, TeacherSpec
+from mtkd.planning.specialists import check_specialists, unknown_classes
 from mtkd.planning.stages import model_name, never_trained, stage_seed
 from mtkd.planning.teachers import TeacherOutlook, check_predictions
 from mtkd.planning.teaching import heads_read
@@ -78,7 +79,7 @@ class Specifier:
         spec = self._with_caches(spec) if stage.kind == "cache" else self._with_rows(spec)
         sizes, place = [teacher.size for teacher in spec.teachers], Place(device_of(self.config.engine) == "cuda")
         check_room(sizes, place, self.config.folder, f"{spec.where}.teachers")
-        return replace(spec, notes=self._notes(name))
+        return replace(spec, notes=(*self._notes(name), *unknown_classes(spec)))
 
     def _data(self, stage: StageConfig) -> DataSpec:
         name = self.config.data_name(stage.data)
@@ -114,6 +115,7 @@ class Specifier:
         rows = self._rows(spec)
         caches = {t.name: t.gives for t in spec.teachers if isinstance(t.gives, CacheFacts)}
         check_cached(spec.stage, rows, caches, token_level=spec.token_level, where=spec.where)
+        check_specialists(spec, rows)
         if caches and spec.token_level and spec.name in self.models.compressed:
             raise compressed_from_cache(next(iter(caches)), f"{spec.where}.student.vocabulary")
         return replace(spec, rows=tuple(rows))
@@ -132,8 +134,14 @@ class Specifier:
         """The stage with the contents of its caches, noted for later stages."""
         size, lines, tokens = 0.0, list[str](), train_tokens(spec.data.config, self.config.base)
         for teacher in spec.teachers:
-            columns = self.models.tokens.num_ids if spec.token_level else teacher.info.num_labels
-            content = content_of(spec.stage.cache, token_level=spec.token_level, columns=columns, seed=self.config.seed)
+            content = content_of(
+                spec.stage.cache,
+                token_level=spec.token_level,
+                columns=self.models.tokens.num_ids if spec.token_level else teacher.info.num_labels,
+                seed=self.config.seed,
+                others=teacher.num_others,
+                missing=teacher.missing,
+            )
             check_layers(content, teacher.info, f"{spec.where}.cache", teacher.name)
             name = f"{spec.name}/{teacher.name}"
             if isinstance(teacher.gives, ModelSpec):

@@ -154,6 +154,8 @@ def _without_places(values: dict[str, Any]) -> dict[str, Any]:
         teacher.pop("sharded", None)
         if teacher.get("classes") is None:  # finished stages may not know the field
             teacher.pop("classes", None)
+        if not teacher.get("other"):
+            teacher.pop("other", None)
     return values
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from mtkd.config import RunConfig, TeacherConfig
 from mtkd.data.batch import STUDENT
 from mtkd.errors import UserError
+from mtkd.models.classes import Meaning
 from mtkd.models.folder import check_folder, find_folder
 from mtkd.models.formats import format_of
 from mtkd.models.info import CLASSIFIER
@@ -117,7 +118,7 @@ class TeacherOutlook:
 
     def model(self) -> ModelSpec:
         teacher, data, place, backend = self.teacher, self.spec.data, self.place, BACKENDS[self.teacher.backend]
-        config = self.models.of(self.spec.stage, teacher.model, place, self.spec.heads, teacher.classes)
+        config = self.models.of(self.spec.stage, teacher.model, place, self.spec.heads, Meaning.of(teacher))
         name = format_of(config)
         if name is not None and not backend.formats:
             raise UserError(
@@ -131,7 +132,7 @@ class TeacherOutlook:
                 check_folder(folder)
                 check_weights(config, data.auto_class, folder)
         self.models.check_tokenizer(teacher.model, place, data.task, teaches=True)
-        return self.models.spec(config, teacher.model, data)
+        return replace(self.models.spec(config, teacher.model, data), classes=self.models.matched.get(place))
 
     def find_model(self) -> None:
         model, base = self.teacher.model, self.config.base

@@ -213,8 +213,14 @@ def _cache(job: _Job, planned: TeacherSpec, stopped: StopFlag, progress: StagePr
         return
     teacher = open_teacher(context, config, job.data, where, job.spec.heads)
     token_level = job.data.task.token_level
-    columns = num_real_ids(context.tokenizer) if token_level else job.data.num_labels
-    content = content_of(job.stage.cache, token_level=token_level, columns=columns, seed=context.config.seed)
+    content = content_of(
+        job.stage.cache,
+        token_level=token_level,
+        columns=num_real_ids(context.tokenizer) if token_level else job.data.num_labels,
+        seed=context.config.seed,
+        others=planned.num_others,
+        missing=planned.missing,
+    )
     check_layers(content, teacher.info, f"{job.spec.where}.cache", config.name)
     digest, precision = teacher_digest(context, config), context.config.engine.decided_precision
     origin = origin_of(digest, job.data, context.tokenizer, teacher.record(), precision)

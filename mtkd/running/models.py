@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from mtkd.config import ModelConfig
 from mtkd.data.load import LoadedData
 from mtkd.data.tokenizers import num_real_ids
-from mtkd.models.classes import teacher_classes
+from mtkd.models.classes import ClassMap, teacher_classes
 from mtkd.models.info import CLASSIFIER
 from mtkd.models.load import build_model, compress_model
 from mtkd.models.request import ModelRequest, Taught
@@ -68,8 +68,7 @@ def load_model(
                 raise compressed_twice(f"{where}.vocabulary")
             vocabulary = _vocabulary(context, model, built, tables[0])
             built = compress_model(built, task, vocabulary, seed)
-        columns = _columns(built, request, data)
-        return TappedModel(built, task, num_ids, vocabulary, columns)
+        return TappedModel(built, task, num_ids, vocabulary, _classes(built, request, data))
 
 
 def _keep_table(tables: list[Tensor], whole: PreTrainedModel) -> None:
@@ -77,8 +76,8 @@ def _keep_table(tables: list[Tensor], whole: PreTrainedModel) -> None:
     tables.insert(0, input_table(whole))
 
 
-def _columns(built: PreTrainedModel, request: ModelRequest, data: LoadedData) -> tuple[int, ...] | None:
-    """The outputs of a teaching classifier in the order of the data's classes; None where the order is the same."""
+def _classes(built: PreTrainedModel, request: ModelRequest, data: LoadedData) -> ClassMap | None:
+    """Which outputs of a teaching classifier are the data's classes; None where all are, in the same order."""
     taught = request.taught
     if (
         taught is None
@@ -87,8 +86,8 @@ def _columns(built: PreTrainedModel, request: ModelRequest, data: LoadedData) ->
         or request.answers is not None
     ):
         return None
-    classes = teacher_classes(built.config, data.label_names, data.num_labels, request.where, taught.classes)
-    return None if classes.in_order else classes.columns
+    classes = teacher_classes(built.config, data.label_names, data.num_labels, request.where, taught.meaning)
+    return None if classes.in_order else classes
 
 
 def vocabulary_of(context: RunContext, model: ModelConfig, where: str) -> VocabularyMap | None:

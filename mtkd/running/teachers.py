@@ -8,6 +8,7 @@ from pathlib import Path
 from mtkd.config import TeacherConfig
 from mtkd.data.load import LoadedData
 from mtkd.data.tokenizers import num_real_ids
+from mtkd.models.classes import Meaning
 from mtkd.models.folder import find_folder
 from mtkd.models.request import Taught
 from mtkd.models.taps import TappedModel
@@ -47,7 +48,7 @@ class RunStock:
         model, where = self.teacher.model, self.site.where
         if self.data.task.token_level and vocabulary_of(self.context, model, where) is not None:
             raise compressed_teacher(model.path or "", where)
-        taught = Taught(self.reads, self.teacher.classes)
+        taught = Taught(self.reads, Meaning.of(self.teacher))
         return load_model(self.context, model, self.data, where=where, taught=taught, empty=empty)
 
     def folder(self) -> Path:

@@ -1,6 +1,7 @@
 """Weightings: how much each teacher counts, per example or per token. ``traits -> weights [T,B,L]`` (L may be 1)."""
 
 from mtkd.weightings import (
+    abstaining,
     certainty,
     constant,
     correctness,
@@ -22,6 +23,7 @@ __all__ = [
     "StageFacts",
     "Traits",
     "Weighting",
+    "abstaining",
     "certainty",
     "constant",
     "correctness",

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from mtkd.models.features import Logits, SparseLogits, as_logits
+from mtkd.models.features import DenseLogits, Logits, SparseLogits, as_logits
 from mtkd.weightings.traits import Traits, fact
 
 
@@ -34,6 +34,17 @@ def class_probabilities(traits: Traits) -> Tensor:
         return torch.zeros(traits.num_teachers, len(traits.mask), 0, device=traits.mask.device)
     every = torch.arange(len(traits.mask), device=traits.mask.device)  # [B]
     return torch.stack([torch.softmax(logits.rows(every), -1) for logits in traits.logits])
+
+
+@fact(teachers=True)
+def own_mass(traits: Traits) -> Tensor:
+    """Probability ``1 - p_k(other)`` over all outputs that an example is of a teacher's own classes, [T,B,1].
+
+    1 for a teacher without an output that means "none of my classes" (`other` of a teacher).
+    """
+    masses = [x.own_mass() if isinstance(x, DenseLogits) and x.values.dim() == 2 else None for x in traits.logits]
+    ones = torch.ones(traits.mask.shape[0], device=traits.mask.device)
+    return torch.stack([ones if mass is None else mass for mass in masses])[..., None]
 
 
 @fact(student=("logits",))

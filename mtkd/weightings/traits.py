@@ -192,7 +192,7 @@ class Traits:
 
     ce, entropy, confidence, margin, agreement = _Named(), _Named(), _Named(), _Named(), _Named()
     student_uncertainty, student_loss, pooled = _Named(), _Named(), _Named()
-    route, gram, class_probabilities = _Named(), _Named(), _Named()
+    route, gram, class_probabilities, own_mass = _Named(), _Named(), _Named(), _Named()
 
     def __init__(
         self,

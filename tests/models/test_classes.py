@@ -9,7 +9,7 @@ from tiny import class_batch
 from transformers import BertConfig
 
 from mtkd.errors import DataError, UserError
-from mtkd.models.classes import check_softmax, match_classes, output_names
+from mtkd.models.classes import ClassMap, check_softmax, match_classes, output_names
 from mtkd.models.info import CLASSIFIER
 from mtkd.models.taps import TappedModel
 
@@ -102,7 +102,8 @@ def test_outputs_that_are_no_distribution_are_refused(config: BertConfig, num_la
 def test_dropped_outputs_never_reach_the_softmax() -> None:
     """The probabilities are those of the kept outputs alone: p_i / sum of the kept p."""
     model = build(description("bert"), CLASSIFIER, num_labels=3)
-    whole, some = (TappedModel(model, CLASSIFIER, NUM_IDS, None, columns) for columns in (None, (2, 0)))
+    kept_two = ClassMap(("x", "y", "z"), ("z", "x"), (2, 0), "name")
+    whole, some = (TappedModel(model, CLASSIFIER, NUM_IDS, None, classes) for classes in (None, kept_two))
     some.verify()
     batch, wants = class_batch(LENGTHS), frozenset({"logits"})
     with torch.no_grad():

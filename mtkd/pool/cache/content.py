@@ -19,6 +19,9 @@ PER_EXAMPLE = ("cls",)
 
 FORMAT = 1
 
+_LATER = {"others", "missing"}
+"""Fields that came later: they stand in a file only where they say something, so older caches stay valid."""
+
 
 @dataclass(frozen=True)
 class CacheContent:
@@ -37,6 +40,8 @@ class CacheContent:
         proposal: draws come from ``softmax(logits / (temperature * proposal))``; at 1 their weights are shares of k.
         seed: of the draws.
         scalars: traits stored exactly, per position; of `SCALARS`.
+        others: ``classes``: logits of so many outputs that mean "none of my classes", stored after the classes.
+        missing: ``classes``: the data's classes that the teacher has no output for.
     """
 
     targets: str
@@ -50,10 +55,13 @@ class CacheContent:
     proposal: float = 1.0
     seed: int = 0
     scalars: tuple[str, ...] = ()
+    others: int = 0
+    missing: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hidden", tuple(self.hidden))
         object.__setattr__(self, "scalars", tuple(self.scalars))
+        object.__setattr__(self, "missing", tuple(self.missing))
 
     @property
     def per_token(self) -> bool:
@@ -103,6 +111,7 @@ class CacheContent:
             ("dtype", self.dtype in DTYPES, DTYPES),
             ("bits", 4 <= self.bits <= 12, "4 to 12"),
             ("scalars", set(self.scalars) <= set(SCALARS), SCALARS),
+            ("others", self.others >= 0 and not (self.per_token and self.others), "0 or more of targets: classes"),
             ("hidden", all(_storable(key) for key in self.hidden), "hidden.K, embedding, cls.K"),
         ]
         for name, fine, allowed in rules:
@@ -111,7 +120,7 @@ class CacheContent:
                 raise UserError("a cache cannot hold this", where=place, found=getattr(self, name), allowed=allowed)
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name not in _LATER or value}
 
     @classmethod
     def from_json(cls, value: Any, where: str) -> CacheContent:
@@ -183,10 +192,11 @@ Plain = TypeVar("Plain", CacheContent, CacheOrigin)
 
 def _from_json(cls: type[Plain], value: Any, where: str) -> Plain:
     kinds = {f.name: f.type for f in fields(cls)}
-    if not isinstance(value, Mapping) or value.keys() != kinds.keys():
+    if not isinstance(value, Mapping) or value.keys() - _LATER != kinds.keys() - _LATER:
         raise DataError("the description of the cache is malformed", where=where, allowed=sorted(kinds))
     for name, item in value.items():
-        if not isinstance(item, _JSON_TYPES[str(kinds[name])]) or (kinds[name] != "bool" and isinstance(item, bool)):
+        known = name in kinds and isinstance(item, _JSON_TYPES[str(kinds[name])])
+        if not known or (kinds[name] != "bool" and isinstance(item, bool)):
             raise DataError("the description of the cache is malformed", where=where, found=f"{name}: {item!r}")
     return cls(**value)
 

@@ -53,7 +53,8 @@ class CacheFacts:
             for key in wants - {"logits"}
         }
         if not content.per_token:
-            features["logits"] = DenseLogits(torch.zeros(sequences, content.columns))
+            other = torch.zeros(sequences, content.others) if content.others else None
+            features["logits"] = DenseLogits(torch.zeros(sequences, content.columns), other)
             return features
         tail = torch.zeros(positions) if content.targets == "top" else None
         ids = torch.zeros((positions, content.k), dtype=torch.int64)

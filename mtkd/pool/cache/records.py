@@ -30,7 +30,7 @@ class Record:
         targets: ``top``: ids [n,k], log_probs [n,k], tail [n]; ``sampled``: ids, counts and importance [n,u], and
             entropy [n], of the distribution at the cache's temperature.
         traits: [n] each.
-        classes: class logits, [C].
+        classes: class logits, then those that mean none of them, [C+R].
         hidden: [tokens,H], or [H] for features per example.
     """
 
@@ -66,13 +66,22 @@ def make_records(content: CacheContent, batch: Batch, features: Features, tile: 
         _put_positions(content, records, batch, logits, tile)
     for record, row in zip(records, rows, strict=True):
         if content.targets == "classes":
-            record.classes = logits.rows(torch.tensor([row], device=batch.keys.device))[0].float().cpu().numpy()
+            record.classes = _class_logits(logits, row, content).float().cpu().numpy()
         for key in content.hidden:
             value = features[key]
             assert isinstance(value, Tensor), "of logits a cache keeps what its targets say"
             row_value = value[row] if split_key(key)[0] in PER_EXAMPLE else value[row][batch.attention_mask[row]]
             record.hidden[key] = row_value.to(getattr(torch, content.dtype)).cpu()
     return records
+
+
+def _class_logits(logits: Logits, row: int, content: CacheContent) -> Tensor:
+    """The logits of an example's classes, then those of the outputs that mean none of them, [C+R]."""
+    if not isinstance(logits, DenseLogits):  # of a plug-in
+        return logits.rows(torch.tensor([row]))[0]
+    others = logits.values[row, :0] if logits.other is None else logits.other[row]
+    assert len(others) == content.others, "the plan counts the teacher's outputs"
+    return torch.cat([logits.values[row].float(), others.float()])
 
 
 def _put_positions(content: CacheContent, records: list[Record], batch: Batch, logits: Logits, tile: int) -> None:
@@ -145,7 +154,7 @@ class Records:
         tokens, positions: per example, [E] int64.
         values: targets of all positions, one example after another; None without token targets.
         traits: stored traits, [P] each.
-        classes: class logits, [E,C], zeros in filler rows; None without them.
+        classes: class logits, then those that mean none of them, [E,C+R], zeros in filler rows; None without them.
         hidden: per token [sum of tokens,H], per example [E,H] (zeros in filler rows).
     """
 
@@ -182,7 +191,8 @@ class Records:
         device = batch.keys.device
         self._same(batch.token_mask.sum(1).cpu(), self.tokens, "tokens")
         if self.classes is not None:
-            return DenseLogits(self.classes.to(device))
+            classes, columns = self.classes.to(device), self.content.columns
+            return DenseLogits(classes[:, :columns], classes[:, columns:] if self.content.others else None)
         mask = batch.target_mask
         self._same(mask.sum(1).cpu(), self.positions, "positions to predict")
         at = torch.where(mask.reshape(-1), mask.reshape(-1).cumsum(0) - 1, -1)

@@ -1,0 +1,241 @@
+"""Specialists with an output "other": their logits, the weights of `abstain`, caches, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from cache_runs import largest_difference
+from tiny import NUM_IDS, class_batch, classifier, make_objective
+from torch import Tensor
+
+import mtkd.running.run
+from mtkd.config import RunConfig
+from mtkd.config.match import Match
+from mtkd.config.read import load_config
+from mtkd.data.batch import Batch
+from mtkd.errors import DataError, UserError
+from mtkd.models.classes import LOW, ClassMap, match_classes
+from mtkd.models.features import DenseLogits
+from mtkd.models.info import CLASSIFIER
+from mtkd.models.taps import TappedModel
+from mtkd.weightings.spec import WEIGHTINGS
+from mtkd.weightings.traits import Around, Traits
+
+CLASSES = ("a", "b", "c", "d")
+OUTPUTS = torch.tensor([[1.0, -0.5, 2.0], [0.3, 0.1, -3.0]])  # of the specialist of c and a: c, a, other
+
+
+def traits_of(*teachers: DenseLogits) -> Traits:
+    examples = len(teachers[0].values)
+    ids = torch.zeros(examples, 2, dtype=torch.int64)
+    batch = Batch(torch.arange(examples), ids, ids == 0, torch.zeros(examples, dtype=torch.int64))
+    return Traits(teachers, Around(batch), "example", 4)
+
+
+def abstain(*teachers: DenseLogits, **options: Any) -> Tensor:
+    weights: Tensor = WEIGHTINGS["abstain"](**options)(traits_of(*teachers))
+    return weights[..., 0]
+
+
+def specialist(other: str = "other") -> ClassMap:
+    return match_classes(("c", "a", "other"), CLASSES, "teacher", other=(other,))
+
+
+def test_an_output_other_is_dropped_and_classes_without_an_output_have_probability_0() -> None:
+    """The softmax is that of the own classes alone, at any temperature; the mass of `other` is over all outputs."""
+    found = specialist()
+    assert (found.columns, found.other, found.missing) == ((1, -1, 0, -1), (2,), ("b", "d"))
+    logits = found.logits(OUTPUTS)
+    for temperature in (0.1, 1.0, 4.0, 64.0):
+        own = torch.softmax(OUTPUTS[:, [1, 0]].double() / temperature, -1)
+        whole = torch.softmax(logits.divided(temperature).values, -1).double()
+        torch.testing.assert_close(whole[:, [0, 2]], own, rtol=0, atol=1e-5)
+        assert bool((whole[:, [1, 3]] == 0).all())
+        other = torch.softmax(OUTPUTS.double() / temperature, -1)[:, 2]
+        mass = logits.divided(temperature).own_mass().double()
+        torch.testing.assert_close(mass, 1 - other, rtol=1e-5, atol=1e-7)
+
+
+def test_a_whole_head_and_other_keeps_every_class() -> None:
+    found = match_classes(("other", *reversed(CLASSES)), CLASSES, "teacher", other=("0",))
+    assert (found.columns, found.missing) == ((4, 3, 2, 1), ())
+    assert found.note.endswith("0: other = none of its classes")
+    positions = match_classes(("LABEL_0", "LABEL_1", "LABEL_2"), ("x", "y"), "teacher", other=("LABEL_0",))
+    assert (positions.columns, positions.how) == ((1, 2), "position")
+
+
+def test_the_weights_are_those_of_the_formula() -> None:
+    """``(1 - p_k(other))^power`` over their sum, in float64 by hand; several outputs `other` count together."""
+    drawn = 3 * torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(0))
+    teachers = [DenseLogits(x[:, :4], x[:, 4:]) for x in drawn]
+    own = 1 - drawn.double().softmax(-1)[..., 4:].sum(-1)  # [T,B]
+    for power in (1.0, 2.5):
+        wanted = own**power / (own**power).sum(0)
+        torch.testing.assert_close(abstain(*teachers, power=power).double(), wanted, rtol=1e-5, atol=1e-6)
+    order = [2, 0, 1]
+    mixed = abstain(*(teachers[k] for k in order))
+    torch.testing.assert_close(mixed, abstain(*teachers)[order])
+
+
+def test_who_has_no_other_claims_everything_and_where_all_abstain_weights_are_uniform() -> None:
+    generalist = DenseLogits(torch.randn(2, 4, generator=torch.Generator().manual_seed(0)))
+    shy = DenseLogits(torch.zeros(2, 4), torch.full((2, 1), 90.0))
+    shyer = DenseLogits(torch.zeros(2, 4), torch.full((2, 1), 900.0))
+    torch.testing.assert_close(abstain(shy, shyer), torch.full((2, 2), 0.5))
+    torch.testing.assert_close(abstain(generalist, shy)[0], torch.ones(2), rtol=0, atol=2e-6)
+    torch.testing.assert_close(abstain(generalist, generalist), torch.full((2, 2), 0.5))
+    assert torch.equal(abstain(shyer), torch.ones(1, 2))
+
+
+@pytest.mark.parametrize("options", [{"power": 0.0}, {"power": -1.0}, {"floor": 0.0}, {"floor": 1.5}])
+def test_options_without_a_meaning_are_refused(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        WEIGHTINGS["abstain"](**options)
+
+
+def test_a_mixture_of_specialists_is_their_own_softmax_weighted() -> None:
+    """KL against ``sum_k w_k p_k`` by hand in float64, p_k over the own classes, 0 elsewhere; finite gradients."""
+    maps = [
+        ClassMap(("a", "b", "no"), CLASSES, (0, 1, -1, -1), "name", (2,)),
+        ClassMap(("no", "d", "b", "c"), CLASSES, (-1, 2, 3, 1), "name", (0,)),
+    ]
+    plain = [classifier(16, 1, seed, num_labels=len(m.outputs)) for seed, m in enumerate(maps)]
+    teachers = [TappedModel(t.model, CLASSIFIER, NUM_IDS, None, m) for t, m in zip(plain, maps, strict=True)]
+    batch, wants = class_batch((5, 3, 7), num_labels=4), frozenset({"logits"})
+    with torch.no_grad():
+        outputs = [t(batch, wants)["logits"].rows(torch.arange(3)).double() for t in plain]
+    probs = torch.zeros(2, 3, 4, dtype=torch.float64)
+    probs[0][:, [0, 1]] = outputs[0][:, :2].softmax(-1)
+    probs[1][:, [1, 2, 3]] = outputs[1][:, [2, 3, 1]].softmax(-1)
+    own = torch.stack([1 - outputs[0].softmax(-1)[:, 2], 1 - outputs[1].softmax(-1)[:, 0]])
+    weights = own / own.sum(0)
+    student = classifier(8, 1, 7, num_labels=4)
+    with torch.no_grad():
+        log_s = student(batch, wants)["logits"].rows(torch.arange(3)).double().log_softmax(-1)
+    mixture = (weights[..., None] * probs).sum(0)
+    xlogy = torch.special.xlogy
+    wanted = {
+        "probabilities": (xlogy(mixture, mixture) - mixture * log_s).sum(-1).mean(),
+        "losses": (weights[..., None] * (xlogy(probs, probs) - probs * log_s)).sum((0, 2)).mean(),
+    }
+    for ensemble, value in wanted.items():
+        row = Match(feature="logits", loss="kl", ensemble=ensemble)
+        objective, pool = make_objective(student, teachers, [row], "abstain")
+        loss, _ = objective(batch, pool.forward(batch), {"tokens": 15, "targets": 3, "sequences": 3})
+        assert float(loss.detach()) == pytest.approx(float(value), rel=1e-5)
+        loss.backward()
+        assert all(bool(p.grad.isfinite().all()) for p in student.parameters() if p.grad is not None)
+
+
+def test_low_is_far_and_finite_in_every_format() -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        values = specialist().logits(OUTPUTS.to(dtype)).values
+        assert bool(values.isfinite().all())
+        assert float(values[:, [0, 2]].min() - values[:, [1, 3]].max()) > LOW / 2
+
+
+@pytest.mark.parametrize(
+    ("outputs", "given", "other", "message"),
+    [
+        (("c", "a", "other"), None, ("othre",), "no such output"),
+        (("c", "a", "other"), None, ("7",), "no such output"),
+        (("c", "a", "other"), None, ("other", "2"), "named twice"),
+        (("c", "a", "b"), None, ("b",), "name of a class of the data"),
+        (("c", "z", "other"), None, ("other",), "no classes of the data"),
+        (("other", "none"), None, ("other", "none"), "no output of the model is left"),
+        (("c", "a", "other"), {"c": "c", "other": "a"}, ("other",), "is a class of the data"),
+        (("c", "a", "other"), ("c", "a"), ("other",), "an entry per output"),
+        (("LABEL_0", "LABEL_1", "LABEL_2"), None, ("2",), "no classes of the data"),
+    ],
+)
+def test_what_other_names_must_fit(outputs: tuple[str, ...], given: Any, other: tuple[str, ...], message: str) -> None:
+    with pytest.raises((UserError, DataError), match=message) as caught:
+        match_classes(outputs, CLASSES, "stages.s.teachers[0]", given, other=other)
+    assert caught.value.where.startswith("stages.s.teachers[0]")
+
+
+def test_the_user_says_which_outputs_are_classes_and_the_others_are_dropped() -> None:
+    found = match_classes(("c", "zebra", "other"), CLASSES, "teacher", {"c": "c"}, other=("other",))
+    assert (found.columns, found.missing) == ((-1, -1, 0, -1), ("a", "b", "d"))
+    assert "1: zebra is dropped" in found.note
+    assert "3 of 4 classes have no output" in found.note
+
+
+_WORDS = {"a": "amber", "b": "birch", "c": "cedar", "d": "dunes"}
+
+
+def write_texts(folder: Path) -> None:
+    """Texts of four classes, each told by one word among noise; per specialist the same texts, other classes as one."""
+    chance = random.Random(0)
+    noise = ["the", "of", "and", "some", "more", "then", "far", "from"]
+    for split, count in (("train", 120), ("test", 60)):
+        rows = []
+        for i in range(count):
+            name = CLASSES[i % 4]
+            words = [*chance.choices(noise, k=4), _WORDS[name]]
+            chance.shuffle(words)
+            rows.append({"text": " ".join(words), "label": name})
+        for file, own in (("all", CLASSES), ("one", ("a", "b")), ("two", ("c", "d"))):
+            named = [{**row, "label": row["label"] if row["label"] in own else "other"} for row in rows]
+            (folder / f"{file}-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in named))
+        silent = [{"text": row["text"]} for row in rows]
+        (folder / f"silent-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in silent))
+
+
+def run_values(folder: Path) -> dict[str, Any]:
+    """Two specialists, their caches, and students of both by different weights."""
+
+    def data(name: str) -> dict[str, Any]:
+        files = {split: f"{name}-{split}.jsonl" for split in ("train", "test")}
+        return {"source": "files", "path": ".", "files": files, "task": "classify", "max_length": 16}
+
+    shape = {"architecture": "bert", "layers": 1, "width": 16, "heads": 2, "dropout": 0.0}
+    learned = {"student": shape, "steps": 80, "batch": {"sequences": 24}, "optimizer": {"lr": 1e-2}}
+    specialists = [{"model": "stage:one", "other": "other"}, {"model": "stage:two", "other": "2"}]
+    cached = [{"name": n, "model": f"stage:cache/{n}", "backend": "cached"} for n in ("one", "two")]
+    rows = [{"feature": "logits", "loss": "kl"}]
+    taught = {**learned, "kind": "distill", "data": "silent", "match": rows}
+    return {
+        "name": "specialists",
+        "output": str(folder / "runs"),
+        "tokenizer": {"train_on": "all", "vocab_size": 300},
+        "data": {
+            "all": data("all"),
+            "silent": {**data("all"), "files": {"train": "all-train.jsonl", "test": "all-test.jsonl"}},
+            "one": data("one"),
+            "two": data("two"),
+        },
+        "engine": {"kind": "torch", "device": "cpu", "precision": "fp32", "threads": 1},
+        "stages": {
+            "one": {**learned, "kind": "finetune", "data": "one"},
+            "two": {**learned, "kind": "finetune", "data": "two", "seed": 1},
+            "cache": {"kind": "cache", "data": "silent", "teachers": specialists, "batch": {"sequences": 24}},
+            "abstain": {**taught, "teachers": specialists, "weighting": "abstain"},
+            "cached": {**taught, "teachers": cached, "weighting": "abstain"},
+            "uniform": {**taught, "teachers": cached, "weighting": "uniform"},
+        },
+        "evaluate": {"data": "all", "ensembles": [], "stages": ["abstain", "cached", "uniform"], "resamples": 50},
+    }
+
+
+def write_run(folder: Path, values: dict[str, Any]) -> RunConfig:
+    write_texts(folder)
+    (folder / "run.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    return load_config(folder / "run.yaml")
+
+
+def test_specialists_that_abstain_teach_more_than_uniform_ones_and_caches_teach_the_same(tmp_path: Path) -> None:
+    """A whole run: the student of cached teachers is that of live ones, and `abstain` beats uniform."""
+    config = write_run(tmp_path, run_values(tmp_path))
+    mtkd.running.run.run(config)
+    scores = json.loads((config.folder / "results.json").read_text())["models"]
+    right = {name: each["overall"]["accuracy"] for name, each in scores.items()}
+    assert right["abstain"] > right["uniform"] + 0.1
+    assert largest_difference(config.folder, "abstain", "cached") < 1e-4
+    assert largest_difference(config.folder, "abstain", "uniform") > 1e-2
