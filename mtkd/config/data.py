@@ -83,13 +83,42 @@ class InfillConfig(Config):
         return self
 
 
+class SpecialistConfig(Config):
+    """Data of a teacher that knows some classes, and all others as one."""
+
+    classes: tuple[str, ...] = Field(description="its own classes, in order; every other label becomes `other`")
+    other: str = Field("other", description="the class of all other labels; a teacher names it in `other`")
+    share: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="share of the train split's rows of other classes that is kept, chosen by the seed"
+    )
+
+    @model_validator(mode="after")
+    def _names_once(self) -> SpecialistConfig:
+        if not self.classes or len(set(self.classes)) < len(self.classes):
+            raise ValueError("classes names each class of the specialist once, and at least one")
+        if self.other in self.classes:
+            raise ValueError(f"{self.other!r} is both a class of the specialist and `other`: give `other` another name")
+        return self
+
+
 _LAW = 2
 """Version of the law of glm-infill's blanks: what was made with another one is made again."""
 
 BLANK = "[MASK]"
 """The place of the answer in a cloze."""
 
-_SAID_WHEN_SET = ("cloze", "verbalizers", "infill", "redraw", "label_kind", "name", "domain", "separator", "columns")
+_SAID_WHEN_SET = (
+    "cloze",
+    "verbalizers",
+    "infill",
+    "redraw",
+    "label_kind",
+    "name",
+    "domain",
+    "separator",
+    "columns",
+    "specialist",
+)
 """Fields that tell data from others only where they are set; the fields before them always do."""
 
 
@@ -146,6 +175,11 @@ class DataConfig(Config):
         (),
         description="class names in order; default: sorted values of the whole train split, or the classes of the "
         "teachers where it has no labels (glm-cloze: names of verbalizers)",
+    )
+    specialist: SpecialistConfig | None = Field(
+        None,
+        description="classify: of a file with all labels make the data of a specialist: {classes: [a, b]} makes every "
+        "other label the class `other`",
     )
     label_kind: Literal["auto", "class", "number"] = Field(
         "auto",
@@ -221,6 +255,12 @@ class DataConfig(Config):
     def _one_kind_of_labels(self) -> DataConfig:
         if self.label_kind == "number" and self.labels:
             raise ValueError("label_kind: number is a regression, which has no class names: drop labels or label_kind")
+        if self.specialist is None:
+            return self
+        if self.label_kind == "number" or self.source == RANDOM_TOKENS:
+            raise ValueError("specialist makes one class of several labels, and here labels are no classes: drop it")
+        if unknown := [name for name in self.specialist.classes if self.labels and name not in self.labels]:
+            raise ValueError(f"specialist.classes has {unknown[0]!r}, which is not in labels")
         return self
 
     @model_validator(mode="after")
@@ -250,6 +290,8 @@ class DataConfig(Config):
     @property
     def classes(self) -> tuple[str, ...]:
         """Class names in order, as far as the configuration names them."""
+        if self.specialist is not None:
+            return (*self.specialist.classes, self.specialist.other)
         return self.labels or tuple(sorted(self.verbalizers))
 
     @property

@@ -101,7 +101,7 @@ class ModelTeacher(Teacher):
         "without ([negative, null, positive]); or {OUTPUT: class}, the others have none; outputs without a class are "
         "dropped before the softmax. Default: by name, else by position",
     )
-    other: tuple[str, ...] = Field(
+    other: str | tuple[str, ...] = Field(
         (),
         description="classify: a specialist's output that means `none of my classes`, by name or number; it is dropped "
         "before the softmax too, weighting: abstain reads its probability, and classes of the data without an output "
@@ -121,6 +121,11 @@ class ModelTeacher(Teacher):
         if len(set(value)) < len(value) or not all(name.strip() for name in value):
             raise ValueError("other names each output that means `none of my classes` once")
         return value
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """The outputs that `other` names."""
+        return (self.other,) if isinstance(self.other, str) else self.other
 
     @field_validator("classes", mode="before")
     @classmethod
@@ -203,7 +208,7 @@ class CacheTeacher(Teacher):
         return None
 
     @property
-    def other(self) -> tuple[str, ...]:
+    def others(self) -> tuple[str, ...]:
         """A cache knows by itself which logits mean none of them."""
         return ()
 
@@ -233,7 +238,7 @@ class OwnTeacher(Teacher):
         return None
 
     @property
-    def other(self) -> tuple[str, ...]:
+    def others(self) -> tuple[str, ...]:
         """It has an output per class of the data, and no others."""
         return ()
 

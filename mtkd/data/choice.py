@@ -47,7 +47,7 @@ def hold_out(raw: Raw, config: DataConfig, codes: Codes) -> Raw:
     size = min(max(1, round(total * config.validation_share)), total - 1)
     if size < 1:
         raise DataError("too few rows to hold any out", where=raw.origin("train").name, found=f"{total} rows")
-    order = _random(config.seed, "validation").permutation(total)
+    order = random_of(config.seed, "validation").permutation(total)
     classes = codes(raw, "train")
     taken = order[:size] if classes is None else by_class(classes, order, size, leave=True)
     chosen = {"train": np.setdiff1d(order, taken), "validation": np.sort(taken)}
@@ -68,7 +68,7 @@ def limit(raw: Raw, config: DataConfig, codes: Codes) -> Raw:
             raise UserError("no such split", where=f"@data.limit.{split}", found=split, allowed=list(splits))
         total = len(splits[split])
         if most < total:
-            order = _random(config.seed, f"limit {split}").permutation(total)
+            order = random_of(config.seed, f"limit {split}").permutation(total)
             classes = codes(raw, split)
             rows = np.sort(order[:most] if classes is None else by_class(classes, order, most))
             origins[split] = raw.origin(split).select(rows)
@@ -117,7 +117,7 @@ def _shares(sizes: np.ndarray, least: np.ndarray, most: np.ndarray, total: int) 
     return counts
 
 
-def _random(seed: int, purpose: str) -> np.random.Generator:
+def random_of(seed: int, purpose: str) -> np.random.Generator:
     """Independent random numbers for every purpose of one seed."""
     digest = hashlib.sha256(f"{seed} {purpose}".encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:16], "big"))

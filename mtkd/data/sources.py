@@ -21,6 +21,7 @@ from mtkd.data.labels import class_codes, find_labels
 from mtkd.data.paths import DataFile, file_digest, find_files
 from mtkd.data.progress import Working
 from mtkd.data.raw import Raw
+from mtkd.data.specialist import relabelled
 from mtkd.data.stdlib import DOMAINS, stdlib_documents
 from mtkd.data.tables import missing_column_hint
 from mtkd.data.tasks import check_task
@@ -73,6 +74,7 @@ def choose_rows(raw: Raw, config: DataConfig) -> Raw:
         return class_codes(config, rows.splits[split], rows.origin(split), labels.names)
 
     with Working("choosing rows", 3, "steps") as working:
+        raw = relabelled(config, raw)
         labels = find_labels(config, raw) if has_labels(config) else None
         working.at(1)
         divided = hold_out(raw, config, codes)
@@ -82,6 +84,8 @@ def choose_rows(raw: Raw, config: DataConfig) -> Raw:
     if config.validation_share or config.limit:
         by = " by class" if labels is not None and labels.kind == "class" else ""
         choice = f"{raw.fingerprint} {config.seed} {config.validation_share} {sorted(config.limit.items())}{by}"
+    if config.specialist is not None:
+        choice = f"{choice or raw.fingerprint} {config.seed} {config.specialist.model_dump_json()} {config.labels}"
     if labels is not None and labels.by_values:
         choice = f"{choice or raw.fingerprint} {labels.kind} {labels.names}"
     return replace(chosen, fingerprint=hashlib.sha256(choice.encode()).hexdigest()) if choice else chosen

@@ -243,6 +243,6 @@ TASKS.add(
         prepare_classify,
         _class_labels,
         regression_metrics=("pearson", "spearman"),
-        fields=("label", "labels", "label_kind", "text_pair"),
+        fields=("label", "labels", "label_kind", "specialist", "text_pair"),
     ),
 )

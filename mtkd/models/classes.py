@@ -50,7 +50,7 @@ class Meaning:
 
     @classmethod
     def of(cls, teacher: TeacherConfig) -> Meaning:
-        return cls(teacher.classes, teacher.other)
+        return cls(teacher.classes, teacher.others)
 
     @property
     def key(self) -> str:

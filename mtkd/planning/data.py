@@ -85,7 +85,7 @@ class DataReader:
         """
         key = data.model_dump_json()
         if key not in self._chosen:
-            source = data.model_dump_json(exclude={"labels"})
+            source = data.model_dump_json(exclude={"labels", "specialist"})
             if source not in self._sources:
                 self._sources[source] = read_source(data, self._base)
             self._chosen[key] = choose_rows(self._sources[source], data)

@@ -43,7 +43,7 @@ def with_teachers_classes(config: RunConfig, reader: DataReader) -> RunConfig:
         }
         every = {place: _classes_of(teacher, place, name, so_far, reader) for place, teacher in teachers.items()}
         classes = {place: names for place, names in every.items() if names}
-        partly = any(teacher.other for teacher in teachers.values())
+        partly = any(teacher.others for teacher in teachers.values())
         labels = _together(classes) if partly else _common(classes, f"data.{name}.labels", facts.why)
         data[name] = entry.model_copy(update={"labels": labels})
     return config.model_copy(update={"data": data})
@@ -85,7 +85,7 @@ def _classes_of(
 
 def _own(names: tuple[str, ...], teacher: TeacherConfig) -> tuple[str, ...]:
     """The outputs of a teacher that are classes."""
-    return tuple(name for i, name in enumerate(names) if name not in teacher.other and str(i) not in teacher.other)
+    return tuple(name for i, name in enumerate(names) if name not in teacher.others and str(i) not in teacher.others)
 
 
 def _names_in(file: Path) -> tuple[str, ...]:

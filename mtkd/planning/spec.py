@@ -123,7 +123,7 @@ class TeacherSpec:
     @property
     def num_others(self) -> int:
         """Number of its outputs that mean "none of my classes"."""
-        return self.gives.content.others if isinstance(self.gives, CacheFacts) else len(self.config.other)
+        return self.gives.content.others if isinstance(self.gives, CacheFacts) else len(self.config.others)
 
     @property
     def missing(self) -> tuple[str, ...]:

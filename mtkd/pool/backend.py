@@ -220,7 +220,7 @@ class Backend:
         Args: model: digest of its model. code: origins of plug-ins -> digests of their code. base: as for `source`.
         """
         digest = model if teacher.classes is None else fingerprint([model, teacher.classes])
-        return fingerprint([digest, "other", teacher.other]) if teacher.other else digest
+        return fingerprint([digest, "other", teacher.others]) if teacher.others else digest
 
     def open(self, teacher: TeacherConfig, stock: Stock) -> Teacher:
         """The teacher with its weights where this backend keeps them, checked; a collective.

@@ -171,33 +171,27 @@ _WORDS = {"a": "amber", "b": "birch", "c": "cedar", "d": "dunes"}
 
 
 def write_texts(folder: Path) -> None:
-    """Texts of four classes, each told by one word among noise; per specialist the same texts, other classes as one."""
+    """Texts of four classes, each told by one word among noise; once more without labels."""
     chance = random.Random(0)
     noise = ["the", "of", "and", "some", "more", "then", "far", "from"]
     for split, count in (("train", 120), ("test", 60)):
         rows = []
         for i in range(count):
-            name = CLASSES[i % 4]
-            words = [*chance.choices(noise, k=4), _WORDS[name]]
+            words = [*chance.choices(noise, k=4), _WORDS[CLASSES[i % 4]]]
             chance.shuffle(words)
-            rows.append({"text": " ".join(words), "label": name})
-        for file, own in (("all", CLASSES), ("one", ("a", "b")), ("two", ("c", "d"))):
-            named = [{**row, "label": row["label"] if row["label"] in own else "other"} for row in rows]
-            (folder / f"{file}-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in named))
-        silent = [{"text": row["text"]} for row in rows]
-        (folder / f"silent-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in silent))
+            rows.append({"text": " ".join(words), "label": CLASSES[i % 4]})
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        silent = "".join(json.dumps({"text": row["text"]}) + "\n" for row in rows)
+        (folder / f"silent-{split}.jsonl").write_text(silent)
 
 
 def run_values(folder: Path) -> dict[str, Any]:
-    """Two specialists, their caches, and students of both by different weights."""
-
-    def data(name: str) -> dict[str, Any]:
-        files = {split: f"{name}-{split}.jsonl" for split in ("train", "test")}
-        return {"source": "files", "path": ".", "files": files, "task": "classify", "max_length": 16}
-
+    """Two specialists, their caches, and students of both by different weights on texts without labels."""
+    files = {split: f"{split}.jsonl" for split in ("train", "test")}
+    texts = {"source": "files", "path": ".", "files": files, "task": "classify", "max_length": 16}
     shape = {"architecture": "bert", "layers": 1, "width": 16, "heads": 2, "dropout": 0.0}
     learned = {"student": shape, "steps": 80, "batch": {"sequences": 24}, "optimizer": {"lr": 1e-2}}
-    specialists = [{"model": "stage:one", "other": "other"}, {"model": "stage:two", "other": "2"}]
+    specialists = [{"model": "stage:one", "other": "other"}, {"model": "stage:two", "other": 2}]
     cached = [{"name": n, "model": f"stage:cache/{n}", "backend": "cached"} for n in ("one", "two")]
     rows = [{"feature": "logits", "loss": "kl"}]
     taught = {**learned, "kind": "distill", "data": "silent", "match": rows}
@@ -206,10 +200,10 @@ def run_values(folder: Path) -> dict[str, Any]:
         "output": str(folder / "runs"),
         "tokenizer": {"train_on": "all", "vocab_size": 300},
         "data": {
-            "all": data("all"),
-            "silent": {**data("all"), "files": {"train": "all-train.jsonl", "test": "all-test.jsonl"}},
-            "one": data("one"),
-            "two": data("two"),
+            "all": texts,
+            "silent": {**texts, "files": {"train": "silent-train.jsonl"}},
+            "one": {**texts, "specialist": {"classes": ["a", "b"]}},
+            "two": {**texts, "specialist": {"classes": ["d", "c"]}},
         },
         "engine": {"kind": "torch", "device": "cpu", "precision": "fp32", "threads": 1},
         "stages": {
