@@ -90,8 +90,8 @@ class DenseLogits:
 
     def divided(self, temperature: float) -> DenseLogits:
         """All logits divided by a temperature, before any softmax reads them."""
-        other = None if self.other is None else self.other / temperature
-        return DenseLogits(self.values / temperature, other)
+        other = None if self.other is None else self.other.float() / temperature
+        return DenseLogits(self.values.float() / temperature, other)
 
     def own_mass(self) -> Tensor:
         """Probability of all classes together, over all outputs, [B] float32: 1 - p(other); 1 without such outputs.

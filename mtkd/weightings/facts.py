@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from mtkd.models.features import DenseLogits, Logits, SparseLogits, as_logits
+from mtkd.models.features import DenseLogits, Logits, NoLogits, SparseLogits, as_logits
 from mtkd.weightings.traits import Traits, fact
 
 
@@ -42,9 +42,15 @@ def own_mass(traits: Traits) -> Tensor:
 
     1 for a teacher without an output that means "none of my classes" (`other` of a teacher).
     """
-    masses = [x.own_mass() if isinstance(x, DenseLogits) and x.values.dim() == 2 else None for x in traits.logits]
     ones = torch.ones(traits.mask.shape[0], device=traits.mask.device)
-    return torch.stack([ones if mass is None else mass for mass in masses])[..., None]
+    if traits.mask.dim() == 2:
+        return ones.expand(traits.num_teachers, -1)[..., None]
+    masses = []
+    for logits in traits.logits:
+        # a wrapper that hides the outputs would make a specialist claim everything, silently
+        assert isinstance(logits, DenseLogits | NoLogits), f"class logits exist whole; found {type(logits).__name__}"
+        masses.append(logits.own_mass() if isinstance(logits, DenseLogits) else ones)
+    return torch.stack(masses)[..., None]
 
 
 @fact(student=("logits",))

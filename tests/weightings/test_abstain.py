@@ -12,10 +12,11 @@ import torch
 import yaml
 from cache_runs import largest_difference
 from tiny import NUM_IDS, class_batch, classifier, make_objective
+from tiny_run import tiny_config
 from torch import Tensor
 
 import mtkd.running.run
-from mtkd.config import RunConfig
+from mtkd.config import RunConfig, teacher_config
 from mtkd.config.match import Match
 from mtkd.config.read import load_config
 from mtkd.data.batch import Batch
@@ -25,6 +26,7 @@ from mtkd.models.classes import LOW, ClassMap, match_classes
 from mtkd.models.features import DenseLogits
 from mtkd.models.info import CLASSIFIER
 from mtkd.models.taps import TappedModel
+from mtkd.pool.cache import CacheContent
 from mtkd.weightings.spec import WEIGHTINGS
 from mtkd.weightings.traits import Around, Traits
 
@@ -240,3 +242,129 @@ def test_specialists_that_abstain_teach_more_than_uniform_ones_and_caches_teach_
     assert right["abstain"] > right["uniform"] + 0.2
     assert largest_difference(config.folder, "abstain", "cached") < 1e-4
     assert largest_difference(config.folder, "abstain", "uniform") > 1e-2
+
+
+def planned(folder: Path, **changes: Any) -> mtkd.Plan:
+    """The plan of the run with other stages or data; dicts are merged one level deep, None drops a stage."""
+    values = run_values(folder)
+    for block, entries in changes.items():
+        for name, entry in entries.items():
+            values[block][name] = None if entry is None else {**values[block].get(name, {}), **entry}
+        values[block] = {name: entry for name, entry in values[block].items() if entry is not None}
+    return mtkd.plan(write_run(folder, values))
+
+
+def test_the_plan_shows_the_outputs_and_names_classes_that_no_teacher_knows(tmp_path: Path) -> None:
+    """A stage of one specialist alone, on data of four classes."""
+    alone = {"data": "all", "teachers": [{"model": "stage:one", "other": "other"}]}
+    notes = [note for stage in planned(tmp_path, stages={"abstain": alone}).stages for note in stage.notes]
+    text = "stages.abstain.teachers[0]: 2: other = none of its classes; 2 of 4 classes have no output"
+    assert any(note.startswith(text) for note in notes)
+    assert "no teacher has an output for c, d: soft targets never name them" in notes
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"loss": "reverse_kl"}, "is infinite where a teacher gives a class probability 0"),
+        ({"loss": "adaptive_kl"}, "is infinite"),
+        ({"loss": "jsd", "options": {"beta": 1.0}}, "is infinite"),
+        ({"loss": "mse"}, "no logit to compare"),
+        ({"loss": "kl", "ensemble": "logits"}, "no logit to compare or to average"),
+        ({"loss": "kl", "options": {"temperature": 4.0}}, ""),
+        ({"loss": "soft_ce", "ensemble": "probabilities"}, ""),
+        ({"loss": "jsd"}, ""),
+        ({"loss": "skew_kl"}, ""),
+        ({"loss": "total_variation"}, ""),
+        ({"loss": "reverse_kl", "ensemble": "probabilities"}, ""),
+    ],
+)
+@pytest.mark.parametrize("stage", ["abstain", "cached"])
+def test_rows_to_which_probability_0_is_infinite_are_refused(
+    stage: str, row: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """Of live teachers and of their caches; the others are finite, in value and gradient."""
+    changes = {stage: {"match": [{"feature": "logits", **row}]}}
+    if not message:
+        assert planned(tmp_path, stages=changes).stages
+        return
+    with pytest.raises(UserError, match=message) as caught:
+        planned(tmp_path, stages=changes)
+    assert caught.value.where.endswith(f"stages.{stage}.match[0]")
+
+
+@pytest.mark.parametrize(
+    ("stages", "message", "where"),
+    [
+        ({"abstain": {"teachers": [{"model": "stage:one", "other": "othre"}]}}, "no such output", "teachers[0].other"),
+        ({"abstain": {"teachers": [{"model": "stage:one", "other": "a"}]}}, "name of a class", "teachers[0].other"),
+        ({"abstain": {"data": "one", "teachers": ["stage:one"]}}, "outputs that mean", "stages.abstain.weighting"),
+        (
+            {
+                "bare": {"kind": "cache", "data": "one", "teachers": ["stage:one"], "batch": {"sequences": 24}},
+                "student": {
+                    "kind": "distill",
+                    "student": {"architecture": "bert", "layers": 1, "width": 8, "heads": 2},
+                    "data": "one",
+                    "teachers": [{"name": "one", "model": "stage:bare/one", "backend": "cached"}],
+                    "weighting": "abstain",
+                    "batch": {"sequences": 24},
+                    "method": {"name": "kd", "options": {"hard": 0}},
+                    "steps": 1,
+                },
+            },
+            "outputs that mean",
+            "stages.student.weighting",
+        ),
+    ],
+)
+def test_the_plan_refuses_what_abstain_cannot_read(
+    stages: dict[str, Any], message: str, where: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        planned(tmp_path, data={"silent": {"labels": list(CLASSES)}}, stages=stages)
+    assert where in caught.value.where
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        ({"model": "stage:c/one", "backend": "cached", "other": "x"}, "a cache keeps the output"),
+        ({"model": "m", "backend": "mine", "other": "x"}, "other is for models"),
+        ({"model": "m", "other": ["x", "x"]}, "once"),
+        ({"model": "m", "other": [" "]}, "once"),
+    ],
+)
+def test_other_is_for_models_that_run(teacher: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        teacher_config(teacher)
+
+
+def test_other_arrives_as_it_is_written(tmp_path: Path) -> None:
+    """`other: no` is the output "no", 26 the number; one text and a list of it are the same teacher."""
+    values = run_values(tmp_path)
+    values["stages"]["abstain"]["teachers"][0]["other"] = ["OTHER"]
+    write_run(tmp_path, values)
+    file = tmp_path / "run.yaml"
+    file.write_text(file.read_text().replace("- OTHER", "- no"))
+    teachers = load_config(file).stages["abstain"].teachers
+    assert [t.others for t in teachers] == [("no",), ("2",)]
+    assert teacher_config({"model": "m", "other": "x"}) == teacher_config({"model": "m", "other": ["x"]})
+
+
+def test_language_models_have_no_other(tmp_path: Path) -> None:
+    stages = {"student": {"teachers": [{"model": "stage:teacher", "other": "1"}]}}
+    with pytest.raises(UserError, match="other is for classifiers") as caught:
+        mtkd.plan(tiny_config(tmp_path, stages=stages))
+    assert caught.value.where.endswith("teachers[0].other")
+
+
+def test_a_cache_of_before_is_still_read() -> None:
+    """What a cache without such outputs says of itself is what it said before they existed."""
+    plain = CacheContent("classes", 0, 1.0, 4)
+    assert not {"others", "missing"} & plain.as_json().keys()
+    assert CacheContent.from_json(plain.as_json(), "here") == plain
+    kept = CacheContent("classes", 0, 1.0, 4, others=1, missing=("a",))
+    assert CacheContent.from_json(json.loads(json.dumps(kept.as_json())), "here") == kept
+    with pytest.raises(DataError, match="malformed"):
+        CacheContent.from_json({**plain.as_json(), "more": 1}, "here")

@@ -77,8 +77,7 @@ def make_records(content: CacheContent, batch: Batch, features: Features, tile: 
 
 def _class_logits(logits: Logits, row: int, content: CacheContent) -> Tensor:
     """The logits of an example's classes, then those of the outputs that mean none of them, [C+R]."""
-    if not isinstance(logits, DenseLogits):  # of a plug-in
-        return logits.rows(torch.tensor([row]))[0]
+    assert isinstance(logits, DenseLogits), "class logits exist whole"
     others = logits.values[row, :0] if logits.other is None else logits.other[row]
     assert len(others) == content.others, "the plan counts the teacher's outputs"
     return torch.cat([logits.values[row].float(), others.float()])
