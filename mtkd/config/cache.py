@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mtkd.config.base import Config, Positive, Temperature, Width
 
-Trait = Literal["ce", "entropy", "confidence", "margin", "choice"]
+Trait = Literal["ce", "entropy", "confidence", "margin", "choice", "energy"]
 Dtype = Literal["float16", "bfloat16", "float32"]
 
 # Features that a cache may hold in addition to logits. Attention maps would be larger than the model that makes them.

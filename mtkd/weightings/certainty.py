@@ -49,6 +49,24 @@ class Margin(_Softmax):
     trait = "margin"
 
 
+@weighting("energy", reads=("energy",))
+class Energy(_Softmax):
+    """``w = softmax_k(e_k / tau)`` with e_k the log of the sum of exp of teacher k's logits: who knows such examples.
+
+    A softmax forgets how large the logits were, this does not: a specialist's are small on what it never saw. That
+    holds for teachers of one recipe. A constant added to all logits of one teacher changes its weight and none of its
+    predictions, so compare teachers that were trained alike. `tau` in nats.
+
+    Source: Liu, Wang, Owens, Li 2020, Energy-based Out-of-distribution Detection, arXiv 2010.03759, equation 3 at
+    temperature 1; as weights of several teachers ours.
+    """
+
+    trait = "energy"
+
+    def __init__(self, tau: float = 1.0) -> None:
+        super().__init__(tau)
+
+
 @weighting("entropy", reads=among("entropy"))
 class Entropy(Weighting):
     """``w_k = (1 - H_k / sum_j H_j) / (T - 1)``: the surer a teacher, the more it counts; T = 1 gives 1.

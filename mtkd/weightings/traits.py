@@ -87,6 +87,15 @@ def margin(logits: Tensor, labels: Tensor | None) -> Tensor:
 
 
 @trait
+def energy(logits: Tensor, labels: Tensor | None) -> Tensor:
+    """Log of the sum of exp of a teacher's logits, nats: minus its free energy, high where it has seen such examples.
+
+    Over the classes alone: an output `other` is not a part of it. Of one column it is that number.
+    """
+    return logits.logsumexp(-1)
+
+
+@trait
 def choice(logits: Tensor, labels: Tensor | None) -> Tensor:
     """A teacher's most probable column, as a float (exact up to 16.7 million columns)."""
     return logits.argmax(-1).float()
@@ -192,7 +201,8 @@ class Traits:
 
     ce, entropy, confidence, margin, agreement = _Named(), _Named(), _Named(), _Named(), _Named()
     student_uncertainty, student_loss, pooled = _Named(), _Named(), _Named()
-    route, gram, class_probabilities, own_mass = _Named(), _Named(), _Named(), _Named()
+    route, gram, class_probabilities = _Named(), _Named(), _Named()
+    own_mass, energy = _Named(), _Named()
 
     def __init__(
         self,

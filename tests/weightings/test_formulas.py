@@ -39,6 +39,15 @@ def test_margin_against_its_formula() -> None:
         assert found[:, b, i].tolist() == pytest.approx([p / sum(powers) for p in powers], abs=1e-5)
 
 
+@pytest.mark.parametrize("tau", [1.0, 0.3])
+def test_energy_against_its_formula(tau: float) -> None:
+    """w_k is proportional to (sum_v exp z_kv)^(1/tau), Liu et al. 2020, equation 3; the scale of logits counts."""
+    found = WEIGHTINGS["energy"].cls(tau=tau)(traits(LOGITS, TARGETS, "token"))
+    for b, i in (TARGETS != NO_LABEL).nonzero().tolist():
+        masses = [sum(math.exp(z) for z in LOGITS[k, b, i].tolist()) ** (1 / tau) for k in range(3)]
+        assert found[:, b, i].tolist() == pytest.approx([m / sum(masses) for m in masses], abs=1e-5)
+
+
 # uncertainty
 
 

@@ -40,7 +40,7 @@ READS: dict[str, set[str]] = {
     "uniform": set(), "fixed": set(), "drop": set(), "route": {"route"}, "ae_kd": {"gram"}, "mgda": {"gram"},
     "ca_mkd": {"ce"}, "mt_bert": {"ce"}, "entropy": {"entropy"}, "confidence": {"confidence"}, "margin": {"margin"},
     "learned": {"ce"}, "rl_kd": {"ce", "class_probabilities", "pooled", "student_loss"},
-    "uncertainty": {"student_uncertainty"}, "abstain": {"own_mass"},
+    "uncertainty": {"student_uncertainty"}, "abstain": {"own_mass"}, "energy": {"energy"},
 }  # fmt: skip
 ALONE = {"ca_mkd": set[str](), "entropy": set[str](), "learned": set[str]()}
 """Those that read less of a single teacher: its weight is 1."""
