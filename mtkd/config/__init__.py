@@ -5,6 +5,7 @@ Read by `mtkd.config.read.load_config`, printed as JSON Schema by `mtkd schema`.
 
 from mtkd.config.base import Config, Name, Named, Positive, Share, check_name
 from mtkd.config.cache import CacheConfig
+from mtkd.config.calibrate import CalibrateConfig
 from mtkd.config.chain import ChainConfig, Rung, Training
 from mtkd.config.data import (
     BLANK,
@@ -29,6 +30,7 @@ __all__ = [
     "ENSEMBLE_PREFIX",
     "BatchConfig",
     "CacheConfig",
+    "CalibrateConfig",
     "ChainConfig",
     "Comparison",
     "Config",

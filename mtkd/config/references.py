@@ -64,6 +64,8 @@ class References:
             self._check_made(model.stage, earlier, stage.place(name, role), cached=False)
         for i, teacher in enumerate(stage.teachers):
             self._check_made(teacher.model.stage, earlier, f"{where}.teachers[{i}]", cached=teacher.backend == "cached")
+            if teacher.calibrate is not None and teacher.calibrate.data:
+                self._check_data(teacher.calibrate.data, f"{where}.teachers[{i}].calibrate.data")
         if stage.equal_time:
             for timed in (stage.equal_time.to, stage.equal_time.rate_of):
                 self._check_timed(StageRef.named(timed), earlier, f"{where}.equal_time")

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, Tag, TypeAdapter, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, field_validator, model_validator
 
-from mtkd.config.base import Config, Name
+from mtkd.config.base import Config, Name, Temperature
+from mtkd.config.calibrate import CalibrateConfig, calibrate_block
 from mtkd.config.model import ModelConfig
 from mtkd.config.refs import STAGE_PREFIX
 from mtkd.errors import nearest
 
 Classes = tuple[str | None, ...] | dict[str, str | None]
 """What a classifier's outputs stand for: the data's class per output, or {OUTPUT: class}."""
+
+
+_Calibrate = bool | Temperature | CalibrateConfig | None
 
 
 class ShardedConfig(Config):
@@ -58,6 +62,13 @@ class Teacher(Config):
         "",
         description="name in metrics and options; default: the last part of the model's path",
         validate_default=False,
+    )
+    calibrate: Annotated[
+        CalibrateConfig | None, BeforeValidator(calibrate_block, json_schema_input_type=_Calibrate)
+    ] = Field(
+        None,
+        description="divide its logits by a temperature before weights, rows, caches and ensembles read them: true "
+        "(fitted on the validation labels), a number, or a block",
     )
 
     @model_validator(mode="before")

@@ -152,10 +152,9 @@ def _without_places(values: dict[str, Any]) -> dict[str, Any]:
     for teacher in values["teachers"]:
         teacher["backend"] = teacher["backend"] if not BACKENDS[teacher["backend"]].runs else "resident"
         teacher.pop("sharded", None)
-        if teacher.get("classes") is None:  # finished stages may not know the field
-            teacher.pop("classes", None)
-        if not teacher.get("other"):
-            teacher.pop("other", None)
+        for name in ("classes", "other", "calibrate"):  # finished stages may not know these fields
+            if not teacher.get(name):
+                teacher.pop(name, None)
     return values
 
 

@@ -22,6 +22,9 @@ FORMS: dict[str, Any] = {
     "streamed": {"model": "folder/x", "backend": "streamed", "classes": {"A": "negative", "B": "positive"}},
     "sharded": {"model": "folder/x", "backend": "sharded", "sharded": {"offload": "cpu"}},
     "cached": {"model": "stage:cache/big", "backend": "cached"},
+    "fitted": {"model": "folder/x", "calibrate": True},
+    "given": {"model": "stage:cache/big", "backend": "cached", "calibrate": 0.4},
+    "bias": {"backend": "mine", "calibrate": {"bias": True, "split": "test", "data": "other", "examples": 20}},
     "cut": {"model": {"path": "folder/x", "keep_layers": [1, 2]}},
 }
 # Digests of `stage_values` of the release before there was a union (commit bc50ec0).
@@ -96,12 +99,19 @@ MISTAKES = {
     ),
     "{model: {path: x, vocabulary: {keep: 0.5}}}": "stages.s.teachers[0]: vocabulary is for students",
     "{model: {path: x, layers: 2}}": "stages.s.teachers[0].model: a loaded model has its own layers",
-    "{model: x, bckend: offload}": "stages.s.teachers[0].bckend: unknown key; found 'bckend'; allowed: name, model",
+    "{model: x, bckend: offload}": "stages.s.teachers[0].bckend: unknown key; found 'bckend'; allowed: name, calibrate",
     "{backend: offload}": "stages.s.teachers[0].model: is missing",
     "{model: x, classes: [null]}": "stages.s.teachers[0].classes: classes names no class of the data",
     "{model: x, options: {}}": "options is for a teacher of your own, not for backend: resident; drop it",
     "{backend: mine, classes: [a]}": "classes is for models: a teacher of your own answers in the order of the data's",
     "{backend: mine, model: {path: x, dropout: 0.1}}": "your own reads its model itself; drop model.dropout",
+    "{model: x, calibrate: hot}": "calibrate.temperature: a temperature is a number from 0.001 to 1,000,000, or fit",
+    "{model: x, calibrate: 0}": "stages.s.teachers[0].calibrate.temperature: a temperature is a number from 0.001",
+    "{model: x, calibrate: {temprature: 2}}": "stages.s.teachers[0].calibrate.temprature: unknown key",
+    "{model: x, calibrate: {temperature: true}}": "calibrate.temperature: a temperature is a number",
+    "{model: x, calibrate: {data: none}}": "stages.s.teachers[0].calibrate.data: no data named 'none'",
+    "{model: x, calibrate: {temperature: 2, bias: true}}": "teachers[0].calibrate: bias is for temperature: fit",
+    "{model: x, calibrate: [1]}": "stages.s.teachers[0].calibrate: calibrate is true, a number, or a block",
     "[a]": "stages.s.teachers[0]: should be a valid dictionary",
 }
 
@@ -137,3 +147,13 @@ def test_an_unknown_backend_is_refused_with_the_nearest_name(tmp_path: Path) -> 
     assert (error.where, error.line) == ("stages.s.teachers[0].backend", f"{file}:11")
     assert error.found == "ofload"
     assert "offload" in error.todo
+
+
+def test_the_short_forms_of_calibrate() -> None:
+    """Law: true is a fit, false is none, a number is the temperature; none leaves the identity of a stage as it was."""
+    forms = {True: "fit", "fit": "fit", 0.4: 0.4, 2: 2.0}
+    for form, temperature in forms.items():
+        calibrate = teacher_config({"model": "x", "calibrate": form}).calibrate
+        assert calibrate is not None
+        assert calibrate.temperature == temperature
+    assert teacher_config({"model": "x", "calibrate": False}).calibrate is None
