@@ -230,6 +230,11 @@ class StageDir:
         return self.path / "partial"
 
     @property
+    def calibration_file(self) -> Path:
+        """How its teachers were calibrated; written before it trains."""
+        return self.path / "calibration.json"
+
+    @property
     def done_file(self) -> Path:
         """There when the stage is finished."""
         return self.path / "DONE"

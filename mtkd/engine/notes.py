@@ -99,6 +99,32 @@ class ScoresNote(Checked):
     scores: str
 
 
+class Calibrations(Checked):
+    """How the teachers of a stage were calibrated, by name; see `mtkd.running.calibrate`."""
+
+    teachers: dict[str, Calibrated]
+
+
+class Calibrated(Checked):
+    """What was fitted for a teacher.
+
+    Attributes:
+        key: what it was computed from.
+        bias: nats per class; [] for none.
+        labels: number that it was fitted on; `data`, `split`: where they are.
+        before, after: see `mtkd.evaluate.calibration.quality`.
+    """
+
+    key: str
+    temperature: Annotated[float, Field(gt=0)]
+    bias: list[float]
+    labels: Count
+    data: str
+    split: str
+    before: dict[str, Any]
+    after: dict[str, Any]
+
+
 class Identity(Checked):
     """What a cache was begun as; see `mtkd.planning.stages.identity`."""
 

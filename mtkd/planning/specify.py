@@ -23,6 +23,7 @@ from mtkd.planning.caches import (
     describe,
     train_tokens,
 )
+from mtkd.planning.calibrated import check_calibrated
 from mtkd.planning.data import DataReader
 from mtkd.planning.ladder import Look
 from mtkd.planning.models import PlannedModels
@@ -76,6 +77,7 @@ class Specifier:
         spec = replace(spec, trained=self._trained(spec))
         spec = replace(spec, teachers=tuple(self._teacher(spec, i, t) for i, t in enumerate(stage.teachers)))
         check_predictions(spec)
+        check_calibrated(self.config, spec, self.models.facts)
         spec = self._with_caches(spec) if stage.kind == "cache" else self._with_rows(spec)
         sizes, place = [teacher.size for teacher in spec.teachers], Place(device_of(self.config.engine) == "cuda")
         check_room(sizes, place, self.config.folder, f"{spec.where}.teachers")
@@ -146,7 +148,13 @@ class Specifier:
             name = f"{spec.name}/{teacher.name}"
             if isinstance(teacher.gives, ModelSpec):
                 self.models.made[name] = teacher.gives.config
-            self._caches[name] = CacheFacts(content, teacher.info, teacher.numbers.parameters, spec.where)
+            self._caches[name] = CacheFacts(
+                content,
+                teacher.info,
+                teacher.numbers.parameters,
+                spec.where,
+                calibrated=teacher.config.calibrate is not None,
+            )
             size += bytes_per_token(content, teacher.info)
             remark = BACKENDS[teacher.backend].remark(spec.tokens_per_batch)
             text = f"{teacher.name}: {describe(content, teacher.info, tokens)}"

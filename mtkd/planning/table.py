@@ -10,6 +10,7 @@ from rich.table import Table
 from mtkd.config import ModelConfig
 from mtkd.models.info import ModelInfo
 from mtkd.planning.budget import StageMemory
+from mtkd.planning.calibrated import calibration_text
 from mtkd.planning.dataview import PlannedData, data_tables
 from mtkd.planning.spec import StageSpec, TeacherSpec
 from mtkd.pool import BACKENDS
@@ -25,6 +26,7 @@ class PlannedModel:
         role: "student", a member, or the teacher's name.
         parameters: counted on the meta device.
         backend: where a teacher's weights live; empty for trained models.
+        calibration: how a teacher is calibrated; empty where it is not.
     """
 
     role: str
@@ -35,6 +37,7 @@ class PlannedModel:
     heads: int
     parameters: int
     backend: str = ""
+    calibration: str = ""
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ class Plan:
                     if model.backend and BACKENDS[model.backend].shown
                     else model.origin
                 )
+                origin = "; ".join(filter(None, (origin, model.calibration)))
                 table.add_row(*first, model.role, origin, model.architecture + layers, f"{model.parameters:,}", *work)
         rows = Table("stage", "row", title="rows of the objectives, and what caches keep")
         for stage in self.stages:
@@ -187,7 +191,7 @@ def planned_stage(spec: StageSpec, state: str) -> PlannedStage:
         stage.kind,
         state,
         spec.needs,
-        [*trained, *map(_teacher, spec.teachers)],
+        [*trained, *(_teacher(teacher, spec.data.name) for teacher in spec.teachers)],
         [row_text(row.match.weight, row.key, row.pairs) for row in spec.rows] if trains else list(spec.cached),
         steps=stage.steps,
         tokens=stage.steps * spec.tokens_per_batch if trains and stage.steps is not None else None,
@@ -195,10 +199,11 @@ def planned_stage(spec: StageSpec, state: str) -> PlannedStage:
     )
 
 
-def _teacher(teacher: TeacherSpec) -> PlannedModel:
+def _teacher(teacher: TeacherSpec, data: str) -> PlannedModel:
     line = _model(teacher.name, teacher.config.model, teacher.info, teacher.numbers.parameters)
     origin = BACKENDS[teacher.backend].origin(teacher.config)
-    return replace(line, origin=origin or line.origin, backend=teacher.backend)
+    how = calibration_text(teacher.config, data)
+    return replace(line, origin=origin or line.origin, backend=teacher.backend, calibration=how)
 
 
 def row_text(weight: float, key: str, pairs: tuple[tuple[tuple[int, int], ...], ...]) -> str:

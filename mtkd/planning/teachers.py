@@ -151,4 +151,6 @@ class TeacherOutlook:
         else:
             facts = self.caches[ref.model]
             check_same_data(self.config, self.config.stages[ref.stage], self.spec.stage, where)
+        if self.teacher.calibrate is not None:  # of k columns: stored traits are those of the teacher as it was
+            facts = replace(facts, content=replace(facts.content, ce=False, scalars=()))
         return replace(facts, info=with_open_labels(facts.info, data.auto_class, known=data.facts.known))

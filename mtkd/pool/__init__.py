@@ -3,6 +3,7 @@
 from mtkd.pool.backend import BACKENDS, Asked, Backend, Gives, Site
 from mtkd.pool.base import ElsewhereModel, LiveModel, Teacher
 from mtkd.pool.cached import CachedTeacher
+from mtkd.pool.calibrated import CalibratedTeacher
 from mtkd.pool.live import LiveTeacher
 from mtkd.pool.offload import OffloadedModel, offload, stream
 from mtkd.pool.pool import TeacherPool
@@ -14,6 +15,7 @@ __all__ = [
     "Backend",
     "Gives",
     "CachedTeacher",
+    "CalibratedTeacher",
     "ElsewhereModel",
     "LiveModel",
     "LiveTeacher",

@@ -131,7 +131,7 @@ def _distillation(context: RunContext, spec: StageSpec, data: LoadedData) -> tup
     stage = spec.stage
     packing, compiled = f"{spec.where}.batch.packing" if stage.batch.packing else "", context.config.engine.compile
     teachers = [
-        open_teacher(context, t.config, data, t.place, spec.heads, packing=packing, compiled=compiled)
+        open_teacher(context, t.config, data, t.place, spec.heads, stage=spec.name, packing=packing, compiled=compiled)
         for t in spec.teachers
     ]
     first = teachers[0] if teachers else None

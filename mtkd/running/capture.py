@@ -211,7 +211,7 @@ def _cache(job: _Job, planned: TeacherSpec, stopped: StopFlag, progress: StagePr
         job.shards, job.examples = job.shards + finished.num_shards, job.examples + finished.origin.num_examples
         progress.skip(job.examples)
         return
-    teacher = open_teacher(context, config, job.data, where, job.spec.heads)
+    teacher = open_teacher(context, config, job.data, where, job.spec.heads, stage=job.name)
     token_level = job.data.task.token_level
     content = content_of(
         job.stage.cache,

@@ -49,6 +49,8 @@ def stage_identity(context: RunContext, name: str) -> dict[str, Any]:
             config.base,
         )
         models[f"teacher {teacher.name}"] = source
+        if teacher.calibrate is not None and teacher.calibrate.data:
+            models[f"teacher {teacher.name} calibration"] = _labels_digest(context, teacher.calibrate.data)
     return identity(
         config,
         name,
@@ -86,13 +88,22 @@ def model_digest(context: RunContext, model: ModelConfig) -> str:
 
 
 def teacher_digest(context: RunContext, teacher: TeacherConfig) -> str:
-    """Digest of a teacher's predictions: of its weights, and of `classes` where the user sets them.
+    """Digest of a teacher's predictions: of its weights, and of `classes` and `calibrate` where the user sets them.
 
-    A cache keeps this digest, for its logits are in the order that `classes` gives.
+    A cache keeps this digest, for its logits are calibrated and in the order that `classes` gives.
     """
     config = context.config
     code = partial(plugin_code, {path: config.base / path for path in config.plugins})
-    return BACKENDS[teacher.backend].digest(teacher, model_digest(context, teacher.model), code, config.base)
+    digest = BACKENDS[teacher.backend].digest(teacher, model_digest(context, teacher.model), code, config.base)
+    if (asked := teacher.calibrate) is None:
+        return digest
+    labels = _labels_digest(context, asked.data) if asked.data else ""
+    return fingerprint([digest, asked.model_dump(mode="json"), labels])
+
+
+def _labels_digest(context: RunContext, data: str) -> str:
+    """Digest of a `data` entry that teachers are calibrated on."""
+    return fingerprint([context.raw(data).fingerprint, context.config.data[data].values()])
 
 
 def _placed_digest(context: RunContext, model: ModelConfig, where: str) -> str:

@@ -142,7 +142,7 @@ def _models(context: RunContext, model: str, data: LoadedData) -> list[Reader]:
         return [trained.to(context.device).eval()]
     where, reads = f"stages.{stage}.teachers", LOGITS
     teachers = context.config.stages[stage].teachers
-    return [open_teacher(context, t, data, f"{where}[{i}]", reads) for i, t in enumerate(teachers)]
+    return [open_teacher(context, t, data, f"{where}[{i}]", reads, stage=stage) for i, t in enumerate(teachers)]
 
 
 def _shown(context: RunContext, model: str) -> dict[str, Any]:

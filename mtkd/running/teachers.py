@@ -17,6 +17,7 @@ from mtkd.planning.places import placed
 from mtkd.pool import BACKENDS, Asked, Site, Teacher
 from mtkd.pool.cache import CacheOrigin
 from mtkd.pool.cache.folder import cache_folder, origin_of
+from mtkd.running.calibrate import calibrate
 from mtkd.running.context import RunContext
 from mtkd.running.identity import teacher_digest
 from mtkd.running.models import load_model, vocabulary_of
@@ -84,16 +85,19 @@ def open_teacher(
     where: str,
     reads: frozenset[str],
     *,
+    stage: str,
     packing: str = "",
     compiled: bool = False,
 ) -> Teacher:
-    """Open a teacher with the run's tokenizer, under its backend; a collective.
+    """Open a teacher with the run's tokenizer, under its backend, and calibrate it; a collective.
 
     Its logits are in the order of the data's classes.
 
     Args:
+        data: that it is asked about.
         where: its place in the configuration.
         reads: see `RunStock`.
+        stage: that it teaches.
         packing, compiled: see `Site`.
     Raises:
         UserError: the teacher does not fit the stage, or cannot be read.
@@ -101,4 +105,5 @@ def open_teacher(
     file = context.run.offload_file(teacher.name)
     site = Site(where, context.device, context.dtype, context.dist, file, packing, compiled)
     with placed(model=f"{where}.model", teacher=where):
-        return BACKENDS[teacher.backend].open(teacher, RunStock(context, teacher, data, site, reads))
+        opened = BACKENDS[teacher.backend].open(teacher, RunStock(context, teacher, data, site, reads))
+        return calibrate(context, stage, opened, teacher, where)

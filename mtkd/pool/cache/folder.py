@@ -18,7 +18,7 @@ from mtkd.models.features import DenseLogits, Features, SparseLogits, SparseRows
 from mtkd.models.info import ModelInfo
 from mtkd.models.numbers import Numbers
 from mtkd.pool.cache.content import CacheContent, CacheOrigin
-from mtkd.pool.cache.made_of import shape_of
+from mtkd.pool.cache.made_of import CALIBRATION, shape_of
 from mtkd.pool.cache.reader import CacheReader
 
 
@@ -31,6 +31,7 @@ class CacheFacts:
         info, num_parameters: of its teacher.
         settings: the stage or folder to name where more is needed.
         origin: None while the cache is only planned.
+        calibrated: what is stored are the logits of a calibrated teacher.
     """
 
     content: CacheContent
@@ -38,6 +39,7 @@ class CacheFacts:
     num_parameters: int
     settings: str
     origin: CacheOrigin | None = None
+    calibrated: bool = False
 
     @property
     def numbers(self) -> Numbers:
@@ -86,7 +88,7 @@ def open_cache(folder: Path, auto_class: str, where: str) -> tuple[CacheReader, 
     info, parameters = shape_of(reader.origin.model, auto_class, where)
     if reader.content.targets == "classes":  # the cache keeps the data's classes; its teacher may have more
         info = replace(info, num_labels=reader.content.columns)
-    facts = CacheFacts(reader.content, info, parameters, str(folder), reader.origin)
+    facts = CacheFacts(reader.content, info, parameters, str(folder), reader.origin, CALIBRATION in reader.origin.model)
     return reader, facts
 
 

@@ -15,6 +15,8 @@ from mtkd.models.info import ModelInfo, model_info
 from mtkd.models.numbers import count_parameters
 
 _PLUGGED = "mtkd-plug-in"  # in the place of an architecture
+CALIBRATION = "mtkd_calibration"
+"""Key of these values: how the teacher was calibrated before its logits were stored."""
 
 
 def model_values(config: PretrainedConfig) -> dict[str, Any]:
@@ -39,7 +41,7 @@ def shape_of(values: Mapping[str, Any], auto_class: str, where: str) -> tuple[Mo
     Raises:
         DataError: neither of the two forms.
     """
-    values = dict(values)
+    values = {key: value for key, value in values.items() if key != CALIBRATION}
     try:
         if values["model_type"] == _PLUGGED:
             info = ModelInfo(**{**values["info"], "taps": frozenset(values["info"]["taps"])})

@@ -1,0 +1,208 @@
+"""Laws of calibrated teachers in whole runs: cached is live, fitted once, and refused where there is nothing to fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import cache_runs
+import pytest
+import torch
+import yaml
+from cache_runs import EXACT, LIVE, largest_difference
+from tiny_run import tiny_config
+
+import mtkd
+import mtkd.running.calibrate
+import mtkd.running.run
+from mtkd.config.read import load_config
+from mtkd.engine.testing import run_distributed
+from mtkd.errors import DataError, UserError
+
+NEAR = 2e-4  # as in test_cache_stage
+
+
+def asked(teachers: list[dict[str, str]], calibrate: Any) -> list[dict[str, Any]]:
+    return [{**teacher, "calibrate": calibrate} for teacher in teachers]
+
+
+def made_of(folder: Path, made: dict[str, Any], calibrate: Any) -> Path:
+    """A run whose cache and whose live stage have calibrated teachers."""
+    for stage in ("cache", "live"):
+        made["stages"][stage]["teachers"] = asked(LIVE, calibrate)
+    return mtkd.running.run.run(cache_runs.config(folder, made)).folder
+
+
+def fitted(run: Path, stage: str) -> dict[str, Any]:
+    (file,) = (run / "stages").glob(f"*-{stage}/calibration.json")
+    return dict(json.loads(file.read_text())["teachers"])
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of language models under ca_mkd, which reads the labels' cross entropy."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    cache = {**EXACT, "traits": ["ce"]}
+    return made_of(folder, cache_runs.values(folder, cache=cache, student={"weighting": "ca_mkd"}), True)
+
+
+def test_a_student_of_calibrated_caches_is_that_of_the_calibrated_teachers(tokens: Path) -> None:
+    """Law: cached == live, log-probabilities and traits alike; the cache says what was fitted."""
+    assert largest_difference(tokens, "student", "live") < NEAR
+    found = fitted(tokens, "live")
+    assert found.keys() == {"teacher", "other"}
+    (folder,) = (tokens / "stages").glob("*-cache/export/teacher")
+    described = json.loads((folder / "cache.json").read_text())["origin"]["model"]["mtkd_calibration"]
+    assert described == {"temperature": pytest.approx(found["teacher"]["temperature"]), "bias": []}
+
+
+def test_what_is_fitted_is_better(tokens: Path) -> None:
+    """Law: the cross entropy of the labels it was fitted on falls; how often the teacher is right stays."""
+    for found in fitted(tokens, "live").values():
+        assert found["after"]["cross_entropy"] <= found["before"]["cross_entropy"]
+        assert found["after"]["accuracy"] == found["before"]["accuracy"]
+        assert found["temperature"] != 1
+
+
+def test_a_run_that_goes_on_does_not_fit_again(tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: the number of the first session stays, whatever a second fit would give; a damaged record is refused."""
+    shutil.copytree(tokens.parents[1], tmp_path / "again")
+    run = tmp_path / "again" / "runs" / "tiny"
+    values = yaml.safe_load((tmp_path / "again" / "run.yaml").read_text())
+    (tmp_path / "again" / "run.yaml").write_text(yaml.safe_dump({**values, "output": str(run.parent)}, sort_keys=False))
+    before = fitted(run, "live")
+    (live,) = (run / "stages").glob("*-live")
+    (live / "DONE").unlink()
+    monkeypatch.setattr(mtkd.running.calibrate, "fit_temperature", lambda seen: 9.0)
+    config = load_config(tmp_path / "again" / "run.yaml")
+    mtkd.running.run.run(config)
+    assert fitted(run, "live") == before
+    (live / "DONE").unlink()
+    record = live / "calibration.json"
+    record.write_text(record.read_text().replace('"bias": []', '"bias": [1.0]', 1))
+    with pytest.raises(DataError, match="its digest differs"):
+        mtkd.running.run.run(config)
+
+
+def test_biases_and_classes(tmp_path: Path) -> None:
+    """Law: cached == live for whole class logits with a bias per class, bit for bit."""
+    made = cache_runs.class_values(tmp_path, cache={"shard_examples": 10}, student={})
+    run = made_of(tmp_path, made, {"bias": True, "split": "test"})
+    assert largest_difference(run, "student", "live") < 1e-6
+    for found in fitted(run, "live").values():
+        assert len(found["bias"]) == 3
+        assert found["labels"] == 12
+        assert found["split"] == "test"
+
+
+def test_a_temperature_acts_on_what_the_student_learns(tmp_path: Path) -> None:
+    """Law: temperature 1 is the teacher itself, bit for bit; another one makes another student."""
+    run = mtkd.running.run.run(
+        tiny_config(
+            tmp_path,
+            stages={
+                "one": STUDENT | {"teachers": asked([{"model": "stage:teacher"}], 1)},
+                "sharp": STUDENT | {"teachers": asked([{"model": "stage:teacher"}], 0.4)},
+            },
+        )
+    ).folder
+    assert largest_difference(run, "student", "one") == 0
+    assert largest_difference(run, "student", "sharp") > 1e-3
+
+
+STUDENT = {
+    "kind": "distill",
+    "student": {"architecture": "gpt2", "layers": 1, "width": 8, "heads": 2, "dropout": 0.1},
+    "method": "kd",
+    "steps": 8,
+    "batch": {"sequences": 8},
+    "optimizer": {"lr": 1e-2},
+}
+NUMBER = {"task": "classify", "label_kind": "number"}
+REFUSED: dict[str, tuple[dict[str, Any], Any, str]] = {
+    "no split": ({"validation_share": 0, "files": {"validation": None}}, True, "no labelled validation split"),
+    "no labels": ({"task": "classify", "labels": ["a", "b"], "label": "none"}, True, "no labels to calibrate on"),
+    "bias of tokens": ({}, {"bias": True}, "a bias is fitted per class"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_fitted_is_refused_by_the_plan(case: str, tmp_path: Path) -> None:
+    """Law: at the teacher's `calibrate`, before anything is loaded."""
+    data, calibrate, words = REFUSED[case]
+    stages: dict[str, Any] = {"student": {"teachers": asked([{"model": "stage:teacher"}], calibrate)}}
+    if "task" in data:
+        stages = {
+            name: {**stages.get(name, {}), "student": {"architecture": "bert"}} for name in ("teacher", "student")
+        }
+    with pytest.raises(UserError, match=words) as caught:
+        mtkd.plan(tiny_config(tmp_path, data={"text": data}, stages=stages))
+    assert "stages.student.teachers[0].calibrate" in str(caught.value)
+
+
+def test_a_calibrated_cache_is_not_calibrated_twice(tmp_path: Path) -> None:
+    """Law: refused; a cache of the teacher as it is takes a number, and a fit on its own train split alone."""
+    made = cache_runs.values(tmp_path, cache=EXACT, student={})
+    cached = made["stages"]["student"]["teachers"]
+    made["stages"]["student"]["teachers"] = asked(cached, 0.5)
+    mtkd.plan(cache_runs.config(tmp_path, made))
+    made["stages"]["student"]["teachers"] = asked(cached, {"split": "train"})
+    mtkd.plan(cache_runs.config(tmp_path, made))
+    made["stages"]["student"]["teachers"] = asked(cached, True)
+    with pytest.raises(UserError, match="has the train split of data 'text' alone"):
+        mtkd.plan(cache_runs.config(tmp_path, made))
+    made["stages"]["cache"]["teachers"] = asked(LIVE, 0.7)
+    made["stages"]["student"]["teachers"] = asked(cached, 0.5)
+    with pytest.raises(UserError, match="was made of a calibrated teacher"):
+        mtkd.plan(cache_runs.config(tmp_path, made))
+
+
+def test_a_cache_fitted_on_its_rows_is_the_live_teacher_fitted_there(tmp_path: Path) -> None:
+    """Law: the k + 1 outcomes of a cache of all ids are the teacher's own: both fits agree, and both students."""
+    made = cache_runs.values(tmp_path, cache=EXACT, student={})
+    made["evaluate"] = {"resamples": 100}
+    for stage in ("student", "live"):
+        made["stages"][stage]["teachers"] = asked(made["stages"][stage]["teachers"], {"split": "train"})
+    run = mtkd.running.run.run(cache_runs.config(tmp_path, made)).folder
+    for name, found in fitted(run, "student").items():
+        assert found["temperature"] == pytest.approx(fitted(run, "live")[name]["temperature"], rel=1e-3)
+    assert largest_difference(run, "student", "live") < 5e-4
+
+
+def _temperatures(file: str) -> dict[str, float]:
+    """What each rank trains with."""
+    seen: dict[str, float] = {}
+    inner = mtkd.running.calibrate.CalibratedTeacher
+
+    def note(teacher: Any, calibration: Any) -> Any:
+        seen[teacher.name] = calibration.temperature
+        return inner(teacher, calibration)
+
+    mtkd.running.calibrate.CalibratedTeacher = note  # type: ignore[assignment,misc]
+    mtkd.running.run.write_report = lambda folder: folder / "report.html"
+    mtkd.running.run.run(load_config(file))
+    return seen
+
+
+@pytest.mark.slow
+def test_two_ranks_fit_what_one_fits(tmp_path: Path) -> None:
+    """Law: every rank has the same number, and it is that of one rank up to rounding."""
+    found = []
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        tiny_config(
+            folder,
+            engine={"kind": "deepspeed", "processes": ranks, "zero_stage": 2},
+            stages={
+                "teacher": {"student": {"dropout": 0.0}},
+                "student": {"teachers": asked([{"model": "stage:teacher"}], True), "steps": 2},
+            },
+        )
+        found.append(run_distributed(_temperatures, ranks, str(folder / "run.yaml"), timeout=1200))
+    (alone,), (first, second) = found
+    assert first == second
+    assert first["teacher"] == pytest.approx(alone["teacher"], rel=1e-3)
+    assert torch.isfinite(torch.tensor(list(alone.values()))).all()
