@@ -60,13 +60,22 @@ def calibrate(context: RunContext, stage: str, teacher: Teacher, config: Teacher
     data = context.data(context.config.data_name(asked.data or own.data))
     key = fingerprint([teacher_digest(context, config), data.fingerprint, context.config.engine.decided_precision])
     path = context.folder(stage).calibration_file
-    found = on_main(context.dist, lambda: _recorded(path, stage).get(config.name))
+    found = on_main(context.dist, lambda: fits_of(context, stage).get(config.name))
     if found is None or found["key"] != key:
         look = _Look(context, data, asked, own.batch, where)
         found = {"key": key, **look.fit(teacher)}
         on_main(context.dist, lambda: _record(path, stage, config.name, found))
         say(f"  {sentence(config.name, found)}", main=context.dist.is_main)
     return CalibratedTeacher(teacher, Calibration.from_json(found))
+
+
+def fits_of(context: RunContext, stage: str) -> dict[str, Any]:
+    """What was fitted for the teachers of a stage, by name; for the main rank.
+
+    Raises:
+        DataError: the record is damaged.
+    """
+    return _recorded(context.folder(stage).calibration_file, stage)
 
 
 def _recorded(path: Path, stage: str) -> dict[str, Any]:

@@ -44,7 +44,7 @@ from mtkd.planning.stages import redo_command
 from mtkd.pool import Teacher
 from mtkd.pool.cache import CacheContent, CacheReader, CacheWriter, Record, make_records
 from mtkd.pool.cache.folder import open_cache, origin_of
-from mtkd.running.chance import warn_below_chance
+from mtkd.running.chance import warn_below_chance, warn_uncalibrated
 from mtkd.running.console import StageProgress
 from mtkd.running.context import RunContext
 from mtkd.running.identity import as_known, teacher_digest
@@ -236,7 +236,8 @@ def _cache(job: _Job, planned: TeacherSpec, stopped: StopFlag, progress: StagePr
     progress.skip(job.examples)
     on_main(dist, lambda: _catch_up(job))
     if missing:
-        warn_below_chance({where: teacher}, job.data, job.stage.batch, context.device, dist)
+        for look in (warn_below_chance, warn_uncalibrated):
+            look({where: teacher}, job.data, job.stage.batch, context.device, dist)
     for start in range(0, len(missing), dist.world_size):
         _round(job, teacher, writer, missing[start : start + dist.world_size], stopped, progress)
     teacher.close()

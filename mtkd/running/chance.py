@@ -1,4 +1,4 @@
-"""Test teachers of classes before a student learns from them: below chance, their classes may be mixed up."""
+"""Test teachers before a student learns from them: are their classes mixed up, are they flat or too sure?"""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from mtkd.data.batch import STUDENT, Batch
 from mtkd.data.load import LoadedData
 from mtkd.data.progress import say
 from mtkd.data.sampler import length_batches, slots
+from mtkd.data.split import Split
 from mtkd.engine.dist import Dist, alive
 from mtkd.models.features import as_logits
 from mtkd.models.forward import LOGITS
-from mtkd.pool import Teacher
+from mtkd.pool import CachedTeacher, CalibratedTeacher, Teacher
 
 # The most texts and batches of the test: it must take seconds before a stage of hours. 256 texts tell 40% from 50% at
 # three standard errors.
 _TEXTS, _BATCHES = 256, 32
+# Of language models: tokens of the second test. A difference of 0.1 is far beyond chance then.
+_TOKENS, _TILE, _FAR = 2048, 128, 0.1
 
 
 def warn_below_chance(
@@ -48,7 +51,7 @@ def warn_below_chance(
         if teacher.view != STUDENT:
             continue  # a transform writes its text, and these batches come from the split
         right = count = 0.0
-        for some in _batches(data, chosen, batch, dist):
+        for some in _batches(split, chosen, batch, dist):
             on_device = some.to(device)
             index = on_device.target_mask.nonzero().squeeze(-1)
             logits = as_logits(teacher.forward(on_device, LOGITS)["logits"]).rows(index)
@@ -67,9 +70,60 @@ def warn_below_chance(
     return shares
 
 
-def _batches(data: LoadedData, texts: np.ndarray, batch: BatchConfig, dist: Dist) -> Iterator[Batch]:
+def warn_uncalibrated(
+    teachers: Mapping[str, Teacher], data: LoadedData, batch: BatchConfig, device: torch.device, dist: Dist
+) -> dict[str, tuple[float, float]]:
+    """Warn of teachers whose mean confidence is far from how often they are right, on validation labels. A collective.
+
+    As `warn_below_chance` it changes no bit of the run. A cache has no answers about these texts, and a calibrated
+    teacher needs no warning.
+
+    Args:
+        teachers, data, batch: see `warn_below_chance`.
+    Returns:
+        Per teacher (mean confidence, accuracy); {} without labelled validation texts.
+    """
+    split, found = data.splits.get("validation"), dict[str, tuple[float, float]]()
+    if split is None or not split.has_targets or data.num_labels == 1:
+        return found
+    texts = np.arange(len(split)) if split.labels is None else np.flatnonzero(split.labels >= 0)
+    most = _TEXTS if split.labels is not None else min(_TEXTS, max(1, int(_TOKENS / split.lengths.mean())))
+    chosen = texts[np.unique(np.linspace(0, len(texts) - 1, min(most, len(texts))).astype(int))]
+    for place, teacher in teachers.items():
+        if teacher.view != STUDENT or isinstance(teacher, CalibratedTeacher | CachedTeacher):
+            continue
+        sums = np.zeros(3)  # confidences, right ones, labels
+        for some in _batches(split, chosen, batch, dist):
+            sums += _confidence(teacher, some.to(device))
+            alive()
+        sure, right, count = dist.sum(sums.tolist())
+        sure, right = sure / max(count, 1), right / max(count, 1)
+        found[teacher.name] = sure, right
+        # three standard errors of the accuracy at most, so that few labels do not cry wolf
+        if abs(sure - right) > max(_FAR, 1.5 / max(count, 1) ** 0.5):
+            what, but = ("flat", "learns slowly") if sure < right else ("overconfident", "is misled where it is wrong")
+            say(
+                f"warning: {place}: teacher '{teacher.name}' is {what}: its mean confidence is {sure:.2f}, and it is "
+                f"right on {right:.2f} of {count:.0f} validation labels. A student {but}, and weightings compare "
+                "confidences: set `calibrate: true` for it",
+                main=dist.is_main,
+            )
+    return found
+
+
+def _confidence(teacher: Teacher, batch: Batch) -> np.ndarray:
+    """(sum of the largest probabilities, right ones, labels) of a batch."""
+    logits, sums = as_logits(teacher.forward(batch, LOGITS)["logits"]), np.zeros(3)
+    targets = batch.targets.reshape(-1)
+    for index in batch.target_mask.reshape(-1).nonzero().squeeze(-1).split(_TILE):
+        best = torch.softmax(logits.rows(index), -1).max(-1)
+        right = int((best.indices == targets[index]).sum())
+        sums += [float(best.values.sum()), right, len(index)]
+    return sums
+
+
+def _batches(split: Split, texts: np.ndarray, batch: BatchConfig, dist: Dist) -> Iterator[Batch]:
     """This rank's batches of the texts; every rank has the same number, for `forward` may be a collective."""
-    split = data.splits["train"]
     steps = list(length_batches(texts, split.lengths, batch))
     for step in steps[:: -(-len(steps) // _BATCHES)]:
         for slot in slots(step.tolist(), dist.world_size, batch.accumulate, split.lengths)[dist.rank]:

@@ -23,6 +23,7 @@ from mtkd.models.forward import LOGITS
 from mtkd.models.taps import TappedModel
 from mtkd.planning.stages import scored_models
 from mtkd.running.build import tile_of
+from mtkd.running.calibrate import fits_of
 from mtkd.running.context import RunContext
 from mtkd.running.identity import model_digest, teacher_digest
 from mtkd.running.models import load_model
@@ -35,7 +36,8 @@ def judge(context: RunContext) -> dict[str, Any]:
     """Score the models that `evaluate` names and compare them; scores with unchanged inputs are kept.
 
     Returns:
-        The content of results.json: task, split, models with overall and per-domain metrics, comparisons.
+        The content of results.json: task, split, models with overall and per-domain metrics, comparisons; where
+        teachers were calibrated, by stage what was fitted for each.
     """
     settings = context.config.evaluate
     name = context.config.data_name(settings.data)
@@ -49,7 +51,8 @@ def judge(context: RunContext) -> dict[str, Any]:
     }
     keys = {model: fingerprint([shared, _fingerprints(context, model)]) for model in names}
     facts = {model: _shown(context, model) for model in names if ensemble_of(model) is None}
-    inputs = fingerprint([keys, settings.model_dump(mode="json"), facts])
+    fitted = on_main(context.dist, lambda: {s: found for s in context.config.stages if (found := fits_of(context, s))})
+    inputs = fingerprint([keys, settings.model_dump(mode="json"), facts, *([fitted] if fitted else [])])
     path = context.run.path / "results.json"
     former = on_main(context.dist, lambda: _former(path))
     if former.get("inputs") == inputs and on_main(
@@ -61,6 +64,7 @@ def judge(context: RunContext) -> dict[str, Any]:
     results: dict[str, Any] = {}
     if context.dist.is_main:
         results = _results(context, settings, name, {m: s for m, s in scores.items() if s is not None})
+        results |= {"calibration": fitted} if fitted else {}
         results["inputs"] = inputs
         results = finite(results)
         write_record(path, results)

@@ -40,7 +40,7 @@ from mtkd.running.agreement import agree, agree_on_precision, agree_on_run, chec
 from mtkd.running.blame import plugin_errors
 from mtkd.running.build import BuiltStage, build
 from mtkd.running.capture import capture, restore_notes
-from mtkd.running.chance import warn_below_chance
+from mtkd.running.chance import warn_below_chance, warn_uncalibrated
 from mtkd.running.context import RunContext
 from mtkd.running.identity import finished, stage_identity
 from mtkd.running.judge import judge
@@ -231,7 +231,8 @@ def _trained(context: RunContext, spec: StageSpec, folder: StageDir, identity: d
     built = build(context, spec, identity)
     if "logits" in spec.heads:
         read = {planned.place: teacher for planned, teacher in zip(spec.teachers, built.pool.teachers, strict=True)}
-        warn_below_chance(read, built.data, built.stage.batch, context.device, context.dist)
+        for look in (warn_below_chance, warn_uncalibrated):
+            look(read, built.data, built.stage.batch, context.device, context.dist)
     facts = train(built, context.config, context.run, folder)
     record = {
         "stage": spec.name,

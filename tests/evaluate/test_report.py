@@ -17,9 +17,10 @@ import pytest
 import yaml
 from rich.console import Console
 
+from mtkd.engine.record import write_record
 from mtkd.errors import DataError
 from mtkd.evaluate.report import summary, terminal_tables, write_report
-from mtkd.evaluate.report.html import caches_table, stages_table
+from mtkd.evaluate.report.html import caches_table, calibration_table, stages_table
 from mtkd.evaluate.report.read import read_run
 from mtkd.evaluate.report.wording import count_text, p_text, seconds_text, sentence, signed_text, value_text
 
@@ -613,3 +614,27 @@ def test_a_cache_stage_shows_what_it_holds_not_steps(tmp_path: Path):
     assert summary(tmp_path)["stages"][0]["caches"]["a"]["kl"] == 0.012
     assert [table.title for table in terminal_tables(tmp_path)] == ["Stages", "Caches"]
     assert "cache/a" in write_report(tmp_path).read_text()
+
+
+def test_calibrated_teachers_are_shown(tmp_path: Path) -> None:
+    """Law: the table has the record's numbers, before -> after; a stage with them has a reliability diagram."""
+    run = tmp_path / "calibrated"
+    stage = run / "stages" / "01-student"
+    stage.mkdir(parents=True)
+    (run / "run.yaml").write_text("name: calibrated\nstages: {student: {kind: distill, teachers: [a, b]}}\n")
+    before = {"confidence": 0.21, "accuracy": 0.7, "cross_entropy": 1.88, "ece": 0.49, "bins": [[0.21, 0.7, 90]]}
+    after = {"confidence": 0.72, "accuracy": 0.7, "cross_entropy": 0.92, "ece": 0.03, "bins": [[0.72, 0.7, 90]]}
+    fit = {"key": "k", "temperature": 0.38, "bias": [], "labels": 1000, "data": "x", "split": "validation"}
+    facts = {**fit, "before": before, "after": after}
+    write_record(stage / "calibration.json", {"teachers": {"a": facts, HOSTILE: facts}})
+    page = write_report(run).read_text()
+    assert (run / "plots" / "reliability-01.png").exists()
+    assert "<script>" not in page
+    table = calibration_table(read_run(run).stages)
+    assert table is not None
+    texts = [cell.text for cell in table.rows[0]]
+    assert texts[:2] == ["student/a", "0.3800"]
+    assert "0.2100 → 0.7200" in texts
+    assert "1.880 → 0.9200" in texts
+    assert calibration_table([]) is None
+    assert any("Calibration" in str(each.title) for each in terminal_tables(run))

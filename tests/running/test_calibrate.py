@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cache_runs
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -17,9 +19,15 @@ from tiny_run import tiny_config
 import mtkd
 import mtkd.running.calibrate
 import mtkd.running.run
+from mtkd.config import BatchConfig
 from mtkd.config.read import load_config
+from mtkd.data.batch import Batch
+from mtkd.data.collate import Rows
+from mtkd.data.split import Documents, Split
+from mtkd.engine.dist import Dist
 from mtkd.engine.testing import run_distributed
 from mtkd.errors import DataError, UserError
+from mtkd.running.chance import warn_uncalibrated
 
 NEAR = 2e-4  # as in test_cache_stage
 
@@ -169,6 +177,30 @@ def test_a_cache_fitted_on_its_rows_is_the_live_teacher_fitted_there(tmp_path: P
     for name, found in fitted(run, "student").items():
         assert found["temperature"] == pytest.approx(fitted(run, "live")[name]["temperature"], rel=1e-3)
     assert largest_difference(run, "student", "live") < 5e-4
+
+
+@pytest.mark.parametrize(("scale", "word"), [(0.1, "is flat"), (1.0, ""), (4.0, "is overconfident")])
+def test_a_start_says_that_a_teacher_is_flat_or_overconfident(
+    scale: float, word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Law: more than 10 points between mean confidence and accuracy on validation labels; none where it is honest."""
+    chance = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(200, 5, generator=chance)
+    labels = torch.multinomial(torch.softmax(logits, -1), 1, generator=chance)[:, 0]
+
+    def batch_of(rows: Rows) -> Batch:
+        keys = torch.tensor(list(rows.indices))
+        return Batch(keys, torch.ones(len(keys), 2).long(), torch.ones(len(keys), 2).bool(), labels[keys])
+
+    documents = Documents(np.arange(200), [], [], np.zeros(200))
+    split = Split(batch_of, np.full(200, 2), documents, labels=labels.numpy())
+    data: Any = SimpleNamespace(splits={"validation": split}, num_labels=5)
+    teacher: Any = SimpleNamespace(name="t", view="", forward=lambda b, _: {"logits": scale * logits[b.keys]})
+    found = warn_uncalibrated({"here": teacher}, data, BatchConfig(sequences=50), torch.device("cpu"), Dist())
+    sure = float(torch.softmax(scale * logits, -1).max(-1).values.mean())
+    assert found["t"] == pytest.approx((sure, float((logits.argmax(-1) == labels).double().mean())))
+    said = capsys.readouterr().err
+    assert (word in said and "here: teacher 't'" in said and "calibrate: true" in said) if word else said == ""
 
 
 def _temperatures(file: str) -> dict[str, float]:

@@ -76,7 +76,9 @@ def is_current(run_dir: Path) -> bool:
 def what_is_shown(run_dir: Path) -> dict[str, str]:
     """Digests of the files that a report is made of."""
     files = [run_dir / name for name in ("run.yaml", "metrics.jsonl", "results.json")]
-    return {str(f.relative_to(run_dir)): file_digest(f) for f in [*files, *sorted(run_dir.glob("stages/[0-9]*/DONE"))]}
+    for name in ("DONE", "calibration.json"):
+        files += sorted(run_dir.glob(f"stages/[0-9]*/{name}"))
+    return {str(file.relative_to(run_dir)): file_digest(file) for file in files}
 
 
 class _Note(Checked):
@@ -111,6 +113,8 @@ def render(run: RunData, plots_folder: Path) -> str:
         nothing=nothing_to_compare(run),
         stages=stages_table(run.stages) if run.stages else None,
         caches=caches_table(run.stages),
+        calibration=calibration_table(run.stages),
+        reliability=[f for f in figures if f[0].startswith("reliability-")],
         curves=[f for f in figures if f[0] in ("validation", "training")],
         weighted=weighted,
         comparisons=comparison_table(run.comparisons) if run.comparisons else None,
@@ -166,6 +170,37 @@ def caches_table(stages: Sequence[StageRecord]) -> Table | None:
         for stage in stages
         for teacher, facts in stage.caches.items()
     ]
+    return Table(header, rows, []) if rows else None
+
+
+def calibration_table(stages: Sequence[StageRecord]) -> Table | None:
+    """How every teacher was calibrated, before -> after on the labels that it was fitted on; None without one."""
+    header = ["teacher", "temperature", "bias", "labels", "accuracy", "confidence", "cross entropy (nats)"]
+    header += ["calibration error", "fitted on"]
+    rows = []
+    for stage in stages:
+        for teacher, facts in stage.calibration.items():
+            pairs = {
+                key: [
+                    facts[when].get(key) if isinstance(facts.get(when), dict) else None for when in ("before", "after")
+                ]
+                for key in ("confidence", "cross_entropy", "ece")
+            }
+            after = facts.get("after")
+            rows.append(
+                [
+                    Cell(f"{stage.name}/{teacher}", style="name"),
+                    value_cell(facts.get("temperature")),
+                    Cell("per class" if facts.get("bias") else DASH),
+                    count_cell(facts.get("labels")),
+                    value_cell(after.get("accuracy") if isinstance(after, dict) else None),
+                    *(
+                        Cell(" → ".join(map(value_text, pair)), " -> ".join(map(exact_text, pair)), "n")
+                        for pair in pairs.values()
+                    ),
+                    Cell(f"{facts.get('data')}, {facts.get('split')}"),
+                ]
+            )
     return Table(header, rows, []) if rows else None
 
 

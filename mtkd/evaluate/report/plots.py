@@ -90,6 +90,12 @@ def _figures(run: RunData) -> list[tuple[str, str, Figure]]:
         )
         figures.append(("training", caption, _training(trained)))
     for position, stage in enumerate(run.stages):
+        if stage.calibration:
+            caption = (
+                f"Reliability of the teachers of {stage.name}: how often a teacher is right against how sure it is, "
+                "before (dashed) and after calibration. On the diagonal it is as sure as it is right; above, it is too flat."
+            )
+            figures.append((f"reliability-{position + 1:02d}", caption, _reliability(stage)))
         weights = stage.per_teacher(WEIGHT)
         if weights:
             caption = "Mean weight of each teacher, and the entropy of the weights (dashed: all teachers alike)."
@@ -159,6 +165,30 @@ def _weights(weights: dict[str, Curve], entropy: Curve | None) -> Figure:
     for axes in panels:
         axes.set_xlabel("optimizer step")
         axes.set_xlim(left=0)
+    return figure
+
+
+def _reliability(stage: StageRecord) -> Figure:
+    """Accuracy over mean confidence, a panel per teacher; a dot's area is its share of the labels."""
+    columns = min(4, len(stage.calibration))
+    rows = math.ceil(len(stage.calibration) / columns)
+    figure, panels = _new(rows, columns, 2.4 * columns, 2.5 * rows)
+    for axes in panels[len(stage.calibration) :]:
+        axes.set_visible(False)
+    for axes, (teacher, facts) in zip(panels, stage.calibration.items(), strict=False):
+        axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8)
+        for when, style, colour in (("before", "--", COLOURS[-1]), ("after", "-", COLOURS[0])):
+            bins = facts[when].get("bins") if isinstance(facts.get(when), dict) else None
+            bins = [each for each in bins or [] if isinstance(each, list) and len(each) == 3]
+            total = sum(count for *_, count in bins) or 1
+            sure, right = [each[0] for each in bins], [each[1] for each in bins]
+            axes.plot(sure, right, linestyle=style, color=colour)
+            axes.scatter(sure, right, s=[6 + 120 * each[2] / total for each in bins], color=colour)
+        axes.set_title(_short(teacher), loc="left")
+        axes.set_xlabel("confidence")
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1)
+    panels[0].set_ylabel("accuracy")
     return figure
 
 

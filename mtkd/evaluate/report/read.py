@@ -55,6 +55,7 @@ class StageRecord:
         exported_step: the step that became the stage's model.
         curves: metric name -> curve, without the ``validation/`` ones.
         caches: what a cache stage measured, by teacher: examples, positions, bytes, bytes_per_position, kl (nats).
+        calibration: what was fitted for its teachers, by name; see `mtkd.engine.notes.Calibrated`.
         validation: metric name without ``validation/`` -> curve.
     """
 
@@ -70,6 +71,7 @@ class StageRecord:
     peak_memory_bytes: int | None = None
     teachers: list[str] = field(default_factory=list)
     caches: dict[str, dict[str, Any]] = field(default_factory=dict)
+    calibration: dict[str, dict[str, Any]] = field(default_factory=dict)
     curves: dict[str, Curve] = field(default_factory=dict)
     validation: dict[str, Curve] = field(default_factory=dict)
 
@@ -182,6 +184,9 @@ def _stages(run_dir: Path, config: Mapping[str, Any], problems: list[str]) -> li
     for folder in sorted((run_dir / "stages").glob("[0-9]*-*")):
         name = re.sub(r"^\d+-", "", folder.name)
         records.setdefault(name, StageRecord(name))
+        if (folder / "calibration.json").exists():
+            fitted = _mapping(_json(folder / "calibration.json", problems).get("teachers"))
+            records[name].calibration = {str(teacher): dict(_mapping(facts)) for teacher, facts in fitted.items()}
         if (folder / "DONE").exists():
             done[name] = _json(folder / "DONE", problems)
     _read_metrics(run_dir / "metrics.jsonl", records, problems)

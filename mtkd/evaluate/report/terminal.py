@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtkd.engine.jsonlines import WEIGHT
-from mtkd.evaluate.report.html import caches_table, comparison_table, results_table, stages_table
+from mtkd.evaluate.report.html import caches_table, calibration_table, comparison_table, results_table, stages_table
 from mtkd.evaluate.report.ladder import ladder_table, read_ladder
 from mtkd.evaluate.report.read import Curve, RunData, StageRecord, read_run
 from mtkd.evaluate.report.table import Table
@@ -30,6 +30,7 @@ _STYLES = {
 _LEFT_OUT = {
     "Stages": {"kind", "target tokens", "peak memory"},
     "Caches": {"predictions"},
+    "Calibration": {"fitted on", "bias"},
     "Results": {"kind", "parameters", "steps", "time"},
     "Ladder": {"learned from"},
     "Comparisons": {"value", "of baseline", "metric", "test", "p", "documents"},
@@ -64,6 +65,8 @@ def terminal_tables(run_dir: Path) -> list[RichTable]:
         tables.append(_rich("Stages", stages_table(run.stages)))
     if caches := caches_table(run.stages):
         tables.append(_rich("Caches", caches))
+    if calibration := calibration_table(run.stages):
+        tables.append(_rich("Calibration", calibration))
     if run.models:
         tables.append(_rich("Results", results_table(run.models)))
     if ladder := read_ladder(run):
@@ -115,6 +118,7 @@ def _stage(stage: StageRecord) -> dict[str, Any]:
         "peak_memory_bytes": stage.peak_memory_bytes,
         "teachers": stage.teachers,
         "caches": stage.caches,
+        "calibration": stage.calibration,
         "loss": stage.curves.get("loss", Curve()).last,
         "validation_loss": stage.validation.get("loss", Curve()).last,
         "weights": {name: curve.last for name, curve in stage.per_teacher(WEIGHT).items()},
