@@ -93,7 +93,7 @@ def _figures(run: RunData) -> list[tuple[str, str, Figure]]:
         if stage.calibration:
             caption = (
                 f"Reliability of the teachers of {stage.name}: how often a teacher is right against how sure it is, "
-                "before (dashed) and after calibration. On the diagonal it is as sure as it is right; above, it is too flat."
+                "before (dashed) and after calibration. On the diagonal it is as sure as it is right; above it is flat."
             )
             figures.append((f"reliability-{position + 1:02d}", caption, _reliability(stage)))
         weights = stage.per_teacher(WEIGHT)
