@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mtkd.models.calibrated import Calibration
+from mtkd.models.classes import LOW
 
 # Inverse temperatures 2 ** (j / 2), 1 among them: temperatures from 0.044 to 16. Beyond, a teacher of a real task is
 # broken, or is right on every label and has no best temperature.
@@ -57,6 +58,15 @@ class Observed:
         empty = cls(np.zeros(0), np.zeros(0, bool), np.zeros((0, len(NODES), 3)))
         each = [empty, *parts]
         return cls(*(np.concatenate([getattr(part, name) for part in each]) for name in ("gaps", "right", "curves")))
+
+
+def knows(rows: Tensor, labels: Tensor) -> Tensor:
+    """Whether a teacher has an output for each label, [m] bool: a specialist is not asked about other classes.
+
+    Their logits are `mtkd.models.classes.LOW` below its own, at no temperature a label's.
+    """
+    own = rows.gather(-1, labels[:, None]).squeeze(-1)
+    return ~(own < rows.max(-1).values - LOW / 2)  # NaN is told later
 
 
 def observe(rows: Tensor, labels: Tensor) -> Observed:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mtkd.errors import UserError
-from mtkd.models.features import Logits, SparseLogits, SparseRows, as_logits
+from mtkd.models.features import DenseLogits, Logits, SparseLogits, SparseRows, as_logits
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,10 @@ def calibrated(logits: Tensor | Logits, calibration: Calibration) -> Logits:
     if isinstance(known, SparseLogits):
         return replace(known, values=_sparse(known, calibration.temperature), traits={})
     bias = torch.tensor(calibration.bias) if calibration.bias else None
+    if isinstance(known, DenseLogits):  # a specialist's other outputs are divided too; biases are of classes
+        other = None if known.other is None else known.other.float()
+        made = DenseLogits(known.values.float(), other).divided(calibration.temperature)
+        return made if bias is None else replace(made, values=made.values + bias.to(made.values.device))
     return CalibratedLogits(known, calibration.temperature, bias)
 
 

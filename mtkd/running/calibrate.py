@@ -27,7 +27,16 @@ from mtkd.engine.notes import Calibrations
 from mtkd.engine.record import read_record, write_record
 from mtkd.engine.tile import tile_for
 from mtkd.errors import DataError
-from mtkd.evaluate.calibration import COLDEST, HOTTEST, Observed, fit_temperature, fit_with_bias, observe, quality
+from mtkd.evaluate.calibration import (
+    COLDEST,
+    HOTTEST,
+    Observed,
+    fit_temperature,
+    fit_with_bias,
+    knows,
+    observe,
+    quality,
+)
 from mtkd.models.calibrated import Calibration
 from mtkd.models.features import Logits, SparseLogits, as_logits
 from mtkd.models.forward import LOGITS
@@ -186,8 +195,10 @@ class _Look:
         # a tile has several copies in float64 here
         tile = max(tile_for(self.context.config.engine, teacher.num_columns, self.context.device.type) // 4, 16)
         for positions in index.split(tile):
-            if len(positions):
-                yield _outcomes(logits, positions, targets[positions])
+            rows, labels = _outcomes(logits, positions, targets[positions])
+            known = knows(rows, labels)
+            if bool(known.any()):
+                yield rows[known], labels[known]
 
     def _batches(self) -> Iterator[Batch]:
         """This rank's batches; every rank has the same number, for `forward` may be a collective."""

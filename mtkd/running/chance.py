@@ -14,6 +14,7 @@ from mtkd.data.progress import say
 from mtkd.data.sampler import length_batches, slots
 from mtkd.data.split import Split
 from mtkd.engine.dist import Dist, alive
+from mtkd.evaluate.calibration import knows
 from mtkd.models.features import as_logits
 from mtkd.models.forward import LOGITS
 from mtkd.pool import CachedTeacher, CalibratedTeacher, Teacher
@@ -116,9 +117,11 @@ def _confidence(teacher: Teacher, batch: Batch) -> np.ndarray:
     logits, sums = as_logits(teacher.forward(batch, LOGITS)["logits"]), np.zeros(3)
     targets = batch.targets.reshape(-1)
     for index in batch.target_mask.reshape(-1).nonzero().squeeze(-1).split(_TILE):
-        best = torch.softmax(logits.rows(index), -1).max(-1)
-        right = int((best.indices == targets[index]).sum())
-        sums += [float(best.values.sum()), right, len(index)]
+        rows, labels = logits.rows(index), targets[index]
+        known = knows(rows, labels)
+        best = torch.softmax(rows[known], -1).max(-1)
+        right = int((best.indices == labels[known]).sum())
+        sums += [float(best.values.sum()), right, len(best.values)]
     return sums
 
 

@@ -10,7 +10,17 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from mtkd.evaluate.calibration import COLDEST, HOTTEST, Observed, fit_temperature, fit_with_bias, observe, quality
+from mtkd.evaluate.calibration import (
+    COLDEST,
+    HOTTEST,
+    Observed,
+    fit_temperature,
+    fit_with_bias,
+    knows,
+    observe,
+    quality,
+)
+from mtkd.models.classes import LOW
 
 
 def drawn(temperature: float, count: int = 4000, classes: int = 20, scale: float = 3.0) -> tuple[Tensor, Tensor]:
@@ -85,6 +95,12 @@ def test_columns_without_a_chance_do_no_harm_and_others_are_refused() -> None:
     logits[3, 4] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
         observe(logits, labels)
+
+
+def test_a_specialist_is_not_asked_about_classes_that_it_does_not_know() -> None:
+    """Law: labels of classes without an output are left out; all others stay, however wrong the teacher is."""
+    rows = torch.tensor([[0.0, 40.0, -LOW], [0.0, 40.0, -LOW], [3.0, 1.0, -LOW]])
+    assert knows(rows, torch.tensor([2, 0, 1])).tolist() == [False, True, True]
 
 
 def test_a_bias_per_class_is_found() -> None:

@@ -41,6 +41,15 @@ def test_temperature_one_is_the_teacher_itself(logits: Logits | torch.Tensor) ->
     assert made is logits or (isinstance(made, DenseLogits) and made.values is logits)
 
 
+def test_a_specialist_is_divided_as_a_whole() -> None:
+    """Law: the probability of its own classes is that of a softmax over all outputs at the temperature."""
+    other = torch.randn(6, 2, generator=CHANCE)
+    made = calibrated(DenseLogits(DENSE.values, other), Calibration(0.4))
+    assert isinstance(made, DenseLogits)
+    whole = torch.softmax(torch.cat([DENSE.values, other], -1) / 0.4, -1)
+    torch.testing.assert_close(made.own_mass(), whole[:, :7].sum(-1))
+
+
 def sparse(logits: torch.Tensor, k: int) -> SparseLogits:
     """The k most probable columns of some rows, and the mass of the others."""
     log_probs = torch.log_softmax(logits, -1)
