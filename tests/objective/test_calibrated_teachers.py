@@ -18,8 +18,8 @@ SOFT = 2.0  # of the row
 def test_rows_and_weights_read_the_calibrated_teacher() -> None:
     """Law: the student's gradient is ``sum_k w_k T (softmax(s / T) - softmax(t_k / (own_k T))) / B``.
 
-    Of two teachers w_k is ``1 - H_k / (H_1 + H_2)``, H the entropies of the calibrated distributions; the sum over examples of a row's gradient with
-    respect to the student's logits is that of its head's bias.
+    Of two teachers w_k is ``1 - H_k / (H_1 + H_2)``, H the entropies of the calibrated distributions. The sum over
+    examples of a row's gradient with respect to the student's logits is that of its head's bias.
     """
     batch = class_batch((5, 4, 6, 3))
     student, teachers = classifier(8, 1, seed=0), [classifier(8, 1, seed=seed) for seed in (1, 2)]
