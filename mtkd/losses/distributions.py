@@ -6,6 +6,12 @@ by temperature^2, which keeps the gradient's size independent of the temperature
 With ``top: n`` the teacher's n most probable columns are compared one by one and all others as one bucket, the tail: a
 divergence of n + 1 outcomes. Nothing is renormalised: without the tail a student could move mass outside the teacher's
 support for free.
+
+With ``standardise: true`` the logits of either side become z-scores before the temperature: ``(z - mean(z)) / (std(z) +
+1e-7)`` over the columns of a position. The relations between logits are left, and not their size, so a flat teacher is
+no softer than a sharp one. The deviation divides by n, as in the paper; its code divides by n - 1. Every teacher is
+standardised by itself, before it meets others. Source: Sun et al. 2024, Logit Standardization in Knowledge
+Distillation, arXiv 2403.01427, algorithm 1, with temperature 2 and T^2.
 """
 
 from __future__ import annotations
@@ -30,7 +36,14 @@ def no_term(log_probs: Tensor, probs: Tensor) -> Tensor:
 
 @loss("kl", inputs=LOGITS, teacher_term=negative_entropy)
 def kl(
-    student: Tensor, teacher: Tensor, mask: Tensor, *, temperature: float = 1.0, scale: bool = True, top: int = 0
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor,
+    *,
+    temperature: float = 1.0,
+    scale: bool = True,
+    top: int = 0,
+    standardise: bool = False,
 ) -> Tensor:
     """Forward Kullback-Leibler divergence KL(teacher || student), T^2-scaled.
 
@@ -41,13 +54,20 @@ def kl(
     Raises: ValueError for a temperature that is not positive or a negative `top`.
     Source: Hinton et al. 2015, Distilling the Knowledge in a Neural Network, arXiv 1503.02531, section 2.
     """
-    log_s, log_t = _both(student, teacher, temperature, top)
-    return _scaled(_kl(log_t, log_s), temperature, scale)
+    log_s, log_t = _both(student, teacher, temperature, top, standardise)
+    return scaled(_kl(log_t, log_s), temperature, scale)
 
 
 @loss("reverse_kl", inputs=LOGITS)
 def reverse_kl(
-    student: Tensor, teacher: Tensor, mask: Tensor, *, temperature: float = 1.0, scale: bool = True, top: int = 0
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor,
+    *,
+    temperature: float = 1.0,
+    scale: bool = True,
+    top: int = 0,
+    standardise: bool = False,
 ) -> Tensor:
     """Reverse Kullback-Leibler divergence KL(student || teacher), T^2-scaled: mode-seeking.
 
@@ -56,8 +76,8 @@ def reverse_kl(
     Returns: [n], nats.
     Source: Gu et al. 2023, MiniLLM, arXiv 2306.08543, equation 1.
     """
-    log_s, log_t = _both(student, teacher, temperature, top)
-    return _scaled(_kl(log_s, log_t), temperature, scale)
+    log_s, log_t = _both(student, teacher, temperature, top, standardise)
+    return scaled(_kl(log_s, log_t), temperature, scale)
 
 
 @loss("jsd", inputs=LOGITS)
@@ -70,6 +90,7 @@ def jsd(
     temperature: float = 1.0,
     scale: bool = True,
     top: int = 0,
+    standardise: bool = False,
 ) -> Tensor:
     """Generalised Jensen-Shannon divergence; `beta` is the teacher's share of the mixture.
 
@@ -84,9 +105,9 @@ def jsd(
     """
     if not 0 <= beta <= 1:
         raise ValueError(f"beta must be between 0 and 1; found {beta}")
-    log_s, log_t = _both(student, teacher, temperature, top)
+    log_s, log_t = _both(student, teacher, temperature, top, standardise)
     if beta in (0, 1):
-        return _scaled(_kl(log_s, log_t) if beta else _kl(log_t, log_s), temperature, scale)
+        return scaled(_kl(log_s, log_t) if beta else _kl(log_t, log_s), temperature, scale)
     probs_s, probs_t = log_s.exp(), log_t.exp()
     # The derivative through m is the same for every column and vanishes in the softmax, so m needs no graph. Where both
     # sides underflow their terms are 0 for any finite log m.
@@ -94,7 +115,7 @@ def jsd(
         log_m = _log(torch.lerp(probs_s, probs_t, beta))
     to_teacher = (probs_t * (log_t - log_m)).sum(-1)
     to_student = (probs_s * (log_s - log_m)).sum(-1)
-    return _scaled(beta * to_teacher + (1 - beta) * to_student, temperature, scale)
+    return scaled(beta * to_teacher + (1 - beta) * to_student, temperature, scale)
 
 
 @loss("skew_kl", inputs=LOGITS)
@@ -107,6 +128,7 @@ def skew_kl(
     temperature: float = 1.0,
     scale: bool = True,
     top: int = 0,
+    standardise: bool = False,
 ) -> Tensor:
     """Skew Kullback-Leibler divergence: of the teacher from a mixture that holds a share `alpha` of the teacher.
 
@@ -117,8 +139,8 @@ def skew_kl(
     Raises: ValueError for alpha outside [0, 1).
     Source: Ko et al. 2024, DistiLLM, arXiv 2402.03898 (SKL).
     """
-    log_s, log_t = _both(student, teacher, temperature, top)
-    return _scaled(_skewed(log_t, log_s, alpha), temperature, scale)
+    log_s, log_t = _both(student, teacher, temperature, top, standardise)
+    return scaled(_skewed(log_t, log_s, alpha), temperature, scale)
 
 
 @loss("reverse_skew_kl", inputs=LOGITS)
@@ -131,6 +153,7 @@ def reverse_skew_kl(
     temperature: float = 1.0,
     scale: bool = True,
     top: int = 0,
+    standardise: bool = False,
 ) -> Tensor:
     """Skew reverse Kullback-Leibler divergence: of the student from a mixture that holds a share `alpha` of it.
 
@@ -140,13 +163,20 @@ def reverse_skew_kl(
     Raises: ValueError for alpha outside [0, 1).
     Source: Ko et al. 2024, DistiLLM, arXiv 2402.03898 (SRKL).
     """
-    log_s, log_t = _both(student, teacher, temperature, top)
-    return _scaled(_skewed(log_s, log_t, alpha), temperature, scale)
+    log_s, log_t = _both(student, teacher, temperature, top, standardise)
+    return scaled(_skewed(log_s, log_t, alpha), temperature, scale)
 
 
 @loss("total_variation", inputs=LOGITS)
 def total_variation(
-    student: Tensor, teacher: Tensor, mask: Tensor, *, temperature: float = 1.0, scale: bool = True, top: int = 0
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor,
+    *,
+    temperature: float = 1.0,
+    scale: bool = True,
+    top: int = 0,
+    standardise: bool = False,
 ) -> Tensor:
     """Total variation distance of the two distributions: ``1/2 sum_v |p_T(v) - p_S(v)|``, at most 1 before scaling.
 
@@ -156,13 +186,20 @@ def total_variation(
     Returns: [n], a difference of probabilities.
     Source: Wen et al. 2023, f-Divergence Minimization for Sequence-Level Knowledge Distillation, arXiv 2307.15190.
     """
-    log_s, log_t = _both(student, teacher, temperature, top)
-    return _scaled((log_s.exp() - log_t.exp()).abs().sum(-1) / 2, temperature, scale)
+    log_s, log_t = _both(student, teacher, temperature, top, standardise)
+    return scaled((log_s.exp() - log_t.exp()).abs().sum(-1) / 2, temperature, scale)
 
 
 @loss("adaptive_kl", inputs=LOGITS, constant_weights=True)
 def adaptive_kl(
-    student: Tensor, teacher: Tensor, mask: Tensor, *, mu: float = 0.5, temperature: float = 1.0, scale: bool = True
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor,
+    *,
+    mu: float = 0.5,
+    temperature: float = 1.0,
+    scale: bool = True,
+    standardise: bool = False,
 ) -> Tensor:
     """Forward and reverse KL, each as important as the teacher's head and tail are still missed.
 
@@ -178,9 +215,9 @@ def adaptive_kl(
     """
     if not 0 < mu < 1:
         raise ValueError(f"mu is a probability between 0 and 1, both excluded; found {mu}")
-    log_s, log_t = _both(student, teacher, temperature, 0)
+    log_s, log_t = _both(student, teacher, temperature, 0, standardise)
     share = _head_share(log_s.detach().exp(), log_t.detach().exp(), mu)
-    return _scaled(share * _kl(log_t, log_s) + (1 - share) * _kl(log_s, log_t), temperature, scale)
+    return scaled(share * _kl(log_t, log_s) + (1 - share) * _kl(log_s, log_t), temperature, scale)
 
 
 def _head_share(probs_s: Tensor, probs_t: Tensor, mu: float) -> Tensor:
@@ -198,7 +235,14 @@ def _head_share(probs_s: Tensor, probs_t: Tensor, mu: float) -> Tensor:
 
 @loss("soft_ce", inputs=LOGITS, zero_at_equality=False, teacher_term=no_term)
 def soft_ce(
-    student: Tensor, teacher: Tensor, mask: Tensor, *, temperature: float = 1.0, scale: bool = True, top: int = 0
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor,
+    *,
+    temperature: float = 1.0,
+    scale: bool = True,
+    top: int = 0,
+    standardise: bool = False,
 ) -> Tensor:
     """Cross entropy of the student against the teacher's soft targets, T^2-scaled.
 
@@ -207,14 +251,18 @@ def soft_ce(
     Returns: [n], nats.
     Source: Hinton et al. 2015, arXiv 1503.02531, section 2; TinyBERT (Jiao et al. 2019, arXiv 1909.10351), equation 10.
     """
-    log_s, log_t = _both(student, teacher, temperature, top)
-    return _scaled(-(log_t.exp() * log_s).sum(-1), temperature, scale)
+    log_s, log_t = _both(student, teacher, temperature, top, standardise)
+    return scaled(-(log_t.exp() * log_s).sum(-1), temperature, scale)
 
 
-def _both(student: Tensor, teacher: Tensor, temperature: float, top: int) -> tuple[Tensor, Tensor]:
+def _both(
+    student: Tensor, teacher: Tensor, temperature: float, top: int, standardise: bool = False
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities of student and teacher, [n,V], or [n,top+1] with the tail as the last outcome."""
     if top < 0:
         raise ValueError(f"top is a number of columns, 0 for all of them; found {top}")
+    if standardise:
+        student, teacher = standardised(student), standardised(teacher)
     log_s, log_t = log_distribution(student, temperature), log_distribution(teacher, temperature)
     if 0 < top < log_t.shape[-1]:
         columns = log_t.topk(top, -1).indices
@@ -255,5 +303,13 @@ def log_distribution(logits: Tensor, temperature: float) -> Tensor:
     return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, -1)
 
 
-def _scaled(values: Tensor, temperature: float, scale: bool) -> Tensor:
+def standardised(logits: Tensor) -> Tensor:
+    """Logits [n,V] with mean 0 and standard deviation 1 over the columns; 0 where all columns are equal."""
+    centred = logits - logits.mean(-1, keepdim=True)
+    # A norm has the gradient 0 where it is 0; the root of a variance would have NaN.
+    deviation = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / logits.shape[-1] ** 0.5
+    return centred / (deviation + 1e-7)
+
+
+def scaled(values: Tensor, temperature: float, scale: bool) -> Tensor:
     return values * temperature**2 if scale and temperature != 1.0 else values

@@ -13,9 +13,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mtkd.data.batch import NO_LABEL
 from mtkd.registry import Decorated, Registry, check_options, keyword_parameters
 
 TOKEN_VECTORS = ("logits", "hidden", "embedding", "cls")
+
+NEEDS = ("labels", "columns", "batch")
+"""``labels``: the function has a keyword `labels`, the class or token at each position or `NO_LABEL`, None without any;
+``columns``: the teacher's whole rows, which a cache of tokens does not keep; ``batch``: the value at a position depends
+on the other positions of its micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class LossSpec:
             linear in p_T up to c, so several teachers meet in one mixture before the student is looked at.
         constant_weights: the value holds weights that depend on the student and count as constants, so that the
             gradient is not the value's derivative.
+        needs: what it needs besides its two sides, of `NEEDS`.
     """
 
     name: str
@@ -41,14 +48,16 @@ class LossSpec:
     zero_at_equality: bool = True
     teacher_term: Callable[..., Any] | None = None
     constant_weights: bool = False
+    needs: tuple[str, ...] = ()
 
     def options(self) -> dict[str, inspect.Parameter]:
         """The keyword-only parameters a row may set under ``options``."""
-        return keyword_parameters(self.function)
+        parameters = keyword_parameters(self.function)
+        return {name: p for name, p in parameters.items() if name != "labels" or "labels" not in self.needs}
 
     def mixes(self, options: Mapping[str, Any]) -> bool:
-        """Whether teachers may meet in one mixture: not where each has its own support (option ``top``)."""
-        return self.teacher_term is not None and not options.get("top")
+        """Whether teachers may meet in one mixture: not where each has its own support (option ``top``) or scale."""
+        return self.teacher_term is not None and not options.get("top") and not options.get("standardise")
 
     def temperature(self, options: Mapping[str, Any]) -> tuple[float, float]:
         """(temperature, factor) of a loss on distributions: its options, or their defaults; (1, 1) for one without."""
@@ -58,7 +67,13 @@ class LossSpec:
         return temperature, temperature**2 if values.get("scale", True) else 1.0
 
     def __call__(
-        self, student: Any, teacher: Any, mask: Any = None, options: Mapping[str, Any] | None = None, **named: Any
+        self,
+        student: Any,
+        teacher: Any,
+        mask: Any = None,
+        options: Mapping[str, Any] | None = None,
+        labels: Any = None,
+        **named: Any,
     ) -> Any:
         """The loss per position; 0 where `mask` is False, even for NaN and infinity there.
 
@@ -71,6 +86,7 @@ class LossSpec:
             mask: one entry per position, bool or 0 and 1: [n], [B] or [B,L]. None: every position counts, which saves
                 three copies of vocabulary size.
             options: of the loss, as a row has them.
+            labels: one per position, for a loss that needs them; others ignore them.
             named: the same as keywords; these win.
 
         Raises:
@@ -80,16 +96,14 @@ class LossSpec:
         if named:
             check_options(named, self.options(), f"loss '{self.name}'")
         chosen = {**(options or {}), **named}
-        positions = (student.shape[0], student.shape[2]) if student.dim() == 4 else student.shape[:-1]
-        if mask is not None and tuple(mask.shape) != tuple(positions):
-            raise ValueError(
-                f"the mask of loss '{self.name}' has shape {list(mask.shape)}; one entry per position is "
-                f"{list(positions)}"
-            )
+        positions = self._positions(student, mask)
         if student.dim() == 3 and "hidden" not in self.inputs and "logits" in self.inputs:
             flat = teacher.flatten() if self.labels else teacher.flatten(0, 1)
-            values = self(student.flatten(0, 1), flat, None if mask is None else mask.flatten(), chosen)
-            return values.reshape(positions)
+            marks, labels = (None if x is None else x.flatten() for x in (mask, labels))
+            return self(student.flatten(0, 1), flat, marks, chosen, labels).reshape(positions)
+        if "labels" in self.needs:
+            as_given = labels is None or mask is None
+            chosen["labels"] = labels if as_given else labels.masked_fill(~mask.bool(), NO_LABEL)
         if mask is None:
             every = student.new_ones(positions, dtype=bool)
             teacher = teacher if self.labels else teacher.float()
@@ -97,12 +111,19 @@ class LossSpec:
         mask = mask.bool()
         padded = ~mask
         student = student.float().masked_fill(_over(padded, student), 0)
-        if self.labels:
-            teacher = teacher.masked_fill(padded, 0)
-        else:
-            teacher = teacher.float().masked_fill(_over(padded, teacher), 0)
+        teacher = (teacher if self.labels else teacher.float()).masked_fill(_over(padded, teacher), 0)
         values = self.function(student, teacher, mask, **chosen)
         return self._shaped(values, mask).masked_fill(padded, 0)
+
+    def _positions(self, student: Any, mask: Any) -> tuple[int, ...]:
+        """The axes of `student` over positions; a mask of another shape is refused."""
+        positions = (student.shape[0], student.shape[2]) if student.dim() == 4 else tuple(student.shape[:-1])
+        if mask is not None and tuple(mask.shape) != positions:
+            raise ValueError(
+                f"the mask of loss '{self.name}' has shape {list(mask.shape)}; one entry per position is "
+                f"{list(positions)}"
+            )
+        return positions
 
     def _shaped(self, values: Any, mask: Any) -> Any:
         """`values`, refused unless there is one per position: a mean would silently be spread over them again."""
@@ -124,11 +145,16 @@ def loss(
     zero_at_equality: bool = True,
     teacher_term: Callable[..., Any] | None = None,
     constant_weights: bool = False,
+    needs: tuple[str, ...] = (),
 ) -> Callable[[Decorated], Decorated]:
     """Register a loss function under `name`; see `LossSpec` for the flags."""
 
+    unknown = sorted(set(needs) - set(NEEDS))
+    if unknown:
+        raise ValueError(f"loss '{name}': needs is of {', '.join(NEEDS)}; found {', '.join(unknown)}")
+
     def decorate(function: Decorated) -> Decorated:
-        spec = LossSpec(name, function, inputs, labels, zero_at_equality, teacher_term, constant_weights)
+        spec = LossSpec(name, function, inputs, labels, zero_at_equality, teacher_term, constant_weights, needs)
         LOSSES.add(name, spec)
         return function
 

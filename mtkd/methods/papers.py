@@ -20,9 +20,43 @@ PRE_TRAIN, FINE_TUNE, PREDICTION = "pre-train", "fine-tune", "prediction"
 
 
 @method("kd", steps=(FINE_TUNE,), source="Hinton et al. 2015, arXiv 1503.02531, section 2")
-def kd(temperature: float = 1.0, soft: float = 0.5, hard: float = 0.5, loss: str = "kl") -> Rows:
-    """``soft * T^2 KL(p_T || p_S) + hard * CE``."""
-    return _kept({"soft": _soft(loss, soft, temperature), "hard": _labels(hard)})
+def kd(
+    temperature: float = 1.0, soft: float = 0.5, hard: float = 0.5, loss: str = "kl", standardise: bool = False
+) -> Rows:
+    """``soft * T^2 KL(p_T || p_S) + hard * CE``; with `standardise` of z-scores of the logits (arXiv 2403.01427).
+
+    With z-scores the paper has a base temperature of 2 and a larger weight, as its terms are small.
+    """
+    more = {"standardise": True} if standardise else {}
+    return _kept({"soft": _soft(loss, soft, temperature, **more), "hard": _labels(hard)})
+
+
+@method("dkd", steps=(FINE_TUNE,), source="Zhao et al. 2022, arXiv 2203.08679, equation 7")
+def dkd(
+    temperature: float = 4.0,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    soft: float = 1.0,
+    hard: float = 1.0,
+    standardise: bool = False,
+) -> Rows:
+    """``soft * T^2 (alpha TCKD + beta NCKD) + hard * CE``; the target is the label, or else the teacher's choice.
+
+    Defaults are its code's for CIFAR-100, without the warm-up of the soft term over 20 epochs; `standardise`: see `kd`.
+    """
+    more = {"alpha": alpha, "beta": beta, **({"standardise": True} if standardise else {})}
+    return _kept({"soft": _soft("dkd", soft, temperature, **more), "hard": _labels(hard)})
+
+
+@method("dist", steps=(FINE_TUNE,), source="Huang et al. 2022, arXiv 2205.10536, equation 10")
+def dist(temperature: float = 1.0, inter: float = 2.0, intra: float = 2.0, hard: float = 1.0) -> Rows:
+    """``hard * CE + T^2 (inter (1 - r per example) + intra (1 - r per class))``, r Pearson's correlation.
+
+    The paper's weights; temperature 1 on ImageNet, 4 on CIFAR-100. `intra` is over the examples of a micro-batch: see
+    the loss `dist_intra`. Targets that are tokens have no such batch: there, ``intra: 0``.
+    """
+    rows = {"inter": _soft("dist_inter", inter, temperature), "intra": _soft("dist_intra", intra, temperature)}
+    return _kept({**rows, "hard": _labels(hard)})
 
 
 @method("pd", steps=(PRE_TRAIN, FINE_TUNE), source="Turc et al. 2019, arXiv 1908.08962, section 3")
@@ -214,8 +248,8 @@ def _kept(rows: Mapping[str, Match]) -> Rows:
     return {label: row for label, row in rows.items() if row.weight > 0}
 
 
-def _soft(loss: str, weight: float, temperature: float) -> Match:
-    return Match(feature="logits", loss=loss, weight=weight, options={"temperature": temperature})
+def _soft(loss: str, weight: float, temperature: float, **more: float) -> Match:
+    return Match(feature="logits", loss=loss, weight=weight, options={"temperature": temperature, **more})
 
 
 def _plain_soft(weight: float, temperature: float) -> Match:

@@ -18,6 +18,8 @@ _FAMILIES = {
     **dict.fromkeys(("mse", "normalized_mse", "attention_mse", "label_mse"), "MSE"),
     **dict.fromkeys(("kl", "attention_kl", "relation_kl"), "KL"),
     **dict.fromkeys(("ce", "soft_ce"), "CE"),
+    **dict.fromkeys(("dist_inter", "dist_intra"), "corr"),
+    "dkd": "DKD",
 }
 
 

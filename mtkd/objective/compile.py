@@ -115,6 +115,7 @@ def compile_rows(
             _check_loss(match, spec, token_level, regression)
             _check_values(match, spec)
             _check_taps(match, "student", student)
+            _check_standardised(match, student, token_level)
             pairs = _pairs(match, student, teachers, token_level)
         rows.append(Row(match, spec, f"{position}:{match.feature}:{match.loss}", pairs, place.partition(": ")[0]))
     return rows
@@ -164,6 +165,13 @@ def _check_loss(match: Match, spec: LossSpec, token_level: bool, regression: boo
             found=match.ensemble,
             allowed="losses, logits",
         )
+    if "batch" in spec.needs and token_level:
+        raise UserError(
+            f"loss '{match.loss}' compares the examples of a batch; the targets of this task are tokens, which come in "
+            "tiles",
+            where="@row.loss",
+            todo="use it on a task with classes, or drop the row (method dist: intra: 0)",
+        )
     if match.positions is not None and not token_level:
         raise UserError("positions is for token tasks", where="@row.positions", found=match.positions)
 
@@ -184,6 +192,16 @@ def _check_values(match: Match, spec: LossSpec) -> None:
         spec(student, teacher, mask, match.options)
     except ValueError as error:
         raise UserError(str(error), where="@row.options") from error
+
+
+def _check_standardised(match: Match, student: ModelInfo, token_level: bool) -> None:
+    two = match.feature == "nsp_logits" or (not token_level and student.num_labels == 2)
+    if match.options.get("standardise") and two:
+        raise UserError(
+            "the standardised logits of two classes are 1 and -1: they say which class, and not how sure",
+            where="@row.options.standardise",
+            todo="drop standardise",
+        )
 
 
 def _check_taps(match: Match, who: str, info: ModelInfo) -> None:

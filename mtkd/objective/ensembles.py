@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mtkd.losses.distributions import log_distribution
+from mtkd.losses.distributions import log_distribution, standardised
 from mtkd.losses.spec import LossSpec
 from mtkd.models.features import SparseRows
 from mtkd.objective.compile import Row
@@ -15,7 +15,12 @@ from mtkd.objective.kept import completed
 
 
 def ensemble_losses(
-    row: Row, student: Tensor, teachers: Sequence[Tensor | SparseRows], weights: Tensor, mask: Tensor | None
+    row: Row,
+    student: Tensor,
+    teachers: Sequence[Tensor | SparseRows],
+    weights: Tensor,
+    mask: Tensor | None,
+    labels: Tensor | None = None,
 ) -> Tensor:
     """Per-position loss of one logits row over all teachers.
 
@@ -24,6 +29,7 @@ def ensemble_losses(
         teachers: T of [m,V], or sparse: then the student completes them.
         weights: [T,m].
         mask: [m], or None when every position counts.
+        labels: [m], for a loss that needs them.
 
     Returns:
         [m]. ``losses``: ``sum_k w_k l(s, t_k)``. ``probabilities`` and ``logits``: ``(sum_k w_k) l(s, mixture)``, the
@@ -36,25 +42,38 @@ def ensemble_losses(
     wholes = [whole for whole, _ in pairs]
     # A single teacher needs no mixture: the plain loss, bit by bit.
     if len(teachers) == 1:
-        return weights[0] * spec(student, wholes[0], mask, pairs[0][1])
+        return weights[0] * spec(student, wholes[0], mask, pairs[0][1], labels)
     if ensemble == "losses" and spec.mixes(options):
         assert spec.teacher_term is not None
         mixed, constant = _mixture(spec.teacher_term, wholes, weights, mask, spec.temperature(options)[0])
         return soft_target_losses(spec, student, mixed, constant, mask, options)
     if ensemble == "losses":
-        losses = [w * spec(student, t, mask, own) for w, (t, own) in zip(weights, pairs, strict=True)]
+        losses = [w * spec(student, t, mask, own, labels) for w, (t, own) in zip(weights, pairs, strict=True)]
         return torch.stack(losses).sum(0)
+    if options.get("standardise"):
+        # Each teacher by itself: their mixture has another mean and deviation, where the loudest counts most.
+        student, *wholes = (standardised(_keep(x, mask).float()) for x in (student, *wholes))
+        options = {**options, "standardise": False}
     total = weights.sum(0)  # [m]
     shares = weights / total.clamp_min(1e-30)  # [T,m]; where all weights are 0 the loss is 0, not 0/0
-    if ensemble == "logits":
-        mixture = sum(w[:, None] * t for w, t in zip(shares, wholes, strict=True))
-    else:
-        temperature, _ = spec.temperature(options)
-        probs = sum(w[:, None] * torch.softmax(t / temperature, -1) for w, t in zip(shares, wholes, strict=True))
-        assert isinstance(probs, Tensor)  # [m,V]
-        # A probability that underflows has no logarithm; the smallest float's is finite and weighs nothing.
-        mixture = probs.clamp_min(torch.finfo(probs.dtype).tiny).log() * temperature
-    return total * spec(student, mixture, mask, options)
+    temperature, _ = spec.temperature(options)
+    mixture = _averaged(wholes, shares, None if ensemble == "logits" else temperature)
+    return total * spec(student, mixture, mask, options, labels)
+
+
+def _averaged(logits: Sequence[Tensor], shares: Tensor, temperature: float | None) -> Tensor:
+    """Logits [m,V] of a mixture of T teachers with shares [T,m] of sum 1.
+
+    Args:
+        temperature: where probabilities are averaged; None: logits are.
+    """
+    if temperature is None:
+        return torch.as_tensor(sum(w[:, None] * t for w, t in zip(shares, logits, strict=True)))
+    probs = torch.as_tensor(
+        sum(w[:, None] * torch.softmax(t / temperature, -1) for w, t in zip(shares, logits, strict=True))
+    )
+    # A probability that underflows has no logarithm; the smallest float's is finite and weighs nothing.
+    return probs.clamp_min(torch.finfo(probs.dtype).tiny).log() * temperature
 
 
 def soft_target_losses(

@@ -112,12 +112,13 @@ def check_cached_row(row: Row, targets: str, k: int, temperature: float, where: 
         temperature: `CacheContent.temperature`.
 
     Raises:
-        UserError: another temperature than the cache's; a loss on logits as vectors; more columns than are
-            kept; drawn columns in a loss that is not linear in the teacher's distribution.
+        UserError: a loss that needs whole rows, or logits as vectors; another temperature than the cache's; more
+            columns than are kept; drawn columns in a loss that is not linear in the teacher's distribution.
     """
     if row.from_labels or not row.is_logits or targets == "classes":
         return
     spec, match = row.spec, row.match
+    _check_whole(row, targets, where)
     asked, _ = spec.temperature(match.options)
     if asked != temperature:
         raise UserError(
@@ -150,4 +151,17 @@ def check_cached_row(row: Row, targets: str, k: int, temperature: float, where: 
             where=where,
             allowed="kl and soft_ce with ensemble: losses",
             todo="make the cache with targets: top",
+        )
+
+
+def _check_whole(row: Row, targets: str, where: str) -> None:
+    """Refuse a row that reads every column of a teacher."""
+    standardised = bool(row.match.options.get("standardise"))
+    if standardised or "columns" in row.spec.needs:
+        what = f"loss '{row.spec.name}'" + (" with standardise: true" if standardised else "")
+        raise UserError(
+            f"{what} reads every column of a teacher",
+            where=where,
+            found=f"a cache of {targets} targets, a few columns per token",
+            todo="use a divergence (kl, jsd, ...) without standardise, or run the teacher itself",
         )

@@ -32,7 +32,8 @@ def check_tiled(loss: str | LossSpec, options: Options | None = None) -> None:
     spec = LOSSES.find(loss) if isinstance(loss, str) else loss
     if "logits" not in spec.inputs:
         raise ValueError(f"loss '{spec.name}' does not read logits")
-    for law in TILED_LAWS:
+    # What depends on the other examples of a batch is refused where there are tiles.
+    for law in TILED_LAWS if "batch" not in spec.needs else (_ensemble_law,):
         law(spec, options or {})
 
 

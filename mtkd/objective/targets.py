@@ -21,6 +21,9 @@ from mtkd.objective.ensembles import ensemble_losses, soft_target_losses
 from mtkd.objective.kept import check_known, read
 from mtkd.objective.onepass import ReadOnce
 
+Where = tuple[Tensor | None, Tensor]
+"""(where a row counts or None, labels), [n] each."""
+
 
 @dataclass(frozen=True)
 class Positions:
@@ -38,6 +41,10 @@ class Positions:
     def mask(self, row: Row, token_level: bool) -> Tensor | None:
         """Where a row counts, [n] bool; None where it counts at all of them."""
         return self.has_label if self.everywhere and row.counted(token_level) == "targets" else None
+
+    def read_by(self, row: Row, token_level: bool) -> Where:
+        """(its mask, the labels): what a row reads here."""
+        return self.mask(row, token_level), self.labels
 
 
 def positions_of(rows: Sequence[Row], batch: Batch, token_level: bool) -> Positions:
@@ -92,26 +99,29 @@ class Together:
     Args:
         teachers: shared by the rows of a step.
         members: numbers of the teachers that are read.
+        where: the row counts, and the labels that its loss needs.
     """
 
-    def __init__(self, row: Row, teachers: TeacherTiles, members: Sequence[int], mask: Tensor | None) -> None:
-        self._row, self._teachers, self._members, self._mask = row, teachers, list(members), mask
+    def __init__(self, row: Row, teachers: TeacherTiles, members: Sequence[int], where: Where) -> None:
+        self._row, self._teachers, self._members = row, teachers, list(members)
+        self._mask, self._labels = where
 
     def losses(self, tile: Tile) -> Tensor:
         rows = self._teachers(tile.at)
-        members = [rows[k] for k in self._members]
-        return ensemble_losses(self._row, tile.student, members, tile.weights[self._members], _part(self._mask, tile))
+        members, weights = [rows[k] for k in self._members], tile.weights[self._members]
+        return ensemble_losses(self._row, tile.student, members, weights, *_parts(self._mask, self._labels, tile))
 
 
 class Alone:
     """One teacher, whose tile of logits is the only one that exists."""
 
-    def __init__(self, row: Row, teachers: TeacherTiles, number: int, mask: Tensor | None) -> None:
-        self._row, self._teachers, self._number, self._mask = row, teachers, number, mask
+    def __init__(self, row: Row, teachers: TeacherTiles, number: int, where: Where) -> None:
+        self._row, self._teachers, self._number = row, teachers, number
+        self._mask, self._labels = where
 
     def losses(self, tile: Tile) -> Tensor:
         rows, weights = self._teachers(tile.at, only=self._number), tile.weights[self._number, None]
-        return ensemble_losses(self._row, tile.student, rows, weights, _part(self._mask, tile))
+        return ensemble_losses(self._row, tile.student, rows, weights, *_parts(self._mask, self._labels, tile))
 
 
 class Kept:
@@ -265,17 +275,17 @@ def passes_for(
     learned = weights.requires_grad and torch.is_grad_enabled()
 
     def targets(row: Row, turn: int) -> Targets:
-        mask = positions.mask(row, token_level)
+        mask, labels = where = positions.read_by(row, token_level)
         if once is not None and once.serves(row):
-            rest = Together(row, teachers, once.rest, mask) if once.rest and not row.from_labels else None
+            rest = Together(row, teachers, once.rest, where) if once.rest and not row.from_labels else None
             return Kept(row, once, rest)
         if row.from_labels:
-            return Labels(row, positions.labels, mask)
+            return Labels(row, labels, mask)
         if apart:
-            return Alone(row, teachers, turn, mask)
+            return Alone(row, teachers, turn, where)
         if pieces and several and len(soft) == 1 and _mixes(row) and mask is None and not learned:
             return Mixture(row, logits, positions.index, weights, size, pieces)
-        return Together(row, teachers, range(len(logits)), mask)
+        return Together(row, teachers, range(len(logits)), where)
 
     def members(turn: int) -> tuple[tuple[int, Row, Targets, int], ...]:
         # The first pass alone compares labels: one per teacher would count them T times.
@@ -297,3 +307,7 @@ def _alone(row: Row) -> bool:
 
 def _part(mask: Tensor | None, tile: Tile) -> Tensor | None:
     return None if mask is None else mask[tile.at]
+
+
+def _parts(mask: Tensor | None, labels: Tensor, tile: Tile) -> Where:
+    return _part(mask, tile), labels[tile.at]

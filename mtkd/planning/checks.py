@@ -10,15 +10,17 @@ Each rule has one place:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from mtkd.config import RANDOM_TOKENS, ModelConfig, OwnTeacher, RunConfig, StageConfig, StageRef
+from mtkd.config.match import Match
 from mtkd.config.read import Location, dotted
 from mtkd.data.files import columns_of
 from mtkd.data.paths import find_files
 from mtkd.data.sources import check_source
 from mtkd.data.tasks import TaskSpec
 from mtkd.data.transforms import TRANSFORMS
+from mtkd.engine.launch import num_processes
 from mtkd.errors import UserError, in_url, masked
 from mtkd.losses.spec import LOSSES
 from mtkd.methods.rows import placed_rows, stage_rows
@@ -105,6 +107,7 @@ def _check_registered(config: RunConfig) -> None:
             with at_row(place):
                 check_options(row.options, LOSSES.find(row.loss, "@row.loss").options(), "@row")
         token_level = TASKS.find(config.data[data_name].task).token_level
+        _check_micro_batches(config, stage, rows, where)
         check_weighting(stage, tuple(rows.values()), where, token_level=token_level)
         _check_heads(config, name)
         _check_transforms(stage, f"{where}.transforms")
@@ -118,6 +121,19 @@ def _check_registered(config: RunConfig) -> None:
                 found="token",
                 allowed="example",
             )
+
+
+def _check_micro_batches(config: RunConfig, stage: StageConfig, rows: Mapping[str, Match], where: str) -> None:
+    """Refuse micro-batches of one example where a loss compares the examples of a micro-batch."""
+    batch, ranks = stage.batch, num_processes(config.engine)
+    over = [row.loss for row in rows.values() if "batch" in LOSSES[row.loss].needs]
+    if over and batch.sequences is not None and batch.sequences < 2 * ranks * batch.accumulate:
+        raise UserError(
+            f"loss '{over[0]}' compares the examples of a micro-batch, and some have fewer than two",
+            where=f"{where}.batch",
+            found=f"{batch.sequences} sequences in {ranks} x {batch.accumulate} micro-batches (processes x accumulate)",
+            allowed=f"sequences of {2 * ranks * batch.accumulate} or more; larger micro-batches teach more",
+        )
 
 
 def _check_transforms(stage: StageConfig, where: str) -> None:

@@ -18,14 +18,29 @@ from mtkd.losses.spec import LOSSES, LossSpec
 from mtkd.registry import load_plugins
 
 OPTIONS = {
-    "kl": [{"temperature": 3.0}, {"temperature": 0.5, "scale": False}, {"top": 3, "temperature": 2.0}],
-    "reverse_kl": [{"temperature": 3.0}, {"top": 3}],
-    "soft_ce": [{"temperature": 3.0}, {"top": 3}],
-    "jsd": [{"beta": 0.1}, {"beta": 0.9, "temperature": 2.0}, {"beta": 0.0}, {"beta": 1.0}, {"top": 3}],
+    "kl": [
+        {"temperature": 3.0},
+        {"temperature": 0.5, "scale": False},
+        {"top": 3, "temperature": 2.0},
+        {"standardise": True, "temperature": 2.0},
+    ],
+    "reverse_kl": [{"temperature": 3.0}, {"top": 3}, {"standardise": True}],
+    "soft_ce": [{"temperature": 3.0}, {"top": 3}, {"standardise": True}],
+    "jsd": [
+        {"beta": 0.1},
+        {"beta": 0.9, "temperature": 2.0},
+        {"beta": 0.0},
+        {"beta": 1.0},
+        {"top": 3},
+        {"standardise": True},
+    ],
     "skew_kl": [{"alpha": 0.5, "temperature": 2.0}, {"alpha": 0.0}, {"top": 3}],
     "reverse_skew_kl": [{"alpha": 0.5, "temperature": 2.0}, {"alpha": 0.0}, {"top": 3}],
-    "total_variation": [{"temperature": 2.0}, {"top": 3}],
-    "adaptive_kl": [{"mu": 0.9, "temperature": 2.0}],
+    "total_variation": [{"temperature": 2.0}, {"top": 3}, {"standardise": True}],
+    "adaptive_kl": [{"mu": 0.9, "temperature": 2.0}, {"standardise": True}],
+    "dkd": [{"alpha": 0.5, "beta": 2.0, "temperature": 4.0}, {"standardise": True}, {"beta": 0.0}],
+    "dist_inter": [{"temperature": 4.0}, {"scale": False}],
+    "dist_intra": [{"temperature": 4.0}],
     "ce": [{"smoothing": 0.1}],
     "normalized_mse": [{"sum_over_width": True}],
     "relation_kl": [{"heads": 2}, {"heads": 16}],
@@ -38,7 +53,10 @@ def test_every_loss_keeps_the_laws(name: str, options: dict[str, object]) -> Non
     check_loss(name, options)
 
 
-@pytest.mark.parametrize(("name", "options"), [case for case in CASES if "logits" in LOSSES[case[0]].inputs])
+IN_TILES = [case for case in CASES if "logits" in LOSSES[case[0]].inputs and "batch" not in LOSSES[case[0]].needs]
+
+
+@pytest.mark.parametrize(("name", "options"), IN_TILES)
 @pytest.mark.parametrize("chunk", [None, 2 * 37])  # logits: chunks of two rows of the law's 37 columns
 def test_every_loss_on_logits_is_the_same_in_tiles(
     name: str, options: dict[str, object], chunk: int | None, monkeypatch: pytest.MonkeyPatch
@@ -46,6 +64,12 @@ def test_every_loss_on_logits_is_the_same_in_tiles(
     if chunk is not None:
         monkeypatch.setattr("mtkd.models.pieces._CHUNK_LOGITS", chunk)
     check_tiled(name, options)
+
+
+def test_a_loss_over_the_batch_keeps_the_law_of_several_teachers_and_is_never_in_tiles() -> None:
+    check_tiled("dist_intra")
+    with pytest.raises(LawBroken, match="in tiles of 1"):
+        check_tiled(replace(LOSSES["dist_intra"], needs=()))
 
 
 def test_a_loss_without_logits_has_no_tiles() -> None:

@@ -175,6 +175,29 @@ def ce(c: Case) -> Tensor:
     return -torch.softmax(logits(c)[0], -1)[range(len(labels)), labels].log().mean()
 
 
+def standardised_kl(c: Case, temperature: float) -> Tensor:
+    s, t = (torch.softmax((x - x.mean(-1, True)) / x.std(-1, False, keepdim=True) / temperature, -1) for x in logits(c))
+    return temperature**2 * (t * (t / s).log()).sum(-1).mean()
+
+
+def dkd(c: Case, temperature: float, alpha: float, beta: float) -> Tensor:
+    labels = c.batch.targets if c.classes else c.batch.targets[c.batch.targets != -100]
+    total = []
+    for s, t, y in zip(*(torch.softmax(x / temperature, -1) for x in logits(c)), labels.tolist(), strict=True):
+        others = [v for v in range(COLUMNS) if v != y]
+        among = (t[others] / (1 - t[y]) * (t[others] / (1 - t[y]) / (s[others] / (1 - s[y]))).log()).sum()
+        against = t[y] * (t[y] / s[y]).log() + (1 - t[y]) * ((1 - t[y]) / (1 - s[y])).log()
+        total.append(alpha * against + beta * among)
+    return temperature**2 * torch.stack(total).mean()
+
+
+def dist(c: Case, temperature: float, inter: float, intra: float) -> Tensor:
+    s, t = (torch.softmax(x / temperature, -1) for x in logits(c))
+    rows = torch.stack([1 - torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(s, t, strict=True)])
+    columns = torch.stack([1 - torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(s.T, t.T, strict=True)])
+    return temperature**2 * (inter * rows.mean() + intra * columns.mean())
+
+
 def hidden(c: Case, s: int, t: int) -> Tensor:
     pairs = zip(c.s.each(f"hidden.{s}"), c.t.each(f"hidden.{t}"), strict=True)
     return sum(((x - y) ** 2).mean(1).sum() for x, y in pairs) / TOKENS
@@ -247,6 +270,13 @@ ON_TOKENS: list[tuple[str, dict[str, object], Formula]] = [
     ("kd", {"temperature": 4.0, "soft": 0.7, "hard": 0.3}, lambda c: 0.7 * kl(c, 4) + 0.3 * ce(c)),
     ("kd", {}, lambda c: 0.5 * kl(c, 1) + 0.5 * ce(c)),
     ("kd", {"loss": "soft_ce", "soft": 1.0, "hard": 0.0, "temperature": 2.0}, lambda c: soft_ce(c, 2, scale=True)),
+    (
+        "kd",
+        {"standardise": True, "temperature": 2.0, "soft": 9.0, "hard": 0.1},
+        lambda c: 9 * standardised_kl(c, 2) + 0.1 * ce(c),
+    ),
+    ("dkd", {"temperature": 2.0}, lambda c: dkd(c, 2, 1, 8) + ce(c)),
+    ("dist", {"intra": 0.0}, lambda c: dist(c, 1, 2, 0) + ce(c)),
     ("pd", {}, ce),
     ("distilbert", {}, lambda c: 5 * kl(c, 2) + 2 * ce(c) + cosine(c)),
     ("minilm", {}, lambda c: probs(c) + relation(c, "value", HEADS)),
@@ -265,6 +295,9 @@ ON_TOKENS: list[tuple[str, dict[str, object], Formula]] = [
 ]
 ON_CLASSES: list[tuple[str, dict[str, object], Formula]] = [
     ("kd", {"temperature": 3.0}, lambda c: 0.5 * kl(c, 3) + 0.5 * ce(c)),
+    ("kd", {"standardise": True, "temperature": 2.0}, lambda c: 0.5 * standardised_kl(c, 2) + 0.5 * ce(c)),
+    ("dkd", {"alpha": 0.5, "beta": 3.0, "soft": 2.0}, lambda c: 2 * dkd(c, 4, 0.5, 3) + ce(c)),
+    ("dist", {"temperature": 4.0, "inter": 1.0, "intra": 3.0}, lambda c: dist(c, 4, 1, 3) + ce(c)),
     ("pd", {}, lambda c: kl(c, 1)),
     ("pkd", {}, lambda c: 0.5 * ce(c) + 0.5 * kl(c, 10) + 100 * patient(c, SKIP)),
     (

@@ -26,10 +26,13 @@ tinybert    | pre-train, fine-tune x2 | MSE | MSE |    |    |    |    | MSE | MS
 mixbaseline | pre-train, fine-tune x2 | MSE | MSE | KL | KL | KL | KL | MSE | MSE    | KL | CE| |KL | CE | heads
 glmd        | pre-train, fine-tune x2 |     |     |    |    |    |    |     |        | KL |   | |CE |    | -
 """
-# Beside the deck's: pre-trained distillation, its best mix (no attention, no hard label in fine-tuning), MT-BERT.
+# Beside the deck's: pre-trained distillation, its best mix (no attention, no hard label in fine-tuning), MT-BERT, DKD,
+# DIST.
 MORE = """
 pd          | pre-train, fine-tune    |     |     |    |    |    |    |     |        |    | CE| |KL |    | -
 best_mix    | pre-train, fine-tune x2 | MSE |     |    |    |    |    | MSE | MSE    | KL | CE| |KL |    | -
+dkd         | fine-tune               |     |     |    |    |    |    |     |        |    |   | |DKD | CE | -
+dist        | fine-tune               |     |     |    |    |    |    |     |        |    |   | |corr| CE | -
 mt_bert     | fine-tune               |     |     |    |    |    |    | MSE | MSE    |    |   | |CE | CE | -
 """
 

@@ -28,14 +28,16 @@ from mtkd.objective.settings import Wiring
 COLUMNS, WIDTH, BATCH, LENGTH = 13, 6, 3, 5
 ON_VECTORS = ("mse", "normalized_mse", "cosine")
 OPTIONS = {
-    "kl": ({}, {"temperature": 2.0}, {"top": 3}),
-    "reverse_kl": ({"temperature": 2.0}, {"top": 3}),
+    "kl": ({}, {"temperature": 2.0}, {"top": 3}, {"temperature": 2.0, "standardise": True}),
+    "reverse_kl": ({"temperature": 2.0}, {"top": 3}, {"standardise": True}),
     "jsd": ({"beta": 0.3, "temperature": 2.0}, {"beta": 0.0}, {"top": 3}),
     "skew_kl": ({"temperature": 2.0}, {"alpha": 0.4, "top": 3}),
     "reverse_skew_kl": ({"temperature": 2.0}, {"alpha": 0.4, "top": 3}),
     "total_variation": ({"temperature": 2.0}, {"top": 3}),
     "adaptive_kl": ({"temperature": 2.0},),
     "soft_ce": ({"temperature": 2.0}, {"top": 3}),
+    "dkd": ({"temperature": 2.0}, {"alpha": 0.5, "beta": 2.0, "standardise": True}),
+    "dist_inter": ({"temperature": 2.0},),
 }
 
 
@@ -125,11 +127,29 @@ def formula(loss: str, s: Tensor, t: Tensor, options: dict[str, float]) -> Tenso
         u, v = s / (s * s).sum(-1, keepdim=True).sqrt(), t / (t * t).sum(-1, keepdim=True).sqrt()
         return ((u - v) ** 2).mean(-1) if loss == "normalized_mse" else 1 - (u * v).sum(-1)
     temperature = options.get("temperature", 1.0)
+    if options.get("standardise"):
+        s, t = standardised(s), standardised(t)
     q, p = ((x / temperature).exp() / (x / temperature).exp().sum(-1, keepdim=True) for x in (s, t))
     if options.get("top"):
         kept = p.argsort(-1, descending=True)[:, : int(options["top"])]
         q, p = (torch.cat([x.gather(-1, kept), 1 - x.gather(-1, kept).sum(-1, keepdim=True)], -1) for x in (q, p))
     return temperature**2 * divergence(loss, q, p, options)
+
+
+def standardised(x: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred * centred).mean(-1, keepdim=True).sqrt()
+
+
+def decoupled(q: Tensor, p: Tensor, alpha: float, beta: float) -> Tensor:
+    """DKD over the labels of `targets`, one position after the other."""
+    values = []
+    for a, b, y in zip(p, q, targets()[targets() != NO_LABEL].tolist(), strict=True):
+        others = [v for v in range(COLUMNS) if v != y]
+        c, d = a[others] / (1 - a[y]), b[others] / (1 - b[y])
+        target = a[y] * (a[y] / b[y]).log() + (1 - a[y]) * ((1 - a[y]) / (1 - b[y])).log()
+        values.append(alpha * target + beta * (c * (c / d).log()).sum())
+    return torch.stack(values)
 
 
 def divergence(loss: str, q: Tensor, p: Tensor, options: dict[str, float]) -> Tensor:
@@ -145,6 +165,11 @@ def divergence(loss: str, q: Tensor, p: Tensor, options: dict[str, float]) -> Te
         gap = (p - q).detach().abs()
         share = (gap.gather(-1, ranked) * (before < 0.5)).sum(-1) / gap.sum(-1)
         return share * kl(p, q) + (1 - share) * kl(q, p)
+    if loss == "dkd":
+        return decoupled(q, p, options.get("alpha", 1.0), options.get("beta", 8.0))
+    if loss == "dist_inter":
+        a, b = (x - x.mean(-1, keepdim=True) for x in (q, p))
+        return 1 - (a * b).sum(-1) / ((a * a).sum(-1) * (b * b).sum(-1)).sqrt()
     if loss == "jsd" and beta == 0:
         return kl(p, q)
     m = beta * p + (1 - beta) * q
@@ -165,6 +190,9 @@ def ensemble(row: Row, s: Tensor, ts: list[Tensor], w: Tensor) -> Tensor:
     if kind == "losses":
         return sum(w[k] * formula(loss, s, t, options) for k, t in enumerate(ts))  # type: ignore[return-value]
     share = (w / w.sum(0))[..., None]
+    if options.get("standardise"):  # every teacher by itself; the mixture is compared as it is
+        s, ts = standardised(s), [standardised(t) for t in ts]
+        options = {**options, "standardise": False}
     if kind == "logits":
         mixture = (share * torch.stack(ts)).sum(0)
     else:
@@ -230,7 +258,7 @@ def make_rows(loss: str, options: dict[str, float], kind: str, *, alone: bool = 
 CASES = [
     (loss, options)
     for loss in LOSSES
-    if "logits" in LOSSES[loss].inputs and not LOSSES[loss].labels
+    if "logits" in LOSSES[loss].inputs and not LOSSES[loss].labels and "batch" not in LOSSES[loss].needs
     for options in OPTIONS.get(loss, ({},))
 ]
 

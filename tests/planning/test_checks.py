@@ -55,6 +55,19 @@ def run_of(folder: Path, stages: dict[str, Any], **changes: Any) -> RunConfig:
 TUNE = {"kind": "finetune", "student": BERT}
 
 
+@pytest.mark.parametrize("accumulate", [2, 8])
+def test_examples_are_not_compared_in_micro_batches_of_one(tmp_path: Path, accumulate: int) -> None:
+    """DIST's term within a class: four in each of 2 micro-batches are enough, one in each of 8 is not."""
+    stage = {**KD, "method": "dist", "data": "three", "teachers": ["stage:m"]}
+    stage["batch"] = {"sequences": 8, "accumulate": accumulate}
+    config = run_of(tmp_path, {"m": {**TUNE, "data": "three"}, "s": stage})
+    if accumulate == 2:
+        mtkd.plan(config)
+        return
+    with pytest.raises(UserError, match=r"stages.s.batch: .*fewer than two"):
+        mtkd.plan(config)
+
+
 @pytest.mark.parametrize(
     ("stages", "changes", "text"),
     [
