@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mtkd.config.base import Config, Length
 from mtkd.config.stage import ScoringBatchConfig
@@ -18,6 +18,29 @@ class Comparison(Config):
         description="stage name, NAME/MEMBER, or ensemble:STAGE for the uniform ensemble of its teachers"
     )
     baseline: str = Field(description="the same")
+
+
+class Ablation(Config):
+    """What each teacher was worth: the student trained once more per teacher left out, or alone; `teachers` for short.
+
+    The stages are `STAGE-without-TEACHER` and `STAGE-alone-TEACHER`, with the stage's own seed, steps and data. Each is
+    scored and compared with STAGE.
+    """
+
+    stage: str = Field("", description="distill stage with several teachers; default: the last one")
+    teachers: Literal["without", "alone", "both"] = Field(
+        "without", description="students of all teachers but one, of one alone, or both kinds"
+    )
+    cache: bool | None = Field(
+        None,
+        description="true: the further students read the teachers from one cache stage (STAGE-teachers) of class "
+        "logits; false: teachers run live; default: a cache wherever one serves the stage",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        return {} if value == "teachers" else value
 
 
 class EvaluateConfig(Config):
@@ -33,6 +56,9 @@ class EvaluateConfig(Config):
     )
     comparisons: tuple[Comparison, ...] = Field(
         (), description="paired tests; their p-values are Holm-corrected together"
+    )
+    ablate: Ablation | None = Field(
+        None, description="teachers: train the student without each of its teachers too, and compare"
     )
     batch: ScoringBatchConfig = Field(ScoringBatchConfig(sequences=32), description="batch size of scoring")
     resamples: Length = Field(10_000, description="bootstrap and permutation resamples")

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from pydantic import Field, PrivateAttr, model_validator
 
+from mtkd.config.ablation import chosen_stage, expand_ablation
 from mtkd.config.base import Config, Name, Positive, Seed
 from mtkd.config.chain import ChainConfig, expand
 from mtkd.config.data import DataConfig, TokenizerConfig
 from mtkd.config.engine import EngineConfig
-from mtkd.config.evaluate import Comparison, EvaluateConfig
+from mtkd.config.evaluate import Ablation, Comparison, EvaluateConfig
 from mtkd.config.references import References, models_of, scored_of
 from mtkd.config.stage import StageConfig
 from mtkd.config.yamlfile import Written
@@ -48,6 +49,8 @@ class RunConfig(Config):
     def _references(self) -> RunConfig:
         if self.chain is not None:
             self._add_chain(self.chain)
+        if self.evaluate.ablate is not None and (self.chain is None or self.chain.resolved):
+            self._add_ablation(self.evaluate.ablate)
         if not self.stages and self.chain is None:
             raise ValueError("stages: a run needs at least one stage, or a chain")
         if self.chain is None or self.chain.resolved:  # an unresolved chain has no stages yet
@@ -68,6 +71,21 @@ class RunConfig(Config):
         object.__setattr__(self, "stages", expand(chain, self.stages))
         scorable = [n for n, stage in self.stages.items() if stage.kind != "cache" and self._may_be_scored(stage)]
         object.__setattr__(self, "evaluate", with_control(self.evaluate, chain, scorable))
+        self.model_fields_set.update(("stages", "evaluate"))
+
+    def _add_ablation(self, ablation: Ablation) -> None:
+        """Add the students without a teacher, and their comparisons with the one of all teachers."""
+        name = chosen_stage(ablation, self.stages)
+        stage = self.stages[name]
+        if not self._may_be_scored(stage):
+            raise ValueError(f"evaluate.ablate: stage {name!r} has another task than `evaluate.data`: it is not scored")
+        # The name is kept: of a run with more stages, "the last one" would be another.
+        evaluate = self.evaluate.model_copy(update={"ablate": ablation.model_copy(update={"stage": name})})
+        data = self.data.get(self.data_name(stage.data))
+        classes = data is not None and data.task == "classify"
+        stages, evaluate = expand_ablation(evaluate, self.stages, classes=classes)
+        object.__setattr__(self, "stages", stages)
+        object.__setattr__(self, "evaluate", evaluate)
         self.model_fields_set.update(("stages", "evaluate"))
 
     @property

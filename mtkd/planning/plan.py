@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from mtkd.config import RunConfig, StageConfig
+from mtkd.config.ablation import ablated_stages, cache_name, uses_cache
 from mtkd.data.everyrow import check_routes
 from mtkd.engine.folder import RunDir
 from mtkd.engine.launch import num_processes, shown_command
@@ -23,6 +24,7 @@ from mtkd.planning.specify import Specifier
 from mtkd.planning.stages import stage_values
 from mtkd.planning.table import SKIPPED, Plan, PlannedStage, planned_stage, with_consequences
 from mtkd.planning.teachers import check_backends
+from mtkd.pool import BACKENDS
 from mtkd.registry import load_plugins
 from mtkd.weightings.make import stage_reads
 
@@ -80,7 +82,7 @@ def plan(
         reader = reader or DataReader(config.base)
         run = specify(with_teachers_classes(config, reader), reader)
         stages = with_consequences(_planned(run, redo, memory=memory))
-        return _table(run, stages, [str(precision), warning(config.engine), _few_resamples(config)])
+        return _table(run, stages, [str(precision), warning(config.engine), _few_resamples(config), _ablation(config)])
 
 
 def specify(config: RunConfig, reader: DataReader) -> Specified:
@@ -185,6 +187,22 @@ def _table(run: Specified, stages: list[PlannedStage], notes: list[str]) -> Plan
         [note for note in notes if note],
         list(run.data),
     )
+
+
+def _ablation(config: RunConfig) -> str:
+    """A note of what `evaluate.ablate` adds."""
+    ablation = config.evaluate.ablate
+    if ablation is None:
+        return ""
+    stage = config.stages[ablation.stage]
+    students = ablated_stages(ablation, [teacher.name for teacher in stage.teachers])
+    if cache_name(ablation) in config.stages and uses_cache(ablation, stage, classes=True):
+        source = f"from the cache of stage {cache_name(ablation)}"
+    elif any(BACKENDS[teacher.backend].stored for teacher in stage.teachers):
+        source = "from the caches that the stage reads"
+    else:
+        source = "with live teachers: no cache would give all that the stage reads"
+    return f"evaluate.ablate: {len(students)} more students like {ablation.stage}, {source}"
 
 
 def _few_resamples(config: RunConfig) -> str:

@@ -30,6 +30,7 @@ from mtkd.evaluate.report.wording import (
     value_text,
     verdict,
 )
+from mtkd.evaluate.report.worth import read_worth, worth_table
 
 NOTE = ".report.json"
 """What the page shows, and its digest."""
@@ -106,7 +107,7 @@ def render(run: RunData, plots_folder: Path) -> str:
         for position, stage in enumerate(run.stages)
         if (found := [f for f in figures if f[0] == f"weights-{position + 1:02d}"])
     ]
-    ladder = read_ladder(run)
+    ladder, worths = read_ladder(run), read_worth(run)
     return environment.get_template("template.html.j2").render(
         run=run,
         headline=[(_CLASSES.get(word, "none"), text) for word, text in headline(run)],
@@ -120,6 +121,7 @@ def render(run: RunData, plots_folder: Path) -> str:
         comparisons=comparison_table(run.comparisons) if run.comparisons else None,
         differences=[f for f in figures if f[0].startswith("differences-")],
         ladder=ladder_table(ladder) if ladder else None,
+        worth=worth_table(worths) if worths else None,
         results=results_table(run.models) if run.models else None,
         scored=_scored(run),
         warnings=[*run.problems, *_non_finite(run.stages)],

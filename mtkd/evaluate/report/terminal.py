@@ -13,6 +13,7 @@ from mtkd.evaluate.report.ladder import ladder_table, read_ladder
 from mtkd.evaluate.report.read import Curve, RunData, StageRecord, read_run
 from mtkd.evaluate.report.table import Table
 from mtkd.evaluate.report.wording import headline, nothing_to_compare
+from mtkd.evaluate.report.worth import read_worth, worth_table
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -33,6 +34,7 @@ _LEFT_OUT = {
     "Calibration": {"fitted on", "bias"},
     "Results": {"kind", "parameters", "steps", "time"},
     "Ladder": {"learned from"},
+    "What each teacher was worth": set(),
     "Comparisons": {"value", "of baseline", "metric", "test", "p", "documents"},
 }
 _SHORT = {
@@ -71,6 +73,8 @@ def terminal_tables(run_dir: Path) -> list[RichTable]:
         tables.append(_rich("Results", results_table(run.models)))
     if ladder := read_ladder(run):
         tables.append(_rich("Ladder", ladder_table(ladder)))
+    if worths := read_worth(run):
+        tables.append(_rich("What each teacher was worth", worth_table(worths)))
     if run.comparisons:
         tables.append(_rich("Comparisons", comparison_table(run.comparisons)))
     if headline(run):
@@ -83,7 +87,10 @@ def summary(run_dir: Path) -> dict[str, Any]:
 
     Returns:
         run, state (training, evaluating or done), headline (sentences), stages, models and comparisons as in
-        results.json, the ladder of a chain, problems. Raises DataError when `run_dir` is not a folder.
+        results.json, the ladder of a chain, the worth of teachers, problems.
+
+    Raises:
+        DataError: `run_dir` is not a folder.
     """
     run = read_run(Path(run_dir))
     facts: dict[str, Any] = _strict(
@@ -94,6 +101,7 @@ def summary(run_dir: Path) -> dict[str, Any]:
             "stages": [_stage(stage) for stage in run.stages],
             "models": run.models,
             "ladder": asdict(ladder) if (ladder := read_ladder(run)) else None,
+            "worth": [asdict(worth) for worth in read_worth(run)],
             "comparisons": run.comparisons,
             "problems": run.problems,
         }
