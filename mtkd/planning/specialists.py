@@ -65,6 +65,13 @@ def _check_row(row: Row, spec: StageSpec) -> None:
     lacking = [teacher for teacher in spec.teachers if teacher.missing]
     if not lacking:
         return
+    if row.match.options.get("standardise"):
+        raise UserError(
+            f"row '{row.key}': mean and deviation of logits mean nothing where a class has none",
+            where=row.place,
+            found=f"standardise: true, and teacher '{lacking[0].name}' has no output for '{lacking[0].missing[0]}'",
+            todo="drop standardise",
+        )
     ensemble = row.match.ensemble if len(spec.teachers) > 1 else "losses"
     if ensemble == "probabilities" and not _missing_everywhere(spec):
         return  # the mixture has every class

@@ -267,6 +267,7 @@ def test_the_plan_shows_the_outputs_and_names_classes_that_no_teacher_knows(tmp_
     ("row", "message"),
     [
         ({"loss": "reverse_kl"}, "is infinite where a teacher gives a class probability 0"),
+        ({"loss": "kl", "options": {"standardise": True}}, "mean and deviation of logits mean nothing"),
         ({"loss": "adaptive_kl"}, "is infinite"),
         ({"loss": "jsd", "options": {"beta": 1.0}}, "is infinite"),
         ({"loss": "mse"}, "no logit to compare"),
