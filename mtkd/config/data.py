@@ -17,7 +17,7 @@ RANDOM_TOKENS = "random-tokens"
 class TokenizerConfig(Config):
     """The one tokenizer of the run: loaded, or trained on the train split of a data entry."""
 
-    path: str | None = Field(None, description="folder or hub id")
+    path: str | None = Field(None, description="folder, hub id or package:NAME/FOLDER")
     train_on: str | None = Field(
         None, description="name of a `data` entry; a byte-level BPE is trained on its train split"
     )
@@ -118,6 +118,7 @@ _SAID_WHEN_SET = (
     "separator",
     "columns",
     "specialist",
+    "skip",
 )
 """Fields that tell data from others only where they are set; the fields before them always do."""
 
@@ -125,7 +126,9 @@ _SAID_WHEN_SET = (
 class DataConfig(Config):
     """Where examples come from, what is asked of them, and how they become batches of ids."""
 
-    source: str = Field(description="registered source (`mtkd ls sources`): python-stdlib, files, hub, random-tokens")
+    source: str = Field(
+        description="registered source (`mtkd ls sources`): python-stdlib, python-docstrings, files, hub, random-tokens"
+    )
     path: str | None = Field(
         None,
         description="hub: dataset id; files: folder that the file names are relative to, or a saved data set",
@@ -147,7 +150,11 @@ class DataConfig(Config):
     splits: dict[Literal["train", "validation", "test"], str] = Field(
         default_factory=dict, description="hub: the source's name of each split (train, validation, test)"
     )
-    domains: tuple[str, ...] = Field((), description="python-stdlib: prose, code (default: both)")
+    domains: tuple[str, ...] = Field(
+        (),
+        description="python-stdlib: prose, code; python-docstrings: subjects of the packages, numbers, learning, tools "
+        "(default: all)",
+    )
     documents: Length | None = Field(
         None, description="random-tokens: number of texts of about max_length tokens; all ids equally likely"
     )
@@ -227,6 +234,11 @@ class DataConfig(Config):
     )
     limit: dict[Literal["train", "validation", "test"], Positive] = Field(
         default_factory=dict, description="at most this many documents or rows per split, chosen by the seed"
+    )
+    skip: dict[Literal["train", "validation", "test"], Positive] = Field(
+        default_factory=dict,
+        description="first leave out so many rows per split, those that `limit` with this number would take: two "
+        "entries of one seed then share no row",
     )
     seed: Seed = Field(0, description="of hold-out, limit, masking, sentence pairs and made-up tokens")
 

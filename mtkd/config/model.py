@@ -52,7 +52,9 @@ class ModelConfig(Config):
     """A model: loaded from `path`, cut from a loaded model, or fresh from a short description."""
 
     path: str | None = Field(
-        None, description="folder, hub id, card name in teachers/, stage:NAME or stage:NAME/MEMBER"
+        None,
+        description="folder, hub id, card name in teachers/, stage:NAME or stage:NAME/MEMBER, or a folder of an "
+        "installed Python package: package:NAME/FOLDER",
     )
     revision: str | None = Field(None, description="hub: branch, tag or commit")
     keep_layers: tuple[Layers, ...] | None = Field(

@@ -57,23 +57,38 @@ def hold_out(raw: Raw, config: DataConfig, codes: Codes) -> Raw:
 
 
 def limit(raw: Raw, config: DataConfig, codes: Codes) -> Raw:
-    """At most as many rows per split as the configuration says.
+    """At most as many rows per split as the configuration says, after those that it skips.
 
     Raises:
-        UserError: a limit of a split that does not exist.
+        UserError: a limit of a split that does not exist, or nothing is left of one.
     """
     splits, origins = dict(raw.splits), dict(raw.origins)
-    for split, most in config.limit.items():
-        if split not in splits:
-            raise UserError("no such split", where=f"@data.limit.{split}", found=split, allowed=list(splits))
-        total = len(splits[split])
+    for name, numbers in (("limit", config.limit), ("skip", config.skip)):
+        for split in numbers:
+            if split not in splits:
+                raise UserError("no such split", where=f"@data.{name}.{split}", found=split, allowed=list(splits))
+    for split in dict.fromkeys((*config.limit, *config.skip)):
+        total, skipped = len(splits[split]), config.skip.get(split, 0)
+        if skipped >= total:
+            raise UserError(
+                "no row is left", where=f"@data.skip.{split}", found=skipped, allowed=f"less than the {total:,} rows"
+            )
+        most = min(config.limit.get(split, total), total - skipped)
         if most < total:
             order = random_of(config.seed, f"limit {split}").permutation(total)
             classes = codes(raw, split)
-            rows = np.sort(order[:most] if classes is None else by_class(classes, order, most))
+            left = order[~np.isin(order, _first(classes, order, skipped))] if skipped else order
+            rows = np.sort(_first(classes, left, most))
             origins[split] = raw.origin(split).select(rows)
             splits[split] = splits[split].select(rows)
     return replace(raw, splits=splits, origins=origins)
+
+
+def _first(classes: np.ndarray | None, order: np.ndarray, num_rows: int) -> np.ndarray:
+    """The first rows of an order, or of each class its share of them; [num_rows]."""
+    if classes is None:
+        return order[:num_rows]
+    return order[by_class(classes[order], np.arange(len(order)), num_rows)]
 
 
 def by_class(classes: np.ndarray, order: np.ndarray, num_rows: int, *, leave: bool = False) -> np.ndarray:

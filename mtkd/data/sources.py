@@ -1,5 +1,5 @@
-"""Data sources: functions from a `data` block to datasets per split. Registered: python-stdlib, files, hub,
-random-tokens.
+"""Data sources: functions from a `data` block to datasets per split. Registered: python-stdlib,
+python-docstrings, files, hub, random-tokens.
 
 A source knows nothing of tasks and tokenizers. What all of them share happens once, in `choose_rows`: the hold-out of
 a validation split and the choice of at most `limit` rows, both by the seed of the `data` block.
@@ -8,6 +8,7 @@ a validation split and the choice of at most `limit` rows, both by the seed of t
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,13 +17,14 @@ import numpy as np
 
 from mtkd.config import RANDOM_TOKENS, DataConfig
 from mtkd.data.choice import SPLITS, hold_out, limit, two_validations
+from mtkd.data.docstrings import SUBJECTS, Docstring, docstring_rows
 from mtkd.data.files import Origin, columns_of, nearest_column, read_files
 from mtkd.data.labels import class_codes, find_labels
 from mtkd.data.paths import DataFile, file_digest, find_files
 from mtkd.data.progress import Working
 from mtkd.data.raw import Raw
 from mtkd.data.specialist import relabelled
-from mtkd.data.stdlib import DOMAINS, stdlib_documents
+from mtkd.data.stdlib import DOMAINS, Document, stdlib_documents
 from mtkd.data.tables import missing_column_hint
 from mtkd.data.tasks import check_task
 from mtkd.errors import DataError, UserError, nearest
@@ -35,10 +37,14 @@ if TYPE_CHECKING:
 _SOURCE_FIELDS = ("path", "subset", "revision", "files", "separator", "columns", "splits", "domains", "documents")
 _READ_BY: dict[str, tuple[str, ...]] = {
     "python-stdlib": ("domains",),
+    "python-docstrings": ("domains",),
     "files": ("path", "files", "separator", "columns"),
     "hub": ("path", "subset", "revision", "splits"),
     RANDOM_TOKENS: ("documents",),
 }
+
+
+_DOMAINS = {"python-stdlib": DOMAINS, "python-docstrings": SUBJECTS}
 
 
 class NotReached(DataError):
@@ -81,9 +87,10 @@ def choose_rows(raw: Raw, config: DataConfig) -> Raw:
         working.at(2)
         chosen = replace(limit(divided, config, codes), labels=labels)
     choice = ""
-    if config.validation_share or config.limit:
+    if config.validation_share or config.limit or config.skip:
         by = " by class" if labels is not None and labels.kind == "class" else ""
         choice = f"{raw.fingerprint} {config.seed} {config.validation_share} {sorted(config.limit.items())}{by}"
+        choice += f" after {sorted(config.skip.items())}" if config.skip else ""
     if config.specialist is not None:
         choice = f"{choice or raw.fingerprint} {config.seed} {config.specialist.model_dump_json()} {config.labels}"
     if labels is not None and labels.by_values:
@@ -114,15 +121,16 @@ def check_source(config: DataConfig, base: Path, where: str = "@data") -> None:
                 allowed=read,
                 todo="drop it, or choose the source that reads it",
             )
+    known = _DOMAINS.get(config.source, config.domains)
     for domain in config.domains:
-        if domain not in DOMAINS:
-            todo = nearest(domain, DOMAINS)
-            raise UserError("unknown domain", where=f"{where}.domains", found=domain, allowed=DOMAINS, todo=todo)
+        if domain not in known:
+            todo = nearest(domain, known)
+            raise UserError("unknown domain", where=f"{where}.domains", found=domain, allowed=known, todo=todo)
     if config.source == "hub" and not config.path:
         raise UserError("source 'hub' needs `path`", where=f"{where}.path", allowed="a dataset id, e.g. nyu-mll/glue")
     if config.source == RANDOM_TOKENS:
         _check_random_tokens(config, where)
-    if config.source == "python-stdlib" and config.validation_share:
+    if config.source in _DOMAINS and config.validation_share:
         raise two_validations(where)
     if config.source == "files":
         files = find_files(config, base, where)
@@ -163,21 +171,43 @@ def _check_columns(config: DataConfig, file: DataFile, columns: list[str] | None
 
 def _stdlib_source(config: DataConfig, base: Path) -> Raw:
     """Prose and code of this Python installation itself, split by module."""
-    from datasets import Dataset
-
     documents = stdlib_documents(tuple(d for d in DOMAINS if d in (config.domains or DOMAINS)))
+    return _python_raw(config.source, "the Python library's own text", documents, ("text", "domain", "name"))
+
+
+def _docstrings_source(config: DataConfig, base: Path) -> Raw:
+    """Docstrings of the packages that mtkd needs, to classify by package; split by module."""
+    every = docstring_rows()
+    rows = [row for row in every if row.domain in (config.domains or SUBJECTS)]
+    # Declared, so that the classes are all of them where `domains` leaves some out
+    classes = sorted({row.label for row in every})
+    columns = ("text", "label", "domain", "name")
+    return _python_raw(config.source, "docstrings of installed packages", rows, columns, classes)
+
+
+def _python_raw(
+    source: str,
+    what: str,
+    documents: Sequence[Document | Docstring],
+    columns: tuple[str, ...],
+    classes: Sequence[str] = (),
+) -> Raw:
+    from datasets import ClassLabel, Dataset, Features, Value
+
     digest = hashlib.sha256()
     for document in documents:
-        digest.update(f"{document.split}\0{document.domain}\0{document.name}\0{document.text}\0".encode())
+        parts = [getattr(document, key) for key in ("split", *columns[1:], "text")]
+        digest.update("".join(f"{part}\0" for part in parts).encode())
+    types = Features({key: ClassLabel(names=classes) if key == "label" else Value("string") for key in columns})
     splits = {
         split: Dataset.from_dict(
-            {key: [getattr(d, key) for d in documents if d.split == split] for key in ("text", "domain", "name")}
+            {key: [getattr(d, key) for d in documents if d.split == split] for key in columns}, features=types
         )
         for split in SPLITS
     }
     size = sum(len(d.text) for d in documents) / 1e6
-    description = f"the Python library's own text: {len(documents)} documents, {size:.1f} million characters"
-    origins = {s: Origin(f"python-stdlib {s}", np.arange(len(rows))) for s, rows in splits.items()}
+    description = f"{what}: {len(documents)} documents, {size:.1f} million characters"
+    origins = {s: Origin(f"{source} {s}", np.arange(len(rows))) for s, rows in splits.items()}
     return Raw(splits, digest.hexdigest(), description, origins, names="name", domains="domain")
 
 
@@ -242,6 +272,7 @@ def _random_tokens_source(config: DataConfig, base: Path) -> Raw:
 
 
 SOURCES.add("python-stdlib", _stdlib_source)
+SOURCES.add("python-docstrings", _docstrings_source)
 SOURCES.add("files", _files_source)
 SOURCES.add("hub", _hub_source)
 SOURCES.add(RANDOM_TOKENS, _random_tokens_source)

@@ -93,9 +93,9 @@ def _texts(folder: Path) -> dict[str, dict[str, list[str]]]:
     """Domain -> module (or topic) -> its paragraphs in source order."""
     prose: dict[str, list[str]] = dict(_topics())
     code: dict[str, list[str]] = {}
-    with _no_garbage_collection():
+    with no_garbage_collection():
         for module, source in _sources(folder):
-            parsed = _parse(source)
+            parsed = parse(source)
             if parsed is not None:
                 prose[module] = docstrings(parsed)
                 code[module] = strip_docstrings(source, parsed).split("\n\n")
@@ -105,7 +105,7 @@ def _texts(folder: Path) -> dict[str, dict[str, list[str]]]:
 def docstrings(module: ast.Module) -> list[str]:
     """The paragraphs of all docstrings that are long enough to be prose, in source order, examples left out."""
     by_line: list[tuple[int, list[str]]] = []
-    for _, constant in _documented(module):
+    for _, constant in documented(module):
         text = inspect.cleandoc(str(constant.value))
         if len(text) >= SHORTEST_DOCSTRING:
             by_line.append((constant.lineno, [p for p in _paragraphs(text) if ">>>" not in p]))
@@ -115,7 +115,7 @@ def docstrings(module: ast.Module) -> list[str]:
 def strip_docstrings(source: str, module: ast.Module) -> str:
     """The source without its docstrings; a body that was nothing else becomes `...`, so that it still parses."""
     lines = [line.encode() for line in source.split("\n")]  # the columns of `ast` count UTF-8 bytes
-    for node, constant in _documented(module):
+    for node, constant in documented(module):
         first, last = constant.lineno - 1, (constant.end_lineno or constant.lineno) - 1
         before = lines[first][: constant.col_offset]
         after = lines[last][constant.end_col_offset or 0 :].lstrip(b" ;")
@@ -128,7 +128,7 @@ def strip_docstrings(source: str, module: ast.Module) -> str:
     return "\n".join(line.decode() for line in lines if line != b"\0")
 
 
-def _documented(module: ast.Module) -> Iterator[tuple[_Documented, ast.Constant]]:
+def documented(module: ast.Module) -> Iterator[tuple[_Documented, ast.Constant]]:
     """Every node with a docstring, and the docstring. Expressions are not entered: nothing documented is in them."""
     todo: list[ast.AST] = [module]
     while todo:
@@ -148,7 +148,7 @@ def _documented(module: ast.Module) -> Iterator[tuple[_Documented, ast.Constant]
 
 
 @contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
     """Syntax trees are millions of small objects: the collector's passes over them cost four times the parsing."""
     was_on = gc.isenabled()
     gc.disable()
@@ -172,6 +172,14 @@ def _topics() -> Iterator[tuple[str, list[str]]]:
 
 def _sources(folder: Path) -> Iterator[tuple[str, str]]:
     """Module names and sources below `folder`, in a fixed order; what cannot be decoded is no source of ours."""
+    for module, file in source_files(folder):
+        source = read_source_file(file)
+        if source is not None:
+            yield module, source
+
+
+def source_files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Names and files of the modules below `folder`, in a fixed order; tests and generated tables are left out."""
     for root, folders, files in os.walk(folder):
         folders[:] = sorted(f for f in folders if f not in _SKIPPED_FOLDERS and not f.startswith(_SKIPPED_PREFIXES))
         for file in sorted(files):
@@ -180,14 +188,19 @@ def _sources(folder: Path) -> Iterator[tuple[str, str]]:
             module = ".".join(parts[:-1] if name == "__init__" and len(parts) > 1 else parts)
             if extension != ".py" or name.startswith(_SKIPPED_PREFIXES) or module in _SKIPPED_MODULES:
                 continue
-            try:
-                with tokenize.open(os.path.join(root, file)) as stream:
-                    yield module, stream.read()
-            except (OSError, UnicodeDecodeError, SyntaxError):
-                continue
+            yield module, Path(root, file)
 
 
-def _parse(source: str) -> ast.Module | None:
+def read_source_file(file: Path) -> str | None:
+    """The source of a module; None where it cannot be decoded."""
+    try:
+        with tokenize.open(file) as stream:
+            return stream.read()
+    except (OSError, UnicodeDecodeError, SyntaxError):
+        return None
+
+
+def parse(source: str) -> ast.Module | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in old modules are not our business
         try:

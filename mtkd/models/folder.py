@@ -1,4 +1,4 @@
-"""Where a model's files are, and whether they may be opened: hub ids, cards and stages become checked local folders.
+"""Where a model's files are, and whether they may be opened: hub ids, cards, stages, packages become checked folders.
 
 A model folder is data from others. It may point outside itself (shard names, links), ask for code (remote code,
 attention kernels from the hub) or be code (pickle). All of that is refused before a file outside is opened.
@@ -10,8 +10,10 @@ import json
 import os
 import re
 import stat
+import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from importlib.util import find_spec
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mtkd.errors import DataError, UserError, nearest
@@ -22,6 +24,8 @@ INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 MAP_FILE = "vocabulary_map.json"
 """Next to a model with a compressed vocabulary; see `mtkd.models.vocabulary`."""
+PACKAGE_PREFIX = "package:"
+"""Of a model that a Python package brings: `package:NAME/FOLDER`."""
 _CONFIGS = ["config.json", "generation_config.json"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _CODE_HINT = "use a model whose architecture transformers has itself"
@@ -57,6 +61,39 @@ def find_folder(path: str, revision: str | None, resolve: Callable[[str], Path |
         folder = _download(card.source if card else path, revision or (card.revision if card else None), weights)
     check_folder(folder, weights=weights)
     return folder
+
+
+def package_folder(path: str) -> Path:
+    """The folder that `package:NAME/FOLDER` names, inside an installed Python package; nothing is imported.
+
+    Raises:
+        UserError: another form, a package that is not installed, or one without the folder.
+    """
+    name, _, inside = path.removeprefix(PACKAGE_PREFIX).partition("/")
+    if not name.isidentifier() or PurePosixPath(inside).is_absolute() or ".." in PurePosixPath(inside).parts:
+        raise UserError(
+            "not a folder of a Python package",
+            where="@model.path",
+            found=path,
+            allowed=f"{PACKAGE_PREFIX}NAME or {PACKAGE_PREFIX}NAME/FOLDER: the name that `import` knows, without dots",
+        )
+    try:
+        spec = find_spec(name)
+    except (ImportError, ValueError):  # a module without a specification, such as __main__
+        spec = None
+    if spec is None:
+        todo = f"pip install {name.replace('_', '-')}, into the environment of mtkd: {sys.prefix}"
+        raise UserError("this Python package is not installed", where="@model.path", found=name, todo=todo)
+    for place in spec.submodule_search_locations or ():
+        if (folder := Path(place, inside)).is_dir():
+            return folder
+    raise UserError(
+        f"the Python package '{name}' has no such folder",
+        where="@model.path",
+        found=inside or path,
+        allowed=[str(place) for place in spec.submodule_search_locations or ()] or "a package, and this is a module",
+        todo="name the folder with config.json and model.safetensors, from the package's own folder on",
+    )
 
 
 def check_folder(folder: Path, *, weights: bool = True) -> None:
@@ -234,7 +271,7 @@ def _download(source: str, revision: str | None, weights: bool) -> Path:
             "no such model folder, and not a hub id",
             where="@model.path",
             found=source,
-            allowed="a folder, owner/name on the hub, a card in teachers/, or stage:NAME",
+            allowed="a folder, owner/name on the hub, a card in teachers/, stage:NAME, or package:NAME/FOLDER",
             todo=nearest(source, load_cards()) or "fetch a checkpoint given by a URL by hand and name its folder",
         )
     from huggingface_hub import snapshot_download

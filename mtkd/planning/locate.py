@@ -19,7 +19,7 @@ from mtkd.engine.record import read_object
 from mtkd.engine.seal import write_sealed
 from mtkd.errors import DataError, UserError
 from mtkd.models.cards import Card, how_to_get, load_cards, missing_glm
-from mtkd.models.folder import check_tokenizer_folder, has_tokenizer
+from mtkd.models.folder import PACKAGE_PREFIX, check_tokenizer_folder, has_tokenizer, package_folder
 from mtkd.planning.exports import SMALL, check_foreign
 from mtkd.pool import BACKENDS
 
@@ -27,11 +27,14 @@ _ORIGIN, _ORIGIN_FILE = "trained_on", "trained_on.json"
 
 
 def resolve_path(path: str, base: Path) -> Path | str:
-    """A model or tokenizer folder (relative to `base` or to the working directory), a card's source, or a hub id.
+    """A model or tokenizer folder (of a package, or below `base` or the working directory), a card's source or an id.
 
     Raises:
+        UserError: a package that is not installed, or has no such folder.
         DataError: the folder is of a run, and its small files are not what that run sealed.
     """
+    if path.startswith(PACKAGE_PREFIX):
+        return package_folder(path)
     for candidate in (base / path, Path(path)):
         if candidate.is_dir():
             check_foreign(candidate, SMALL)

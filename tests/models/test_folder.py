@@ -13,11 +13,11 @@ from model_bank import build, description, tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mtkd.data.tokenizers import token_ids, train_tokenizer
-from mtkd.errors import DataError
+from mtkd.errors import DataError, UserError
 from mtkd.models import folder as folders
-from mtkd.models.folder import check_folder, check_links, check_tokenizer_folder, has_tokenizer
+from mtkd.models.folder import check_folder, check_links, check_tokenizer_folder, has_tokenizer, package_folder
 from mtkd.models.info import MASKED_LM
-from mtkd.planning.locate import read_tokenizer
+from mtkd.planning.locate import read_tokenizer, resolve_path
 
 CHECKS = (check_links, check_folder, check_tokenizer_folder)
 
@@ -127,3 +127,37 @@ def saved_config() -> Callable[[Path], None]:
         (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
 
     return save
+
+
+def test_a_folder_of_a_python_package_is_found_and_nothing_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Law: `package:NAME/FOLDER` is the folder inside the package, wherever the package is installed."""
+    (tmp_path / "brings_a_model" / "deep" / "model").mkdir(parents=True)
+    (tmp_path / "brings_a_model" / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = resolve_path("package:brings_a_model/deep/model", Path("/nowhere"))
+    assert found == tmp_path / "brings_a_model" / "deep" / "model"
+    assert package_folder("package:brings_a_model") == tmp_path / "brings_a_model"
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("package:not_a_package_of_anyone/model", "pip install not-a-package-of-anyone"),
+        ("package:json/model", "has no such folder"),
+        ("package:this/model", "has no such folder"),  # a module
+        ("package:__main__/model", "__main__"),
+        ("package:json/../json", "NAME/FOLDER"),
+        ("package:json//etc", "NAME/FOLDER"),
+        ("package:json.decoder/model", "NAME/FOLDER"),
+        ("package:/etc", "NAME/FOLDER"),
+        ("package:", "NAME/FOLDER"),
+    ],
+)
+def test_another_form_or_a_package_without_the_folder_is_refused(path: str, says: str) -> None:
+    """Law: nothing outside of the package is named, and the message says what to install."""
+    with pytest.raises(UserError) as error:
+        package_folder(path)
+    assert says in str(error.value)
+    assert error.value.where == "@model.path"
