@@ -20,9 +20,9 @@ PACKAGES = {"torch": 40, "numpy": 30, "rich": 20, "tiny": 3}
 
 def _about(package: str, number: int) -> str:
     words = " ".join(
-        f"{package[0]}{letter}" * 3 for letter in f"abcdefgh{chr(97 + number % 26)}{chr(97 + number // 26)}"
+        f"{package[0]}{letter}" * 4 for letter in f"abcdefgh{chr(97 + number % 26)}{chr(97 + number // 26)}"
     )
-    return f"""See {package}.core.thing{number} and Py{package.upper()}, https://{package}.org/{package}: {words}."""
+    return f"""See {package}.core.thing{number} and {package.upper()}, https://{package}.org/{package}: {words}."""
 
 
 @pytest.fixture
