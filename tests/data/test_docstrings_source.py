@@ -14,7 +14,7 @@ from mtkd.data.docstrings import Docstring, docstring_rows
 from mtkd.errors import DataError, UserError
 
 COPIED = "A paragraph that was copied from one package into another, as vendored code is, says nothing of its origin."
-PACKAGES = {"torch": 40, "numpy": 30, "rich": 20, "tiny": 3}
+PACKAGES = {"torch": 40, "numpy": 30, "rich": 20, "few": 3}
 """Package -> number of modules, two docstrings each; a third is in all of them."""
 
 
