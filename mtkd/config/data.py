@@ -126,9 +126,7 @@ _SAID_WHEN_SET = (
 class DataConfig(Config):
     """Where examples come from, what is asked of them, and how they become batches of ids."""
 
-    source: str = Field(
-        description="registered source (`mtkd ls sources`): python-stdlib, python-docstrings, files, hub, random-tokens"
-    )
+    source: str = Field(description="registered source, of `mtkd ls sources`: files, hub, python-docstrings and others")
     path: str | None = Field(
         None,
         description="hub: dataset id; files: folder that the file names are relative to, or a saved data set",
@@ -151,13 +149,9 @@ class DataConfig(Config):
         default_factory=dict, description="hub: the source's name of each split (train, validation, test)"
     )
     domains: tuple[str, ...] = Field(
-        (),
-        description="python-stdlib: prose, code; python-docstrings: subjects of the packages, numbers, learning, tools "
-        "(default: all)",
+        (), description="python-stdlib: prose, code; python-docstrings: numbers, learning, tools; default: all"
     )
-    documents: Length | None = Field(
-        None, description="random-tokens: number of texts of about max_length tokens; all ids equally likely"
-    )
+    documents: Length | None = Field(None, description="random-tokens: number of texts of about max_length tokens")
     transfer: TransferConfig | None = Field(
         None, description="replace or shuffle the tokens of the train split (validation and test stay real)"
     )
@@ -236,9 +230,7 @@ class DataConfig(Config):
         default_factory=dict, description="at most this many documents or rows per split, chosen by the seed"
     )
     skip: dict[Literal["train", "validation", "test"], Positive] = Field(
-        default_factory=dict,
-        description="first leave out so many rows per split, those that `limit` with this number would take: two "
-        "entries of one seed then share no row",
+        default_factory=dict, description="first leave out the rows that a `limit` of this number would take"
     )
     seed: Seed = Field(0, description="of hold-out, limit, masking, sentence pairs and made-up tokens")
 
