@@ -64,9 +64,10 @@ def make_records(content: CacheContent, batch: Batch, features: Features, tile: 
     logits = DenseLogits(whole) if isinstance(whole, Tensor) else whole
     if content.per_token or content.stored_traits:
         _put_positions(content, records, batch, logits, tile)
+    index = torch.arange(len(batch.keys), device=batch.keys.device)
     for record, row in zip(records, rows, strict=True):
         if content.targets == "classes":
-            record.classes = _class_logits(logits, row, content).float().cpu().numpy()
+            record.classes = _class_logits(logits, index[row], content).cpu().numpy()
         for key in content.hidden:
             value = features[key]
             assert isinstance(value, Tensor), "of logits a cache keeps what its targets say"
@@ -75,12 +76,17 @@ def make_records(content: CacheContent, batch: Batch, features: Features, tile: 
     return records
 
 
-def _class_logits(logits: Logits, row: int, content: CacheContent) -> Tensor:
-    """The logits of an example's classes, then those of the outputs that mean none of them, [C+R]."""
-    assert isinstance(logits, DenseLogits), "class logits exist whole"
-    others = logits.values[row, :0] if logits.other is None else logits.other[row]
-    assert len(others) == content.others, "the plan counts the teacher's outputs"
-    return torch.cat([logits.values[row].float(), others.float()])
+def _class_logits(logits: Logits, row: Tensor, content: CacheContent) -> Tensor:
+    """The logits of an example's classes, then those of the outputs that mean none of them, [C+R] float32.
+
+    Args:
+        row: its place in the batch, [].
+    """
+    classes = logits.rows(row[None])[0].float()
+    other = logits.other if isinstance(logits, DenseLogits) else None
+    others = classes[:0] if other is None else other[row].float()
+    assert len(others) == content.others, "the plan counts the outputs; a wrapper of the logits may hide them"
+    return torch.cat([classes, others])
 
 
 def _put_positions(content: CacheContent, records: list[Record], batch: Batch, logits: Logits, tile: int) -> None:
