@@ -19,7 +19,11 @@ class Abstain(Weighting):
     Args:
         power: 1 is the formula; above it weights are sharper, towards the one teacher that claims the example.
         floor: smallest ``1 - p(other)`` that counts, a probability. Where all teachers are below it, an example that
-            is of no teacher's classes, the weights are uniform.
+            is of no teacher's classes, the weights are uniform. With `odds` it bounds ``p(other)`` too.
+        odds: weigh by ``(1 - p_k(other)) / p_k(other)``: if every example is of the classes of exactly one teacher and
+            the teachers judge independently, the probability that it is teacher k's is in proportion to
+            ``(1 - p_k(other)) prod_{j != k} p_j(other)``, and that to the odds. The others' denials then count too, so
+            that a specialist that saw few examples of "other", and claims too much, is overruled.
 
     A teacher without an output "other" claims every example. Raises ValueError for a power that is not positive and a
     floor outside (0, 1]. Source: ours; the output is that of open-set recognition (background class) as in Dhamija et
@@ -28,13 +32,16 @@ class Abstain(Weighting):
 
     per_token = False
 
-    def __init__(self, power: float = 1.0, floor: float = 1e-6) -> None:
+    def __init__(self, power: float = 1.0, floor: float = 1e-6, odds: bool = False) -> None:
         super().__init__()
         if power <= 0:
             raise ValueError(f"power must be positive; found {power}")
         if not 0 < floor <= 1:
             raise ValueError(f"floor is a probability above 0, at most 1; found {floor}")
-        self.power, self.floor = power, floor
+        self.power, self.floor, self.odds = power, floor, odds
 
     def forward(self, traits: Traits) -> Tensor:
-        return torch.softmax(self.power * traits.own_mass.clamp_min(self.floor).log(), 0)
+        claims = traits.own_mass.clamp_min(self.floor).log()  # [T,B,1]
+        if self.odds:
+            claims = claims - (1 - traits.own_mass).clamp_min(self.floor).log()
+        return torch.softmax(self.power * claims, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -84,6 +85,19 @@ def test_the_weights_are_those_of_the_formula() -> None:
     order = [2, 0, 1]
     mixed = abstain(*(teachers[k] for k in order))
     torch.testing.assert_close(mixed, abstain(*teachers)[order])
+
+
+def test_odds_are_the_posterior_of_independent_judges() -> None:
+    """All 2^T answers of the teachers enumerated, conditioned on exactly one claim, in float64."""
+    drawn = torch.randn(3, 4, 3, generator=torch.Generator().manual_seed(1))
+    teachers = [DenseLogits(x[:, :2], x[:, 2:]) for x in drawn]
+    claim = 1 - drawn.double().softmax(-1)[..., 2]  # [T,B]
+    wanted = torch.zeros(3, 4, dtype=torch.float64)
+    for answers in itertools.product((0, 1), repeat=3):
+        if sum(answers) == 1:
+            said = [claim[k] if yes else 1 - claim[k] for k, yes in enumerate(answers)]
+            wanted[answers.index(1)] += torch.stack(said).prod(0)
+    torch.testing.assert_close(abstain(*teachers, odds=True).double(), wanted / wanted.sum(0), rtol=1e-5, atol=1e-6)
 
 
 def test_who_has_no_other_claims_everything_and_where_all_abstain_weights_are_uniform() -> None:
