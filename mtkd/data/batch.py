@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from mtkd.data.device import moved
 from mtkd.errors import UserError
 
 NO_LABEL = -100
@@ -59,6 +60,8 @@ class Batch:
         origin: number of the document that each row is of, in its split, [B] int64 (-1 in filler rows); None for a
             batch that no split made.
         views: the same rows in other tokenizers, by a name of the tokenizer; STUDENT only in what `read_by` gives.
+        host: the batch before `to` moved it to a device. Its keys and masks are this one's; of no other field is that
+            so (targets may since number other columns).
     """
 
     keys: Tensor  # [B]
@@ -72,6 +75,20 @@ class Batch:
     sep: Tensor | None = None  # [B]
     origin: Tensor | None = None  # [B]
     views: Mapping[str, View] = field(default_factory=dict)
+    host: Batch | None = field(default=None, repr=False)
+
+    @property
+    def on_host(self) -> Batch:
+        """Where keys and masks are read without waiting for a device."""
+        return self.host or self
+
+    def where(self, mask: Callable[[Batch], Tensor]) -> Tensor:
+        """Flat positions at which a mask holds, [n] int64, on the batch's device; nothing waits for that.
+
+        Args:
+            mask: of a batch, which is `on_host`; any shape.
+        """
+        return moved(mask(self.on_host).reshape(-1).nonzero().squeeze(-1), self.keys.device)
 
     @property
     def real(self) -> Tensor:
@@ -119,22 +136,25 @@ class Batch:
         view = self.view(tokenizer)
         targets = torch.full_like(view.input_ids, NO_LABEL) if self.targets.dim() == 2 else self.targets
         fields = {f.name: getattr(view, f.name) for f in dataclasses.fields(view)}
-        return replace(self, targets=targets, views={**self.views, STUDENT: self.view()}, **fields)
+        host = None if self.host is None else self.host.read_by(tokenizer)
+        return replace(self, targets=targets, views={**self.views, STUDENT: self.view()}, host=host, **fields)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
         views = {name: view.to(device) for name, view in self.views.items()}
-        return replace(self, views=views, **_moved(self, device))
+        values = _moved(self, device)
+        return replace(self, views=views, host=None if values["keys"] is self.keys else self.on_host, **values)
 
 
 def _moved(tensors: View | Batch, device: torch.device) -> dict[str, Tensor]:
     """The tensors among the fields, on `device`."""
     values = {f.name: getattr(tensors, f.name) for f in dataclasses.fields(tensors)}
-    return {name: x.to(device, non_blocking=True) for name, x in values.items() if isinstance(x, Tensor)}
+    return {name: moved(x, device) for name, x in values.items() if isinstance(x, Tensor)}
 
 
 def position_counts(batches: list[Batch]) -> dict[str, int]:
     """Valid positions of every kind over some micro-batches: `tokens`, `targets`, `sequences`."""
+    batches = [batch.on_host for batch in batches]
     return {
         "tokens": sum(int(b.token_mask.sum()) for b in batches),
         "targets": sum(int(b.target_mask.sum()) for b in batches),

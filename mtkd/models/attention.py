@@ -86,6 +86,7 @@ class Recorder:
         whole_logits: whether the head also computes them.
         head: weight and bias of a sharded teacher's output head, whole; None where the parameters can be read later.
         last: position of the token that a decoder's classifier reads, [B]; None for other models.
+        padded: whether a row of the batch has padding; None where the masks themselves must be asked.
     """
 
     layers: frozenset[int]
@@ -95,6 +96,7 @@ class Recorder:
     whole_logits: bool = False
     head: tuple[Tensor, Tensor | None] | None = None
     last: Tensor | None = None
+    padded: bool | None = None
 
     def spread(self, hidden: Callable[[Tensor], Tensor], call: Callable[[AttentionCall], AttentionCall]) -> Recorder:
         """What was recorded on packed rows, put back where the examples are in the batch."""
@@ -153,6 +155,21 @@ def tap_attention(
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
+def tap_mask(*, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:  # transformers' mask interface
+    """The mask for SDPA, which is left out where no row is padded, as transformers does.
+
+    transformers asks the mask itself, so that a GPU is waited for twice in every forward pass. Here the batch is known
+    on the host.
+    """
+    recorder = _active.get()
+    padded = None if recorder is None or torch.compiler.is_compiling() else recorder.padded
+    if attention_mask is not None and padded is False:
+        attention_mask = None
+    elif attention_mask is not None and padded:
+        kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    return sdpa_mask(attention_mask=attention_mask, **kwargs)
+
+
 def use_attention(kernel: str, device: str, precision: str = "fp32") -> None:
     """Let scaled dot product attention use one kernel only, or ("auto") the one that torch chooses.
 
@@ -190,4 +207,4 @@ _ATTENTION_SWITCHES = {
 
 
 AttentionInterface.register(TAP, tap_attention)
-AttentionMaskInterface.register(TAP, sdpa_mask)
+AttentionMaskInterface.register(TAP, tap_mask)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from mtkd.config.match import ATTENTION_FEATURES, UNLAYERED_FEATURES, FeatureName
+from mtkd.data.device import free_to_ask
 from mtkd.errors import DataError, UserError
 from mtkd.models.products import product
 
@@ -236,8 +237,10 @@ class SparseLogits:
 
     def _found(self, index: Tensor) -> Tensor:
         rows = self.at[index]
-        if bool((rows < 0).any()):
-            why = f"the cache of teacher '{self.name}' has nothing at a position that counts"
+        why = f"the cache of teacher '{self.name}' has nothing at a position that counts"
+        if not free_to_ask(rows):
+            torch._assert_async((rows >= 0).all(), why)  # the device stops by itself, nobody waits
+        elif bool((rows < 0).any()):
             raise DataError(why, where="@stage.teachers")
         return rows
 

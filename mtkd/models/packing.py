@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mtkd.data.device import moved
 from mtkd.models.attention import AttentionCall
 
 _STRETCHES = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
@@ -65,15 +66,19 @@ class Layout:
         return replace(call, query=query, key=key, value=value, mask=before & self.attention_mask[:, None, None, :])
 
 
-def make_layout(attention_mask: Tensor, width: int, columns: int | None = None) -> Layout | None:
+def make_layout(
+    attention_mask: Tensor, width: int, columns: int | None = None, on_host: Tensor | None = None
+) -> Layout | None:
     """The cheapest packing of a batch for a model of some width; None where padded rows are as cheap.
 
     Args:
         attention_mask: [B,L] bool.
         width: H of the model.
         columns: length of the rows, at least the longest example; default: what costs least.
+        on_host: the same mask where reading it waits for no device.
     """
-    lengths = attention_mask.sum(1).tolist()
+    on_host = attention_mask.cpu() if on_host is None else on_host
+    lengths = on_host.sum(1).tolist()
     chosen = _cheapest(lengths, attention_mask.shape[1], width) if columns is None else first_fit(lengths, columns)
     if chosen is None:
         return None
@@ -87,12 +92,13 @@ def make_layout(attention_mask: Tensor, width: int, columns: int | None = None) 
             example_of_slot[r, begin : begin + lengths[example]] = example
             begin += lengths[example]
     device = attention_mask.device
-    owner = example_of_slot.to(device)
-    within = attention_mask.long().cumsum(1) - 1  # [B,L]: the position of each real token in its example
-    places = attention_mask.reshape(-1).nonzero().squeeze(-1)
-    slots = (within + torch.tensor(starts, device=device)[:, None]).reshape(-1)[places]
-    position_ids = torch.zeros(len(chosen) * num_columns, dtype=torch.int64, device=device)
+    owner = moved(example_of_slot, device)
+    within = on_host.long().cumsum(1) - 1  # [B,L]: the position of each real token in its example
+    places = on_host.reshape(-1).nonzero().squeeze(-1)
+    slots = (within + torch.tensor(starts)[:, None]).reshape(-1)[places]
+    position_ids = torch.zeros(len(chosen) * num_columns, dtype=torch.int64)
     position_ids = position_ids.index_copy(0, slots, within.reshape(-1)[places]).view(len(chosen), num_columns)
+    places, slots, position_ids = moved(places, device), moved(slots, device), moved(position_ids, device)
     same = owner[:, :, None] == owner[:, None, :]  # free slots attend to one another; they are never read
     mask = (same & _triangle(num_columns, device))[:, None]
     return Layout(attention_mask, len(chosen), num_columns, places, slots, position_ids, mask)

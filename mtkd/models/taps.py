@@ -87,7 +87,9 @@ class TappedModel(nn.Module):
         Raises:
             UserError: a feature this model cannot give.
         """
-        layout = make_layout(batch.attention_mask, self.info.width) if self.packing else None
+        layout = None
+        if self.packing:
+            layout = make_layout(batch.attention_mask, self.info.width, on_host=batch.on_host.attention_mask)
         return self._features(batch, wants, layout)
 
     def _features(self, batch: Batch, wants: frozenset[str], layout: Layout | None) -> Features:
@@ -97,7 +99,8 @@ class TappedModel(nn.Module):
         inputs = self._inputs.of(batch, layout)
         if depths:
             inputs["output_hidden_states"] = depths  # the others are not kept
-        recorder = Recorder(frozenset(layer for name, layer in keys.values() if name in ATTENTION and layer))
+        layers = frozenset(layer for name, layer in keys.values() if name in ATTENTION and layer)
+        recorder = Recorder(layers, padded=not bool(batch.on_host.attention_mask.all()))
         output = self._run(inputs, recorder)
         if layout is not None:
             recorder = recorder.spread(layout.spread, layout.spread_call)

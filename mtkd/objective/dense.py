@@ -60,7 +60,7 @@ def next_sentence_row(
     Args:
         weights: of sequences, [T,B,1].
     """
-    index = batch.real.nonzero().squeeze(-1)  # [n]
+    index = batch.where(lambda rows: rows.real)  # [n]
     student_logits = as_logits(student["nsp_logits"]).rows(index)  # [n,2]
     if row.from_labels:
         assert batch.nsp_targets is not None, "the task says that there are next-sentence labels"

@@ -40,7 +40,7 @@ def densify(teacher: SparseRows, student: Tensor) -> Tensor:
     known = teacher.log_probs.to(student.dtype)
     if teacher.tail is None:
         # Unused places repeat a column with a tiny weight: the largest one counts.
-        whole = torch.full_like(student, float(known.min()) if known.numel() else 0.0)
+        whole = torch.zeros_like(student) + (known.min() if known.numel() else 0.0)  # no number that the host reads
         return teacher.temperature * whole.scatter_reduce(-1, teacher.ids, known, "amax")
     others = torch.log_softmax(student, -1).scatter(-1, teacher.ids, -torch.inf)
     shift = teacher.tail.to(student.dtype) - others.logsumexp(-1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mtkd.data.batch import Batch
+from mtkd.data.device import moved
 from mtkd.engine.base import Engine, Trainable
 from mtkd.models.features import Features
 from mtkd.models.forward import logits_of
@@ -65,7 +66,7 @@ def after_step(objective: Trainable, engine: Engine, micro_batches: list[Batch])
     objective.train()
     # Summed over ranks: a reward by each rank's own examples would let the copies of the policy drift apart.
     total = engine.dist.sum(own.tolist())
-    weighting.reward(torch.tensor(total, dtype=torch.float64, device=own.device))
+    weighting.reward(moved(torch.tensor(total, dtype=torch.float64), own.device))
 
 
 @torch.no_grad()

@@ -144,7 +144,7 @@ class OneTile:
                 values = cross + inside
             else:
                 values = cross + group.constant[self._positions]
-            own = weights.t() if len(group.teachers) == len(weights) else weights[group.teachers].t()
+            own = torch.stack([weights[k] for k in group.teachers], 1)  # a list as an index would be waited for
             losses = (own * values).sum(-1)
             total = losses if total is None else total + losses
         assert total is not None
@@ -195,7 +195,7 @@ class _CrossEntropies(torch.autograd.Function):
         flat = ids.flatten(1)
         log_kept = (scaled.gather(-1, flat) - log_total).view_as(probs)
         kept = (powers.gather(-1, flat) / total).view_as(probs)
-        outside, log_outside = _outside(scaled, powers, total, ids, kept, tail)
+        outside, log_outside, coarse = _outside(scaled, powers, total, ids, kept, tail)
         cross = -(probs * log_kept).sum(-1) - tail * log_outside
         inside = cross.new_zeros(cross.shape)
         if needs_mean:
@@ -206,7 +206,7 @@ class _CrossEntropies(torch.autograd.Function):
         if labels is not None:
             label = (log_total - scaled.gather(-1, labels[:, None])).squeeze(-1)
         ctx.save_for_backward(powers, total, ids, probs, tail, kept, outside, labels)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.coarse = temperature, coarse
         ctx.mark_non_differentiable(inside)
         return cross, label, inside
 
@@ -225,7 +225,8 @@ class _CrossEntropies(torch.autograd.Function):
             flat, there = torch.cat([flat, labels[:, None]], -1), torch.cat([there, -grad_label[:, None]], -1)
         result = powers * (everywhere[:, None] / total)
         result.scatter_add_(-1, flat, there)
-        if bool(sharp.any()):
+        # Sharp is coarse too: outside^2 >= 2e-3 tail, with a tail of 1 at most, is tail / outside <= 23.
+        if ctx.coarse and bool(sharp.any()):
             position, teacher = sharp.nonzero(as_tuple=True)
             others = powers[position].scatter(-1, ids[position, teacher], 0) / total[position]
             result.index_add_(0, position, others * -(grad * whole)[sharp][:, None])
@@ -234,24 +235,26 @@ class _CrossEntropies(torch.autograd.Function):
 
 def _outside(
     scaled: Tensor, powers: Tensor, total: Tensor, ids: Tensor, kept: Tensor, tail: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The student's mass outside the kept columns and its log, [m,T].
+) -> tuple[Tensor, Tensor, bool]:
+    """The student's mass outside the kept columns and its log, [m,T], and whether it was summed anywhere.
 
-    One minus the kept mass where that is exact enough; else the mass is summed over the other columns.
+    One minus the kept mass where that is exact enough; else the mass is summed over the other columns. A GPU is waited
+    for here once per tile: summing everywhere would read the tile's logits once more per teacher.
     """
     tiny = torch.finfo(powers.dtype).tiny
     outside = (1 - kept.sum(-1)).clamp_min(tiny)
     coarse = outside.square() < _SURE * tail
-    if bool(coarse.any()):
-        position, teacher = coarse.nonzero(as_tuple=True)
-        others = powers[position].scatter(-1, ids[position, teacher], 0)
-        outside[position, teacher] = (others.sum(-1) / total[position, 0]).clamp_min(tiny)
+    if not bool(coarse.any()):
+        return outside, outside.log(), False
+    position, teacher = coarse.nonzero(as_tuple=True)
+    others = powers[position].scatter(-1, ids[position, teacher], 0)
+    outside[position, teacher] = (others.sum(-1) / total[position, 0]).clamp_min(tiny)
     log_outside, lost = outside.log(), coarse & (outside <= tiny)
     if bool(lost.any()):  # less than the smallest float, whose log is -87
         position, teacher = lost.nonzero(as_tuple=True)
         log_others = _others(scaled, ids, position, teacher).logsumexp(-1) - scaled[position].logsumexp(-1)
         log_outside[position, teacher] = log_others.clamp_min(torch.finfo(powers.dtype).min)
-    return outside, log_outside
+    return outside, log_outside, True
 
 
 def _entropy_outside(scaled: Tensor, ids: Tensor, tail: Tensor, outside: Tensor, sums: Tensor) -> Tensor:

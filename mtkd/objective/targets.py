@@ -51,8 +51,12 @@ def positions_of(rows: Sequence[Row], batch: Batch, token_level: bool) -> Positi
     """The positions that these rows read: of targets alone, of every token, or of every example."""
     # Without a row over all positions, prompts and padding never reach the head: most of a batch of instructions.
     everywhere = not token_level or any(row.match.positions == "all" for row in rows)
-    every = batch.token_mask if token_level else batch.real  # [B,L] or [B]
-    index = (every if everywhere else batch.target_mask).reshape(-1).nonzero().squeeze(-1)  # [n]
+
+    def read(of: Batch) -> Tensor:
+        every = of.token_mask if token_level else of.real  # [B,L] or [B]
+        return every if everywhere else of.target_mask
+
+    index = batch.where(read)  # [n]
     return Positions(index, batch.targets.reshape(-1)[index], batch.target_mask.reshape(-1)[index], everywhere)
 
 
@@ -108,7 +112,9 @@ class Together:
 
     def losses(self, tile: Tile) -> Tensor:
         rows = self._teachers(tile.at)
-        members, weights = [rows[k] for k in self._members], tile.weights[self._members]
+        members = [rows[k] for k in self._members]
+        # Not indexed with the list: that is moved to the device, and waited for.
+        weights = torch.stack([tile.weights[k] for k in self._members])
         return ensemble_losses(self._row, tile.student, members, weights, *_parts(self._mask, self._labels, tile))
 
 

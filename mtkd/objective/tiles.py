@@ -89,10 +89,10 @@ class _Tiled(torch.autograd.Function):
         grads = ctx.folded.grads
         # No reference stays here, so autograd may adopt the head's gradient instead of copying it.
         ctx.folded = None
-        if float(grad_loss) != 1.0:
-            for grad in grads:
-                if grad is not None:
-                    grad.mul_(grad_loss)
+        # Also by 1, as it is under either engine: to ask would make the host wait for the whole forward pass.
+        for grad in grads:
+            if grad is not None:
+                grad.mul_(grad_loss)
         return (*grads, None)
 
 

@@ -43,7 +43,7 @@ class CachedTeacher:
             DataError: an example that the cache does not have, or of another length than when it was made.
         """
         assert self._reader is not None
-        return self._reader.read(batch.keys.tolist()).features(self.name, batch, wants)
+        return self._reader.read(batch.on_host.keys.tolist()).features(self.name, batch, wants)
 
     def record(self) -> dict[str, Any]:
         assert self._reader is not None

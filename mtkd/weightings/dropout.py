@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mtkd.data.device import moved
 from mtkd.weightings.base import StageFacts, Weighting
 from mtkd.weightings.draws import uniform_of
 from mtkd.weightings.spec import weighting
@@ -33,6 +34,6 @@ class Drop(Weighting):
 
     def forward(self, traits: Traits) -> Tensor:
         draws = uniform_of(self._names, self._seed, traits.around.step)[:, 0]
-        weights = torch.zeros(traits.num_teachers, device=traits.mask.device)
+        weights = torch.zeros(traits.num_teachers)
         weights[np.argsort(draws)[: self._stay].tolist()] = 1 / self._stay
-        return weights[:, None, None].expand(traits.shape)
+        return moved(weights, traits.mask.device)[:, None, None].expand(traits.shape)

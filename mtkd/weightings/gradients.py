@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mtkd.config.match import Match
+from mtkd.data.device import moved
 from mtkd.weightings.base import Weighting
 from mtkd.weightings.hull import smallest_norm
 from mtkd.weightings.spec import weighting
@@ -32,7 +33,7 @@ class _GradientSpace(Weighting):
         gram = traits.gram.cpu().numpy()[np.ix_(self._order, self._order)]
         weights = np.empty(len(gram))
         weights[self._order] = smallest_norm(gram, self._largest)
-        values = torch.tensor(weights, dtype=torch.float32, device=traits.mask.device)
+        values = moved(torch.tensor(weights, dtype=torch.float32), traits.mask.device)
         return values[:, None, None].expand(traits.shape)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mtkd.data.batch import Batch
+from mtkd.data.device import moved
 from mtkd.weightings.base import StageFacts, Weighting
 from mtkd.weightings.draws import uniform
 from mtkd.weightings.spec import weighting
@@ -88,20 +89,20 @@ class Learned(Weighting):
         return torch.log_softmax(scores, 0)
 
     def counts(self, batch: Batch) -> Mapping[str, int]:
-        return {"anchors": int(self._anchors(batch.keys, batch.target_mask).sum())}
+        return {"anchors": int(self._anchors(batch.on_host).sum())}
 
     def penalty(self, traits: Traits) -> Tensor:
         if traits.num_teachers == 1:  # nothing to learn; the gradient is zero, not missing
             return torch.stack([(0 * parameter).sum() for parameter in self.parameters()]).sum()
         log_weights, counts = self._log_weights(traits), traits.around.counts
-        anchors = self._anchors(traits.around.keys, traits.mask).float()
+        anchors = moved(self._anchors(traits.around.batch.on_host), traits.mask.device).float()
         of_target = log_weights if anchors.dim() == 1 else log_weights[..., None]
         likelihood = torch.logsumexp(of_target - traits.positions("ce"), 0)
         missed = -(likelihood * anchors).sum() / max(counts["anchors"], 1)
         entropy = -(log_weights.exp() * log_weights).sum(0)
         return missed - self.entropy * (entropy * traits.real).sum() / max(counts["sequences"], 1)
 
-    def _anchors(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Targets of the held-out slice, shaped like `mask`; fillers have no targets."""
-        chosen = torch.from_numpy(uniform("anchor", ids.cpu().numpy()) < self.anchor_share).to(mask.device)
+    def _anchors(self, batch: Batch) -> Tensor:
+        """Targets of the held-out slice, shaped like the targets, of a batch on the host; fillers have none."""
+        mask, chosen = batch.target_mask, torch.from_numpy(uniform("anchor", batch.keys.numpy()) < self.anchor_share)
         return mask & (chosen[:, None] if mask.dim() == 2 else chosen)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mtkd.data.device import moved
 from mtkd.weightings.base import StageFacts, Weighting
 from mtkd.weightings.draws import uniform_of
 from mtkd.weightings.learned import gate_state
@@ -117,11 +118,10 @@ class RLKD(Weighting):
     def _actions(self, scores: Tensor, traits: Traits) -> Tensor:
         """0 or 1, [T,B] float64; coins are thrown in the order of the teachers' names."""
         around = traits.around
-        draws = uniform_of(self._names, self._seed, around.step, around.keys.cpu().numpy())
-        actions = torch.empty_like(scores)
-        thrown = some_chosen(scores[self._order], torch.from_numpy(draws).to(scores.device)[self._order])
-        actions[self._order] = thrown.double()
-        return actions
+        draws = uniform_of(self._names, self._seed, around.step, around.batch.on_host.keys.numpy())[self._order]
+        ordered = torch.stack([scores[k] for k in self._order])
+        thrown = some_chosen(ordered, moved(torch.from_numpy(draws), scores.device)).double()
+        return torch.stack([thrown[self._order.index(k)] for k in range(len(scores))])
 
     def _score(self, scores: Tensor, actions: Tensor, state: Tensor) -> Tensor:
         """``grad_A log pi(a_i | s_i)`` of every example, [B,T,D] float64."""
@@ -137,13 +137,13 @@ class RLKD(Weighting):
         return torch.cat([part.reshape(-1).double() for part in parts])
 
     def reward(self, total: Tensor) -> None:
-        count, gains = total[:2].tolist()
+        count, gains = total[0].clamp_min(1), total[1]  # never numbers of the host, which would wait for them
         score, gained = total[2:].reshape(2, *self.policy_shape)
-        mean = gains / max(count, 1)
-        usual = float(self.baseline) if int(self.rewards) else mean
+        mean = gains / count
+        usual = torch.where(self.rewards > 0, self.baseline, mean)
         weighted = gained - usual * score if self.credit == "example" else (mean - usual) * score
         # The first step has nothing to compare with: the buffer stays 0.
-        self.gradient.copy_(-weighted / max(count, 1) * bool(self.rewards))
+        self.gradient.copy_(-weighted / count * (self.rewards > 0))
         self.baseline.copy_(self.decay * usual + (1 - self.decay) * mean)
         self.rewards.add_(1)
 

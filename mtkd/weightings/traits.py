@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mtkd.data.batch import Batch
+from mtkd.data.device import moved
 from mtkd.errors import UserError, nearest
 from mtkd.models.features import Features, Logits, SparseLogits
 from mtkd.models.pieces import EVERY_PIECE, Pieces
@@ -219,6 +220,7 @@ class Traits:
         self._mask = around.batch.target_mask
         self._known: dict[str, Tensor] = {}
         self._known_positions: dict[str, Tensor] = {}
+        self._places: dict[str, tuple[Tensor, Tensor]] = {}  # a mask of `where` and its positions
 
     @property
     def num_teachers(self) -> int:
@@ -243,7 +245,7 @@ class Traits:
     @property
     def share(self) -> float:
         """This micro-batch's share of the step's examples: over micro-batches and ranks it adds up to 1."""
-        return int(self.real.sum()) / max(self.around.counts.get("sequences", 0), 1)
+        return int(self.around.batch.on_host.real.sum()) / max(self.around.counts.get("sequences", 0), 1)
 
     @property
     def sound(self) -> Tensor:
@@ -253,7 +255,7 @@ class Traits:
         """
         known = [values for name, values in self._known.items() if name not in FACTS or not FACTS[name].own]
         read = [*known, *self._known_positions.values()]
-        finite = [values.isfinite().all().to(self._mask.device) for values in read]
+        finite = [moved(values.isfinite().all(), self._mask.device) for values in read]
         return torch.stack(finite).all() if finite else self._mask.new_ones(())
 
     def full(self, value: float) -> Tensor:
@@ -301,15 +303,29 @@ class Traits:
                 then compared with those of a cache.
         """
         if reads_labels(TRAITS[name]):
-            return self._mask
+            return self._place("targets")[0]
         if self._mask.dim() == 1:
-            return self.real
+            return self._place("examples")[0]
         cached = any(isinstance(x, SparseLogits) for x in self.logits) if cached is None else cached
         if self.around.tokens is None or cached:
-            return self._mask
-        if self.per == "token":
-            return self._mask | self.around.tokens  # [B,L]
-        return self._mask | (self.around.tokens & ~self._mask.any(-1, keepdim=True))  # [B,L]
+            return self._place("targets")[0]
+        return self._place("tokens" if self.per == "token" else "tokens or targets")[0]
+
+    def _place(self, kind: str) -> tuple[Tensor, Tensor]:
+        """A mask, [*targets.shape] bool, and the flat positions where it holds, [n]; nothing waits for the device."""
+
+        def mask(batch: Batch) -> Tensor:
+            targets = self._mask if batch is self.around.batch else batch.target_mask
+            tokens = self.around.tokens if batch is self.around.batch else batch.token_mask
+            if kind == "examples":
+                return batch.real
+            if kind == "targets" or tokens is None:
+                return targets
+            return targets | tokens if kind == "tokens" else targets | (tokens & ~targets.any(-1, keepdim=True))
+
+        if kind not in self._places:
+            self._places[kind] = mask(self.around.batch), self.around.batch.where(mask)
+        return self._places[kind]
 
     def computed(self, name: str) -> Tensor:
         """A trait of every teacher where it is computed, 0 elsewhere, [T,*targets.shape]."""
@@ -317,8 +333,14 @@ class Traits:
 
     @torch.no_grad()
     def of(self, logits: Logits, name: str, where: Tensor) -> Tensor:
-        """A trait of some logits at the positions `where`, 0 elsewhere, [*targets.shape] float32."""
-        index = where.reshape(-1).nonzero().squeeze(-1)  # [n]
+        """A trait of some logits at the positions `where`, 0 elsewhere, [*targets.shape] float32.
+
+        Args:
+            where: `mask` or a result of `where`; the positions of any other mask are asked of the device.
+        """
+        known = [self._place("targets") if where is self._mask else (None, None), *self._places.values()]
+        found = [index for mask, index in known if mask is where and index is not None]
+        index = found[0] if found else where.reshape(-1).nonzero().squeeze(-1)  # [n]
         values = self._mask.new_zeros(self._mask.numel(), dtype=torch.float32)  # [B*L] or [B]
         if isinstance(logits, SparseLogits):
             values[index] = logits.trait(name, index).float()

@@ -255,10 +255,10 @@ class _Penalty(torch.nn.Module):
 def test_anchors_are_the_same_examples_whatever_batch_they_are_in() -> None:
     """Whether an example is an anchor depends on its number alone."""
     module, ids = Learned(FACTS, anchor_share=0.25), torch.arange(4000)
-    mask = torch.ones(4000, dtype=torch.bool)
-    whole = module._anchors(ids, mask)
+    labels = torch.zeros(4000, dtype=torch.int64)
+    whole = module._anchors(batch_of(labels, ids))
     assert abs(int(whole.sum()) - 1000) < 4 * math.sqrt(4000 * 0.25 * 0.75)
-    assert torch.equal(module._anchors(ids[1234:1300], mask[:66]), whole[1234:1300])
+    assert torch.equal(module._anchors(batch_of(labels[:66], ids[1234:1300])), whole[1234:1300])
 
 
 # rl_kd

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mtkd.data.batch import Batch
+from mtkd.data.device import moved
 from mtkd.errors import DataError
 from mtkd.models.features import DenseLogits, Features, Logits, SparseLogits, SparseRows, split_key
 from mtkd.pool.cache.content import PER_EXAMPLE, CacheContent
@@ -194,19 +195,20 @@ class Records:
             DataError: an example has another number of tokens, or of targets, than when it was stored.
         """
         device = batch.keys.device
-        self._same(batch.token_mask.sum(1).cpu(), self.tokens, "tokens")
+        self._same(batch.on_host.token_mask.sum(1).cpu(), self.tokens, "tokens")
         if self.classes is not None:
-            classes, columns = self.classes.to(device), self.content.columns
+            classes, columns = moved(self.classes, device), self.content.columns
             return DenseLogits(classes[:, :columns], classes[:, columns:] if self.content.others else None)
-        mask = batch.target_mask
+        mask = batch.on_host.target_mask
         self._same(mask.sum(1).cpu(), self.positions, "positions to predict")
-        at = torch.where(mask.reshape(-1), mask.reshape(-1).cumsum(0) - 1, -1)
+        at = moved(torch.where(mask.reshape(-1), mask.reshape(-1).cumsum(0) - 1, -1), device)
         values = self.values
         assert values is not None, "caches hold class logits or targets of tokens"
-        tail = None if values.tail is None else values.tail.to(device)
-        entropy = None if values.entropy is None else values.entropy.to(device)
-        values = SparseRows(values.ids.to(device), values.log_probs.to(device), tail, values.temperature, entropy)
-        traits = {key: value.to(device) for key, value in self.traits.items()}
+        tail = None if values.tail is None else moved(values.tail, device)
+        entropy = None if values.entropy is None else moved(values.entropy, device)
+        ids, log_probs = moved(values.ids, device), moved(values.log_probs, device)
+        values = SparseRows(ids, log_probs, tail, values.temperature, entropy)
+        traits = {key: moved(value, device) for key, value in self.traits.items()}
         return SparseLogits(name, at, values, self.content.columns, traits)
 
     def _feature(self, key: str, batch: Batch) -> Tensor:
@@ -217,14 +219,14 @@ class Records:
                 allowed=self.content.hidden or "none",
                 todo="make the cache with this feature, or run the teacher itself",
             )
-        values = self.hidden[key].to(batch.keys.device)
+        values = moved(self.hidden[key], batch.keys.device)
         if split_key(key)[0] in PER_EXAMPLE:
             return values.float()
-        mask = batch.token_mask
+        mask = batch.on_host.token_mask
         self._same(mask.sum(1).cpu(), self.tokens, "tokens")
-        whole = torch.zeros(*mask.shape, values.shape[-1], device=values.device)
-        whole[mask] = values.float()
-        return whole
+        whole = torch.zeros(mask.numel(), values.shape[-1], device=values.device)
+        whole[batch.where(lambda rows: rows.token_mask)] = values.float()
+        return whole.view(*mask.shape, -1)
 
     def _same(self, counts: Tensor, stored: Tensor, what: str) -> None:
         if not torch.equal(counts, stored):
