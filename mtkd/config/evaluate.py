@@ -62,6 +62,9 @@ class EvaluateConfig(Config):
     )
     batch: ScoringBatchConfig = Field(ScoringBatchConfig(sequences=32), description="batch size of scoring")
     resamples: Length = Field(10_000, description="bootstrap and permutation resamples")
+    agreement: bool = Field(
+        True, description="say at the start of a stage of several teachers how often they make the same choice"
+    )
     confidence: Annotated[float, Field(gt=0, lt=1)] = Field(0.95, description="level of the confidence intervals")
 
     def enough_resamples(self, rows: int) -> int:

@@ -235,6 +235,11 @@ class StageDir:
         return self.path / "calibration.json"
 
     @property
+    def agreement_file(self) -> Path:
+        """How far its teachers agree, once that was measured."""
+        return self.path / "agreement.json"
+
+    @property
     def done_file(self) -> Path:
         """There when the stage is finished."""
         return self.path / "DONE"

@@ -28,6 +28,7 @@ class Done(Checked):
         fingerprint: digest of `identity`, which is everything that determines what the stage made.
         members: parameters of each of several models. caches: what each cache says of itself, by teacher.
         exported_step: whose model was exported. ended: why training ended.
+        agreement: of its teachers, an `Agreement`, or {}.
         manifests: digest of the manifest of what it made: of the export under "", of each cache under its teacher.
     """
 
@@ -45,6 +46,7 @@ class Done(Checked):
     manifests: dict[str, str] = Field(default_factory=dict)
     exported_step: Count = 0
     ended: str = ""
+    agreement: dict[str, Any] = Field(default_factory=dict)
     peak_memory_bytes: Count = 0
 
     @classmethod
@@ -123,6 +125,20 @@ class Calibrated(Checked):
     split: str
     before: dict[str, Any]
     after: dict[str, Any]
+
+
+class Agreement(Checked):
+    """How far the teachers of a stage agree, on some train texts; see `mtkd.evaluate.consensus`.
+
+    Attributes:
+        cases: examples, or target positions. same: share of them in which all choose the same.
+        divergence: Jensen-Shannon, nats, by "one, other".
+    """
+
+    teachers: list[str]
+    cases: Count
+    same: Annotated[float, Field(ge=0, le=1)]
+    divergence: dict[str, float]
 
 
 class Identity(Checked):

@@ -52,7 +52,7 @@ def warn_below_chance(
         if teacher.view != STUDENT:
             continue  # a transform writes its text, and these batches come from the split
         right = count = 0.0
-        for some in _batches(split, chosen, batch, dist):
+        for some in batches_of(split, chosen, batch, dist):
             on_device = some.to(device)
             index = on_device.target_mask.nonzero().squeeze(-1)
             logits = as_logits(teacher.forward(on_device, LOGITS)["logits"]).rows(index)
@@ -94,7 +94,7 @@ def warn_uncalibrated(
         if teacher.view != STUDENT or isinstance(teacher, CalibratedTeacher | CachedTeacher):
             continue
         sums = np.zeros(3)  # confidences, right ones, labels
-        for some in _batches(split, chosen, batch, dist):
+        for some in batches_of(split, chosen, batch, dist):
             sums += _confidence(teacher, some.to(device))
             alive()
         sure, right, count = dist.sum(sums.tolist())
@@ -125,7 +125,7 @@ def _confidence(teacher: Teacher, batch: Batch) -> np.ndarray:
     return sums
 
 
-def _batches(split: Split, texts: np.ndarray, batch: BatchConfig, dist: Dist) -> Iterator[Batch]:
+def batches_of(split: Split, texts: np.ndarray, batch: BatchConfig, dist: Dist) -> Iterator[Batch]:
     """This rank's batches of the texts; every rank has the same number, for `forward` may be a collective."""
     steps = list(length_batches(texts, split.lengths, batch))
     for step in steps[:: -(-len(steps) // _BATCHES)]:

@@ -41,6 +41,7 @@ from mtkd.running.blame import plugin_errors
 from mtkd.running.build import BuiltStage, build
 from mtkd.running.capture import capture, restore_notes
 from mtkd.running.chance import warn_below_chance, warn_uncalibrated
+from mtkd.running.consensus import note_consensus
 from mtkd.running.context import RunContext
 from mtkd.running.identity import finished, stage_identity
 from mtkd.running.judge import judge
@@ -233,6 +234,7 @@ def _trained(context: RunContext, spec: StageSpec, folder: StageDir, identity: d
         read = {planned.place: teacher for planned, teacher in zip(spec.teachers, built.pool.teachers, strict=True)}
         for look in (warn_below_chance, warn_uncalibrated):
             look(read, built.data, built.stage.batch, context.device, context.dist)
+    agreement = note_consensus(built, spec, folder) if context.config.evaluate.agreement else {}
     facts = train(built, context.config, context.run, folder)
     record = {
         "stage": spec.name,
@@ -240,6 +242,7 @@ def _trained(context: RunContext, spec: StageSpec, folder: StageDir, identity: d
         "parameters": built.num_parameters(),
         "members": {member: built.num_parameters(member) for member in built.stage.members},
         "teachers": [t.name for t in built.stage.teachers],
+        **({"agreement": agreement} if agreement else {}),
         **facts,
     }
     _export(context, built, folder)

@@ -17,6 +17,7 @@ from mtkd.evaluate.report.read import RunData, StageRecord, number, read_run
 from mtkd.evaluate.report.table import Cell, Table, count_cell, exact_text, value_cell
 from mtkd.evaluate.report.wording import (
     DASH,
+    agreement_text,
     bytes_text,
     confidence_text,
     count_text,
@@ -77,7 +78,7 @@ def is_current(run_dir: Path) -> bool:
 def what_is_shown(run_dir: Path) -> dict[str, str]:
     """Digests of the files that a report is made of."""
     files = [run_dir / name for name in ("run.yaml", "metrics.jsonl", "results.json")]
-    for name in ("DONE", "calibration.json"):
+    for name in ("DONE", "calibration.json", "agreement.json"):
         files += sorted(run_dir.glob(f"stages/[0-9]*/{name}"))
     return {str(file.relative_to(run_dir)): file_digest(file) for file in files}
 
@@ -116,6 +117,7 @@ def render(run: RunData, plots_folder: Path) -> str:
         caches=caches_table(run.stages),
         calibration=calibration_table(run.stages),
         reliability=[f for f in figures if f[0].startswith("reliability-")],
+        agreements=[(stage.name, text) for stage in run.stages if (text := agreement_text(stage.agreement))],
         curves=[f for f in figures if f[0] in ("validation", "training")],
         weighted=weighted,
         comparisons=comparison_table(run.comparisons) if run.comparisons else None,

@@ -14,7 +14,7 @@ from mtkd.config import StageRef
 from mtkd.config.yamlfile import parse
 from mtkd.engine.folder import RunDir
 from mtkd.engine.jsonlines import VALIDATION
-from mtkd.engine.notes import Environment, Results, read_done
+from mtkd.engine.notes import Agreement, Environment, Results, read_done
 from mtkd.engine.record import check_digest, plain_bytes, read_record
 from mtkd.engine.runyaml import own_config
 from mtkd.errors import DataError, UserError, masked
@@ -56,6 +56,7 @@ class StageRecord:
         curves: metric name -> curve, without the ``validation/`` ones.
         caches: what a cache stage measured, by teacher: examples, positions, bytes, bytes_per_position, kl (nats).
         calibration: what was fitted for its teachers, by name; see `mtkd.engine.notes.Calibrated`.
+        agreement: of its teachers, see `mtkd.engine.notes.Agreement`; {} where it was not measured.
         validation: metric name without ``validation/`` -> curve.
     """
 
@@ -72,6 +73,7 @@ class StageRecord:
     teachers: list[str] = field(default_factory=list)
     caches: dict[str, dict[str, Any]] = field(default_factory=dict)
     calibration: dict[str, dict[str, Any]] = field(default_factory=dict)
+    agreement: dict[str, Any] = field(default_factory=dict)
     curves: dict[str, Curve] = field(default_factory=dict)
     validation: dict[str, Curve] = field(default_factory=dict)
 
@@ -187,6 +189,9 @@ def _stages(run_dir: Path, config: Mapping[str, Any], problems: list[str]) -> li
         if (folder / "calibration.json").exists():
             fitted = _mapping(_json(folder / "calibration.json", problems).get("teachers"))
             records[name].calibration = {str(teacher): dict(_mapping(facts)) for teacher, facts in fitted.items()}
+        if (folder / "agreement.json").exists():
+            kept = _json(folder / "agreement.json", problems)
+            records[name].agreement = {key: kept[key] for key in Agreement.model_fields if key in kept}
         if (folder / "DONE").exists():
             done[name] = _json(folder / "DONE", problems)
     _read_metrics(run_dir / "metrics.jsonl", records, problems)

@@ -127,6 +127,7 @@ def _stage(stage: StageRecord) -> dict[str, Any]:
         "teachers": stage.teachers,
         "caches": stage.caches,
         "calibration": stage.calibration,
+        "agreement": stage.agreement,
         "loss": stage.curves.get("loss", Curve()).last,
         "validation_loss": stage.validation.get("loss", Curve()).last,
         "weights": {name: curve.last for name, curve in stage.per_teacher(WEIGHT).items()},

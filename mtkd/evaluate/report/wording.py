@@ -24,6 +24,38 @@ METRIC_NAMES = {
     "removed_share": "share of removed ids",
 }
 
+# At which share of equal choices which advice is given; the largest that is reached. From the tables of
+# benchmarks/README.md: teachers that agreed in 97% of the cases were worth no more than one of them under any
+# weighting. 0.6 is not measured yet.
+_ADVICE = (
+    (0.95, "expect one of them to do as well"),
+    (0.60, "expect little of weights, compare with the best one alone"),
+    (0.0, "weights matter, consider confidence, ca_mkd (with labels) or another weighting than uniform"),
+)
+# Nats. Below, choices differ because no teacher is sure of any: barely trained models of tests are 0.002 apart.
+_NEAR = 0.01
+_UNSURE = "their distributions hardly differ, for they are unsure: weights change little"
+
+
+def agreement_text(found: Mapping[str, Any]) -> str:
+    """How far the teachers of a stage agree, with advice; "" where it is not known.
+
+    Args:
+        found: a `mtkd.engine.notes.Agreement`.
+    """
+    same, cases, pairs = number(found.get("same")), number(found.get("cases")), found.get("divergence")
+    apart = [x for x in map(number, pairs.values()) if x is not None] if isinstance(pairs, dict) else []
+    if same is None or cases is None or not apart:
+        return ""
+    advice = next((words for least, words in _ADVICE if same >= least), _ADVICE[-1][1])
+    mean = sum(apart) / len(apart)
+    if same < _ADVICE[0][0] and mean < _NEAR:
+        advice = _UNSURE
+    return (
+        f"these teachers agree in {same:.0%} of {cases:,.0f} cases (Jensen-Shannon divergence "
+        f"{mean:.3f} nats, mean of pairs): {advice}"
+    )
+
 
 def metric_name(metric: Any) -> str:
     return METRIC_NAMES.get(str(metric), str(metric))
