@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtkd.data.device import moved
 from mtkd.errors import UserError
 from mtkd.models.features import DenseLogits, Logits, SparseLogits, SparseRows, as_logits
 
@@ -66,10 +67,10 @@ class CalibratedLogits:
 
     def rows(self, index: Tensor) -> Tensor:
         values = self.inner.rows(index) / self.temperature
-        return values if self.bias is None else values + self.bias.to(values.device)
+        return values if self.bias is None else values + moved(self.bias, values.device)
 
     def select(self, columns: Tensor) -> CalibratedLogits:
-        bias = None if self.bias is None else self.bias.to(columns.device).index_select(0, columns)
+        bias = None if self.bias is None else moved(self.bias, columns.device).index_select(0, columns)
         return replace(self, inner=self.inner.select(columns), bias=bias)
 
     def in_dtype(self, dtype: torch.dtype) -> CalibratedLogits:
@@ -91,7 +92,7 @@ def calibrated(logits: Tensor | Logits, calibration: Calibration) -> Logits:
     if isinstance(known, DenseLogits):  # a specialist's other outputs are divided too; biases are of classes
         other = None if known.other is None else known.other.float()
         made = DenseLogits(known.values.float(), other).divided(calibration.temperature)
-        return made if bias is None else replace(made, values=made.values + bias.to(made.values.device))
+        return made if bias is None else replace(made, values=made.values + moved(bias, made.values.device))
     return CalibratedLogits(known, calibration.temperature, bias)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from mtkd.config import TeacherConfig
+from mtkd.data.device import moved
 from mtkd.errors import DataError, UserError, nearest
 from mtkd.models.features import DenseLogits
 
@@ -87,13 +88,16 @@ class ClassMap:
 
     def logits(self, outputs: Tensor) -> DenseLogits:
         """The logits of the data's classes [...,C] among all outputs; a class without one is `LOW` below the others."""
-        columns = torch.tensor(self.columns, device=outputs.device)
+        # Moved, not made there or as masks and lists: a GPU would be waited for.
+        columns, own, other = (
+            moved(torch.tensor(numbers, dtype=torch.int64), outputs.device)
+            for numbers in (self.columns, [c for c in self.columns if c != NO_OUTPUT], self.other)
+        )
         values = outputs.index_select(-1, columns.clamp_min(0))
         if self.missing:
-            own = values[..., columns != NO_OUTPUT].amin(-1, keepdim=True)
-            values = torch.where(columns == NO_OUTPUT, own - LOW, values)
-        other = outputs[..., list(self.other)] if self.other else None
-        return DenseLogits(values, other)
+            least = outputs.index_select(-1, own).amin(-1, keepdim=True)
+            values = torch.where(columns == NO_OUTPUT, least - LOW, values)
+        return DenseLogits(values, outputs.index_select(-1, other) if self.other else None)
 
     @property
     def in_order(self) -> bool:

@@ -53,6 +53,10 @@ STAGES = {
     "cached": {**LM, "teachers": CACHED},
     "completed": {**LM, "teachers": CACHED, "method": None, "match": [{"feature": "logits", "loss": "reverse_kl"}]},
     "everywhere": {**LM, "match": [{"feature": "hidden", "loss": "mse"}], "weighting": "entropy", "per": "token"},
+    "calibrated": {
+        **CLASSES,
+        "teachers": [{"name": n, "model": f"stage:{n}", "calibrate": {"bias": True, "split": "validation"}} for n in "cd"],
+    },
     "classes": {**CLASSES, "weighting": "ca_mkd"},
     "gated": {**CLASSES, "weighting": {"name": "learned", "options": {"gate": "pooled"}}},
 }
