@@ -55,7 +55,9 @@ STAGES = {
     "everywhere": {**LM, "match": [{"feature": "hidden", "loss": "mse"}], "weighting": "entropy", "per": "token"},
     "calibrated": {
         **CLASSES,
-        "teachers": [{"name": n, "model": f"stage:{n}", "calibrate": {"bias": True, "split": "validation"}} for n in "cd"],
+        "teachers": [
+            {"name": n, "model": f"stage:{n}", "calibrate": {"bias": True, "split": "validation"}} for n in "cd"
+        ],
     },
     "classes": {**CLASSES, "weighting": "ca_mkd"},
     "gated": {**CLASSES, "weighting": {"name": "learned", "options": {"gate": "pooled"}}},
@@ -93,7 +95,8 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PretendGPU]:
 
     def watched(built: BuiltStage, *rest: Any) -> Any:
         gpu = found[built.name] = PretendGPU()
-        gpu.take([built.objective, *(t._model for t in built.pool.teachers if hasattr(t, "_model"))])
+        inner = [getattr(t, "_teacher", t) for t in built.pool.teachers]  # of a calibrated one
+        gpu.take([built.objective, *(t._model for t in inner if hasattr(t, "_model"))])
         batches = built.micro_batches
 
         def next_step(step: int) -> Any:
