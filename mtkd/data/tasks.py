@@ -61,6 +61,11 @@ class TaskSpec:
         """Whether models are asked about the tokenizer's mask."""
         return self.auto_class == "AutoModelForMaskedLM" or self.laid or self.cloze
 
+    @property
+    def left_to_right(self) -> bool:
+        """Whether the logits of a position predict the token after it, given the text up to it."""
+        return self.auto_class == "AutoModelForCausalLM" and not self.laid
+
     def class_for(self, config: DataConfig) -> str:
         """The auto class of a `data` block's models: with next-sentence labels the one that has both heads."""
         return "AutoModelForPreTraining" if config.next_sentence else self.auto_class

@@ -40,6 +40,7 @@ from mtkd.planning.teachers import check_teachers
 from mtkd.planning.teaching import heads_read
 from mtkd.pool import BACKENDS
 from mtkd.registry import TASKS, check_options, load_plugins
+from mtkd.weightings.base import Weighting
 from mtkd.weightings.make import check_weighting, stage_reads
 from mtkd.weightings.spec import WEIGHTINGS
 
@@ -113,6 +114,7 @@ def _check_registered(config: RunConfig) -> None:
         _check_transforms(stage, f"{where}.transforms")
         if "route" in stage_reads(stage, where, token_level=token_level).names:
             _check_route(config, data_name)
+        _check_text(config, name)
         task = config.data[data_name].task
         if stage.per == "token" and not TASKS.find(task).token_level:
             raise UserError(
@@ -174,6 +176,32 @@ def _check_heads(config: RunConfig, name: str) -> None:
                 found="its predictions are read here",
                 todo="fine-tune it first: a `kind: finetune` stage, or compare hidden states and attention alone",
             )
+
+
+def _check_text(config: RunConfig, name: str) -> None:
+    """Refuse a weighting that reads the text left to right where no teacher does, or after a prompt without one."""
+    stage, where = config.stages[name], f"stages.{name}"
+    data_name, named = config.data_name(stage.data), stage.weighting.name
+    data = config.data[data_name]
+    task = TASKS.find(data.task)
+    reads = stage_reads(stage, where, token_level=task.token_level)
+    if reads.text and not task.left_to_right:
+        raise UserError(
+            f"weighting '{named}' reads how probable each teacher holds the tokens of the text so far, and only causal "
+            "language models say that",
+            where=f"{where}.weighting",
+            found=f"task '{data.task}'",
+            allowed=[spec.name for spec in TASKS.values() if spec.left_to_right],
+            todo="choose a weighting that reads something else: `mtkd ls weightings`",
+        )
+    weighting: type[Weighting] = WEIGHTINGS[named].cls
+    if reads.text and weighting.after_prompt and stage.per == "example" and data.prompt is None:
+        raise UserError(
+            f"one weight per example of '{named}' is that after its prompt, and these texts have none",
+            where=f"{where}.per",
+            found=f"example, data '{data_name}' without prompt",
+            todo="set per: token",
+        )
 
 
 def _check_route(config: RunConfig, name: str) -> None:

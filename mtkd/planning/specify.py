@@ -37,6 +37,7 @@ from mtkd.pool.backends import check_room
 from mtkd.pool.cache.folder import CacheFacts
 from mtkd.pool.sizes import Place
 from mtkd.registry import TASKS
+from mtkd.weightings.make import stage_reads
 
 
 class Specifier:
@@ -120,6 +121,8 @@ class Specifier:
         check_specialists(spec, rows)
         if caches and spec.token_level and spec.name in self.models.compressed:
             raise compressed_from_cache(next(iter(caches)), f"{spec.where}.student.vocabulary")
+        if spec.token_level and spec.name in self.models.compressed:
+            _check_whole_text(spec)
         return replace(spec, rows=tuple(rows))
 
     def _rows(self, spec: StageSpec) -> Sequence[Row]:
@@ -169,6 +172,18 @@ class Specifier:
         if self.config.stages[name].kind == "distill" and never_trained(self.config, name):
             lines.append("no row compares logits: the model never learns to predict here, and is not scored")
         return tuple(lines)
+
+
+def _check_whole_text(spec: StageSpec) -> None:
+    """Refuse a weighting that reads the text where teachers are read at the student's ids alone."""
+    if stage_reads(spec.stage, spec.where, token_level=True).text:
+        raise UserError(
+            f"weighting '{spec.stage.weighting.name}' reads how probable the teachers hold every token, and the "
+            "student keeps a part of the ids",
+            where=f"{spec.where}.weighting",
+            found=spec.stage.weighting.name,
+            todo="give the student the whole vocabulary, or choose a weighting that reads something else",
+        )
 
 
 def _check_packed(task: TaskSpec, models: Sequence[ModelSpec], where: str) -> None:

@@ -64,6 +64,7 @@ class Weighting(nn.Module):
         reads: the facts that the stage prepares for it; not looked at where the decorator declares what it reads.
         per_token: False: `per: token` is refused, because a weight per token is not defined.
         lr: peak learning rate of its own parameters, on the stage's schedule; None: the optimizer's.
+        after_prompt: under `per: example` its weights are those after the prompt; the plan refuses texts without one.
         rewarded: after every optimizer step `judged` and `reward` are called.
         negative: its weights may be negative; set from the decorator's flag of this name.
 
@@ -76,6 +77,7 @@ class Weighting(nn.Module):
     reads: frozenset[str] = frozenset()
     per_token: bool = True
     lr: float | None = None
+    after_prompt: bool = False
     rewarded: bool = False
     negative: bool = False
     declared_reads: ClassVar[Collection[str] | ReadsRule | None] = None

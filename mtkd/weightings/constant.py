@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +24,24 @@ class Uniform(Weighting):
         return traits.full(1 / traits.num_teachers)
 
 
+def given_shares(weights: Mapping[str, float], teachers: Sequence[str], what: str, where: str) -> Tensor:
+    """Weights by teacher name as shares, [T].
+
+    Args:
+        what: they are, for messages: "fixed weights".
+
+    Raises:
+        UserError: an unknown or missing teacher, a negative weight, or all zeros.
+    """
+    if not isinstance(weights, Mapping) or set(weights) != set(teachers):
+        names = ", ".join(weights) if isinstance(weights, Mapping) else repr(weights)
+        raise UserError(f"{what} name every teacher once", where=where, found=names, allowed=teachers)
+    values = torch.tensor([float(weights[name]) for name in teachers])
+    if not bool(values.isfinite().all()) or bool((values < 0).any()) or float(values.sum()) <= 0:
+        raise UserError(f"{what} are non-negative, finite and not all zero", where=where, found=dict(weights))
+    return values / values.sum()
+
+
 @weighting("fixed", reads=())
 class Fixed(Weighting):
     """Given weights, normalised to sum 1: ``options: {weights: {teacher name: weight, ...}}``.
@@ -35,22 +53,7 @@ class Fixed(Weighting):
 
     def __init__(self, teachers: tuple[str, ...], weights: Mapping[str, float]) -> None:
         super().__init__()
-        if not isinstance(weights, Mapping) or set(weights) != set(teachers):
-            names = ", ".join(weights) if isinstance(weights, Mapping) else repr(weights)
-            raise UserError(
-                "fixed weights name every teacher once",
-                where="@weighting.options.weights",
-                found=names,
-                allowed=teachers,
-            )
-        values = torch.tensor([float(weights[name]) for name in teachers])
-        if not bool(values.isfinite().all()) or bool((values < 0).any()) or float(values.sum()) <= 0:
-            raise UserError(
-                "fixed weights are non-negative, finite and not all zero",
-                where="@weighting.options.weights",
-                found=dict(weights),
-            )
-        self.register_buffer("values", values / values.sum())
+        self.register_buffer("values", given_shares(weights, teachers, "fixed weights", "@weighting.options.weights"))
 
     def forward(self, traits: Traits) -> Tensor:
         return self.values[:, None, None].expand(traits.shape)

@@ -9,9 +9,12 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mtkd.data.batch import Batch
+from mtkd.errors import UserError
 from mtkd.models.features import DenseLogits, Logits, NoLogits, SparseLogits, as_logits
+from mtkd.models.pieces import EVERY_PIECE, Pieces
 from mtkd.weightings.traits import Traits, fact
 
 
@@ -93,6 +96,38 @@ def gram(traits: Traits) -> Tensor:
     """
     assert traits.around.gram is not None
     return traits.around.gram
+
+
+@fact(teachers=True, text=True)
+def token_log_probs(traits: Traits) -> Tensor:
+    """Log-probability of the token that stands at each position, given those before it, [T,B,L] float32, nats.
+
+    Of every unpadded token, prompts included, at temperature 1. It is 0 for the first token of an example, which
+    nothing predicts, and at padding. Position l predicts the token at l + 1: a weight there that reads no further than
+    l does not see what it weighs. A token that a teacher holds impossible has the lowest finite number.
+
+    Raises: UserError for a task of classes.
+    """
+    batch = traits.around.batch
+    if batch.targets.dim() == 1:
+        raise UserError(
+            "the tokens of a text have log-probabilities under language models alone", where="@stage.weighting"
+        )
+    values = [text_log_probs(logits, batch, traits.tile, traits.pieces) for logits in traits.logits]
+    return torch.stack(values).clamp_min(torch.finfo(torch.float32).min)
+
+
+@torch.no_grad()
+def text_log_probs(logits: Logits, batch: Batch, tile: int, pieces: Pieces = EVERY_PIECE) -> Tensor:
+    """One teacher's `token_log_probs`, [B,L]; a tile of logits exists at a time."""
+    real = batch.token_mask
+    index = nn.functional.pad(real[:, :-1] & real[:, 1:], (0, 1)).reshape(-1).nonzero().squeeze(-1)  # [n]
+    after = index + 1  # in the same example: none of its last column is among `index`
+    tokens, values = batch.input_ids.reshape(-1)[after], torch.zeros(real.numel(), device=real.device)
+    for piece in pieces.of(len(index), tile):
+        rows = logits.rows(index[piece])  # [m,V]
+        values[after[piece]] = -nn.functional.cross_entropy(rows, tokens[piece], reduction="none")
+    return values.view(real.shape)
 
 
 def _student(traits: Traits) -> Logits:

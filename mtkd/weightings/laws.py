@@ -8,6 +8,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from mtkd.losses.laws import TOLERANCE, difference
 from mtkd.models.features import DenseLogits
 from mtkd.weightings.base import StageFacts, Weighting
 from mtkd.weightings.spec import GIVEN, WEIGHTINGS, WeightingSpec
-from mtkd.weightings.traits import Around, Traits
+from mtkd.weightings.traits import FACTS, Around, Traits
 
 OptionsOf = Callable[[tuple[str, ...]], Mapping[str, Any]]
 """A weighting's options, given its teachers' names."""
@@ -46,10 +47,23 @@ def check_weighting(weighting: str | WeightingSpec, options: OptionsOf | None = 
     """
     spec = WEIGHTINGS.find(weighting) if isinstance(weighting, str) else weighting
     make = options or _NEEDED_OPTIONS.get(spec.name, lambda teachers: {})
+    reads_text = _reads_text(spec, make)
     for law in WEIGHTING_LAWS:
         for case in _teacher_bank():
+            if reads_text and (case.targets.dim() == 1 or case.alike):
+                continue  # a class has no text before it, and at equal positions there is more text each time
             if case.per == "example" or _made(spec, make, case).per_token:
                 law(spec, make, case)
+
+
+def _reads_text(spec: WeightingSpec, make: OptionsOf) -> bool:
+    """Whether it reads facts of causal texts, which no other task has."""
+    case = next(case for case in _teacher_bank() if case.targets.dim() == 2)
+    module = _made(spec, make, case)
+    traits = case.traits(_ORDER, module, all_names=True)
+    with suppress(Exception):  # the laws show what is wrong with it
+        module(traits)
+    return any(FACTS[name].text for name in traits.names & FACTS.keys())
 
 
 @dataclass(frozen=True)
@@ -75,8 +89,9 @@ class Teachers:
         return Traits(logits, self._around(order, of, rows), self.per, tile=4, reads=reads)
 
     def batch(self, order: tuple[int, ...] = _ORDER, rows: slice = _EVERY) -> Batch:
-        """The examples as a batch; the tokens mean nothing. Routes are by the teachers' names."""
-        tokens = torch.zeros((*self.targets.shape, 3)[:2], dtype=torch.int64)  # [B,L]
+        """The examples as a batch; the tokens are drawn. Routes are by the teachers' names."""
+        shape = (*self.targets.shape, 3)[:2]  # [B,L]
+        tokens = torch.randint(self.logits.shape[-1], shape, generator=torch.Generator().manual_seed(3))
         routes = torch.tensor([order.index(i % len(order)) for i in range(len(tokens))])
         ids, mask = torch.arange(len(tokens)), torch.ones_like(tokens).bool()
         return Batch(ids[rows], tokens[rows], mask[rows], self.targets[rows], routes=routes[rows])

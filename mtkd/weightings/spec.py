@@ -40,9 +40,14 @@ class Reads:
 
     @property
     def traits(self) -> frozenset[str]:
-        """The traits that every teacher must have: those that are read, and those that facts are made of."""
+        """What every teacher must have, a cached one too: traits that are read, and what facts are made of."""
         made_of = (FACTS[name].traits for name in self.names & FACTS.keys())
-        return frozenset(self.names & TRAITS.keys()).union(*made_of)
+        return frozenset(self.names & TRAITS.keys()).union(self.text, *made_of)
+
+    @property
+    def text(self) -> frozenset[str]:
+        """The facts that causal language models alone have; see `Fact.text`."""
+        return frozenset(name for name in self.names & FACTS.keys() if FACTS[name].text)
 
     @property
     def predictions(self) -> bool:

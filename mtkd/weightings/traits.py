@@ -139,6 +139,8 @@ class Fact:
         traits: of the teachers that it is made of.
         teachers: it is made of the teachers' predictions.
         prepared: the stage prepares it (a column of the data, a pass before the step), so it must be asked for.
+        text: it is made of what the teachers, causal language models, say of the text itself. A cache must hold it by
+            its own name.
     """
 
     function: Callable[[Traits], Tensor]
@@ -146,6 +148,7 @@ class Fact:
     traits: tuple[str, ...] = ()
     teachers: bool = False
     prepared: bool = False
+    text: bool = False
 
     @property
     def asked(self) -> bool:
@@ -162,14 +165,19 @@ FACTS: dict[str, Fact] = {}
 
 
 def fact(
-    *, student: tuple[str, ...] = (), traits: tuple[str, ...] = (), teachers: bool = False, prepared: bool = False
+    *,
+    student: tuple[str, ...] = (),
+    traits: tuple[str, ...] = (),
+    teachers: bool = False,
+    prepared: bool = False,
+    text: bool = False,
 ) -> Callable[[Callable[[Traits], Tensor]], Callable[[Traits], Tensor]]:
     """Register ``(traits) -> Tensor`` under its own name; see `Fact` for the flags."""
 
     def decorate(function: Callable[[Traits], Tensor]) -> Callable[[Traits], Tensor]:
         if function.__name__ in FACTS or function.__name__ in TRAITS:
             raise ValueError(f"fact {function.__name__!r} is already registered")
-        FACTS[function.__name__] = Fact(function, student, traits, teachers, prepared)
+        FACTS[function.__name__] = Fact(function, student, traits, teachers, prepared, text)
         note_everywhere()
         return function
 
@@ -203,7 +211,7 @@ class Traits:
     ce, entropy, confidence, margin, agreement = _Named(), _Named(), _Named(), _Named(), _Named()
     student_uncertainty, student_loss, pooled = _Named(), _Named(), _Named()
     route, gram, class_probabilities = _Named(), _Named(), _Named()
-    own_mass, energy = _Named(), _Named()
+    own_mass, energy, token_log_probs = _Named(), _Named(), _Named()
 
     def __init__(
         self,
@@ -216,7 +224,7 @@ class Traits:
     ) -> None:
         self.logits, self.around, self.per, self.tile = logits, around, per, tile
         self.names: set[str] = set()  # what was read so far
-        self._pieces, self._allowed = pieces, reads
+        self.pieces, self._allowed = pieces, reads
         self._mask = around.batch.target_mask
         self._known: dict[str, Tensor] = {}
         self._known_positions: dict[str, Tensor] = {}
@@ -347,7 +355,7 @@ class Traits:
             return values.reshape(self._mask.shape)
         labels = self.around.batch.targets.reshape(-1)
         # A tile of [tile,V] at a time: all positions of a vocabulary would be the largest tensor of the step.
-        for piece in self._pieces.of(len(index), self.tile):
+        for piece in self.pieces.of(len(index), self.tile):
             tile = index[piece]
             values[tile] = TRAITS[name](logits.rows(tile), labels[tile]).float()
         return values.reshape(self._mask.shape)

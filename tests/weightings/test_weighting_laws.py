@@ -27,6 +27,9 @@ def test_options_of_a_weighting() -> None:
     check_weighting("uncertainty", lambda teachers: {"mode": "hard"})
     check_weighting("ae_kd", lambda teachers: {"c": 1.0})
     check_weighting("drop", lambda teachers: {"count": 2})
+    check_weighting(
+        "posterior", lambda teachers: {"beta": 1.0, "forget": 1.0, "prior": {n: 1.0 + (n == "t1") for n in teachers}}
+    )
     for gate in ("none", "pooled"):
         check_weighting("learned", lambda teachers, gate=gate: {"gate": gate, "anchor_share": 1.0, "entropy": 0.5})
     check_weighting("fixed", lambda teachers: {"weights": {n: float(n == "t0") + 1e-3 for n in teachers}})
