@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -36,10 +37,11 @@ def given_shares(weights: Mapping[str, float], teachers: Sequence[str], what: st
     if not isinstance(weights, Mapping) or set(weights) != set(teachers):
         names = ", ".join(weights) if isinstance(weights, Mapping) else repr(weights)
         raise UserError(f"{what} name every teacher once", where=where, found=names, allowed=teachers)
-    values = torch.tensor([float(weights[name]) for name in teachers])
-    if not bool(values.isfinite().all()) or bool((values < 0).any()) or float(values.sum()) <= 0:
+    # Python's numbers: while a plan counts memory a tensor has no values.
+    values = [float(weights[name]) for name in teachers]
+    if not all(0 <= value < math.inf for value in values) or not any(values):
         raise UserError(f"{what} are non-negative, finite and not all zero", where=where, found=dict(weights))
-    return values / values.sum()
+    return torch.tensor(values) / sum(values)
 
 
 @weighting("fixed", reads=())
