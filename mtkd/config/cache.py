@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mtkd.config.base import Config, Positive, Temperature, Width
 
-Trait = Literal["ce", "entropy", "confidence", "margin", "choice", "energy"]
+Trait = Literal["ce", "entropy", "confidence", "margin", "choice", "energy", "token_log_probs"]
 Dtype = Literal["float16", "bfloat16", "float32"]
 
 # Features that a cache may hold in addition to logits. Attention maps would be larger than the model that makes them.
@@ -33,7 +33,9 @@ class CacheConfig(Config):
         1.0, description="sampled: draws come from the softmax at temperature x proposal, with importance weights"
     )
     traits: tuple[Trait, ...] = Field(
-        (), description="token tasks: facts per position kept exactly (4 bytes each), for weightings that read them"
+        (),
+        description="token tasks: facts per position kept exactly (4 bytes each), for weightings that read them; "
+        "token_log_probs (causal-lm): of every token, prompts included",
     )
     hidden: tuple[str, ...] = Field(
         (), description="hidden states kept whole, by feature key: hidden.4, cls.2, embedding; what rows will read"

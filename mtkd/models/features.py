@@ -20,7 +20,7 @@ features count from 1. Strings, not tuples: ZeRO-3 walks module outputs and cras
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, get_args
 
 import torch
@@ -186,6 +186,7 @@ class SparseLogits:
         values: of all stored positions.
         columns: V.
         traits: stored traits by name, each [P] float32.
+        text: stored facts of every token by name, each [B,L] float32.
     """
 
     name: str
@@ -193,6 +194,7 @@ class SparseLogits:
     values: SparseRows
     columns: int
     traits: dict[str, Tensor]
+    text: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_columns(self) -> int:
@@ -228,10 +230,23 @@ class SparseLogits:
                 return best[:, 0].exp()
             if name == "margin" and values.temperature == 1 and best.shape[1] == 2:
                 return best[:, 0].exp() - best[:, 1].exp()
-        raise UserError(
+        raise self._unknown(name)
+
+    def text_fact(self, name: str) -> Tensor:
+        """What was stored of every token, [B,L] float32.
+
+        Raises:
+            UserError: when the cache does not know it.
+        """
+        if name not in self.text:
+            raise self._unknown(name)
+        return self.text[name]
+
+    def _unknown(self, name: str) -> UserError:
+        return UserError(
             f"the cache of teacher '{self.name}' does not know the trait '{name}'",
             where="@stage.teachers",
-            allowed=sorted(self.traits) or "none",
+            allowed=sorted({*self.traits, *self.text}) or "none",
             todo="make the cache with this trait, or take a weighting that does not read it",
         )
 

@@ -16,6 +16,7 @@ from mtkd.objective.compile import Row
 from mtkd.objective.kept import check_cached_rows
 from mtkd.pool.cache import CacheContent
 from mtkd.pool.cache.codec import SampledCodec, TopCodec
+from mtkd.pool.cache.content import TEXT_TRAITS
 from mtkd.pool.cache.folder import CacheFacts
 from mtkd.registry import TASKS
 from mtkd.weightings.make import stage_reads
@@ -79,6 +80,14 @@ def check_cacheable(stage: StageConfig, data: DataConfig, where: str) -> None:
             where=f"{where}.cache.{unread[0]}",
             found=getattr(stage.cache, unread[0]),
             todo=f"drop {', '.join(unread)}",
+        )
+    text = sorted(set(TEXT_TRAITS) & set(stage.cache.traits))
+    if text and not TASKS.find(data.task).left_to_right:
+        raise UserError(
+            "only causal language models say how probable every token of a text is, given those before it",
+            where=f"{where}.cache.traits",
+            found=f"{text[0]}, task '{data.task}'",
+            todo=f"drop {text[0]}",
         )
     if "ce" in stage.cache.traits and not data.labelled:
         raise UserError("the tokens of these data are made up: a cross entropy with them means nothing",

@@ -120,6 +120,8 @@ def token_log_probs(traits: Traits) -> Tensor:
 @torch.no_grad()
 def text_log_probs(logits: Logits, batch: Batch, tile: int, pieces: Pieces = EVERY_PIECE) -> Tensor:
     """One teacher's `token_log_probs`, [B,L]; a tile of logits exists at a time."""
+    if isinstance(logits, SparseLogits):
+        return logits.text_fact("token_log_probs")
     real = batch.token_mask
     index = nn.functional.pad(real[:, :-1] & real[:, 1:], (0, 1)).reshape(-1).nonzero().squeeze(-1)  # [n]
     after = index + 1  # in the same example: none of its last column is among `index`

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,15 @@ def results(
 def test_a_cache_of_every_column_is_the_live_teacher(weighting: str, cached: tuple[int, ...], tmp_path: Path) -> None:
     """12 bits per log-probability leave a relative error of about 1e-3; mixed pools are the same."""
     live, ours = (results(weighting, tmp_path, EVERY, which) for which in ((), cached))
+    for found, wanted in zip(ours, live, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=5e-3, atol=5e-3 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("cached", [(0,), (0, 1)])
+def test_the_text_of_a_prompt_counts_in_a_cache_as_live(cached: tuple[int, ...], tmp_path: Path) -> None:
+    """`posterior`, with a row on hidden states that reads its weights at prompts: the cache has every token."""
+    content = replace(EVERY, scalars=("token_log_probs",))
+    live, ours = (results("posterior", tmp_path, content, which, prompt=2) for which in ((), cached))
     for found, wanted in zip(ours, live, strict=True):
         torch.testing.assert_close(found, wanted, rtol=5e-3, atol=5e-3 * float(wanted.abs().max()))
 

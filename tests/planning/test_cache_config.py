@@ -105,6 +105,27 @@ def test_a_trait_that_the_cache_lacks(tmp_path: Path) -> None:
         plan(cache_runs.config(tmp_path, values))
 
 
+def test_the_text_that_the_cache_lacks(tmp_path: Path) -> None:
+    """`posterior` asks for the trait; with it the plan has 4 bytes more per token, and only causal texts have it."""
+    student, cache = {"weighting": "posterior", "per": "token"}, {**EXACT, "traits": ["token_log_probs"]}
+    found = message(tmp_path, **student)
+    assert "reads the trait 'token_log_probs'" in found
+    assert "add it to `traits`" in found
+    sizes = []
+    for each, weighed in (cache, student), (EXACT, {}):
+        text = str(plan(cache_runs.config(tmp_path, cache_runs.values(tmp_path, cache=each, student=weighed))))
+        sizes.append(int(re.findall(r"<= (\d+) bytes per token", text)[0]))
+    assert sizes[0] - sizes[1] == 4
+    made = cache_runs.values(tmp_path, cache=cache, student={})
+    made["data"]["text"] |= {"task": "masked-lm", "redraw": False}
+    for stage in made["stages"].values():
+        if "student" in stage:
+            stage["student"]["architecture"] = "bert"
+    with pytest.raises(UserError, match="only causal language models say") as caught:
+        plan(cache_runs.config(tmp_path, made))
+    assert caught.value.where == "stages.cache.cache.traits"
+
+
 def test_traits_of_another_temperature_are_not_known(tmp_path: Path) -> None:
     warm = {**EXACT, "temperature": 2.0}
     method = {"name": "kd", "options": {"temperature": 2.0}}

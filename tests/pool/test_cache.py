@@ -111,6 +111,31 @@ def test_targets_and_traits_come_back_at_their_positions(tmp_path: Path) -> None
         found.sparse(torch.tensor([2 * LENGTH]))  # of the filler row
 
 
+@pytest.mark.parametrize("content", [TOP, SAMPLED], ids=["top", "sampled"])
+def test_the_log_probability_of_every_token_comes_back(tmp_path: Path, content: CacheContent) -> None:
+    """Exactly, at every unpadded token, target or not; targets and other traits stay as they are."""
+    content = replace(content, scalars=("token_log_probs", *content.scalars))
+    reader = CacheReader(written(tmp_path / "c", content))
+    assert verify(tmp_path / "c").fine
+    ids = [7, 2, -1, 9]
+    batch = batch_of(ids)
+    found, exact = reader.read(ids).logits("t", batch), features_of(batch)["logits"]
+    assert isinstance(found, SparseLogits)
+    assert isinstance(exact, DenseLogits)
+    expected = torch.zeros(4, LENGTH)
+    for row in (0, 1, 3):
+        for place in range(1, int(batch.attention_mask[row].sum())):
+            expected[row, place] = exact.values[row, place - 1].log_softmax(-1)[batch.input_ids[row, place]]
+    torch.testing.assert_close(found.text_fact("token_log_probs"), expected, rtol=1e-6, atol=1e-6)
+    plain = reader.content.scalars[1:]
+    other = CacheReader(written(tmp_path / "o", replace(content, scalars=plain))).read(ids).logits("t", batch)
+    assert isinstance(other, SparseLogits)
+    assert torch.equal(other.values.log_probs, found.values.log_probs)
+    assert other.traits.keys() == found.traits.keys()
+    with pytest.raises(UserError, match="does not know the trait 'token_log_probs'"):
+        other.text_fact("token_log_probs")
+
+
 def test_class_logits_are_whole(tmp_path: Path) -> None:
     content = CacheContent("classes", 0, 1.0, 3)
     origin = CacheOrigin("t", "k", "d", "train", 4, {}, "fp32")

@@ -24,6 +24,7 @@ from mtkd.config.read import load_config
 from mtkd.data.batch import position_counts
 from mtkd.errors import LawBroken, UserError
 from mtkd.models.features import DenseLogits
+from mtkd.pool.cache.content import TEXT_TRAITS
 from mtkd.weightings import FACTS, TRAITS, Around, StageFacts, Traits, Weighting
 from mtkd.weightings.correctness import CAMKD
 from mtkd.weightings.laws import check_weighting
@@ -95,9 +96,10 @@ def test_who_reads_predictions(name: str, looks: bool) -> None:
 
 def test_the_configuration_names_the_built_in_traits() -> None:
     """The one list besides the registry is the YAML's, which is read before torch; this keeps them equal."""
-    assert set(get_args(Trait)) == {
-        name for name, function in TRAITS.items() if function.__module__ == "mtkd.weightings.traits"
-    }
+    at_targets = {name for name, function in TRAITS.items() if function.__module__ == "mtkd.weightings.traits"}
+    of_text = {name for name, fact in FACTS.items() if fact.text and not fact.own}
+    assert set(get_args(Trait)) == at_targets | of_text
+    assert set(TEXT_TRAITS) == of_text
 
 
 class Undeclared(Weighting):

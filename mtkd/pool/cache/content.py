@@ -12,7 +12,9 @@ from mtkd.models.features import split_key
 
 TARGETS = ("top", "sampled", "classes")
 DTYPES: tuple[str, ...] = get_args(Dtype)
-SCALARS: tuple[str, ...] = tuple(name for name in get_args(Trait) if name != "ce")
+TEXT_TRAITS = ("token_log_probs",)
+"""Stored traits with a value at every unpadded token, target or not, 4 bytes each."""
+SCALARS: tuple[str, ...] = tuple(name for name in get_args(Trait) if name not in ("ce", *TEXT_TRAITS))
 """Traits that may be stored with the targets, 4 bytes per position each; `ce` has a field of its own."""
 PER_EXAMPLE = ("cls",)
 """Stored features with one vector per example; `hidden` and `embedding` have one per token."""
@@ -39,7 +41,7 @@ class CacheContent:
         bits: per log-probability of a kept column, 4 to 12; see `mtkd.pool.cache.codec`.
         proposal: draws come from ``softmax(logits / (temperature * proposal))``; at 1 their weights are shares of k.
         seed: of the draws.
-        scalars: traits stored exactly, per position; of `SCALARS`.
+        scalars: traits stored exactly; per position of `SCALARS`, per token of `TEXT_TRAITS`.
         others: ``classes``: logits of so many outputs that mean "none of my classes", stored after the classes.
         missing: ``classes``: the data's classes that the teacher has no output for.
     """
@@ -72,6 +74,11 @@ class CacheContent:
     def stored_traits(self) -> tuple[str, ...]:
         """Names of the traits with a column of their own."""
         return (("ce",) if self.ce else ()) + self.scalars
+
+    @property
+    def text_traits(self) -> tuple[str, ...]:
+        """Those of them that every unpadded token has; the others are stored at targets."""
+        return tuple(name for name in self.stored_traits if name in TEXT_TRAITS)
 
     def known_traits(self) -> frozenset[str]:
         """Traits a weighting may read from this cache.
@@ -110,7 +117,7 @@ class CacheContent:
             ("proposal", self.proposal > 0, "a positive number"),
             ("dtype", self.dtype in DTYPES, DTYPES),
             ("bits", 4 <= self.bits <= 12, "4 to 12"),
-            ("scalars", set(self.scalars) <= set(SCALARS), SCALARS),
+            ("scalars", set(self.scalars) <= {*SCALARS, *TEXT_TRAITS}, (*SCALARS, *TEXT_TRAITS)),
             ("others", self.others >= 0 and not (self.per_token and self.others), "0 or more of targets: classes"),
             ("hidden", all(_storable(key) for key in self.hidden), "hidden.K, embedding, cls.K"),
         ]

@@ -61,9 +61,10 @@ class CacheFacts:
         tail = torch.zeros(positions) if content.targets == "top" else None
         ids = torch.zeros((positions, content.k), dtype=torch.int64)
         values = SparseRows(ids, torch.zeros(ids.shape), tail, content.temperature)
-        traits = {name: torch.zeros(positions) for name in content.stored_traits}
+        text = {name: torch.zeros(sequences, length) for name in content.text_traits}
+        traits = {name: torch.zeros(positions) for name in content.stored_traits if name not in text}
         at = torch.zeros(positions, dtype=torch.int64)
-        features["logits"] = SparseLogits("cached", at, values, content.columns, traits)
+        features["logits"] = SparseLogits("cached", at, values, content.columns, traits, text)
         return features
 
 

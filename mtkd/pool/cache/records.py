@@ -15,6 +15,7 @@ from mtkd.errors import DataError
 from mtkd.models.features import DenseLogits, Features, Logits, SparseLogits, SparseRows, split_key
 from mtkd.pool.cache.content import PER_EXAMPLE, CacheContent
 from mtkd.weightings.draws import uniform
+from mtkd.weightings.facts import text_log_probs
 from mtkd.weightings.traits import TRAITS
 
 Arrays = dict[str, np.ndarray]
@@ -30,7 +31,7 @@ class Record:
         positions: n, positions with a prediction target; 1 for classes.
         targets: ``top``: ids [n,k], log_probs [n,k], tail [n]; ``sampled``: ids, counts and importance [n,u], and
             entropy [n], of the distribution at the cache's temperature.
-        traits: [n] each.
+        traits: [n] each; [tokens] of `TEXT_TRAITS`.
         classes: class logits, then those that mean none of them, [C+R].
         hidden: [tokens,H], or [H] for features per example.
     """
@@ -66,7 +67,9 @@ def make_records(content: CacheContent, batch: Batch, features: Features, tile: 
     if content.per_token or content.stored_traits:
         _put_positions(content, records, batch, logits, tile)
     index = torch.arange(len(batch.keys), device=batch.keys.device)
+    of_text = text_log_probs(logits, batch, tile) if content.text_traits else batch.attention_mask  # [B,L]
     for record, row in zip(records, rows, strict=True):
+        record.traits |= {name: _numpy(of_text[row][batch.attention_mask[row]]) for name in content.text_traits}
         if content.targets == "classes":
             record.classes = _class_logits(logits, index[row], content).cpu().numpy()
         for key in content.hidden:
@@ -102,7 +105,8 @@ def _put_positions(content: CacheContent, records: list[Record], batch: Batch, l
     for start in range(0, max(len(index), 1), tile):
         at = slice(start, start + tile)
         values = logits.rows(index[at])
-        traits = {name: _numpy(TRAITS[name](values, labels[at])) for name in content.stored_traits}
+        asked = (name for name in content.stored_traits if name not in content.text_traits)
+        traits = {name: _numpy(TRAITS[name](values, labels[at])) for name in asked}
         targets: Arrays = {}
         if content.targets == "top":
             targets = _top(content, values)
@@ -159,7 +163,7 @@ class Records:
         ids: their numbers, [E]; -1 for filler rows, of which nothing is stored.
         tokens, positions: per example, [E] int64.
         values: targets of all positions, one example after another; None without token targets.
-        traits: stored traits, [P] each.
+        traits: stored traits, [P] each; [sum of tokens] of `TEXT_TRAITS`.
         classes: class logits, then those that mean none of them, [E,C+R], zeros in filler rows; None without them.
         hidden: per token [sum of tokens,H], per example [E,H] (zeros in filler rows).
     """
@@ -208,8 +212,9 @@ class Records:
         entropy = None if values.entropy is None else moved(values.entropy, device)
         ids, log_probs = moved(values.ids, device), moved(values.log_probs, device)
         values = SparseRows(ids, log_probs, tail, values.temperature, entropy)
-        traits = {key: moved(value, device) for key, value in self.traits.items()}
-        return SparseLogits(name, at, values, self.content.columns, traits)
+        text = {key: self._spread(moved(self.traits[key], device), batch) for key in self.content.text_traits}
+        traits = {key: moved(value, device) for key, value in self.traits.items() if key not in text}
+        return SparseLogits(name, at, values, self.content.columns, traits, text)
 
     def _feature(self, key: str, batch: Batch) -> Tensor:
         if key not in self.hidden:
@@ -222,11 +227,16 @@ class Records:
         values = moved(self.hidden[key], batch.keys.device)
         if split_key(key)[0] in PER_EXAMPLE:
             return values.float()
-        mask = batch.on_host.token_mask
-        self._same(mask.sum(1).cpu(), self.tokens, "tokens")
-        whole = torch.zeros(mask.numel(), values.shape[-1], device=values.device)
-        whole[batch.where(lambda rows: rows.token_mask)] = values.float()
-        return whole.view(*mask.shape, -1)
+        self._same(batch.on_host.token_mask.sum(1).cpu(), self.tokens, "tokens")
+        return self._spread(values.float(), batch)
+
+    @staticmethod
+    def _spread(values: Tensor, batch: Batch) -> Tensor:
+        """Values of all tokens, one example after another [N,...], at their places [B,L,...]; 0 at padding."""
+        shape, rest = batch.attention_mask.shape, values.shape[1:]
+        whole = values.new_zeros(shape.numel(), *rest)
+        whole[batch.where(lambda rows: rows.token_mask)] = values
+        return whole.view(*shape, *rest)
 
     def _same(self, counts: Tensor, stored: Tensor, what: str) -> None:
         if not torch.equal(counts, stored):

@@ -21,7 +21,7 @@ from mtkd.errors import DataError
 from mtkd.models import stored
 from mtkd.models.features import split_key
 from mtkd.pool.cache.codec import Arrays, SampledCodec, TopCodec
-from mtkd.pool.cache.content import PER_EXAMPLE, CacheContent
+from mtkd.pool.cache.content import PER_EXAMPLE, TEXT_TRAITS, CacheContent
 from mtkd.pool.cache.records import Record
 
 _KINDS = {"U8": "u1", "U16": "<u2", "U32": "<u4", "F16": "<f2", "F32": "<f4", "BF16": "<u2"}
@@ -127,6 +127,12 @@ def _per_example(key: str) -> bool:
     return split_key(key)[0] in PER_EXAMPLE
 
 
+def _per_token(name: str) -> bool:
+    """Whether an array has a value for every token, and not at targets or per example."""
+    kind, _, key = name.partition(".")
+    return key in TEXT_TRAITS if kind == "trait" else kind == "hidden" and not _per_example(key)
+
+
 class Shard:
     """A mapped shard: arrays that are read from the disk where they are sliced.
 
@@ -216,20 +222,20 @@ class Shard:
     def _length(self, name: str, count: int) -> int:
         if name in ("target.draws", "target.importance"):
             return int(self.draw_ends[-1])
+        if _per_token(name):
+            return int(self.token_ends[-1])
         if name.startswith(("target.", "trait.")):
             return int(self.ends[-1])
-        if name.startswith("hidden.") and not _per_example(name.removeprefix("hidden.")):
-            return int(self.token_ends[-1])
         return count
 
     def part(self, name: str, local: int) -> np.ndarray:
         """The part of an array that belongs to the example `first + local`."""
         if name in ("target.draws", "target.importance"):
             begin, end = self.draw_ends[self.ends[local]], self.draw_ends[self.ends[local + 1]]
+        elif _per_token(name):
+            begin, end = self.token_ends[local], self.token_ends[local + 1]
         elif name.startswith(("target.", "trait.")):
             begin, end = self.ends[local], self.ends[local + 1]
-        elif name.startswith("hidden.") and not _per_example(name.removeprefix("hidden.")):
-            begin, end = self.token_ends[local], self.token_ends[local + 1]
         else:
             begin, end = local, local + 1
         return self.arrays[name][begin:end]
