@@ -42,10 +42,11 @@ CASES = [
     (Named(name="uncertainty", options={"mode": "hard"}), CLASSES, "example"),
     (Named(name="route"), CLASSES, "example"),
     (Named(name="margin"), TOKENS, "token"),
+    (Named(name="posterior"), TOKENS, "token"),
 ]
 STATEFUL = (1, 5)  # numbers of cases
 # By ZeRO stage. 3 cuts parameters and gradients: the cases that have some of their own, or read them.
-SHARDED = {0: (3, 7, 8), 2: (5,), 3: (1, 2, 3, 5)}
+SHARDED = {0: (3, 7, 8, 12), 2: (5,), 3: (1, 2, 3, 5)}
 NAMES = [f"{named.name}-{task}-{i}" for i, (named, task, _) in enumerate(CASES)]
 
 
