@@ -87,7 +87,7 @@ def calibrated(logits: Tensor | Logits, calibration: Calibration) -> Logits:
     if calibration.changes_nothing:
         return known
     if isinstance(known, SparseLogits):
-        return replace(known, values=_sparse(known, calibration.temperature), traits={})
+        return replace(known, values=_sparse(known, calibration.temperature), traits={}, text={})
     bias = torch.tensor(calibration.bias) if calibration.bias else None
     if isinstance(known, DenseLogits):  # a specialist's other outputs are divided too; biases are of classes
         other = None if known.other is None else known.other.float()

@@ -126,6 +126,20 @@ def test_the_text_that_the_cache_lacks(tmp_path: Path) -> None:
     assert caught.value.where == "stages.cache.cache.traits"
 
 
+@pytest.mark.parametrize("trait", ["token_log_probs", "entropy"])
+def test_a_stored_trait_is_not_that_of_a_teacher_calibrated_later(tmp_path: Path, trait: str) -> None:
+    """Refused where the cache is read, taken where it is made."""
+    student = {"weighting": "posterior" if trait == "token_log_probs" else "entropy", "per": "token"}
+    made = cache_runs.values(tmp_path, cache={**EXACT, "traits": [trait]}, student=student)
+    made["stages"]["student"]["teachers"] = [{**t, "calibrate": {"temperature": 0.5}} for t in cache_runs.CACHED]
+    with pytest.raises(UserError, match="of every teacher, which the cache"):
+        plan(cache_runs.config(tmp_path, made))
+    made["stages"]["student"]["teachers"] = cache_runs.CACHED
+    for stage in "cache", "live":
+        made["stages"][stage]["teachers"] = [{**t, "calibrate": {"temperature": 0.5}} for t in cache_runs.LIVE]
+    plan(cache_runs.config(tmp_path, made))
+
+
 def test_traits_of_another_temperature_are_not_known(tmp_path: Path) -> None:
     warm = {**EXACT, "temperature": 2.0}
     method = {"name": "kd", "options": {"temperature": 2.0}}
