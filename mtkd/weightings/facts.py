@@ -122,14 +122,19 @@ def text_log_probs(logits: Logits, batch: Batch, tile: int, pieces: Pieces = EVE
     """One teacher's `token_log_probs`, [B,L]; a tile of logits exists at a time."""
     if isinstance(logits, SparseLogits):
         return logits.text_fact("token_log_probs")
-    real = batch.token_mask
-    index = nn.functional.pad(real[:, :-1] & real[:, 1:], (0, 1)).reshape(-1).nonzero().squeeze(-1)  # [n]
+    real, index = batch.token_mask, batch.where(_followed)  # [B,L], [n]
     after = index + 1  # in the same example: none of its last column is among `index`
     tokens, values = batch.input_ids.reshape(-1)[after], torch.zeros(real.numel(), device=real.device)
     for piece in pieces.of(len(index), tile):
         rows = logits.rows(index[piece])  # [m,V]
         values[after[piece]] = -nn.functional.cross_entropy(rows, tokens[piece], reduction="none")
     return values.view(real.shape)
+
+
+def _followed(batch: Batch) -> Tensor:
+    """Unpadded tokens that have another one after them, [B,L] bool."""
+    real = batch.token_mask
+    return nn.functional.pad(real[:, :-1] & real[:, 1:], (0, 1))
 
 
 def _student(traits: Traits) -> Logits:
