@@ -18,18 +18,15 @@ correctness is averaged over seeds, corrected by Holm over the arms of a task.
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
-import os
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sides import compare
+from sides.jobs import Job, hits, set_environment, work
 from tasks import TASKS, prepare
 
 TEACHER_SEED = 100  # of the first teacher; students have seeds from 0
@@ -238,14 +235,14 @@ PARTS = {
 }
 
 
-def configuration(setting: Setting, run: str, arm: Arm, seed: int) -> dict[str, Any]:
+def job(setting: Setting, run: str, arm: Arm, seed: int) -> Job:
     """The run file of an arm and seed, as plain values."""
     last = list(arm.stages)[-1]
     transfer = any(stage.get("data") == "transfer" for stage in arm.stages.values())
     evaluate = {"data": setting.task, "resamples": 100, "batch": {"tokens": 1_024}}
     evaluate |= {"ensembles": [last]} if arm.ensemble else {}
     evaluate |= {"stages": [last]} if last != "cache" else {}
-    return {
+    config = {
         "name": run,
         "seed": seed,
         "output": str(setting.folder(run).parent),
@@ -255,6 +252,7 @@ def configuration(setting: Setting, run: str, arm: Arm, seed: int) -> dict[str, 
         "evaluate": evaluate,
         "log_every": 50,
     }
+    return Job(config, used_again=run.startswith(USED_AGAIN))
 
 
 def run_name(part: str, arm: str, seed: int) -> str:
@@ -262,105 +260,29 @@ def run_name(part: str, arm: str, seed: int) -> str:
     return f"{part}-{plain}-{seed}"
 
 
-def run_job(job: dict[str, Any]) -> None:
-    """One run, in a worker process; of what is not used again its scores are kept alone: a part makes 100 runs."""
-    import mtkd
-    from mtkd.config import RunConfig
-
-    mtkd.run(RunConfig.model_validate(job))
-    stages = Path(job["output"]) / job["name"] / "stages"
-    for state in stages.glob("*/checkpoints/step-*/state-rank-0.pt"):
-        state.unlink()
-    if not job["name"].startswith(USED_AGAIN):
-        for weights in stages.glob("*/export/model.safetensors"):
-            weights.unlink()
-
-
-def work(jobs: list[dict[str, Any]], workers: int, deadline: float) -> None:
-    """Run the jobs that are not finished, `workers` at a time, until all are or the time is over."""
-    waiting = [job for job in jobs if not (Path(job["output"]) / job["name"] / "results.json").exists()]
-    total, done, failed = len(waiting), 0, 0
-    # A worker makes some runs before a new one takes its place: starting one takes 10 s, and its memory grows slowly.
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn, max_tasks_per_child=20) as pool:
-        running: dict[Future[None], str] = {}
-        while waiting or running:
-            while waiting and len(running) < workers and time.monotonic() < deadline:
-                job = waiting.pop(0)
-                running[pool.submit(run_job, job)] = job["name"]
-            if time.monotonic() >= deadline and waiting:
-                print(f"time is over: {len(waiting)} runs are left for the next call", flush=True)
-                waiting = []
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                name, error = running.pop(future), future.exception()
-                done += 1
-                failed += error is not None
-                print(f"{name} {f'failed: {error}' if error else 'ended'}; {total - done} of {total} left", flush=True)
-    if failed:
-        sys.exit(f"{failed} runs failed")
-
-
-def accuracy(folder: Path, file: str = "scores.jsonl") -> list[float] | None:
-    """Hits (0 or 1) per test example of a run's scored stage; None when it is not finished."""
-    if not (folder / "results.json").exists():
-        return None
-    path = next((folder / "stages").glob(f"*/{file}"))
-    rows = [json.loads(line) for line in path.open()]
-    return [float(row["prediction"] == row["label"]) for row in rows]
-
-
 def table(part: str, setting: Setting, seeds: int) -> None:
     """Print what is finished."""
-    import numpy as np
-    from scipy import stats
-
-    from mtkd.evaluate.significance import holm
-
     compared, (count, layers) = PARTS[part], PARTS[part].teachers
-    baseline_name = compared.baseline
-    found: dict[str, list[list[float]]] = {}
+    found: dict[str, dict[int, list[float]]] = {}
     for arm in compared.arms(setting):
-        held = [accuracy(setting.folder(run_name(part, arm.name, seed))) for seed in range(seeds)]
-        found[arm.name] = [h for h in held if h is not None]
+        held = {seed: hits(setting.folder(run_name(part, arm.name, seed))) for seed in range(seeds)}
+        found[arm.name] = {seed: h for seed, h in held.items() if h is not None}
     for run, arm in compared.caches(setting).items():
-        hits = accuracy(setting.folder(run), "ensemble-scores.jsonl") if arm.ensemble else None
-        found |= {arm.name: [hits]} if hits else {}
-    alone = [accuracy(setting.folder(f"teacher{layers}-{k}")) for k in range(count)]
+        right = hits(setting.folder(run), file="ensemble-scores.jsonl") if arm.ensemble else None
+        found |= {arm.name: {0: right}} if right else {}
+    alone = [hits(setting.folder(f"teacher{layers}-{k}")) for k in range(count)]
     print(f"\n{part}, {setting.task}: {setting.steps} steps; {count} teacher(s) of {layers} layers:", end=" ")
     print(", ".join(f"{100 * statistics.mean(a):.2f}" for a in alone if a))
-    baseline = found.get(baseline_name) or []
-    rows, ps = [], []
-    for name, runs in found.items():
-        if not runs:
-            continue
-        means = [100 * statistics.mean(run) for run in runs]
-        spread = statistics.stdev(means) if len(means) > 1 else 0.0
-        pairs = min(len(runs), len(baseline))
-        text = ""
-        if name != baseline_name and pairs > 1:
-            differences = np.array(means[:pairs]) - np.array([100 * statistics.mean(b) for b in baseline[:pairs]])
-            half = stats.t.ppf(0.975, pairs - 1) * differences.std(ddof=1) / pairs**0.5
-            text = f"{differences.mean():+.2f} [{differences.mean() - half:+.2f}, {differences.mean() + half:+.2f}]"
-            per_example = np.mean(runs[:pairs], 0) - np.mean(baseline[:pairs], 0)
-            test = stats.permutation_test(
-                (per_example,), np.mean, permutation_type="samples", n_resamples=10_000, rng=np.random.default_rng(0)
-            )
-            ps.append(float(test.pvalue))
-        rows.append([name, len(runs), f"{statistics.mean(means):.2f}", f"{spread:.2f}", text])
-    corrected = iter(holm(ps))
-    print("| arm | seeds | accuracy | sd | difference [95% over seeds] | p (Holm) |\n|---|---|---|---|---|---|")
-    for row in rows:
-        p = f"{next(corrected):.4f}" if row[4] else ""
-        print("| " + " | ".join([*map(str, row), p]) + " |")
+    print(compare.table(found, [compared.baseline]))
     _kept_share(found)
 
 
-def _kept_share(found: dict[str, list[list[float]]]) -> None:
+def _kept_share(found: Mapping[str, compare.Runs]) -> None:
     """Hinton's question: how much of the ensemble's gain over a single model the distilled model keeps."""
     single, ensemble = (found.get(name) for name in ("single model, labels", "ensemble of the ten"))
     for name, runs in found.items():
         if name.startswith("distilled") and runs and single and ensemble:
-            low, high, kept = (100 * statistics.mean(map(statistics.mean, held)) for held in (single, ensemble, runs))
+            low, high, kept = (statistics.mean(compare.accuracies(held)) for held in (single, ensemble, runs))
             share = (kept - low) / (high - low)
             print(f"{name}: {kept - low:+.2f} of the ensemble's {high - low:+.2f}: kept {share:.0%}")
 
@@ -379,24 +301,23 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.part is None:
         parser.error("which part?")
-    # read by the workers when they import torch
-    os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
+    set_environment()
     deadline = time.monotonic() + 60 * arguments.minutes
     part = PARTS[arguments.part]
     for task in arguments.tasks:
         setting = Setting(task, arguments.output, arguments.steps)
         if not arguments.table:
             first = teachers(setting, *part.teachers)
-            work([configuration(setting, run, arm, 0) for run, arm in first.items()], arguments.workers, deadline)
+            work([job(setting, run, arm, 0) for run, arm in first.items()], arguments.workers, deadline)
             caches = part.caches(setting)
-            work([configuration(setting, run, arm, 0) for run, arm in caches.items()], arguments.workers, deadline)
+            work([job(setting, run, arm, 0) for run, arm in caches.items()], arguments.workers, deadline)
             arms = [
                 (run_name(arguments.part, arm.name, s), arm, s)
                 for s in range(arguments.seeds)
                 for arm in part.arms(setting)
                 if any(word in arm.name for word in arguments.arms)
             ]
-            work([configuration(setting, run, arm, s) for run, arm, s in arms], arguments.workers, deadline)
+            work([job(setting, run, arm, s) for run, arm, s in arms], arguments.workers, deadline)
         table(arguments.part, setting, arguments.seeds)
 
 

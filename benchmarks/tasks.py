@@ -142,7 +142,7 @@ def prepare(name: str, output: Path) -> dict[str, Any]:
         for split, rows in (("train", train[task.held :]), ("test", [*test, *train[: task.held]])):
             files[split].write_text("".join(json.dumps(row) + "\n" for row in rows))
             texts += [text for row in rows for text in (row["text"], row.get("pair", ""))]
-        _trim(encoder_folder(), folder / "model", texts)
+        trim_encoder(encoder_folder(), folder / "model", texts)
     labels = sorted({json.loads(line)["label"] for line in files["train"].open()})
     block: dict[str, Any] = {
         "source": "files",
@@ -157,7 +157,7 @@ def prepare(name: str, output: Path) -> dict[str, Any]:
     return {"data": block, "model": str((folder / "model").resolve())}
 
 
-def _trim(source: Path, target: Path, texts: list[str]) -> None:
+def trim_encoder(source: Path, target: Path, texts: list[str]) -> None:
     """Copy the encoder with only the word pieces that `texts` use."""
     import torch
     from transformers import AutoModel, AutoTokenizer

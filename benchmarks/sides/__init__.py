@@ -1,1 +1,1 @@
-"""The arms of benchmarks/peers.py: what is measured, on mtkd's side and on the peers'."""
+"""What benchmarks share: the arms of peers.py, jobs of several runs, tables of paired comparisons."""
