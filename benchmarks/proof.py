@@ -23,7 +23,7 @@ from sides.jobs import set_environment, work
 if TYPE_CHECKING:
     from proofs.proof import Proof
 
-PROOFS = ("specialists",)
+PROOFS = ("specialists", "calibration", "more", "unequal", "ensemble", "mixes", "gaps")
 
 
 def main() -> None:

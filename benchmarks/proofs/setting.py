@@ -22,7 +22,7 @@ SOFT = {"feature": "logits", "loss": "kl"}
 HARD = {"feature": "logits", "loss": "ce", "target": "labels"}
 
 Stage = dict[str, Any]
-PLUGINS = str(Path(__file__).with_name("weights.py").resolve())
+PLUGINS = [str(Path(__file__).with_name(name).resolve()) for name in ("weights.py", "answering.py")]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,12 @@ class Group:
     stages: Mapping[str, Stage]
     arms: Mapping[str, str] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
+
+
+def group_of(name: str, data: Mapping[str, Any], arms: Mapping[str, Stage], needs: tuple[str, ...] = ()) -> Group:
+    """A group of arms of one stage each."""
+    stages = {f"arm{number}": stage for number, stage in enumerate(arms.values())}
+    return Group(name, data, stages, dict(zip(arms, stages, strict=True)), needs)
 
 
 @dataclass
@@ -95,7 +101,7 @@ class Setting:
 
     def stage(self, data: str, steps: int, layers: int, **values: Any) -> Stage:
         batch = {"sequences": 32, "group_by_length": True}
-        lr = self.corpus.lr * (0.4 if layers > 3 else 1.0)  # six layers with the small models' rate learn nothing
+        lr = self.corpus.lr * (0.5 if layers > 3 else 1.0)  # six layers with the small models' rate learn nothing
         stage = {"data": data, "steps": steps, "batch": batch, "optimizer": {"lr": lr}, "student": self.student(layers)}
         return {**stage, **values}
 
@@ -107,14 +113,17 @@ class Setting:
         match = {} if "method" in values or "match" in values else {"match": [SOFT]}
         return self.stage(data, steps, layers, kind="distill", teachers=list(teachers), **match, **values)
 
+    def export(self, group: str, seed: int, number: int, stage: str) -> str:
+        """The exported model of a stage of another group; `number` as in `cached`."""
+        return str(self.folder(group, seed) / "stages" / f"{number:02}-{stage}" / "export")
+
     def cached(self, group: str, seed: int, number: int, name: str, stage: str = "cache") -> dict[str, Any]:
         """A teacher whose logits another group has kept.
 
         Args:
             number: of the cache stage in its run, from 1.
         """
-        export = self.folder(group, seed) / "stages" / f"{number:02}-{stage}" / "export" / name
-        return {"name": name, "backend": "cached", "model": str(export)}
+        return {"name": name, "backend": "cached", "model": f"{self.export(group, seed, number, stage)}/{name}"}
 
     def job(self, group: Group, seed: int) -> Job:
         """The run file of a group and seed, as plain values."""
@@ -125,7 +134,7 @@ class Setting:
             "name": self.folder(group.name, seed).name,
             "seed": seed,
             "output": str(self.runs),
-            "plugins": [PLUGINS],
+            "plugins": PLUGINS,
             "data": {name: dict(block) for name, block in group.data.items()},
             "engine": {"kind": "torch", "device": "cpu", "precision": "bf16", "threads": 1},
             "stages": {name: dict(stage) for name, stage in group.stages.items()},

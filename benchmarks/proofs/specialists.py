@@ -15,14 +15,14 @@ from sides.compare import difference
 
 from proofs.corpora import Row
 from proofs.proof import Found, Proof, best_of, mean
-from proofs.setting import HARD, SOFT, Group, Setting, Stage
+from proofs.setting import HARD, SOFT, Group, Setting, Stage, group_of
 
 TEACHERS = 3
 SLICE = 5  # labelled texts per class
 OWN_SHARE = 0.4  # of a class's other texts, that its teacher learns from; the rest is for transfer
 OTHERS = 0.33  # "other" examples of a teacher, per example of its own classes
-STEPS = {"teacher": 200, "student": 300}
-STUDENT, TEACHER = 2, 6  # layers
+STEPS = {"teacher": 200, "student": 240}
+STUDENT, TEACHER = 2, 3  # layers
 
 FREE = {
     "confidence": "confidence",
@@ -88,12 +88,14 @@ def groups(setting: Setting, seed: int) -> list[Group]:
     cache = {
         "kind": "cache",
         "data": "transfer",
-        "teachers": [{"name": name, "model": f"stage:{name}", "other": "other"} for name in names],
+        "teachers": [
+            {"name": name, "model": setting.export("teachers", seed, k, name), "other": "other"}
+            for k, name in enumerate(names, 1)
+        ],
         "batch": {"tokens": 2_048},
     }
-    owned = {name: block for name, block in data.items() if name != "slice"}
-    scored = {"own0": owned.pop("own0"), **owned}
-    three = [setting.cached("teachers", seed, TEACHERS + 1, name) for name in names]
+    owned = {f"own{k}": data[f"own{k}"] for k in range(TEACHERS)}
+    three = [setting.cached("cache", seed, 1, name) for name in names]
 
     def of(teachers: list[dict[str, Any]], **values: Any) -> Stage:
         return setting.distil("transfer", STEPS["student"], STUDENT, teachers, **values)
@@ -110,21 +112,17 @@ def groups(setting: Setting, seed: int) -> list[Group]:
     with_labels = {"uniform + labels": "uniform", "abstain + labels": "abstain", "oracle + labels": "route"}
     labelled |= weighted(with_labels, **both)
     alone = {"labels of the slice": setting.labels("slice", STEPS["student"], STUDENT)}
-    needs = ("teachers",)
+    needs = ("cache",)
     return [
-        Group("teachers", scored, {**taught, "cache": cache}),
-        _group("plain", transfer, plain, needs),
-        _group("free", transfer, weighted({**FREE, "oracle": "route"}), needs),
-        _group("slice", {"slice": data["slice"]}, alone, ()),
-        _group("sliced", transfer, weighted(SLICED), needs),
-        _group("labelled", transfer, labelled, needs),
-        *([_group("searched", transfer, weighted(SEARCHED), needs)] if SEARCHED else []),
+        Group("teachers", owned, taught),
+        Group("cache", transfer, {"cache": cache}, needs=("teachers",)),
+        group_of("plain", transfer, plain, needs),
+        group_of("free", transfer, weighted({**FREE, "oracle": "route"}), needs),
+        group_of("slice", {"slice": data["slice"]}, alone, ()),
+        group_of("sliced", transfer, weighted(SLICED), needs),
+        group_of("labelled", transfer, labelled, needs),
+        *([group_of("searched", transfer, weighted(SEARCHED), needs)] if SEARCHED else []),
     ]
-
-
-def _group(name: str, data: dict[str, Any], arms: dict[str, Stage], needs: tuple[str, ...]) -> Group:
-    stages = {f"arm{k}": stage for k, stage in enumerate(arms.values())}
-    return Group(name, data, stages, dict(zip(arms, stages, strict=True)), needs)
 
 
 def derive(arms: Found) -> Found:
