@@ -20,7 +20,7 @@ from proofs.setting import SOFT, Group, Setting, Stage, group_of
 TEACHERS = 3
 LABELLED, HELD = 1_500, 500
 HEAD_STEPS, HEAD_LR = 50, 2e-3
-STEPS, STUDENT = 240, 2  # layers
+STEPS, STUDENT = 150, 3  # layers
 FIT = {"data": "held", "split": "train", "examples": HELD}
 WEIGHTINGS = ("confidence", "entropy", "margin", "mgda")
 

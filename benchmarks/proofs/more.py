@@ -33,8 +33,8 @@ TEACHERS = 8
 COUNTS = (1, 2, 4, 8)
 SETTINGS = {"seeds": "uniform", "texts": "uniform", "few": "uniform", "half": "confidence", "eighth": "confidence"}
 """Setting -> weighting: teachers that do not know all classes are weighted by their confidence."""
-STEPS = 200
-SIZES = {2: COUNTS, 1: (1, 8)}
+STEPS = 150
+SIZES = {3: COUNTS, 2: (1, 8)}
 """Layers of the student -> numbers of teachers."""
 LABELLED, TRANSFER, SAMPLE = 4_500, 5_000, 256
 PLOT = Path(__file__).parents[1] / "plots" / "more-teachers.svg"
@@ -93,7 +93,7 @@ def groups(setting: Setting, seed: int) -> list[Group]:
 
 
 def _arm(kind: str, layers: int, count: int) -> str:
-    return f"{kind}, {layers} layer{'s' * (layers > 1)}, {count} teacher{'s' * (count > 1)}"
+    return f"{kind}, {layers} layers, {count} teacher{'s' * (count > 1)}"
 
 
 def agreement(setting: Setting, kind: str, seed: int) -> tuple[float, float]:
@@ -157,17 +157,17 @@ def draw(points: list[dict[str, Any]]) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for layers, line in ((2, "-"), (1, ":")):
+    for layers, line in ((3, "-"), (2, ":")):
         for count, colour in ((2, "#9ecae1"), (4, "#4292c6"), (8, "#08306b")):
             some = sorted((p["agreement"], p) for p in points if (p["layers"], p["teachers"]) == (layers, count))
             if some:
                 x, y, half = zip(*((p["agreement"], p["gain"], p["half"]) for _, p in some), strict=True)
-                label = f"{count} teachers, student of {layers} layer{'s' * (layers > 1)}"
+                label = f"{count} teachers, student of {layers} layers"
                 axes.errorbar(
                     x, y, half, linestyle=line, color=colour, marker="o", markersize=3, capsize=2, label=label
                 )
     for p in points:
-        if (p["layers"], p["teachers"]) == (2, 8):
+        if (p["layers"], p["teachers"]) == (3, 8):
             axes.annotate(p["setting"], (p["agreement"], p["gain"]), (4, 4), textcoords="offset points")
     axes.axhline(0, color="grey", linewidth=0.5)
     axes.set_yscale("symlog", linthresh=2)

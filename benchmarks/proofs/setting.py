@@ -13,8 +13,11 @@ from sides.jobs import Job
 
 from proofs.corpora import CORPORA, Corpus, Row, Texts, load
 
-LAYERS = {6: None, 4: [1, 3, 4, 6], 3: [2, 4, 6], 2: [3, 6], 1: [6]}
-"""Layers of a model -> layers of the encoder that it is cut from."""
+LAYERS = {7: None, 5: [1, 3, 4, 6, 7], 4: [2, 4, 6, 7], 3: [3, 6, 7], 2: [6, 7]}
+"""Layers of a model -> layers of the encoder that it is cut from; its seventh averages (`proofs.corpora.averaging`)."""
+
+LR = {7: 0.4, 5: 0.5, 4: 0.7, 3: 1.0, 2: 1.0}
+"""Layers -> learning rate, as a share of the corpus's: deep models with the small models' rate learn nothing."""
 
 SOFT = {"feature": "logits", "loss": "kl"}
 """KL at T = 1."""
@@ -35,6 +38,8 @@ class Group:
         stages: of the run file.
         arms: arm -> the stage that is scored for it.
         needs: names of groups of the same seed whose caches or models are read.
+        shared: the same of seed 0, which all seeds read.
+        ensemble: a stage whose teachers are scored as an ensemble.
     """
 
     name: str
@@ -42,12 +47,20 @@ class Group:
     stages: Mapping[str, Stage]
     arms: Mapping[str, str] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
+    ensemble: str = ""
 
 
-def group_of(name: str, data: Mapping[str, Any], arms: Mapping[str, Stage], needs: tuple[str, ...] = ()) -> Group:
+def group_of(
+    name: str,
+    data: Mapping[str, Any],
+    arms: Mapping[str, Stage],
+    needs: tuple[str, ...] = (),
+    shared: tuple[str, ...] = (),
+) -> Group:
     """A group of arms of one stage each."""
     stages = {f"arm{number}": stage for number, stage in enumerate(arms.values())}
-    return Group(name, data, stages, dict(zip(arms, stages, strict=True)), needs)
+    return Group(name, data, stages, dict(zip(arms, stages, strict=True)), needs, shared)
 
 
 @dataclass
@@ -101,8 +114,8 @@ class Setting:
 
     def stage(self, data: str, steps: int, layers: int, **values: Any) -> Stage:
         batch = {"sequences": 32, "group_by_length": True}
-        lr = self.corpus.lr * (0.5 if layers > 3 else 1.0)  # six layers with the small models' rate learn nothing
-        stage = {"data": data, "steps": steps, "batch": batch, "optimizer": {"lr": lr}, "student": self.student(layers)}
+        rate = {"lr": self.corpus.lr * LR[layers]}
+        stage = {"data": data, "steps": steps, "batch": batch, "optimizer": rate, "student": self.student(layers)}
         return {**stage, **values}
 
     def labels(self, data: str, steps: int, layers: int, **values: Any) -> Stage:
@@ -130,6 +143,7 @@ class Setting:
         scored = next(iter(group.data))
         evaluate: dict[str, Any] = {"data": scored, "resamples": 10, "batch": {"tokens": 2_048}}
         evaluate |= {"stages": list(dict.fromkeys(group.arms.values()))} if group.arms else {}
+        evaluate |= {"ensembles": [group.ensemble]} if group.ensemble else {}
         config = {
             "name": self.folder(group.name, seed).name,
             "seed": seed,
@@ -141,5 +155,7 @@ class Setting:
             "evaluate": evaluate,
             "log_every": 20,
         }
-        needs = tuple(self.folder(name, seed) for name in group.needs)
-        return Job(config, needs, used_again=group.name.startswith(("teachers", "cache")))
+        needs = [*((name, seed) for name in group.needs), *((name, 0) for name in group.shared)]
+        return Job(
+            config, tuple(self.folder(*each) for each in needs), used_again=group.name.startswith(("teachers", "cache"))
+        )

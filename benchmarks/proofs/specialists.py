@@ -20,9 +20,9 @@ from proofs.setting import HARD, SOFT, Group, Setting, Stage, group_of
 TEACHERS = 3
 SLICE = 5  # labelled texts per class
 OWN_SHARE = 0.4  # of a class's other texts, that its teacher learns from; the rest is for transfer
-OTHERS = 0.33  # "other" examples of a teacher, per example of its own classes
-STEPS = {"teacher": 200, "student": 240}
-STUDENT, TEACHER = 2, 3  # layers
+OTHERS = 1.0  # "other" examples of a teacher, per example of its own classes
+STEPS = {"teacher": 120, "student": 150}
+STUDENT, TEACHER = 3, 7  # layers
 
 FREE = {
     "confidence": "confidence",
