@@ -21,8 +21,8 @@ TEACHERS = 3
 SLICE = 5  # labelled texts per class
 OWN_SHARE = 0.4  # of a class's other texts, that its teacher learns from; the rest is for transfer
 OTHERS = 1.0  # "other" examples of a teacher, per example of its own classes
-STEPS = {"teacher": 120, "student": 150}
-STUDENT, TEACHER = 3, 7  # layers
+STEPS = {"teacher": 200, "student": 150}
+STUDENT, TEACHER = 3, 4  # layers
 
 FREE = {
     "confidence": "confidence",
