@@ -13,29 +13,43 @@ from dataclasses import dataclass
 import numpy as np
 
 Runs = Mapping[int, Sequence[float]]
-"""Seed -> hits (0 or 1) per test example."""
+"""Seed -> a value per test example: hits (0 or 1), or losses."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What the mean over test examples is, and how it is written."""
+
+    title: str
+    scale: float
+    digits: int
+
+
+ACCURACY, BITS = Measure("accuracy", 100, 2), Measure("bits per byte", 1, 3)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """An arm against another one, percentage points."""
+    """An arm against another one, in units of the measure (accuracy: percentage points)."""
 
     mean: float
     half: float  # of the 95% interval over seeds
     p: float
     seeds: int
+    digits: int = 2
 
     @property
     def text(self) -> str:
-        return f"{self.mean:+.2f} [{self.mean - self.half:+.2f}, {self.mean + self.half:+.2f}]"
+        low, high = self.mean - self.half, self.mean + self.half
+        return f"{self.mean:+.{self.digits}f} [{low:+.{self.digits}f}, {high:+.{self.digits}f}]"
 
 
-def accuracies(runs: Runs) -> list[float]:
-    """Percent, one number per seed."""
-    return [100 * statistics.mean(run) for run in runs.values()]
+def accuracies(runs: Runs, measure: Measure = ACCURACY) -> list[float]:
+    """Percent, or the value of another measure; one number per seed."""
+    return [measure.scale * statistics.mean(run) for run in runs.values()]
 
 
-def difference(runs: Runs, baseline: Runs) -> Difference | None:
+def difference(runs: Runs, baseline: Runs, measure: Measure = ACCURACY) -> Difference | None:
     """A paired comparison over the seeds that both have; None of fewer than two."""
     from scipy import stats
 
@@ -43,19 +57,21 @@ def difference(runs: Runs, baseline: Runs) -> Difference | None:
     if len(seeds) < 2:
         return None
     gains = np.array([runs[seed] for seed in seeds]) - np.array([baseline[seed] for seed in seeds])  # [seeds, examples]
-    over_seeds, per_example = 100 * gains.mean(1), gains.mean(0)
+    over_seeds, per_example = measure.scale * gains.mean(1), gains.mean(0)
     half = float(stats.t.ppf(0.975, len(seeds) - 1) * over_seeds.std(ddof=1) / len(seeds) ** 0.5)
     test = stats.permutation_test(
         (per_example,), np.mean, permutation_type="samples", n_resamples=10_000, rng=np.random.default_rng(0)
     )
-    return Difference(float(over_seeds.mean()), half, float(test.pvalue), len(seeds))
+    return Difference(float(over_seeds.mean()), half, float(test.pvalue), len(seeds), measure.digits)
 
 
-def corrected(found: Mapping[str, Runs], baseline: str) -> dict[str, tuple[Difference, float]]:
+def corrected(
+    found: Mapping[str, Runs], baseline: str, measure: Measure = ACCURACY
+) -> dict[str, tuple[Difference, float]]:
     """Every other arm against the baseline, with Holm's p over all of them."""
     from mtkd.evaluate.significance import holm
 
-    compared = {name: difference(runs, found[baseline]) for name, runs in found.items() if name != baseline}
+    compared = {name: difference(runs, found[baseline], measure) for name, runs in found.items() if name != baseline}
     there = {name: each for name, each in compared.items() if each is not None}
     return {
         name: (each, p)
@@ -64,7 +80,10 @@ def corrected(found: Mapping[str, Runs], baseline: str) -> dict[str, tuple[Diffe
 
 
 def table(
-    found: Mapping[str, Runs], baselines: Sequence[str], more: Mapping[str, Mapping[str, str]] | None = None
+    found: Mapping[str, Runs],
+    baselines: Sequence[str],
+    more: Mapping[str, Mapping[str, str]] | None = None,
+    measure: Measure = ACCURACY,
 ) -> str:
     """A markdown table: an arm per row, a difference and p per baseline.
 
@@ -73,14 +92,14 @@ def table(
     """
     found = {name: runs for name, runs in found.items() if runs}
     more = more or {}
-    against = {name: corrected(found, name) for name in baselines if name in found}
-    titles = ["arm", "seeds", "accuracy (sd)"]
+    against = {name: corrected(found, name, measure) for name in baselines if name in found}
+    titles = ["arm", "seeds", f"{measure.title} (sd)"]
     titles += [title for name in against for title in (f"against {name} [95% over seeds]", "p (Holm)")]
     rows = [[*titles, *more], ["---"] * (len(titles) + len(more))]
     for arm, runs in found.items():
-        means = accuracies(runs)
+        means = accuracies(runs, measure)
         spread = statistics.stdev(means) if len(means) > 1 else 0.0
-        row = [arm, str(len(runs)), f"{statistics.mean(means):.2f} ({spread:.2f})"]
+        row = [arm, str(len(runs)), f"{statistics.mean(means):.{measure.digits}f} ({spread:.{measure.digits}f})"]
         for compared in against.values():
             each = compared.get(arm)
             row += ["", ""] if each is None else [each[0].text, f"{each[1]:.4f}"]
