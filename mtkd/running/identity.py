@@ -94,11 +94,18 @@ def teacher_digest(context: RunContext, teacher: TeacherConfig) -> str:
     """
     config = context.config
     code = partial(plugin_code, {path: config.base / path for path in config.plugins})
-    digest = BACKENDS[teacher.backend].digest(teacher, model_digest(context, teacher.model), code, config.base)
+    digest = BACKENDS[teacher.backend].digest(teacher, _read_digest(context, teacher), code, config.base)
     if (asked := teacher.calibrate) is None:
         return digest
     labels = _labels_digest(context, asked.data) if asked.data else ""
     return fingerprint([digest, asked.model_dump(mode="json"), labels])
+
+
+def _read_digest(context: RunContext, teacher: TeacherConfig) -> str:
+    """Digest of what a teacher answers from: weights, or the folder of a cache."""
+    if BACKENDS[teacher.backend].stored and teacher.model.stage is None:
+        return _cache_digest(context, teacher.model, "@stage.teachers")
+    return model_digest(context, teacher.model)
 
 
 def _labels_digest(context: RunContext, data: str) -> str:
