@@ -60,13 +60,19 @@ class Observed:
         return cls(*(np.concatenate([getattr(part, name) for part in each]) for name in ("gaps", "right", "curves")))
 
 
-def knows(rows: Tensor, labels: Tensor) -> Tensor:
-    """Whether a teacher has an output for each label, [m] bool: a specialist is not asked about other classes.
+def outputs(rows: Tensor) -> Tensor:
+    """Which columns a teacher has outputs for, [m,V] bool: of a specialist not all.
 
-    Their logits are `mtkd.models.classes.LOW` below its own, at no temperature a label's.
+    The logits of the others are `mtkd.models.classes.LOW` below its own, at no temperature a label's. A row that is not
+    finite has all columns, so that it is told where it is read.
     """
-    own = rows.gather(-1, labels[:, None]).squeeze(-1)
-    return ~(own < rows.max(-1).values - LOW / 2)  # NaN is told later
+    largest = rows.max(-1, keepdim=True).values
+    return ~((rows < largest - LOW / 2) & largest.isfinite())
+
+
+def knows(rows: Tensor, labels: Tensor) -> Tensor:
+    """Whether a teacher has an output for each label, [m] bool: a specialist is not asked about other classes."""
+    return outputs(rows).gather(-1, labels[:, None]).squeeze(-1)
 
 
 def observe(rows: Tensor, labels: Tensor) -> Observed:

@@ -106,12 +106,12 @@ def sentence(teacher: str, found: dict[str, Any]) -> str:
     before, after = found["before"], found["after"]
     temperature = found["temperature"]
     more = " and a bias per class" if found["bias"] else ""
-    if not COLDEST < temperature < HOTTEST:
+    if not 1.001 * COLDEST < temperature < 0.999 * HOTTEST:
         more += ", the end of the range: does it know these labels, or nothing of them?"
     return (
         f"teacher '{teacher}' is calibrated: temperature {temperature:.3g}{more}"
         f" (cross entropy {before['cross_entropy']:.3f} -> {after['cross_entropy']:.3f}, confidence "
-        f"{before['confidence']:.2f} -> {after['confidence']:.2f} at accuracy {before['accuracy']:.2f}; "
+        f"{before['confidence']:.2f} -> {after['confidence']:.2f} at accuracy {after['accuracy']:.2f}; "
         f"{found['labels']:,} labels of {found['data']}, {found['split']})"
     )
 
@@ -159,12 +159,7 @@ class _Look:
         batches = list(self._batches())
         total = dist.sum([sum(int(batch.target_mask.sum()) for batch in batches)])[0]
         if not total:
-            raise DataError(
-                "there are no labels to calibrate on",
-                where=f"{self.where}.calibrate",
-                found=f"data.{self.data.name}, split {self.asked.split}",
-                todo="name a split with labels (split, data), or give a number: calibrate: {temperature: 0.5}",
-            )
+            raise self._nothing("there are no labels to calibrate on")
         for batch in batches:
             for rows, labels in self._rows(teacher, batch.to(self.context.device), self._stride(teacher, total)):
                 try:
@@ -175,10 +170,20 @@ class _Look:
                 if self.asked.bias:
                     kept.append((rows.double().cpu().numpy(), labels.cpu().numpy()))
             alive()
+        if not dist.sum([sum(map(len, parts))])[0]:
+            raise self._nothing(f"teacher '{teacher.name}' has no output for any of the labels to calibrate on")
         everything = dist.gather_objects((Observed.joined(parts), kept)) or []
         pairs = [pair for _, some in everything for pair in some] or [(np.zeros((0, 1)), np.zeros(0, np.int64))]
         rows_of_all, labels_of_all = (np.concatenate([pair[i] for pair in pairs]) for i in (0, 1))
         return Observed.joined([seen for seen, _ in everything]), rows_of_all, labels_of_all
+
+    def _nothing(self, message: str) -> DataError:
+        return DataError(
+            message,
+            where=f"{self.where}.calibrate",
+            found=f"data.{self.data.name}, split {self.asked.split}",
+            todo="name a split with such labels (split, data), or give a number: calibrate: {temperature: 0.5}",
+        )
 
     def _stride(self, teacher: Teacher, total: float) -> int:
         """Which of a language model's targets are looked at: every so-manieth."""

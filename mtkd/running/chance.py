@@ -14,7 +14,7 @@ from mtkd.data.progress import say
 from mtkd.data.sampler import length_batches, slots
 from mtkd.data.split import Split
 from mtkd.engine.dist import Dist, alive
-from mtkd.evaluate.calibration import knows
+from mtkd.evaluate.calibration import knows, outputs
 from mtkd.models.features import as_logits
 from mtkd.models.forward import LOGITS
 from mtkd.pool import CachedTeacher, CalibratedTeacher, Teacher
@@ -31,6 +31,8 @@ def warn_below_chance(
 ) -> dict[str, float]:
     """Warn of teachers that are right less often than a guess on labelled train texts. A collective.
 
+    A specialist is asked about texts of its own classes, and a guess is one of these.
+
     It draws no random numbers and does not move the data stream, so it changes no bit of the run.
 
     Args:
@@ -38,7 +40,7 @@ def warn_below_chance(
         data: of the stage.
         batch: size of a batch that fits into memory.
     Returns:
-        Per teacher the share of texts that it classifies correctly; {} where no text has a class.
+        Per teacher the share of texts of its classes that it classifies correctly; {} where no text has a class.
     """
     split = data.splits["train"]
     if data.num_labels < 2 or not data.config.labelled or split.labels is None:
@@ -51,24 +53,31 @@ def warn_below_chance(
     for place, teacher in teachers.items():
         if teacher.view != STUDENT:
             continue  # a transform writes its text, and these batches come from the split
-        right = count = 0.0
+        sums = np.zeros(3)  # right ones, texts, classes to guess from
         for some in batches_of(split, chosen, batch, dist):
-            on_device = some.to(device)
-            index = on_device.target_mask.nonzero().squeeze(-1)
-            logits = as_logits(teacher.forward(on_device, LOGITS)["logits"]).rows(index)
-            right += float((logits.argmax(-1) == on_device.targets[index]).sum())
-            count += len(index)
+            sums += _hits(teacher, some.to(device))
             alive()
-        right, count = dist.sum([right, count])
+        right, count, classes = dist.sum(sums.tolist())
+        classes = round(classes / max(count, 1))
         shares[teacher.name] = right / max(count, 1)
-        if shares[teacher.name] < 1 / data.num_labels:
+        if count and shares[teacher.name] < 1 / classes:
             say(
                 f"warning: {place}: teacher '{teacher.name}' is right on {right:.0f} of {count:.0f} labelled train "
-                f"texts, less often than a guess (1 of {data.num_labels}). Are its classes in another order? "
+                f"texts, less often than a guess (1 of {classes}). Are its classes in another order? "
                 "`mtkd plan` shows which output is which class; `classes` of the teacher says it",
                 main=dist.is_main,
             )
     return shares
+
+
+def _hits(teacher: Teacher, batch: Batch) -> np.ndarray:
+    """(right ones, texts of the teacher's classes, its classes summed over these) of a batch."""
+    index = batch.target_mask.nonzero().squeeze(-1)
+    rows, labels = as_logits(teacher.forward(batch, LOGITS)["logits"]).rows(index), batch.targets[index]
+    known = knows(rows, labels)
+    rows, labels = rows[known], labels[known]
+    own = int(outputs(rows).sum())
+    return np.array([float((rows.argmax(-1) == labels).sum()), len(labels), own])
 
 
 def warn_uncalibrated(

@@ -19,15 +19,16 @@ from tiny_run import tiny_config
 import mtkd
 import mtkd.running.calibrate
 import mtkd.running.run
-from mtkd.config import BatchConfig
+from mtkd.config import BatchConfig, CalibrateConfig, EngineConfig
 from mtkd.config.read import load_config
-from mtkd.data.batch import Batch
+from mtkd.data.batch import NO_LABEL, Batch
 from mtkd.data.collate import Rows
 from mtkd.data.split import Documents, Split
 from mtkd.engine.dist import Dist
 from mtkd.engine.testing import run_distributed
 from mtkd.errors import DataError, UserError
-from mtkd.running.chance import warn_uncalibrated
+from mtkd.models.classes import LOW
+from mtkd.running.chance import warn_below_chance, warn_uncalibrated
 
 NEAR = 2e-4  # as in test_cache_stage
 
@@ -179,28 +180,109 @@ def test_a_cache_fitted_on_its_rows_is_the_live_teacher_fitted_there(tmp_path: P
     assert largest_difference(run, "student", "live") < 5e-4
 
 
+CLASSES = 5
+
+
+def held_out(logits: torch.Tensor, labels: torch.Tensor, split: str = "validation") -> tuple[Any, Any]:
+    """(data with a split of these labels, a teacher that gives these logits [n,C])."""
+
+    def batch_of(rows: Rows) -> Batch:
+        keys = torch.full((rows.num_rows,), -1)
+        keys[: len(rows.indices)] = torch.tensor(list(rows.indices)).long()
+        targets = torch.where(keys < 0, NO_LABEL, labels[keys])
+        return Batch(keys, torch.ones(len(keys), 2).long(), torch.ones(len(keys), 2).bool(), targets)
+
+    documents = Documents(np.arange(len(labels)), [], [], np.zeros(len(labels)))
+    texts = Split(batch_of, np.full(len(labels), 2), documents, labels=labels.numpy())
+    data: Any = SimpleNamespace(
+        splits={split: texts},
+        num_labels=logits.shape[1],
+        name="text",
+        task=SimpleNamespace(token_level=False),
+        config=SimpleNamespace(labelled=True),
+    )
+    teacher: Any = SimpleNamespace(
+        name="t", view="", num_columns=logits.shape[1], forward=lambda b, _: {"logits": logits[b.keys]}
+    )
+    return data, teacher
+
+
+def honest(count: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of a teacher that is as sure as it is right, and labels."""
+    chance = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(count, CLASSES, generator=chance)
+    return logits, torch.multinomial(torch.softmax(logits, -1), 1, generator=chance)[:, 0]
+
+
+def look(data: Any, dist: Any = None, **asked: Any) -> mtkd.running.calibrate._Look:
+    """A look at such a teacher."""
+    engine = EngineConfig(kind="torch", device="cpu")
+    context: Any = SimpleNamespace(
+        dist=dist or Dist(), device=torch.device("cpu"), dtype=torch.float32, config=SimpleNamespace(engine=engine)
+    )
+    batch = BatchConfig(sequences=24, accumulate=2)
+    return mtkd.running.calibrate._Look(context, data, CalibrateConfig(**asked), batch, "here")
+
+
 @pytest.mark.parametrize(("scale", "word"), [(0.1, "is flat"), (1.0, ""), (4.0, "is overconfident")])
 def test_a_start_says_that_a_teacher_is_flat_or_overconfident(
     scale: float, word: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Law: more than 10 points between mean confidence and accuracy on validation labels; none where it is honest."""
-    chance = torch.Generator().manual_seed(0)
-    logits = 2 * torch.randn(200, 5, generator=chance)
-    labels = torch.multinomial(torch.softmax(logits, -1), 1, generator=chance)[:, 0]
-
-    def batch_of(rows: Rows) -> Batch:
-        keys = torch.tensor(list(rows.indices))
-        return Batch(keys, torch.ones(len(keys), 2).long(), torch.ones(len(keys), 2).bool(), labels[keys])
-
-    documents = Documents(np.arange(200), [], [], np.zeros(200))
-    split = Split(batch_of, np.full(200, 2), documents, labels=labels.numpy())
-    data: Any = SimpleNamespace(splits={"validation": split}, num_labels=5)
-    teacher: Any = SimpleNamespace(name="t", view="", forward=lambda b, _: {"logits": scale * logits[b.keys]})
+    logits, labels = honest()
+    data, teacher = held_out(scale * logits, labels)
     found = warn_uncalibrated({"here": teacher}, data, BatchConfig(sequences=50), torch.device("cpu"), Dist())
     sure = float(torch.softmax(scale * logits, -1).max(-1).values.mean())
     assert found["t"] == pytest.approx((sure, float((logits.argmax(-1) == labels).double().mean())))
     said = capsys.readouterr().err
     assert (word in said and "here: teacher 't'" in said and "calibrate: true" in said) if word else said == ""
+
+
+@pytest.mark.parametrize(
+    ("right", "words"), [(True, ""), (False, "of 40 labelled train texts, less often than a guess (1 of 2)")]
+)
+def test_a_specialist_is_compared_with_a_guess_among_its_classes(
+    right: bool, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Law: on a rare class of its own it may be right on fewer of all texts than a guess, which means nothing."""
+    labels = torch.arange(200) % 5
+    own = torch.tensor([-LOW, -LOW, -LOW, 0.0, 0.0]).repeat(200, 1)
+    own[torch.arange(200), torch.where((labels == 3) == right, 3, 4)] += 1.0
+    labels[labels == 4] = 0  # of its two classes one does not occur: 20% of the texts are its own
+    data, teacher = held_out(own, labels, "train")
+    found = warn_below_chance({"here": teacher}, data, BatchConfig(sequences=50), torch.device("cpu"), Dist())
+    assert found["t"] == (1.0 if right else 0.0)
+    said = capsys.readouterr().err
+    assert words in said if words else said == ""
+
+
+def test_a_specialist_without_any_of_the_labels_is_refused() -> None:
+    """Law: there are labels, and it knows none of their classes; a temperature of nothing would be NaN."""
+    logits, labels = honest(20)
+    logits[:, :2] -= 2 * LOW
+    data, teacher = held_out(logits, labels % 2)
+    with pytest.raises(DataError, match="has no output for any of the labels"):
+        look(data).fit(teacher)
+
+
+def test_logits_that_are_not_finite_are_refused() -> None:
+    """Law: also where the infinite one is not the label's, which looks like a class that a specialist does not know."""
+    logits, labels = honest(20)
+    logits[7, (labels[7] + 1) % CLASSES] = torch.inf
+    data, teacher = held_out(logits, labels)
+    with pytest.raises(DataError, match="not finite"):
+        look(data).fit(teacher)
+
+
+@pytest.mark.parametrize("count", [1, 7, 50])
+def test_every_rank_asks_the_teacher_equally_often(count: int) -> None:
+    """Law: a sharded teacher's forward is a collective. Together the ranks read each labelled text once."""
+    _, labels = honest(count)
+    data, _ = held_out(torch.zeros(count, CLASSES), labels)
+    batches = [list(look(data, SimpleNamespace(rank=rank, world_size=3))._batches()) for rank in range(3)]
+    assert len({len(each) for each in batches}) == 1
+    read = [int(key) for each in batches for batch in each for key in batch.keys if key >= 0]
+    assert sorted(read) == list(range(count))
 
 
 def _temperatures(file: str) -> dict[str, float]:
