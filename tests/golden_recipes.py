@@ -1,4 +1,4 @@
-"""Eight recipes as golden files see them: a corpus that no Python version changes, few steps, float32, one thread.
+"""Nine recipes as golden files see them: a corpus that no Python version changes, few steps, float32, one thread.
 
 The recipes themselves are read from ``configs/``. What is exchanged is said here: the text of the Python installation
 (another one with every Python release) by made-up documents, and published models by tiny fresh ones.
@@ -21,6 +21,7 @@ from rich.console import Console
 
 import mtkd
 from mtkd.config import RunConfig
+from mtkd.data.docstrings import Docstring
 from mtkd.data.stdlib import Document
 from mtkd.errors import UserError
 from mtkd.losses.spec import LOSSES
@@ -72,6 +73,26 @@ _TINY_BERT = "path: minilm-tiny, dropout: 0.0"
 RECIPES = {
     "quickstart": Recipe(
         "quickstart.yaml",
+        ("first-teacher", "second-teacher", "third-teacher", "student", "labels-only", "labels-equal-time"),
+        ("mine", "second", "third", "unlabelled"),
+        tuple(
+            f"stages.{name}.student={{{_TINY_BERT}}}" for name in ("first-teacher", "second-teacher", "third-teacher")
+        )
+        + tuple(
+            f"stages.{name}.student={{{_TINY_BERT}, keep_layers: [3, 6]}}"
+            for name in ("student", "labels-only", "labels-equal-time")
+        ),
+        # Untrained models agree: their divergence alone is rounding
+        ("stages.labels-equal-time.equal_time=null", "stages.student.method.options.hard=1.0"),
+        (
+            "stages.student.student.path=package:not_a_package_of_anyone/model",
+            "data.second.domains=[number]",
+            "data.third.skip.train=5000",
+            "stages.student.teachers.1.model=stage:cache/secnd-teacher",
+        ),
+    ),
+    "assistant": Recipe(
+        "generative/assistant.yaml",
         ("prose-teacher", "code-teacher", "assistant", "student", "labels-only", "labels-equal-time"),
         ("mixed", "prose", "code"),
         (),
@@ -197,6 +218,7 @@ class Workplace:
         _write_sst2(self.folder / SST2)
         _write_bert(self.folder / "minilm-tiny", self.folder / SST2 / "train.tsv")
         monkeypatch.setattr("mtkd.data.sources.stdlib_documents", made_up_documents)
+        monkeypatch.setattr("mtkd.data.sources.docstring_rows", made_up_docstrings)
         _forget_plugins(monkeypatch)
 
     def config(self, recipe: Recipe, *overrides: str) -> RunConfig:
@@ -257,6 +279,17 @@ def made_up_documents(domains: tuple[str, ...], folder: Path | None = None) -> l
         if domain in domains
         for split, count in _DOCUMENTS.items()
         for number, text in enumerate(_texts(f"{domain} {split}", domain, count))
+    ]
+
+
+def made_up_docstrings() -> list[Docstring]:
+    """In place of `mtkd.data.docstrings.docstring_rows`: four classes, enough rows for the recipe's slices."""
+    return [
+        Docstring(text[:120], f"{domain}{part}", subject, f"{domain}{part}.{split}#{number}", split)
+        for domain, subject in (("prose", "numbers"), ("code", "tools"))
+        for part in range(2)
+        for split, count in {"train": 250, "validation": 8, "test": 8}.items()
+        for number, text in enumerate(_texts(f"docstrings {domain} {part} {split}", domain, count))
     ]
 
 

@@ -1,4 +1,4 @@
-"""Eight recipes do what they did: losses of the first steps, plans, and messages for mistakes.
+"""Nine recipes do what they did: losses of the first steps, plans, and messages for mistakes.
 
     ./launch/test tests/test_golden.py --golden renew      # writes tests/golden/ after a change that is meant
     ./launch/test tests/test_golden.py --golden record     # losses of this machine, bit by bit, into .golden/

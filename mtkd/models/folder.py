@@ -10,7 +10,6 @@ import json
 import os
 import re
 import stat
-import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
@@ -82,7 +81,7 @@ def package_folder(path: str) -> Path:
     except (ImportError, ValueError):  # a module without a specification, such as __main__
         spec = None
     if spec is None:
-        todo = f"pip install {name.replace('_', '-')}, into the environment of mtkd: {sys.prefix}"
+        todo = f"pip install {name.replace('_', '-')}, into the environment that mtkd runs in"
         raise UserError("this Python package is not installed", where="@model.path", found=name, todo=todo)
     for place in spec.submodule_search_locations or ():
         if (folder := Path(place, inside)).is_dir():

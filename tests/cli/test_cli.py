@@ -180,12 +180,11 @@ def test_recipes_can_be_read(file):
     assert mtkd.load_config(file).stages
 
 
-def test_the_quickstart_is_a_chain_with_two_controls(tmp_path, monkeypatch):
-    """Law: student and control differ in their teachers alone."""
+def test_student_and_control_differ_in_their_teachers_alone(tmp_path, monkeypatch):
+    """Law: an assistant between two teachers and a student; the control has the student's model, steps and tokens."""
     monkeypatch.setattr("mtkd.data.sources.stdlib_documents", made_up_documents)
-    stages = {
-        s["name"]: s for s in json.loads(invoke("plan", RECIPES[-1], "--json", "-o", f"output={tmp_path}"))["stages"]
-    }
+    file = next(file for file in RECIPES if file.stem == "assistant")
+    stages = {s["name"]: s for s in json.loads(invoke("plan", file, "--json", "-o", f"output={tmp_path}"))["stages"]}
     assert stages["assistant"]["needs"] == ["prose-teacher", "code-teacher"]
     assert stages["student"]["needs"] == ["assistant", "prose-teacher", "code-teacher"]
     student, control = stages["student"], stages["labels-only"]
@@ -193,6 +192,22 @@ def test_the_quickstart_is_a_chain_with_two_controls(tmp_path, monkeypatch):
     assert (student["steps"], student["tokens"]) == (control["steps"], control["tokens"])
     sizes = {name: stage["models"][0]["parameters"] for name, stage in stages.items()}
     assert sizes["prose-teacher"] > sizes["code-teacher"] > sizes["assistant"] > sizes["student"]
+
+
+def test_the_quickstart_compares_with_what_labels_alone_do():
+    """Law: both controls start as the student does, with its steps or its time; the texts' labels are not read."""
+    config = mtkd.load_config(next(file for file in RECIPES if file.stem == "quickstart"))
+    student, steps, time = (config.stages[name] for name in ("student", "labels-only", "labels-equal-time"))
+    assert student.student == steps.student == time.student
+    assert (student.batch, student.optimizer, student.steps) == (steps.batch, steps.optimizer, steps.steps)
+    assert time.equal_time is not None
+    assert time.equal_time.to == "student"
+    assert student.method is not None
+    assert student.method.options["hard"] == 0
+    assert {(c.candidate, c.baseline) for c in config.evaluate.comparisons} == {
+        ("student", "labels-only"),
+        ("student", "labels-equal-time"),
+    }
 
 
 def test_schema_is_json_schema():

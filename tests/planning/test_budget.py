@@ -172,7 +172,7 @@ def test_checkpoints_are_as_large_as_planned(tmp_path: Path) -> None:
 RECIPES = [
     file
     for file in sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
-    if file.stem in ("quickstart", "takd", "cached", "instruct", "tinybert", "glmd", "custom_weighting")
+    if file.stem in ("assistant", "takd", "cached", "instruct", "tinybert", "glmd", "custom_weighting")
 ]
 
 
