@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from mtkd import __version__
+from mtkd.cli.show import console, print_json, print_tables
 from mtkd.engine.disk import full_disk, refused
 from mtkd.engine.stopping import end_on_signals
 from mtkd.errors import EXIT_DATA, EXIT_INTERNAL, EXIT_USAGE, Stopped, UserError, nearest, tell
@@ -99,16 +98,31 @@ def resume(
 
 
 @app.command()
-def plan(file: File, override: Override = None, as_json: Json = False) -> None:
+def plan(
+    file: File,
+    override: Override = None,
+    as_json: Json = False,
+    agreement: Annotated[
+        bool, typer.Option("--agreement", help="also run the teachers that are here: how far do they agree?")
+    ] = False,
+) -> None:
     """Resolve and check everything; show stages, models, steps, tokens and memory; train nothing."""
     from mtkd.config.read import load_config
     from mtkd.planning.plan import plan as make_plan
 
-    planned = make_plan(load_config(file, override or ()), memory=True)
+    config = load_config(file, override or ())
+    planned = make_plan(config, memory=True)
+    found: dict[str, str] = {}
+    if agreement:
+        from mtkd.running.foretell import agreements
+
+        found = agreements(config)
     if as_json:
-        _print_json(planned.as_dict())
-    else:
-        _print_tables(planned.tables())
+        print_json({**planned.as_dict(), **({"agreement": found} if agreement else {})})
+        return
+    print_tables(planned.tables())
+    for stage, text in found.items():
+        typer.echo(f"stage {stage}: {text}")
 
 
 @app.command()
@@ -140,14 +154,14 @@ def status(folder: Run, as_json: Json = False) -> None:
 
     facts = read_status(_run_folder(folder))
     if as_json:
-        _print_json(facts)
+        print_json(facts)
         return
     table = Table(
         "stage", "state", "step", "seconds", "checkpoint", title=f"{facts['run']}  held by: {facts['held_by']}"
     )
     for row in facts["stages"]:
         table.add_row(*(str(row[key]) for key in ("stage", "state", "step", "seconds", "checkpoint")))
-    _print_tables([table])
+    print_tables([table])
 
 
 @app.command("ls")
@@ -163,12 +177,12 @@ def list_names(
         raise UserError("nothing to list under this name", found=what, allowed=LISTS, todo=nearest(what, LISTS))
     rows = listing(what, tuple(plugin or ()))
     if as_json:
-        _print_json(rows)
+        print_json(rows)
         return
     if not rows:
         typer.echo(f"no {what} are registered; they come from plug-ins: --plugin FILE")
         return
-    _print_tables(tables(what, rows, _console().width))
+    print_tables(tables(what, rows, console().width))
 
 
 @app.command("check")
@@ -185,7 +199,7 @@ def check_laws(
         if not as_json:
             typer.echo(str(family))
     if as_json:
-        _print_json(families)
+        print_json(families)
 
 
 @cache.command()
@@ -198,7 +212,7 @@ def verify(
 
     check = verify_cache(folder)
     if as_json:
-        _print_json({"folder": str(folder), "fine": check.fine, "facts": check.facts, "problems": check.problems})
+        print_json({"folder": str(folder), "fine": check.fine, "facts": check.facts, "problems": check.problems})
     else:
         for problem in check.problems:
             typer.echo(problem)
@@ -242,7 +256,7 @@ def convert_glm(
         source, out, heads=heads, hidden_act=hidden_act, vocabulary=vocabulary, with_tokenizer=not no_tokenizer
     )
     if as_json:
-        _print_json({"folder": str(model.folder), "parameters": model.parameters, "config": model.config.to_dict()})
+        print_json({"folder": str(model.folder), "parameters": model.parameters, "config": model.config.to_dict()})
         return
     shape = f"{model.config.num_hidden_layers} layers, width {model.config.hidden_size}"
     shape += f", {model.config.num_attention_heads} heads, {model.config.hidden_act}"
@@ -254,7 +268,7 @@ def schema() -> None:
     """Print the JSON Schema of the configuration, for editors."""
     from mtkd.config import RunConfig
 
-    _print_json(RunConfig.model_json_schema())
+    print_json(RunConfig.model_json_schema())
 
 
 @app.command()
@@ -264,12 +278,12 @@ def doctor(as_json: Json = False) -> None:
 
     facts = examine()
     if as_json:
-        _print_json(facts)
+        print_json(facts)
         return
     table = Table("what", "found", title="mtkd doctor")
     for name, value in facts.items():
         table.add_row(name, str(value))
-    _print_tables([table])
+    print_tables([table])
 
 
 def _version(value: bool) -> None:
@@ -320,27 +334,10 @@ def _finish(folder: Path, as_json: bool) -> None:
     from mtkd.evaluate.report import summary, terminal_tables
 
     if as_json:
-        _print_json(summary(folder))
+        print_json(summary(folder))
         return
-    _print_tables(terminal_tables(folder))
+    print_tables(terminal_tables(folder))
     typer.echo(f"report: {folder / 'report.html'}")
-
-
-def _print_json(value: Any) -> None:
-    from mtkd.engine.jsonlines import finite
-
-    typer.echo(json.dumps(finite(value), indent=2, default=str, allow_nan=False))
-
-
-def _print_tables(tables: list[Table]) -> None:
-    console = _console()
-    for table in tables:
-        console.print(table)
-
-
-def _console() -> Console:
-    # A file or a pipe has no width: wide enough that nothing is cut there.
-    return Console() if sys.stdout.isatty() else Console(width=160)
 
 
 def main() -> None:

@@ -132,13 +132,9 @@ def compare_tokenizer(
 
 def trained_tokenizer(config: RunConfig, raw: Raw, run: Path, dist: Dist) -> PreTrainedTokenizerBase:
     """Train the run's tokenizer on the train split of `raw`, or load it from the run folder; a collective."""
-    settings = config.tokenizer
+    settings, origin = config.tokenizer, _origin_of(config, raw)
     assert settings is not None
-    assert settings.train_on is not None
-    folder, data = run / "tokenizer", config.data[settings.train_on]
-    columns, closed = [*data.text_columns], data.task != "causal-lm"
-    origin = {"data": raw.fingerprint, "text": columns, "vocab_size": settings.vocab_size, "closed": closed}
-    origin |= {"commands": settings.commands} if settings.commands != "plain" else {}
+    folder, columns, closed = run / "tokenizer", origin["text"], origin["closed"]
 
     def write(fresh: Path) -> None:
         texts = [text for column in columns for text in raw.texts("train", column)]
@@ -151,6 +147,22 @@ def trained_tokenizer(config: RunConfig, raw: Raw, run: Path, dist: Dist) -> Pre
         write_sealed(folder, write, {_ORIGIN: origin})
     dist.barrier()
     return load_tokenizer(str(folder))
+
+
+def tokenizer_is_trained(config: RunConfig, raw: Raw, run: Path) -> bool:
+    """Whether the run folder has the tokenizer that this run would train on `raw`."""
+    return _is_trained(run / "tokenizer", _origin_of(config, raw))
+
+
+def _origin_of(config: RunConfig, raw: Raw) -> dict[str, Any]:
+    """What determines the tokenizer that a run trains."""
+    settings = config.tokenizer
+    assert settings is not None
+    assert settings.train_on is not None
+    data = config.data[settings.train_on]
+    columns, closed = [*data.text_columns], data.task != "causal-lm"
+    origin = {"data": raw.fingerprint, "text": columns, "vocab_size": settings.vocab_size, "closed": closed}
+    return origin | ({"commands": settings.commands} if settings.commands != "plain" else {})
 
 
 def _is_trained(folder: Path, origin: dict[str, Any]) -> bool:

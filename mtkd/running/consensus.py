@@ -5,6 +5,7 @@ It costs a fixed share of the stage and changes no bit of it: nothing is drawn, 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import torch
 
 from mtkd.config import BatchConfig
 from mtkd.data.batch import STUDENT, Batch
+from mtkd.data.load import LoadedData
 from mtkd.data.progress import say
 from mtkd.data.split import Split
-from mtkd.engine.dist import alive, on_main
+from mtkd.engine.dist import Dist, alive, on_main
 from mtkd.engine.folder import StageDir
 from mtkd.engine.notes import Agreement
 from mtkd.engine.record import read_record, write_record
@@ -26,6 +28,7 @@ from mtkd.models.forward import LOGITS
 from mtkd.models.pieces import EVERY_PIECE
 from mtkd.objective.kept import read
 from mtkd.planning.spec import StageSpec
+from mtkd.pool import Teacher
 from mtkd.running.build import BuiltStage
 from mtkd.running.chance import batches_of
 
@@ -57,37 +60,61 @@ def _keep(file: Path, found: dict[str, Any]) -> None:
     write_record(file, found)
 
 
-@torch.no_grad()
 def _measured(built: BuiltStage, spec: StageSpec) -> dict[str, Any]:
-    teachers, device, dist = built.pool.teachers, built.engine.device, built.engine.dist
-    data, stage = built.data, built.stage
-    readable = "logits" in spec.heads and all(teacher.view == STUDENT for teacher in teachers)
-    if len(teachers) < 2 or not readable or stage.transforms or data.num_labels == 1:
+    split, device, dtype = built.data.splits["train"], built.engine.device, built.objective.dtype
+    if not _readable(spec, built.pool.teachers, built.data):
         return {}
-    split = data.splits["train"]
-    texts = _texts(split, stage.batch, built.steps)
+    texts = _texts(split, built.stage.batch, built.steps)
     if len(texts) < _FEWEST:
         return {}
-    cases, sums = 0, torch.zeros(1 + len(teachers) * (len(teachers) - 1) // 2, dtype=torch.float64, device=device)
-    unknown = False
-    for batch in batches_of(split, texts, stage.batch, dist):
-        moved = batch.to(device)
-        index = moved.where(_counted)
-        logits = [as_logits(t.forward(moved, LOGITS)["logits"]).in_dtype(built.objective.dtype) for t in teachers]
+    batches = (batch.to(device) for batch in batches_of(split, texts, built.stage.batch, built.engine.dist))
+    return agreement_of(built.pool.teachers, batches, dtype, built.objective.tile, built.engine.dist)
+
+
+def _readable(spec: StageSpec, teachers: Sequence[Teacher], data: LoadedData) -> bool:
+    """Whether there are several teachers with predictions about the split's own texts."""
+    views = all(teacher.view == STUDENT for teacher in teachers)
+    several = len(teachers) > 1 and "logits" in spec.heads
+    return several and views and not spec.stage.transforms and data.num_labels != 1
+
+
+@torch.no_grad()
+def agreement_of(
+    teachers: Sequence[Teacher], batches: Iterable[Batch], dtype: torch.dtype, tile: int, dist: Dist
+) -> dict[str, Any]:
+    """How far teachers agree about some batches; a collective.
+
+    Args:
+        batches: this rank's, on the device.
+        dtype: of the products with the heads.
+        tile: positions whose logits exist at one time.
+    Returns:
+        The record of `mtkd.evaluate.consensus.summary`; {} of drawn columns, of another temperature than 1 in a cache,
+        and where nothing is to be predicted.
+    """
+    cases, unknown, sums = 0, False, torch.zeros(1 + len(teachers) * (len(teachers) - 1) // 2, dtype=torch.float64)
+    for batch in batches:
+        index, sums = batch.where(_counted), sums.to(batch.keys.device)
+        logits = [as_logits(t.forward(batch, LOGITS)["logits"]).in_dtype(dtype) for t in teachers]
         alive()
         sparse = [x.values for x in logits if isinstance(x, SparseLogits)]
         unknown = unknown or any(x.tail is None or x.temperature != 1 for x in sparse)
         if not unknown:
-            for piece in EVERY_PIECE.of(len(index), built.objective.tile):
+            for piece in EVERY_PIECE.of(len(index), tile):
                 sums += tally([read(x, index[piece]) for x in logits])
             cases += len(index)
     *total, count, lost = dist.sum([*sums.tolist(), cases, unknown])
     return {} if lost or not count else summary([t.name for t in teachers], int(count), total)
 
 
+def some_texts(split: Split) -> np.ndarray:
+    """At most 256 examples from all over the split."""
+    return np.unique(np.linspace(0, len(split) - 1, min(_TEXTS, len(split))).astype(int))
+
+
 def _texts(split: Split, batch: BatchConfig, steps: int) -> np.ndarray:
     """Examples from all over the split, as many as the stage's length is worth."""
-    spread = np.unique(np.linspace(0, len(split) - 1, min(_TEXTS, len(split))).astype(int))
+    spread = some_texts(split)
     if batch.tokens is not None:
         return spread[np.cumsum(split.lengths[spread]) <= _SHARE * steps * batch.tokens]
     assert batch.sequences is not None

@@ -12,12 +12,14 @@ import pytest
 from tiny_run import EPOCH_STEPS, NAME
 
 import mtkd
-from mtkd.config import BatchConfig
+from mtkd.config import BatchConfig, teacher_config
 from mtkd.config.read import load_config
 from mtkd.data.split import Split
 from mtkd.engine.jsonlines import read_jsonl
-from mtkd.running import consensus
+from mtkd.evaluate.report.wording import agreement_text
+from mtkd.running import consensus, foretell
 from mtkd.running import run as running
+from mtkd.running.foretell import agreements
 
 
 @pytest.fixture(autouse=True)
@@ -90,3 +92,27 @@ def test_it_costs_a_share_of_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
         (100, {"tokens": 1000}, 20),
     ):
         assert len(consensus._texts(split, BatchConfig(**batch), steps)) == texts
+
+
+@pytest.mark.parametrize("classes", [False, True])
+def test_the_plan_foretells_what_the_stage_finds(
+    classes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the run it says what is missing, after it the same as the stages themselves, and nothing is written."""
+    monkeypatch.setattr(running, "judge", lambda context: {})
+    assert "before stage 'teacher' is done" in agreements(config(tmp_path, classes))["live"]
+    assert not (tmp_path / "runs").exists()
+    asked = config(tmp_path, classes)
+    done = mtkd.run(asked).stages
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    found = agreements(asked)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert found == {name: agreement_text(done[name]["agreement"]) for name in found}
+    assert {"live", "student"} <= found.keys()
+
+
+def test_offloaded_and_calibrated_teachers_are_asked_where_nothing_is_written() -> None:
+    values = {"model": {"path": "somewhere"}, "name": "a", "calibrate": True, "backend": "offload", "other": "none"}
+    asked = foretell._here(teacher_config(values))
+    assert (asked.backend, asked.calibrate, asked.name, asked.others) == ("resident", None, "a", ("none",))
+    assert foretell._here(teacher_config({**values, "calibrate": 0.5})).calibrate is not None

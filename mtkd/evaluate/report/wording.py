@@ -30,7 +30,7 @@ METRIC_NAMES = {
 _ADVICE = (
     (0.95, "expect one of them to do as well"),
     (0.60, "expect little of weights, compare with the best one alone"),
-    (0.0, "weights matter, consider confidence, ca_mkd (with labels) or another weighting than uniform"),
+    (0.0, "weights matter, consider abstain (specialists), confidence, ca_mkd (with labels) or posterior (texts)"),
 )
 # Nats. Below, choices differ because no teacher is sure of any: barely trained models of tests are 0.002 apart.
 _NEAR = 0.01
