@@ -7,6 +7,7 @@ from contextlib import ExitStack
 import torch
 
 from mtkd.config import RunConfig, StageRef, TeacherConfig, teacher_config
+from mtkd.config.teacher import OffloadTeacher
 from mtkd.data.batch import STUDENT
 from mtkd.engine.dist import Dist
 from mtkd.engine.folder import RunDir
@@ -19,6 +20,7 @@ from mtkd.planning.locate import missing, tokenizer_is_trained
 from mtkd.planning.places import in_file, placed
 from mtkd.planning.plan import resolve, specify
 from mtkd.planning.spec import StageSpec
+from mtkd.pool import BACKENDS
 from mtkd.running.chance import batches_of
 from mtkd.running.consensus import agreement_of, some_texts
 from mtkd.running.context import RunContext
@@ -58,7 +60,7 @@ def _not_yet(context: RunContext, spec: StageSpec) -> str:
             return f"not known before stage '{ref.stage}' is done"
         if missing(path, config.base) is not None:
             return f"not known: {path} is not here"
-        if teacher.backend == "sharded":
+        if BACKENDS[teacher.backend].several:
             return f"not known before the stage begins: '{teacher.name}' is sharded over the processes of the run"
     if spec.stage.transforms:
         return "not known before the stage begins: its transforms make the texts"
@@ -94,6 +96,7 @@ def _here(teacher: TeacherConfig) -> TeacherConfig:
     """The teacher as one process asks it that writes nothing: no file of offloaded weights, nothing fitted."""
     if teacher.calibrate is not None and teacher.calibrate.fits:
         teacher = teacher.model_copy(update={"calibrate": None})
-    if teacher.backend != "offload":
+    if not isinstance(teacher, OffloadTeacher):
         return teacher
-    return teacher_config({**teacher.model_dump(exclude_unset=True), "name": teacher.name, "backend": "resident"})
+    values = teacher.model_dump(exclude_unset=True, exclude={"backend"})
+    return teacher_config({**values, "name": teacher.name})  # resident

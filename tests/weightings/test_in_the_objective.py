@@ -54,7 +54,7 @@ def test_one_teacher_is_the_single_teacher_path_bit_by_bit(name: str) -> None:
         assert torch.equal(found, wanted)
 
 
-@pytest.mark.parametrize("name", list(WEIGHTINGS))
+@pytest.mark.parametrize("name", [n for n in WEIGHTINGS if n != "posterior"])  # of texts; test_posterior has its order
 def test_the_order_of_teachers_changes_nothing(name: str) -> None:
     """Teachers in another order give the same loss and gradients."""
     (loss, gradient), (other, another) = (
