@@ -18,21 +18,3 @@ class SharpEntropy(mtkd.Weighting):
 
     def forward(self, traits: mtkd.Traits) -> Tensor:
         return torch.softmax(-traits.entropy / self.tau, 0)
-
-
-@mtkd.trait
-def energy(logits: Tensor, labels: Tensor | None) -> Tensor:
-    """Logarithm of the sum of exponentials of a teacher's logits: large where it knows the text (Liu et al. 2020)."""
-    return logits.logsumexp(-1)
-
-
-@mtkd.weighting("energy", reads=("energy",))
-class Energy(mtkd.Weighting):
-    """``w = softmax_k(E_k / tau)`` with E_k the log-sum-exp of teacher k's logits. `tau` in nats."""
-
-    def __init__(self, tau: float = 0.5) -> None:
-        super().__init__()
-        self.tau = tau
-
-    def forward(self, traits: mtkd.Traits) -> Tensor:
-        return torch.softmax(traits.read("energy") / self.tau, 0)
