@@ -20,7 +20,7 @@ from proofs.setting import SOFT, Group, Setting, Stage, group_of
 TEACHERS = 3
 LABELLED, HELD = 1_500, 500
 HEAD_STEPS, HEAD_LR = 50, 2e-3
-STEPS, STUDENT = 150, 3  # layers
+STEPS, STUDENT = 120, 2  # layers
 FIT = {"data": "held", "split": "train", "examples": HELD}
 WEIGHTINGS = ("confidence", "entropy", "margin", "mgda")
 
@@ -59,9 +59,10 @@ def groups(setting: Setting, seed: int) -> list[Group]:
         return setting.distil("transfer", STEPS, STUDENT, teachers, **values)
 
     raw = {f"one teacher, T={t:g}": of(flat[:1], **_soft(temperature=t)) for t in (2.0, 1.0, 0.5)}
-    raw |= {f"one teacher, {name}": of(flat[:1], **match) for name, match in METHODS.items()}
+    methods = {f"one teacher, {name}": of(flat[:1], **match) for name, match in METHODS.items()}
     one = {f"one teacher, calibrated, T={t:g}": of(fitted[:1], **_soft(temperature=t)) for t in (2.0, 1.0)}
-    one |= {f"one teacher, calibrated, {name}": of(fitted[:1], **match) for name, match in METHODS.items()}
+    # A temperature changes no z-score.
+    methods |= {f"one teacher, calibrated, {name}": of(fitted[:1], **METHODS[name]) for name in ("dkd", "dist")}
     one |= {f"teacher {k}, calibrated, T=1": of(fitted[k : k + 1]) for k in range(1, TEACHERS)}
     three = {"uniform, T=2": of(flat, **_soft(temperature=2.0)), "uniform, T=1": of(flat)}
     three |= {"confidence, T=1": of(flat, weighting="confidence")}
@@ -78,6 +79,7 @@ def groups(setting: Setting, seed: int) -> list[Group]:
         group_of("one", both, one),
         group_of("three", transfer, three),
         group_of("several", both, several),
+        group_of("methods", both, methods),
         group_of("true", {"true": data["true"]}, true),
     ]
 

@@ -33,8 +33,8 @@ TEACHERS = 8
 COUNTS = (1, 2, 4, 8)
 SETTINGS = {"seeds": "uniform", "texts": "uniform", "few": "uniform", "half": "confidence", "eighth": "confidence"}
 """Setting -> weighting: teachers that do not know all classes are weighted by their confidence."""
-STEPS = 150
-SIZES = {3: COUNTS, 2: (1, 8)}
+STEPS = 120
+SIZES = {2: COUNTS, 3: (1, 8)}
 """Layers of the student -> numbers of teachers."""
 LABELLED, TRANSFER, SAMPLE = 4_500, 5_000, 256
 PLOT = Path(__file__).parents[1] / "plots" / "more-teachers.svg"
@@ -83,13 +83,13 @@ def groups(setting: Setting, seed: int) -> list[Group]:
             teacher(setting, name, Head(labelled(setting, kind, seed, number), seed * 1_000 + number), seed)
             for number, name in enumerate(names(kind, seed))
         ]
-        arms: dict[str, Stage] = {}
         for layers, counts in SIZES.items():
+            arms: dict[str, Stage] = {}
             for count in counts:
                 values: dict[str, Any] = {"weighting": weighting} if count > 1 else {}
                 arms[_arm(kind, layers, count)] = setting.distil("transfer", STEPS, layers, pool[:count], **values)
-        made.append(group_of(kind, data, arms))
-    return made
+            made.append(group_of(f"{kind}-{layers}", data, arms))
+    return sorted(made, key=lambda group: group.name.endswith("3"))  # the larger student last
 
 
 def _arm(kind: str, layers: int, count: int) -> str:
@@ -157,7 +157,7 @@ def draw(points: list[dict[str, Any]]) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for layers, line in ((3, "-"), (2, ":")):
+    for layers, line in ((2, "-"), (3, ":")):
         for count, colour in ((2, "#9ecae1"), (4, "#4292c6"), (8, "#08306b")):
             some = sorted((p["agreement"], p) for p in points if (p["layers"], p["teachers"]) == (layers, count))
             if some:
@@ -167,7 +167,7 @@ def draw(points: list[dict[str, Any]]) -> None:
                     x, y, half, linestyle=line, color=colour, marker="o", markersize=3, capsize=2, label=label
                 )
     for p in points:
-        if (p["layers"], p["teachers"]) == (3, 8):
+        if (p["layers"], p["teachers"]) == (2, 8):
             axes.annotate(p["setting"], (p["agreement"], p["gain"]), (4, 4), textcoords="offset points")
     axes.axhline(0, color="grey", linewidth=0.5)
     axes.set_yscale("symlog", linthresh=2)

@@ -21,7 +21,7 @@ from proofs.setting import HARD, SOFT, Group, Setting, Stage, group_of
 
 SIZES = {"good": 4_000, "few": 200, "noisy": 2_000}
 FLIPPED, TRANSFER = 0.3, 3_000
-STEPS, STUDENT = 150, 3  # layers
+STEPS, STUDENT = 120, 2  # layers
 WEIGHTINGS: dict[str, Any] = {
     "uniform": "uniform",
     "confidence": "confidence",

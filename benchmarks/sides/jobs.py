@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -53,6 +54,18 @@ def run_job(job: Job) -> None:
             weights.unlink()
 
 
+def _end_with_parent() -> None:
+    """End this worker when the process that started it is gone: SIGTERM alone makes mtkd save and go on waiting."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def set_environment() -> None:
     """One thread per process and no network; read by the workers when they import torch."""
     os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
@@ -70,7 +83,7 @@ def work(jobs: Sequence[Job], workers: int, deadline: float) -> None:
     total, ended, failed = len(waiting), 0, 0
     # A worker makes some runs before a new one takes its place: starting one takes 10 s, and its memory grows slowly.
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn, max_tasks_per_child=20) as pool:
+    with ProcessPoolExecutor(workers, mp_context=spawn, max_tasks_per_child=20, initializer=_end_with_parent) as pool:
         running: dict[Future[None], str] = {}
         while waiting or running:
             if time.monotonic() >= deadline and waiting:
