@@ -166,4 +166,4 @@ def test_the_methods_and_weightings_that_a_cache_serves_are_those_that_read_logi
     for name in BY_LOGITS:
         reads = WEIGHTINGS[name].reads({}, 2)
         assert reads is not None
-        assert reads.names <= {"ce", "entropy", "confidence", "margin", "own_mass"}
+        assert reads.names <= {"ce", "entropy", "confidence", "margin", "own_mass", "energy"}
