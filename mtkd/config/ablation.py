@@ -27,7 +27,9 @@ WHERE = "evaluate.ablate"
 # Methods whose rows compare logits alone, and weightings that read logits and labels alone: whole class logits, with
 # those of outputs that mean no class, serve them. Others have live teachers, which is never wrong.
 ON_LOGITS = frozenset({"kd", "dkd", "dist"})
-BY_LOGITS = frozenset({"uniform", "fixed", "drop", "confidence", "margin", "entropy", "mt_bert", "ca_mkd", "abstain"})
+BY_LOGITS = frozenset(
+    {"uniform", "fixed", "drop", "confidence", "margin", "entropy", "energy", "mt_bert", "ca_mkd", "abstain"}
+)
 
 
 @dataclass(frozen=True)

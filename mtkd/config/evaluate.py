@@ -40,7 +40,11 @@ class Ablation(Config):
     @model_validator(mode="before")
     @classmethod
     def _from_string(cls, value: Any) -> Any:
-        return {} if value == "teachers" else value
+        if value == "teachers":
+            return {}
+        if not isinstance(value, dict | Ablation):
+            raise ValueError("ablate is `teachers`, or a block such as {stage: NAME, teachers: alone}")
+        return value
 
 
 class EvaluateConfig(Config):

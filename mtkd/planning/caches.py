@@ -223,14 +223,19 @@ def _check_traits(stage: StageConfig, caches: Mapping[str, CacheFacts], where: s
         missing = sorted(reads.traits - facts.content.known_traits())
         if missing:
             other = ", keep k: 2 or more" if facts.content.knows_with_two(missing) else ""
+            if any(teacher.name == name and teacher.calibrate is not None for teacher in stage.teachers):
+                todo = f"give `calibrate` to the teacher where the cache is made ({facts.settings}), not here: stored "
+                todo += "traits are those of the teacher as it was; or choose a weighting that does not read it"
+            else:
+                todo = f"add it to `traits` of the cache ({facts.settings}){other}, or choose a weighting that does "
+                todo += "not read it"
             raise UserError(
                 f"weighting '{stage.weighting.name}' reads the trait '{missing[0]}' of every teacher, which the cache "
                 f"of '{name}' lacks",
                 where=where,
                 found=", ".join(missing),
                 allowed=sorted(facts.content.known_traits()) or "no trait",
-                todo=f"add it to `traits` of the cache ({facts.settings}){other}, or choose a weighting that does not "
-                "read it",
+                todo=todo,
             )
 
 

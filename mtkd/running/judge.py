@@ -52,7 +52,9 @@ def judge(context: RunContext) -> dict[str, Any]:
     keys = {model: fingerprint([shared, _fingerprints(context, model)]) for model in names}
     facts = {model: _shown(context, model) for model in names if ensemble_of(model) is None}
     fitted = on_main(context.dist, lambda: {s: found for s in context.config.stages if (found := fits_of(context, s))})
-    inputs = fingerprint([keys, settings.model_dump(mode="json"), facts, *([fitted] if fitted else [])])
+    # What `ablate` adds are stages and comparisons; what is said at a start changes no score.
+    asked = settings.model_dump(mode="json", exclude={"ablate", "agreement"})
+    inputs = fingerprint([keys, asked, facts, *([fitted] if fitted else [])])
     path = context.run.path / "results.json"
     former = on_main(context.dist, lambda: _former(path))
     if former.get("inputs") == inputs and on_main(
