@@ -123,7 +123,10 @@ def test_options_that_name_teachers_lose_those_left_out() -> None:
         ),
         ({"weighting": {"name": "mine", "options": {"best": "a"}}}, "stages.student.weighting.options.best"),
         ({"teachers": ["stage:a"]}, "no stage has several teachers"),
-        ({"stages": {"student-without-b": TUNE}}, "stages.student-without-b: `evaluate.ablate` makes another stage"),
+        (
+            {"stages": {"student-without-b": TUNE}},
+            "stages.student-without-b: `evaluate.ablate` makes another.*change the file",
+        ),
         ({"ablate": {"stage": "nobody"}}, "'nobody' is not a stage; stages with several are: student"),
         ({"ablate": {"stage": "a"}}, "'a' has not several teachers"),
         ({"ablate": {"teachers": "some"}}, "'without', 'alone' or 'both'"),
