@@ -28,7 +28,7 @@ WHERE = "evaluate.ablate"
 # those of outputs that mean no class, serve them. Others have live teachers, which is never wrong.
 ON_LOGITS = frozenset({"kd", "dkd", "dist"})
 BY_LOGITS = frozenset(
-    {"uniform", "fixed", "drop", "confidence", "margin", "entropy", "mt_bert", "ca_mkd", "abstain", "energy"}
+    {"uniform", "fixed", "drop", "confidence", "margin", "entropy", "energy", "mt_bert", "ca_mkd", "abstain"}
 )
 
 
@@ -119,7 +119,10 @@ def expand_ablation(
         made[_checked(student.name)] = _without(stage, ablation, student, cached=cached)
     for name in made.keys() & stages.keys():
         if stages[name].model_dump(mode="json") != made[name].model_dump(mode="json"):
-            raise ValueError(f"stages.{name}: `{WHERE}` makes another stage of this name; rename or remove this one")
+            raise ValueError(
+                f"stages.{name}: `{WHERE}` makes another stage of this name; rename or remove this one (of a run's own "
+                "run.yaml change the file that it was made of)"
+            )
     order: dict[str, StageConfig] = {}
     for name, present in stages.items():
         order[name] = present

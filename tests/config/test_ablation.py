@@ -123,11 +123,15 @@ def test_options_that_name_teachers_lose_those_left_out() -> None:
         ),
         ({"weighting": {"name": "mine", "options": {"best": "a"}}}, "stages.student.weighting.options.best"),
         ({"teachers": ["stage:a"]}, "no stage has several teachers"),
-        ({"stages": {"student-without-b": TUNE}}, "stages.student-without-b: `evaluate.ablate` makes another stage"),
+        (
+            {"stages": {"student-without-b": TUNE}},
+            "stages.student-without-b: `evaluate.ablate` makes another.*change the file",
+        ),
         ({"ablate": {"stage": "nobody"}}, "'nobody' is not a stage; stages with several are: student"),
         ({"ablate": {"stage": "a"}}, "'a' has not several teachers"),
         ({"ablate": {"teachers": "some"}}, "'without', 'alone' or 'both'"),
-        ({"ablate": "everything"}, "evaluate.ablate"),
+        ({"ablate": "everything"}, "evaluate.ablate\n.*ablate is `teachers`, or a block"),
+        ({"ablate": True}, "ablate is `teachers`, or a block"),
     ],
 )
 def test_what_cannot_be_ablated_is_refused(changes: dict[str, Any], text: str) -> None:
@@ -166,4 +170,4 @@ def test_the_methods_and_weightings_that_a_cache_serves_are_those_that_read_logi
     for name in BY_LOGITS:
         reads = WEIGHTINGS[name].reads({}, 2)
         assert reads is not None
-        assert reads.names <= {"ce", "entropy", "confidence", "margin", "own_mass", "energy"}
+        assert reads.names <= {"ce", "entropy", "confidence", "margin", "energy", "own_mass"}

@@ -112,3 +112,10 @@ def test_the_plan_shows_the_stages_and_where_their_teachers_come_from(tmp_path: 
     )
     live = mtkd.plan(config(tmp_path, ablate={"cache": False}))
     assert any("2 more students like student, with live teachers" in note for note in live.precision)
+
+
+def test_what_changes_no_score_computes_no_result_again(finished: Path) -> None:
+    """Law: results.json stays, byte by byte, where the ablation is written as a block and less is said at a start."""
+    before = (finished / "results.json").read_bytes()
+    run(config(finished.parents[1], ablate={"stage": "student"}, agreement=False))
+    assert (finished / "results.json").read_bytes() == before

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from cache_runs import EXACT, LIVE, largest_difference
-from tiny_run import tiny_config
+from tiny_run import tiny_config, write_yaml
 
 import mtkd
 import mtkd.running.calibrate
@@ -129,11 +129,12 @@ STUDENT = {
     "batch": {"sequences": 8},
     "optimizer": {"lr": 1e-2},
 }
-NUMBER = {"task": "classify", "label_kind": "number"}
 REFUSED: dict[str, tuple[dict[str, Any], Any, str]] = {
     "no split": ({"validation_share": 0, "files": {"validation": None}}, True, "no labelled validation split"),
     "no labels": ({"task": "classify", "labels": ["a", "b"], "label": "none"}, True, "no labels to calibrate on"),
     "bias of tokens": ({}, {"bias": True}, "a bias is fitted per class"),
+    "numbers": ({"task": "classify", "label_kind": "number", "label": "n"}, True, "predicts a number"),
+    "a number for numbers": ({"task": "classify", "label_kind": "number", "label": "n"}, 0.5, "predicts a number"),
 }
 
 
@@ -146,9 +147,112 @@ def test_what_cannot_be_fitted_is_refused_by_the_plan(case: str, tmp_path: Path)
         stages = {
             name: {**stages.get(name, {}), "student": {"architecture": "bert"}} for name in ("teacher", "student")
         }
+    write_yaml(tmp_path)
+    for file in (tmp_path / "data").iterdir():
+        rows = [json.loads(line) | {"n": i / 7} for i, line in enumerate(file.read_text().splitlines())]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(UserError, match=words) as caught:
         mtkd.plan(tiny_config(tmp_path, data={"text": data}, stages=stages))
     assert "stages.student.teachers[0].calibrate" in str(caught.value)
+
+
+def test_predictions_that_nothing_reads_are_not_calibrated(tmp_path: Path) -> None:
+    """Law: refused where rows compare hidden states alone; a weighting that reads predictions is enough."""
+    rows = [{"feature": "hidden", "loss": "mse"}]
+    student = {"method": None, "match": rows, "teachers": asked([{"model": "stage:teacher"}], True)}
+    evaluate = {"ensembles": [], "comparisons": []}
+    with pytest.raises(UserError, match="no row, weighting, cache or score reads the predictions"):
+        mtkd.plan(tiny_config(tmp_path, stages={"student": student}, evaluate=evaluate))
+    two = asked([{"model": "stage:teacher"}, {"model": "stage:teacher", "name": "twin"}], True)
+    student |= {"teachers": two, "weighting": "confidence"}
+    mtkd.plan(tiny_config(tmp_path, stages={"student": student}, evaluate=evaluate))
+
+
+@mtkd.teacher("calibrated_reader", view="other")
+class Reader:
+    """Reads another text than the data's."""
+
+    def forward(self, batch: Batch, wants: frozenset[str]) -> dict[str, torch.Tensor]:
+        raise AssertionError("the plan refuses it before it is asked")
+
+
+def test_a_teacher_of_another_text_takes_a_number_alone(tmp_path: Path) -> None:
+    """Law: held-out texts have no such view, so there is nothing to fit on."""
+    teachers = [{"backend": "calibrated_reader", "calibrate": True}]
+    config = tiny_config(tmp_path, stages={"student": {"teachers": teachers}})
+    with pytest.raises(UserError, match="reads the view 'other'"):
+        mtkd.plan(config)
+
+
+def elsewhere(folder: Path, **labelled: Any) -> dict[str, Any]:
+    """A run of classes whose student learns from texts without labels, its teacher calibrated on other data."""
+    made = cache_runs.class_values(folder, cache={}, student={"steps": 2, "method": None, "match": [{"loss": "kl"}]})
+    text, held = made["data"]["text"], {**made["data"]["text"], **labelled}
+    if held["task"] != "classify":
+        del held["labels"]
+    made["data"] |= {"bare": {**text, "label": "none"}, "held": held}
+    teachers = asked(LIVE[:1], {"data": "held", "split": "test"})
+    made["stages"] = {
+        "teacher": made["stages"]["teacher"] | {"data": "text"},
+        "live": made["stages"]["live"] | {"data": "bare", "teachers": teachers},
+    }
+    made["evaluate"] = {"data": "text", "resamples": 100}
+    return made
+
+
+def test_labels_may_be_elsewhere(tmp_path: Path) -> None:
+    """Law: `data: NAME` is the fit on the stage's own labels, where both have the same."""
+    made = elsewhere(tmp_path)
+    made["stages"]["own"] = made["stages"]["live"] | {"data": "text", "teachers": asked(LIVE[:1], {"split": "test"})}
+    run = mtkd.running.run.run(cache_runs.config(tmp_path, made)).folder
+    (there,), (here,) = (fitted(run, stage).values() for stage in ("live", "own"))
+    assert (there.pop("data"), here.pop("data")) == ("held", "text")
+    assert there.pop("key") != here.pop("key")
+    assert there == here
+    made["data"]["held"]["limit"] = {"test": 6}
+    with pytest.raises(DataError, match="teacher teacher calibration"):
+        mtkd.running.run.run(cache_runs.config(tmp_path, made))
+
+
+@pytest.mark.parametrize(
+    ("labelled", "words"),
+    [
+        ({"labels": ["c", "b", "a"]}, "on the classes that it teaches, in their order"),
+        ({"task": "causal-lm"}, "on labels of the task that it teaches"),
+        ({"files": {"train": "train.jsonl"}}, "no labelled test split; labels: train"),
+    ],
+)
+def test_labels_elsewhere_must_be_of_the_same_kind(labelled: dict[str, Any], words: str, tmp_path: Path) -> None:
+    """Law: the same task, the same classes in the same order, a split that is there."""
+    with pytest.raises(UserError, match=words) as caught:
+        mtkd.plan(cache_runs.config(tmp_path, elsewhere(tmp_path, **labelled)))
+    assert "stages.live.teachers[0].calibrate" in str(caught.value)
+
+
+def test_a_cache_of_another_run_is_calibrated_too(tmp_path: Path) -> None:
+    """Law: named by its folder it gives what it gives under its stage's name."""
+    made = cache_runs.class_values(tmp_path, cache={}, student={"steps": 2})
+    made["evaluate"] = {"resamples": 100}
+    cached = asked(cache_runs.CACHED, {"split": "train"})
+    made["stages"]["student"]["teachers"] = cached
+    del made["stages"]["live"]
+    first = mtkd.running.run.run(cache_runs.config(tmp_path, made)).folder
+    folders = [str(first / "stages" / "03-cache" / "export" / teacher["name"]) for teacher in cached]
+    teachers = [{**teacher, "model": folder} for teacher, folder in zip(cached, folders, strict=True)]
+    made |= {"name": "second", "stages": {"student": made["stages"]["student"] | {"teachers": teachers}}}
+    second = mtkd.running.run.run(cache_runs.config(tmp_path, made)).folder
+    found = [{name: each["temperature"] for name, each in fitted(run, "student").items()} for run in (first, second)]
+    assert found[0] == found[1]
+
+
+def test_a_trait_that_a_calibrated_cache_lacks_is_kept_by_calibrating_before(tmp_path: Path) -> None:
+    """Law: the advice is to calibrate where the cache is made; more `traits` would not help, they are dropped."""
+    made = cache_runs.values(tmp_path, cache={**EXACT, "traits": ["ce"]}, student={"weighting": "ca_mkd"})
+    mtkd.plan(cache_runs.config(tmp_path, made))
+    made["stages"]["student"]["teachers"] = asked(cache_runs.CACHED, 0.5)
+    with pytest.raises(UserError, match="reads the trait 'ce'") as caught:
+        mtkd.plan(cache_runs.config(tmp_path, made))
+    assert "give `calibrate` to the teacher where the cache is made (stages.cache), not here" in str(caught.value)
 
 
 def test_a_calibrated_cache_is_not_calibrated_twice(tmp_path: Path) -> None:

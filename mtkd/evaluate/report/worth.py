@@ -114,8 +114,9 @@ def worth_table(worths: list[Worth]) -> Table:
 
 
 _EXPLAINED = (
-    "Positive: the student of all teachers is better than the one it is compared with, which had the same start, steps "
-    "and data. Time: training of that other student. One seed each: another seed is another student."
+    "Positive: the student of all teachers is better than the one it is compared with, which had the same start, the "
+    "same data and as many steps (with early_stop: at most). Time: training of that other student. One seed each: "
+    "another seed is another student."
 )
 
 
