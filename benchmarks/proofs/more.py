@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import softmax
 from sides.compare import difference
 
 from proofs.corpora import Row
@@ -34,6 +35,7 @@ COUNTS = (1, 2, 4, 8)
 SETTINGS = {"seeds": "uniform", "texts": "uniform", "few": "uniform", "half": "confidence", "eighth": "confidence"}
 """Setting -> weighting: teachers that do not know all classes are weighted by their confidence."""
 STEPS = 120
+TAU = 0.1  # of the weights by confidence
 SIZES = {2: COUNTS, 3: (1, 8)}
 """Layers of the student -> numbers of teachers."""
 LABELLED, TRANSFER, SAMPLE = 4_500, 5_000, 256
@@ -106,6 +108,24 @@ def agreement(setting: Setting, kind: str, seed: int) -> tuple[float, float]:
     return statistics.mean(same), statistics.mean(float((each == truth).mean()) for each in chosen)
 
 
+def mixtures(setting: Setting, kind: str, seed: int) -> dict[str, float]:
+    """What the mean probabilities of the first 2, 4, 8 teachers gain on the transfer texts over one of them, points."""
+    _, rows = pools(setting, seed)
+    truth = np.array([setting.texts.classes.index(row["label"]) for row in rows])
+    shares = np.stack([softmax(answers(setting, name, seed, rows), axis=1) for name in names(kind, seed)])
+    right = (shares.argmax(2) == truth).mean(1)  # [T]
+    sharp = softmax(shares.max(2) / TAU, axis=0)  # [T,N], weights by confidence
+    gained: dict[str, float] = {}
+    for count in COUNTS[1:]:
+        weights = sharp[:count] / sharp[:count].sum(0)
+        for name, mixed in (
+            (f"{count}", shares[:count].mean(0)),
+            (f"{count}, confidence", (weights[..., None] * shares[:count]).sum(0)),
+        ):
+            gained[name] = 100 * float((mixed.argmax(1) == truth).mean() - right[:count].mean())
+    return gained
+
+
 def gains(setting: Setting, arms: Found, seeds: int) -> list[dict[str, Any]]:
     """Per setting, size and number of teachers: agreement, accuracy of one teacher, gain over the student of one."""
     found: list[dict[str, Any]] = []
@@ -135,12 +155,21 @@ def gains(setting: Setting, arms: Found, seeds: int) -> list[dict[str, Any]]:
 
 def notes(setting: Setting, arms: Found, seeds: int) -> list[str]:
     """What each setting gives, by agreement; writes the figure."""
+    lines = []
+    for kind in SETTINGS:
+        same, right = zip(*(agreement(setting, kind, seed) for seed in range(seeds)), strict=True)
+        each = [mixtures(setting, kind, seed) for seed in range(seeds)]
+        mixed = ", ".join(f"{name}: {statistics.mean(one[name] for one in each):+.1f}" for name in each[0])
+        lines.append(
+            f"{kind}: teachers agree on {100 * statistics.mean(same):.1f}%, one is right on "
+            f"{100 * statistics.mean(right):.1f}% of {SAMPLE}; mixtures against one of them, points: {mixed}"
+        )
     points = gains(setting, arms, seeds)
     if not points:
-        return []
+        return lines
     (setting.runs / "gains.json").write_text(json.dumps(points, indent=1))
     draw(points)
-    return [
+    return lines + [
         f"{p['setting']}: teachers agree on {p['agreement']:.0f}%, one is right on {p['one teacher']:.0f}%; "
         f"{p['layers']} layers, {p['teachers']} teachers instead of one: {p['gain']:+.2f} +- {p['half']:.2f}, "
         f"p = {p['p']:.4f}"

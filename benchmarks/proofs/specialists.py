@@ -9,8 +9,13 @@ the teachers, and the students. Weightings that read labels find them on the fiv
 from __future__ import annotations
 
 import random
+import statistics
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors.numpy import load_file
+from scipy.special import logsumexp, softmax
 from sides.compare import difference
 
 from proofs.corpora import Row
@@ -139,6 +144,39 @@ def derive(arms: Found) -> Found:
     return {"best teacher alone": best, **arms}
 
 
+def routed(setting: Setting, seed: int) -> dict[str, tuple[float, float]]:
+    """What the teachers' caches say of weightings, without a student.
+
+    Returns:
+        weighting -> percent of transfer texts that the mixture of probabilities is right on, and percent of them whose
+        own teacher has the largest weight; {} without caches.
+    """
+    caches = [Path(setting.cached("cache", seed, 1, f"s{k}")["model"]) for k in range(TEACHERS)]
+    if not all(cache.exists() for cache in caches):
+        return {}
+    logits = np.stack([np.concatenate([load_file(shard)["classes"] for shard in sorted(cache.glob("shard-*"))])
+                       for cache in caches])  # [T,N,C+1], "other" last  # fmt: skip
+    known = {row["text"]: row["label"] for row in setting.texts.train}
+    rows = cut(setting, seed)["transfer"]
+    truth = np.array([setting.texts.classes.index(known[row["text"]]) for row in rows])
+    own = np.array([int(row["teacher"][1:]) for row in rows])
+    shares, claims = softmax(logits[..., :-1], axis=2), 1 - softmax(logits, axis=2)[..., -1]
+    weights = {
+        "uniform": np.full_like(claims, 1 / TEACHERS),
+        "confidence": softmax(shares.max(2) / 0.1, axis=0),
+        "energy": softmax(logsumexp(logits[..., :-1], axis=2) / 0.5, axis=0),
+        "abstain": claims / claims.sum(0),
+        "oracle": (np.arange(TEACHERS)[:, None] == own).astype(np.float32),
+    }
+    return {
+        name: (
+            100 * float(((each[..., None] * shares).sum(0).argmax(1) == truth).mean()),
+            100 * float((each.argmax(0) == own).mean()),
+        )
+        for name, each in weights.items()
+    }
+
+
 def notes(setting: Setting, arms: Found, seeds: int) -> list[str]:
     """The goals of issue 15, point 1."""
     weightings = [name for name in (*FREE, *SLICED, *SEARCHED, "abstain, teachers at 0.5") if name in arms]
@@ -146,6 +184,12 @@ def notes(setting: Setting, arms: Found, seeds: int) -> list[str]:
         return []
     best = max(weightings, key=lambda name: mean(arms, name) or 0.0)
     lines = [f"best weighting without the oracle: {best}"]
+    mixed = [each for seed in range(seeds) if (each := routed(setting, seed))]
+    for name in mixed[0] if mixed else ():
+        right, sent = (statistics.mean(values) for values in zip(*(each[name] for each in mixed), strict=True))
+        lines.append(
+            f"mixture of the teachers under {name}: right on {right:.1f}%, its own teacher first on {sent:.1f}%"
+        )
     gain = difference(arms[best], arms["best teacher alone"])
     over = difference(arms[best], arms["uniform"])
     most = difference(arms["oracle"], arms["best teacher alone"])
