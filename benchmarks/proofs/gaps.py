@@ -47,7 +47,7 @@ def groups(setting: Setting, seed: int) -> list[Group]:
     alone = {"labels": setting.labels("own", STEPS, 2), "labels-longer": setting.labels("own", longer, 2)}
     return [
         taught,
-        Group("cache", transfer, {"cache": cache}, needs=("teachers",), ensemble="cache"),
+        Group("cache", transfer, {"cache": cache}, needs=("teachers",)),
         Group("students", transfer, stages, arms, needs=("cache",)),
         Group("labels", data, alone, {"labels alone": "labels", "labels alone, the chain's time": "labels-longer"}),
     ]
