@@ -28,6 +28,7 @@ from mtkd.engine.dist import Dist
 from mtkd.engine.testing import run_distributed
 from mtkd.errors import DataError, UserError
 from mtkd.models.classes import LOW
+from mtkd.pool import BACKENDS
 from mtkd.running.chance import warn_below_chance, warn_uncalibrated
 
 NEAR = 2e-4  # as in test_cache_stage
@@ -168,7 +169,6 @@ def test_predictions_that_nothing_reads_are_not_calibrated(tmp_path: Path) -> No
     mtkd.plan(tiny_config(tmp_path, stages={"student": student}, evaluate=evaluate))
 
 
-@mtkd.teacher("calibrated_reader", view="other")
 class Reader:
     """Reads another text than the data's."""
 
@@ -176,8 +176,10 @@ class Reader:
         raise AssertionError("the plan refuses it before it is asked")
 
 
-def test_a_teacher_of_another_text_takes_a_number_alone(tmp_path: Path) -> None:
+def test_a_teacher_of_another_text_takes_a_number_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Law: held-out texts have no such view, so there is nothing to fit on."""
+    monkeypatch.setattr(BACKENDS, "_values", dict(BACKENDS._values))  # other tests read which backends there are
+    mtkd.teacher("calibrated_reader", view="other")(Reader)
     teachers = [{"backend": "calibrated_reader", "calibrate": True}]
     config = tiny_config(tmp_path, stages={"student": {"teachers": teachers}})
     with pytest.raises(UserError, match="reads the view 'other'"):
