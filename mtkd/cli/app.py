@@ -108,15 +108,17 @@ def plan(
 ) -> None:
     """Resolve and check everything; show stages, models, steps, tokens and memory; train nothing."""
     from mtkd.config.read import load_config
+    from mtkd.planning.data import DataReader
     from mtkd.planning.plan import plan as make_plan
 
     config = load_config(file, override or ())
-    planned = make_plan(config, memory=True)
+    reader = DataReader(config.base)  # one reading of the data for both
+    planned = make_plan(config, memory=True, reader=reader)
     found: dict[str, str] = {}
     if agreement:
         from mtkd.running.foretell import agreements
 
-        found = agreements(config)
+        found = agreements(config, reader)
     if as_json:
         print_json({**planned.as_dict(), **({"agreement": found} if agreement else {})})
         return

@@ -54,8 +54,8 @@ def kl(
     Raises: ValueError for a temperature that is not positive or a negative `top`.
     Source: Hinton et al. 2015, Distilling the Knowledge in a Neural Network, arXiv 1503.02531, section 2.
     """
-    log_s, log_t = _both(student, teacher, temperature, top, standardise)
-    return scaled(_kl(log_t, log_s), temperature, scale)
+    log_s, log_t = log_distributions(student, teacher, temperature, top, standardise)
+    return scaled(kl_between(log_t, log_s), temperature, scale)
 
 
 @loss("reverse_kl", inputs=LOGITS)
@@ -76,8 +76,8 @@ def reverse_kl(
     Returns: [n], nats.
     Source: Gu et al. 2023, MiniLLM, arXiv 2306.08543, equation 1.
     """
-    log_s, log_t = _both(student, teacher, temperature, top, standardise)
-    return scaled(_kl(log_s, log_t), temperature, scale)
+    log_s, log_t = log_distributions(student, teacher, temperature, top, standardise)
+    return scaled(kl_between(log_s, log_t), temperature, scale)
 
 
 @loss("jsd", inputs=LOGITS)
@@ -105,9 +105,9 @@ def jsd(
     """
     if not 0 <= beta <= 1:
         raise ValueError(f"beta must be between 0 and 1; found {beta}")
-    log_s, log_t = _both(student, teacher, temperature, top, standardise)
+    log_s, log_t = log_distributions(student, teacher, temperature, top, standardise)
     if beta in (0, 1):
-        return scaled(_kl(log_s, log_t) if beta else _kl(log_t, log_s), temperature, scale)
+        return scaled(kl_between(log_s, log_t) if beta else kl_between(log_t, log_s), temperature, scale)
     probs_s, probs_t = log_s.exp(), log_t.exp()
     # The derivative through m is the same for every column and vanishes in the softmax, so m needs no graph. Where both
     # sides underflow their terms are 0 for any finite log m.
@@ -139,7 +139,7 @@ def skew_kl(
     Raises: ValueError for alpha outside [0, 1).
     Source: Ko et al. 2024, DistiLLM, arXiv 2402.03898 (SKL).
     """
-    log_s, log_t = _both(student, teacher, temperature, top, standardise)
+    log_s, log_t = log_distributions(student, teacher, temperature, top, standardise)
     return scaled(_skewed(log_t, log_s, alpha), temperature, scale)
 
 
@@ -163,7 +163,7 @@ def reverse_skew_kl(
     Raises: ValueError for alpha outside [0, 1).
     Source: Ko et al. 2024, DistiLLM, arXiv 2402.03898 (SRKL).
     """
-    log_s, log_t = _both(student, teacher, temperature, top, standardise)
+    log_s, log_t = log_distributions(student, teacher, temperature, top, standardise)
     return scaled(_skewed(log_s, log_t, alpha), temperature, scale)
 
 
@@ -186,7 +186,7 @@ def total_variation(
     Returns: [n], a difference of probabilities.
     Source: Wen et al. 2023, f-Divergence Minimization for Sequence-Level Knowledge Distillation, arXiv 2307.15190.
     """
-    log_s, log_t = _both(student, teacher, temperature, top, standardise)
+    log_s, log_t = log_distributions(student, teacher, temperature, top, standardise)
     return scaled((log_s.exp() - log_t.exp()).abs().sum(-1) / 2, temperature, scale)
 
 
@@ -215,9 +215,9 @@ def adaptive_kl(
     """
     if not 0 < mu < 1:
         raise ValueError(f"mu is a probability between 0 and 1, both excluded; found {mu}")
-    log_s, log_t = _both(student, teacher, temperature, 0, standardise)
+    log_s, log_t = log_distributions(student, teacher, temperature, 0, standardise)
     share = _head_share(log_s.detach().exp(), log_t.detach().exp(), mu)
-    return scaled(share * _kl(log_t, log_s) + (1 - share) * _kl(log_s, log_t), temperature, scale)
+    return scaled(share * kl_between(log_t, log_s) + (1 - share) * kl_between(log_s, log_t), temperature, scale)
 
 
 def _head_share(probs_s: Tensor, probs_t: Tensor, mu: float) -> Tensor:
@@ -251,11 +251,11 @@ def soft_ce(
     Returns: [n], nats.
     Source: Hinton et al. 2015, arXiv 1503.02531, section 2; TinyBERT (Jiao et al. 2019, arXiv 1909.10351), equation 10.
     """
-    log_s, log_t = _both(student, teacher, temperature, top, standardise)
+    log_s, log_t = log_distributions(student, teacher, temperature, top, standardise)
     return scaled(-(log_t.exp() * log_s).sum(-1), temperature, scale)
 
 
-def _both(
+def log_distributions(
     student: Tensor, teacher: Tensor, temperature: float, top: int, standardise: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of student and teacher, [n,V], or [n,top+1] with the tail as the last outcome."""
@@ -276,7 +276,7 @@ def _with_tail(log_probs: Tensor, columns: Tensor) -> Tensor:
     return torch.cat([log_probs.gather(-1, columns), others.logsumexp(-1, keepdim=True)], -1)
 
 
-def _kl(of: Tensor, from_: Tensor) -> Tensor:
+def kl_between(of: Tensor, from_: Tensor) -> Tensor:
     """``sum_v p(v) (log p(v) - log q(v))`` of log p and log q, [n,V] each -> [n]."""
     return (of.exp() * (of - from_)).sum(-1)
 
@@ -286,7 +286,7 @@ def _skewed(of: Tensor, from_: Tensor, alpha: float) -> Tensor:
     if not 0 <= alpha < 1:
         raise ValueError(f"alpha must be at least 0 and below 1; found {alpha}")
     if alpha == 0:
-        return _kl(of, from_)
+        return kl_between(of, from_)
     probs = of.exp()
     return (probs * (of - _log(torch.lerp(from_.exp(), probs, alpha)))).sum(-1)
 

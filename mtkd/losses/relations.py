@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mtkd.data.batch import NO_LABEL
-from mtkd.losses.distributions import log_distribution, scaled, standardised
+from mtkd.losses.distributions import kl_between, log_distributions, scaled
 from mtkd.losses.spec import loss
 
 
@@ -46,14 +46,12 @@ def dkd(
     for name, value in (("alpha", alpha), ("beta", beta)):
         if value < 0:
             raise ValueError(f"{name} is a weight, 0 or more; found {value}")
-    if standardise:
-        student, teacher = standardised(student), standardised(teacher)
-    log_s, log_t = log_distribution(student, temperature), log_distribution(teacher, temperature)
+    log_s, log_t = log_distributions(student, teacher, temperature, 0, standardise)
     target = log_t.argmax(-1)
     if labels is not None:
         target = torch.where(labels == NO_LABEL, target, labels)
     (target_s, rest_s), (target_t, rest_t) = _decoupled(log_s, target[:, None]), _decoupled(log_t, target[:, None])
-    against_rest = (target_t.exp() * (target_t - target_s)).sum(-1)
+    against_rest = kl_between(target_t, target_s)
     among_rest = (rest_t.exp() * (rest_t - rest_s).scatter(-1, target[:, None], 0)).sum(-1)
     return temperature**2 * (alpha * against_rest + beta * among_rest)
 
@@ -79,7 +77,7 @@ def dist_inter(
     Source: Huang et al. 2022, Knowledge Distillation from A Stronger Teacher, arXiv 2205.10536, equation 7. Its code
     adds 1e-8 to the product of the norms; here the product is at least 1e-12, so that a wide flat row counts too.
     """
-    probs_s, probs_t = (log_distribution(x, temperature).exp() for x in (student, teacher))
+    probs_s, probs_t = (x.exp() for x in log_distributions(student, teacher, temperature, 0))
     return scaled(1 - _correlation(probs_s, probs_t), temperature, scale)
 
 
@@ -97,7 +95,7 @@ def dist_intra(
     Returns: [n], no unit.
     Source: Huang et al. 2022, arXiv 2205.10536, equation 9.
     """
-    probs_s, probs_t = (log_distribution(x, temperature).exp() for x in (student, teacher))
+    probs_s, probs_t = (x.exp() for x in log_distributions(student, teacher, temperature, 0))
     counts = mask[:, None].to(probs_s.dtype)
     number = counts.sum().clamp_min(1)
     # Rows that do not count are put at the mean: they add nothing to a covariance.

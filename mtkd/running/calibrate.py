@@ -20,7 +20,6 @@ from mtkd.config.read import fingerprint
 from mtkd.data.batch import Batch
 from mtkd.data.load import LoadedData
 from mtkd.data.progress import say
-from mtkd.data.sampler import length_batches, slots
 from mtkd.data.split import Split
 from mtkd.engine.dist import alive, on_main
 from mtkd.engine.notes import Calibrations
@@ -44,6 +43,7 @@ from mtkd.planning.stages import redo_command
 from mtkd.pool import CalibratedTeacher, Teacher
 from mtkd.running.context import RunContext
 from mtkd.running.identity import teacher_digest
+from mtkd.running.sample import batches_of, labelled, spread
 
 # Of language models: the most tokens that are read, and targets whose logits are looked at. 8,192 targets tell a
 # temperature to about 1%. Wide vocabularies have fewer, 200 million logits in all: some minutes of a CPU.
@@ -186,7 +186,7 @@ class _Look:
         )
 
     def _stride(self, teacher: Teacher, total: float) -> int:
-        """Which of a language model's targets are looked at: every so-manieth."""
+        """A language model's targets are looked at one in so many."""
         if not self.data.task.token_level:
             return 1
         most = min(_TARGETS, max(_FEWEST, _LOGITS // teacher.num_columns))
@@ -210,19 +210,14 @@ class _Look:
         split = self.data.splits.get(self.asked.split)
         if split is None:
             return
-        dist = self.context.dist
-        for step in length_batches(self._chosen(split), split.lengths, self.batch):
-            for slot in slots(step.tolist(), dist.world_size, self.batch.accumulate, split.lengths)[dist.rank]:
-                yield split.collate(slot, size=max(1, len(slot)))
+        yield from batches_of(split, self._chosen(split), self.batch, self.context.dist, most=None)
 
     def _chosen(self, split: Split) -> np.ndarray:
         """The texts that are read, spread over the split."""
-        texts, most = np.arange(len(split)), self.asked.examples
-        if split.labels is not None:
-            texts = np.flatnonzero(split.labels >= 0)
-        else:
+        most = self.asked.examples
+        if split.labels is None:
             most = min(most, max(16, int(_TOKENS / max(split.lengths.mean(), 1))))
-        return texts[np.unique(np.linspace(0, max(len(texts) - 1, 0), min(most, len(texts))).astype(int))]
+        return spread(labelled(split), most)
 
 
 def _outcomes(logits: Logits, index: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -50,6 +50,7 @@ from mtkd.running.context import RunContext
 from mtkd.running.identity import as_known, teacher_digest
 from mtkd.running.metrics import JsonLines
 from mtkd.running.overflow import overflowing
+from mtkd.running.sample import spread
 from mtkd.running.teachers import open_teacher
 
 _IDENTITY, _SECONDS = "identity.json", "seconds.json"
@@ -373,7 +374,7 @@ def _check_same_every_epoch(split: Split, where: str) -> None:
     Raises:
         DataError: naming the first example that differs.
     """
-    for example in np.linspace(0, len(split) - 1, min(_LOOKED_AT, len(split))).astype(int).tolist():
+    for example in spread(np.arange(len(split)), _LOOKED_AT).tolist():
         one, other = (split.collate([example], epoch=epoch) for epoch in (0, 1))
         same = torch.equal(one.input_ids, other.input_ids) and torch.equal(
             one.targets.nan_to_num(), other.targets.nan_to_num()

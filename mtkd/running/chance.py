@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -11,17 +11,15 @@ from mtkd.config import BatchConfig
 from mtkd.data.batch import STUDENT, Batch
 from mtkd.data.load import LoadedData
 from mtkd.data.progress import say
-from mtkd.data.sampler import length_batches, slots
-from mtkd.data.split import Split
 from mtkd.engine.dist import Dist, alive
 from mtkd.evaluate.calibration import knows, outputs
 from mtkd.models.features import as_logits
 from mtkd.models.forward import LOGITS
 from mtkd.pool import CachedTeacher, CalibratedTeacher, Teacher
+from mtkd.running.sample import batches_of, labelled, spread
 
-# The most texts and batches of the test: it must take seconds before a stage of hours. 256 texts tell 40% from 50% at
-# three standard errors.
-_TEXTS, _BATCHES = 256, 32
+# The most texts of the test: 256 tell 40% from 50% at three standard errors.
+_TEXTS = 256
 # Of language models: tokens of the second test. A difference of 0.1 is far beyond chance then.
 _TOKENS, _TILE, _FAR = 2048, 128, 0.1
 
@@ -45,10 +43,10 @@ def warn_below_chance(
     split = data.splits["train"]
     if data.num_labels < 2 or not data.config.labelled or split.labels is None:
         return {}
-    labelled = np.flatnonzero(split.labels >= 0)
-    if not len(labelled):
+    texts = labelled(split)
+    if not len(texts):
         return {}
-    chosen = labelled[np.unique(np.linspace(0, len(labelled) - 1, min(_TEXTS, len(labelled))).astype(int))]
+    chosen = spread(texts, _TEXTS)
     shares: dict[str, float] = {}
     for place, teacher in teachers.items():
         if teacher.view != STUDENT:
@@ -96,9 +94,8 @@ def warn_uncalibrated(
     split, found = data.splits.get("validation"), dict[str, tuple[float, float]]()
     if split is None or not split.has_targets or data.num_labels == 1:
         return found
-    texts = np.arange(len(split)) if split.labels is None else np.flatnonzero(split.labels >= 0)
     most = _TEXTS if split.labels is not None else min(_TEXTS, max(1, int(_TOKENS / split.lengths.mean())))
-    chosen = texts[np.unique(np.linspace(0, len(texts) - 1, min(most, len(texts))).astype(int))]
+    chosen = spread(labelled(split), most)
     for place, teacher in teachers.items():
         if teacher.view != STUDENT or isinstance(teacher, CalibratedTeacher | CachedTeacher):
             continue
@@ -132,11 +129,3 @@ def _confidence(teacher: Teacher, batch: Batch) -> np.ndarray:
         right = int((best.indices == labels[known]).sum())
         sums += [float(best.values.sum()), right, len(best.values)]
     return sums
-
-
-def batches_of(split: Split, texts: np.ndarray, batch: BatchConfig, dist: Dist) -> Iterator[Batch]:
-    """This rank's batches of the texts; every rank has the same number, for `forward` may be a collective."""
-    steps = list(length_batches(texts, split.lengths, batch))
-    for step in steps[:: -(-len(steps) // _BATCHES)]:
-        for slot in slots(step.tolist(), dist.world_size, batch.accumulate, split.lengths)[dist.rank]:
-            yield split.collate(slot, size=max(1, len(slot)))

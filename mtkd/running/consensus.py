@@ -30,7 +30,7 @@ from mtkd.objective.kept import read
 from mtkd.planning.spec import StageSpec
 from mtkd.pool import Teacher
 from mtkd.running.build import BuiltStage
-from mtkd.running.chance import batches_of
+from mtkd.running.sample import batches_of, spread
 
 # At most so many texts, and a share of what the stage itself gives its teachers; fewer than some texts say nothing.
 _TEXTS, _SHARE, _FEWEST = 256, 0.01, 16
@@ -109,16 +109,16 @@ def agreement_of(
 
 def some_texts(split: Split) -> np.ndarray:
     """At most 256 examples from all over the split."""
-    return np.unique(np.linspace(0, len(split) - 1, min(_TEXTS, len(split))).astype(int))
+    return spread(np.arange(len(split)), _TEXTS)
 
 
 def _texts(split: Split, batch: BatchConfig, steps: int) -> np.ndarray:
     """Examples from all over the split, as many as the stage's length is worth."""
-    spread = some_texts(split)
+    texts = some_texts(split)
     if batch.tokens is not None:
-        return spread[np.cumsum(split.lengths[spread]) <= _SHARE * steps * batch.tokens]
+        return texts[np.cumsum(split.lengths[texts]) <= _SHARE * steps * batch.tokens]
     assert batch.sequences is not None
-    return spread[: int(_SHARE * steps * batch.sequences)]
+    return texts[: int(_SHARE * steps * batch.sequences)]
 
 
 def _counted(batch: Batch) -> torch.Tensor:

@@ -21,24 +21,26 @@ from mtkd.planning.places import in_file, placed
 from mtkd.planning.plan import resolve, specify
 from mtkd.planning.spec import StageSpec
 from mtkd.pool import BACKENDS
-from mtkd.running.chance import batches_of
 from mtkd.running.consensus import agreement_of, some_texts
 from mtkd.running.context import RunContext
+from mtkd.running.sample import batches_of
 from mtkd.running.teachers import open_teacher
 
 
-def agreements(config: RunConfig) -> dict[str, str]:
+def agreements(config: RunConfig, reader: DataReader | None = None) -> dict[str, str]:
     """Per distill stage with several teachers how far they agree on at most 256 train texts, or why that is not known.
 
     One process reads the teachers where they are and writes nothing. Temperatures that are still to be fitted
     (`calibrate`) are 1: they change no choice.
 
+    Args:
+        reader: of the data entries, if a plan has read them already.
     Raises:
         UserError: as a run would, for a teacher that cannot be read.
     """
     with in_file(config):
         config = resolve(decided(config, choose(config).precision))
-        reader = DataReader(config.base)
+        reader = reader or DataReader(config.base)
         run = specify(with_teachers_classes(config, reader), reader)
         device = torch.device(device_of(config.engine))
         context = RunContext(run.config, RunDir(run.config.folder), Dist(), device, reader, run.stages)

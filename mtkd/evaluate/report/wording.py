@@ -25,8 +25,8 @@ METRIC_NAMES = {
 }
 
 # At which share of equal choices which advice is given; the largest that is reached. From the tables of
-# benchmarks/README.md: teachers that agreed in 97% of the cases were worth no more than one of them under any
-# weighting. 0.6 is not measured yet.
+# benchmarks/README.md: teachers that agreed in 96% and 97% of the cases were worth no more than one of them. Of eight
+# that agreed in 85%, weights by confidence made 0.2 points more than equal ones, in 57% 1.7, in 29% 5.8.
 _ADVICE = (
     (0.95, "expect one of them to do as well"),
     (0.60, "expect little of weights, compare with the best one alone"),
