@@ -7,7 +7,7 @@ differ in its last digits, and half of the training would have another teacher.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from mtkd.evaluate.calibration import (
     quality,
 )
 from mtkd.models.calibrated import Calibration
-from mtkd.models.features import Logits, SparseLogits, as_logits
+from mtkd.models.features import DenseLogits, Logits, SparseLogits, as_logits
 from mtkd.models.forward import LOGITS
 from mtkd.planning.stages import redo_command
 from mtkd.pool import CalibratedTeacher, Teacher
@@ -143,7 +143,7 @@ class _Look:
                 shifted = torch.from_numpy(rows / temperature + np.array(calibration.bias))
                 after, temperature = observe(shifted, torch.from_numpy(labels)), 1.0
             found = {
-                **calibration.as_json(),
+                **_of_classes(calibration, teacher.num_columns).as_json(),
                 "labels": len(seen),
                 "data": self.data.name,
                 "split": self.asked.split,
@@ -220,8 +220,21 @@ class _Look:
         return spread(labelled(split), most)
 
 
+def _of_classes(calibration: Calibration, classes: int) -> Calibration:
+    """With biases relative to that of "other", which has none: a softmax knows differences alone."""
+    *biases, last = calibration.bias or (0.0,)
+    return replace(calibration, bias=tuple(b - last for b in biases)) if len(biases) == classes else calibration
+
+
 def _outcomes(logits: Logits, index: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits and labels at some positions; of a cache with k columns its k + 1 outcomes, the tail as the last one."""
+    """Logits and labels at some positions; the last column is the tail of a cache, or a specialist's "other".
+
+    A specialist's temperature divides its "other" as well, which weightings read. So the fit looks at it, too: it is
+    what the specialist should answer where the label is none of its classes.
+    """
+    if isinstance(logits, DenseLogits) and logits.other is not None:
+        rows, other = logits.rows(index), logits.other[index].float().logsumexp(-1, keepdim=True)  # [m,C], [m,1]
+        return torch.cat([rows, other], -1), torch.where(knows(rows, labels), labels, rows.shape[-1])
     if not isinstance(logits, SparseLogits):
         return logits.rows(index), labels
     known = logits.sparse(index)

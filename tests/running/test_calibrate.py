@@ -28,6 +28,7 @@ from mtkd.engine.dist import Dist
 from mtkd.engine.testing import run_distributed
 from mtkd.errors import DataError, UserError
 from mtkd.models.classes import LOW
+from mtkd.models.features import DenseLogits
 from mtkd.pool import BACKENDS
 from mtkd.running.chance import warn_below_chance, warn_uncalibrated
 
@@ -289,8 +290,13 @@ def test_a_cache_fitted_on_its_rows_is_the_live_teacher_fitted_there(tmp_path: P
 CLASSES = 5
 
 
-def held_out(logits: torch.Tensor, labels: torch.Tensor, split: str = "validation") -> tuple[Any, Any]:
-    """(data with a split of these labels, a teacher that gives these logits [n,C])."""
+def held_out(
+    logits: torch.Tensor, labels: torch.Tensor, split: str = "validation", other: torch.Tensor | None = None
+) -> tuple[Any, Any]:
+    """(data with a split of these labels, a teacher that gives these logits [n,C], a specialist's `other` [n,1])."""
+
+    def forward(batch: Batch, wants: frozenset[str]) -> dict[str, Any]:
+        return {"logits": DenseLogits(logits[batch.keys], None if other is None else other[batch.keys])}
 
     def batch_of(rows: Rows) -> Batch:
         keys = torch.full((rows.num_rows,), -1)
@@ -307,9 +313,7 @@ def held_out(logits: torch.Tensor, labels: torch.Tensor, split: str = "validatio
         task=SimpleNamespace(token_level=False),
         config=SimpleNamespace(labelled=True),
     )
-    teacher: Any = SimpleNamespace(
-        name="t", view="", num_columns=logits.shape[1], forward=lambda b, _: {"logits": logits[b.keys]}
-    )
+    teacher: Any = SimpleNamespace(name="t", view="", num_columns=logits.shape[1], forward=forward)
     return data, teacher
 
 
@@ -360,6 +364,25 @@ def test_a_specialist_is_compared_with_a_guess_among_its_classes(
     assert found["t"] == (1.0 if right else 0.0)
     said = capsys.readouterr().err
     assert words in said if words else said == ""
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_specialist_is_fitted_on_other_as_well(bias: bool) -> None:
+    """Law: its outcomes are its own classes and "none of them"; the probabilities it was made with come back.
+
+    Drawn from a softmax over two classes and "other", then scaled and shifted; the third class is not its own.
+    """
+    draw = torch.Generator().manual_seed(5)
+    true = 1.5 * torch.randn(6_000, 3, generator=draw)  # class 0, class 1, other
+    outcome = torch.multinomial(torch.softmax(true, -1), 1, generator=draw).squeeze(-1)
+    given = 0.4 * (true - torch.tensor([0.5, 0.0, 0.0]) * bias)
+    logits = torch.cat([given[:, :2], torch.full((6_000, 1), -2 * LOW)], -1)
+    data, teacher = held_out(logits, outcome, other=given[:, 2:])
+    found = look(data, bias=bias, examples=6_000).fit(teacher)
+    assert found["labels"] == 6_000
+    assert found["temperature"] == pytest.approx(0.4, rel=0.06)
+    if bias:
+        assert found["bias"][:2] == pytest.approx([0.5, 0.0], abs=0.12)
 
 
 def test_a_specialist_without_any_of_the_labels_is_refused() -> None:

@@ -177,4 +177,4 @@ def nothing_to_compare(run: RunData) -> str:
     left = sum(stage.status != "done" for stage in run.stages)
     if run.state == "training":
         return f"The run is in progress: {left} of {len(run.stages)} stages are not finished. There are no results yet."
-    return "All stages are finished; the evaluation is not. There are no results yet."
+    return "All stages are finished; there is no results.json. `mtkd run` scores their models and trains nothing again."
