@@ -233,6 +233,35 @@ def _head_share(probs_s: Tensor, probs_t: Tensor, mu: float) -> Tensor:
     return (gap.gather(-1, columns) * in_head).sum(-1) / gap.sum(-1).clamp_min(torch.finfo(gap.dtype).tiny)
 
 
+@loss("todi", inputs=LOGITS, constant_weights=True)
+def todi(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor,
+    *,
+    beta: float = 1.0,
+    temperature: float = 1.0,
+    scale: bool = True,
+    top: int = 0,
+    standardise: bool = False,
+) -> Tensor:
+    """Forward and reverse KL column by column: forward where the student is too low, reverse where it is too high.
+
+    ``sum_v a_v p_T (log p_T - log p_S) + (1 - a_v) p_S (log p_S - log p_T)`` at v, ``a_v = sigmoid(beta (log p_T(v) -
+    log p_S(v)))``, T^2-scaled. The a_v are weights, not a part of the objective: no gradient goes through them.
+
+    Returns: [n], nats; a column's term may be negative, and the sum with unequal weights, too.
+    Raises: ValueError for a negative beta.
+    Source: Jung et al. 2025, ToDi: Token-wise Distillation via Fine-Grained Divergence Control, arXiv 2505.16297.
+    """
+    if beta < 0:
+        raise ValueError(f"beta must be 0 or more; found {beta}")
+    log_s, log_t = log_distributions(student, teacher, temperature, top, standardise)
+    gap = log_t - log_s  # [n,V]
+    share = torch.sigmoid(beta * gap.detach())
+    return scaled(((share * log_t.exp() - (1 - share) * log_s.exp()) * gap).sum(-1), temperature, scale)
+
+
 @loss("soft_ce", inputs=LOGITS, zero_at_equality=False, teacher_term=no_term)
 def soft_ce(
     student: Tensor,

@@ -38,6 +38,7 @@ OPTIONS = {
     "reverse_skew_kl": [{"alpha": 0.5, "temperature": 2.0}, {"alpha": 0.0}, {"top": 3}],
     "total_variation": [{"temperature": 2.0}, {"top": 3}, {"standardise": True}],
     "adaptive_kl": [{"mu": 0.9, "temperature": 2.0}, {"standardise": True}],
+    "todi": [{"beta": 3.0, "temperature": 2.0}, {"beta": 0.0}, {"top": 3}, {"standardise": True}],
     "dkd": [{"alpha": 0.5, "beta": 2.0, "temperature": 4.0}, {"standardise": True}, {"beta": 0.0}],
     "dist_inter": [{"temperature": 4.0}, {"scale": False}],
     "dist_intra": [{"temperature": 4.0}],

@@ -42,6 +42,7 @@ DIVERGENCES = (
     "reverse_skew_kl",
     "total_variation",
     "adaptive_kl",
+    "todi",
     "soft_ce",
 )
 
@@ -192,6 +193,26 @@ def test_adaptive_kl_against_a_loop(mu: float, columns: int, scale: float) -> No
     assert len({round(share, 3) for share, _ in wanted}) == 3  # it does adapt
 
 
+@pytest.mark.parametrize("beta", [0.0, 1.0, 4.0])
+def test_todi_against_a_loop(beta: float) -> None:
+    """The paper's sum over columns, and its derivative with the weights held: by the chain rule, written out."""
+    student, teacher = rand(3, 6, scale=2.0), rand(3, 6, seed=1, scale=2.0)
+    p, q = scipy.special.softmax(teacher.numpy(), -1), scipy.special.softmax(student.numpy(), -1)
+    values, slopes = [], []
+    for row_p, row_q in zip(p, q, strict=True):
+        total, by_q = 0.0, []
+        for a, b in zip(row_p, row_q, strict=True):
+            share = 1 / (1 + (b / a) ** beta)
+            total += share * a * math.log(a / b) + (1 - share) * b * math.log(b / a)
+            by_q.append(-share * a / b + (1 - share) * (math.log(b / a) + 1))
+        values.append(total)
+        slopes.append(
+            [b * (d - sum(x * y for x, y in zip(row_q, by_q, strict=True))) for b, d in zip(row_q, by_q, strict=True)]
+        )
+    same(run("todi", student, teacher, beta=beta), values)
+    same(gradient("todi", student, teacher, beta=beta), slopes)
+
+
 @pytest.mark.parametrize("name", [name for name in DIVERGENCES if name != "adaptive_kl"])
 def test_top_is_the_divergence_of_the_buckets(name: str) -> None:
     student, teacher = rand(3, 9), rand(3, 9, seed=1)
@@ -219,7 +240,9 @@ def test_values_that_mean_nothing_are_refused() -> None:
     for mu in (0.0, 1.0):
         with pytest.raises(ValueError, match="mu is"):
             run("adaptive_kl", logits, logits, mu=mu)
-    for name in ("reverse_kl", "jsd", "skew_kl", "reverse_skew_kl", "total_variation", "soft_ce"):
+    with pytest.raises(ValueError, match="beta must"):
+        run("todi", logits, logits, beta=-0.1)
+    for name in ("reverse_kl", "jsd", "skew_kl", "reverse_skew_kl", "total_variation", "todi", "soft_ce"):
         with pytest.raises(ValueError, match="top is"):
             run(name, logits, logits, top=-1)
     for name in DIVERGENCES:
