@@ -107,6 +107,7 @@ def make_objective(
     per: str = "example",
     tile: int = 5,
     names: Sequence[str] = (),
+    teach: tuple[tuple[bool, ...], ...] = (),
 ) -> tuple[Objective, TeacherPool]:
     """An objective and its pool."""
     names = names or [f"t{k}" for k in range(len(teachers))]
@@ -116,6 +117,6 @@ def make_objective(
     rows = compile_rows(matches, student.info, infos, token_level=token_level, regression=False, where="match")
     sizes = [sum(p.numel() for p in t.parameters()) for t in teachers]
     made = make_weighting(named, stage_facts(tuple(names), sizes, student, seed=0), "weighting")
-    objective = wire(student, infos, rows, made, Wiring(per, token_level, tile))
+    objective = wire(student, infos, rows, made, Wiring(per, token_level, tile, teach=teach))
     held = [LiveTeacher(n, t, CPU, torch.float32) for n, t in zip(names, teachers, strict=True)]
     return objective, TeacherPool(held, [objective.teacher_wants(k) for k in range(len(held))])

@@ -181,6 +181,11 @@ def _without(stage: StageConfig, ablation: Ablation, student: Ablated, *, cached
             f"stages.{ablation.stage}.weighting: 'route' takes the teacher that a row names, and rows that name one "
             f"which is left out would have none; {WHERE} needs another weighting"
         )
+    if any(teacher.domains for teacher in stage.teachers):
+        raise ValueError(
+            f"stages.{ablation.stage}.teachers: with `domain`, texts of a teacher that is left out would have none; "
+            f"{WHERE} needs teachers that teach every text"
+        )
     return _stage(values, student.name)
 
 

@@ -202,6 +202,11 @@ class StageConfig(Config):
         if more := sorted(self.batch.model_fields_set - {"sequences", "tokens"}):
             raise ValueError(f"batch.{more[0]}: a cache stage has no optimizer steps; its batch is sequences or tokens")
         for teacher in self.teachers:
+            if teacher.domains:
+                raise ValueError(
+                    f"teacher {teacher.name!r} has a domain: a cache stage asks it about every text; "
+                    "give `domain` where the cache is read"
+                )
             if teacher.no_cache:
                 raise ValueError(f"teacher {teacher.name!r}{teacher.no_cache}")
 

@@ -12,6 +12,9 @@ from mtkd.config.model import ModelConfig
 from mtkd.config.refs import STAGE_PREFIX
 from mtkd.errors import nearest
 
+DEFAULT_DOMAIN = "default"
+"""As a teacher's domain: the texts whose domain no teacher names."""
+
 Classes = tuple[str | None, ...] | dict[str, str | None]
 """What a classifier's outputs stand for: the data's class per output, or {OUTPUT: class}."""
 
@@ -63,6 +66,11 @@ class Teacher(Config):
         description="name in metrics and options; default: the last part of the model's path",
         validate_default=False,
     )
+    domain: str | tuple[str, ...] = Field(
+        (),
+        description="teaches texts of this domain alone, or of several: those that have it in the column "
+        f"`data.NAME.domain`; {DEFAULT_DOMAIN}: those whose domain no teacher names. Default: every text",
+    )
     calibrate: Annotated[
         CalibrateConfig | None, BeforeValidator(calibrate_block, json_schema_input_type=_Calibrate)
     ] = Field(
@@ -70,6 +78,19 @@ class Teacher(Config):
         description="divide its logits by a temperature before weights, rows, caches and ensembles read them: true "
         "(fitted on the validation labels), a number, or a block",
     )
+
+    @field_validator("domain")
+    @classmethod
+    def _some_domains(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        named = (value,) if isinstance(value, str) else value
+        if len(set(named)) < len(named) or not all(name.strip() for name in named):
+            raise ValueError("domain names each domain that the teacher teaches once; leave it out for all texts")
+        return value
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The domains that it names; () for every text."""
+        return (self.domain,) if isinstance(self.domain, str) else self.domain
 
     @model_validator(mode="before")
     @classmethod

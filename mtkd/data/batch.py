@@ -56,7 +56,8 @@ class Batch:
             (already shifted for causal models); classification: [B] int64; regression: [B] float32.
         nsp_targets: 0 where the second segment follows the first, 1 where it is another document's, `NO_LABEL` in
             filler rows; [B] int64, or None when nothing is asked.
-        routes: number of the teacher that the data names for each example, [B] int64 (-1 in filler rows), or None.
+        routes: number of the teacher that the data names for each example, or of its domain where teachers have some,
+            [B] int64 (-1 in filler rows), or None.
         origin: number of the document that each row is of, in its split, [B] int64 (-1 in filler rows); None for a
             batch that no split made.
         views: the same rows in other tokenizers, by a name of the tokenizer; STUDENT only in what `read_by` gives.

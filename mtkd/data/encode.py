@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mtkd.data.files import read_texts, values_of
+from mtkd.data.files import read_domains, read_texts, values_of
 from mtkd.data.marks import without_marks
 from mtkd.data.progress import counted
 from mtkd.data.split import Documents
@@ -74,12 +74,12 @@ def described(request: PrepareRequest, rows: np.ndarray, of_example: np.ndarray,
     """What examples were cut from: rows differ by their number, unless the configuration or source names them.
 
     Raises:
-        DataError: two rows with one name, or a row without name or domain.
+        DataError: two rows with one name, or a row without a name.
     """
     names = [f"{request.split}:{request.origin.rows[row] + 1}" for row in rows]
     domains = [""] * len(rows)
     if request.domains:
-        every = column_of(request, request.domains, "domain")
+        every = read_domains(request.rows, request.domains, request.origin)
         domains = [every[row] for row in rows]
     if request.names:
         mask = np.zeros(len(request.rows), bool)
@@ -99,9 +99,9 @@ def check_names(rows: Dataset, origin: Origin, names: str, domains: str, mask: n
         mask: which rows count, bool [rows].
 
     Raises:
-        DataError: two rows with one name, or a row without name or domain.
+        DataError: two rows with one name, or a row without a name.
     """
-    domain_of = read_texts(rows, domains, origin, "domain") if domains else [""] * len(rows)
+    domain_of = read_domains(rows, domains, origin) if domains else [""] * len(rows)
     if not names:
         return
     first: dict[tuple[str, str], int] = {}

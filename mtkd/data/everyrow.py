@@ -15,7 +15,7 @@ import numpy as np
 
 from mtkd.config import BLANK, DataConfig
 from mtkd.data.encode import check_names, teachers_of
-from mtkd.data.files import Origin, read_texts, require_column
+from mtkd.data.files import Origin, read_domains, read_texts, require_column
 from mtkd.data.load import load_data
 from mtkd.data.progress import Working
 from mtkd.data.split import Split
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+    from mtkd.data.domains import Domains
     from mtkd.data.raw import Raw
 
 _MOST_ROWS, _MOST_CHARACTERS = 50_000, 5_000_000
@@ -97,6 +98,26 @@ def check_routes(rows: Dataset, origin: Origin, config: DataConfig, teachers: Se
                 allowed=teachers,
                 todo=nearest(teacher, teachers) or f"correct the row, or choose another weighting at {where}",
             )
+
+
+def check_domains(raw: Raw, config: DataConfig, domains: Domains, where: str) -> None:
+    """Refuse a training row whose domain no teacher teaches, and a teacher whose domain no row has.
+
+    Args:
+        where: the stage's teachers.
+
+    Raises:
+        DataError: no such column; or naming the row, or the domain.
+    """
+    column, rows, origin = config.domain or raw.domains, raw.splits["train"], raw.origin("train")
+    if not column:
+        raise DataError(
+            "a teacher has a domain, and nothing says the domain of a row",
+            where=where,
+            todo="set data.NAME.domain to the column that holds it, or drop the teachers' `domain`",
+        )
+    mask, names = _Texts(config, rows, origin).kept, read_domains(rows, column, origin)
+    domains.check(((name, origin.where(row)) for row, name in enumerate(names) if mask[row]), where)
 
 
 class _Texts:

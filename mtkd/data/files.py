@@ -160,10 +160,16 @@ def nearest_column(column: str, columns: Sequence[str]) -> str:
     return nearest(column, columns)
 
 
-def read_texts(rows: Dataset, column: str, origin: Origin, option: str) -> list[str]:
-    """The texts of a column; raises a DataError naming the file and the first row that holds no text."""
+def read_texts(rows: Dataset, column: str, origin: Origin, option: str, *, missing: str | None = None) -> list[str]:
+    """The texts of a column; raises a DataError naming the file and the first row that holds no text.
+
+    Args:
+        missing: what stands for nothing; None: nothing is refused.
+    """
     require_column(rows, column, origin, option)
     values = values_of(rows, column)
+    if missing is not None:
+        values = [missing if value is None else value for value in values]
     for row, value in enumerate(values):
         if not isinstance(value, str):
             shown = "nothing" if value is None else value
@@ -176,6 +182,11 @@ def read_texts(rows: Dataset, column: str, origin: Origin, option: str) -> list[
                 todo=f"copy one of its keys ({keys}) into a column of its own" if keys else "",
             )
     return values
+
+
+def read_domains(rows: Dataset, column: str, origin: Origin) -> list[str]:
+    """The domain of each row, "" where it has none; raises a DataError where one is no text."""
+    return read_texts(rows, column, origin, "domain", missing="")
 
 
 def _read(file: DataFile) -> tuple[Dataset, str]:

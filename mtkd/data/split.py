@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+    from mtkd.data.domains import Domains
+
 
 @dataclass(frozen=True)
 class PrepareRequest:
@@ -71,7 +73,7 @@ class Split:
         token_types: whether batches carry token types.
         note: what the person should know of how it was made, e.g. examples left out; "" for nothing.
         redraws: whether inputs that depend on the epoch do so; else they are those of epoch 0 for ever.
-        routes: number of the teacher of each example, [examples] int64; see `routed`.
+        routes: number of the teacher of each example, or of its domain, [examples] int64; see `routed`, `in_domains`.
     """
 
     make_batch: Callable[[Rows], Batch]
@@ -136,6 +138,16 @@ class Split:
                     todo=nearest(name, teachers),
                 )
         return replace(self, routes=np.array([teachers.index(name) for name in names], np.int64)[self.documents])
+
+    def in_domains(self, domains: Domains, where: str) -> Split:
+        """This split with the number of each example's domain, for teachers that name theirs.
+
+        Raises:
+            DataError: a domain that no teacher teaches, or that no text has.
+        """
+        of_document = self.document_domains
+        domains.check(zip(of_document, (f"row '{name}'" for name in self.document_names), strict=True), where)
+        return replace(self, routes=np.array([domains.number(name) for name in of_document], np.int64)[self.documents])
 
     def collate(self, indices: Sequence[int], *, size: int | None = None, epoch: int = 0) -> Batch:
         """The examples of some numbers as one batch, padded on the right to the longest of them.

@@ -17,6 +17,7 @@ class Wiring:
         tile: positions per tile.
         dtype: of the matrix products: bfloat16 runs the student under autocast; losses stay float32.
         seed: of the projections.
+        teach: whether teacher k teaches texts of domain d (`Batch.routes`), [D+1][T]; () where every teacher does.
     """
 
     per: str
@@ -24,6 +25,7 @@ class Wiring:
     tile: int = 256  # 256 was fast enough on two machines; a run takes it from its engine
     dtype: torch.dtype = torch.float32
     seed: int = 0
+    teach: tuple[tuple[bool, ...], ...] = ()
 
     @property
     def weights_per_token(self) -> bool:

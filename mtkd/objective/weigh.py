@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mtkd.data.batch import Batch
+from mtkd.data.device import moved
 from mtkd.engine.jsonlines import WEIGHT
 from mtkd.errors import UserError
 from mtkd.models.features import Features, Logits, as_logits
@@ -62,6 +63,7 @@ class Weigher:
             row.match.weighted and not row.from_labels and row.counted(True) != "targets" for row in rows
         )
         self._step, self._gram = 0, torch.zeros(0, 0)
+        self._teach = torch.tensor(how.teach, dtype=torch.float32)  # [D+1,T]
 
     @property
     def student_wants(self) -> frozenset[str]:
@@ -101,6 +103,8 @@ class Weigher:
                 found=list(values.shape),
                 allowed=f"{list(traits.shape)}: teachers, examples, and tokens or 1",
             )
+        if self._how.teach:
+            values = self._in_domains(values, batch)
         read = batch.real[:, None]  # [B,1] or [B,L]
         if self._how.weights_per_token:
             read = batch.token_mask if self._beyond_targets else batch.target_mask
@@ -108,6 +112,22 @@ class Weigher:
         faults = weight_faults(values.detach(), read, sound=traits.sound)
         metrics = {**self._means(values, batch, counts), **faults}
         return Weights(values, self._weighting.penalty(traits), metrics)
+
+    def _in_domains(self, values: Tensor, batch: Batch) -> Tensor:
+        """The weights of the teachers of each text's domain, [T,B,L]; 0 for the others.
+
+        Where a weighting's weights sum to 1, those that are left do so again: what `softmax` gives among them. Where
+        all of them are 0 (`drop` left out the only one), they are equal.
+        """
+        assert batch.routes is not None
+        teach = moved(self._teach, values.device)[batch.routes].T[..., None]  # [T,B,1]; filler rows have the last one
+        kept = values * teach
+        if not self._weighting.sums_to_one:
+            return kept
+        left, whole = kept.sum(0), values.sum(0)  # [B,L]
+        none = left == 0
+        shares = torch.where(none, teach / teach.sum(0), kept / left.masked_fill(none, 1))
+        return shares * whole
 
     @torch.no_grad()
     def _around(self, batch: Batch, student: Features, counts: Mapping[str, int]) -> Around:

@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 
 from mtkd.config import RunConfig, StageConfig
 from mtkd.config.ablation import ablated_stages, cache_name, uses_cache
-from mtkd.data.everyrow import check_routes
+from mtkd.data.domains import Domains
+from mtkd.data.everyrow import check_domains, check_routes
 from mtkd.engine.folder import RunDir
 from mtkd.engine.launch import num_processes, shown_command
 from mtkd.engine.precision import choose, decided, device_of, warning, with_precision
+from mtkd.errors import UserError
 from mtkd.planning.budget import find_limits, stage_memory
 from mtkd.planning.checks import check, check_credentials
 from mtkd.planning.data import DataReader
@@ -126,10 +128,22 @@ def specs_of(config: RunConfig, reader: DataReader) -> Mapping[str, StageSpec]:
 
 
 def _check_routes(stages: Mapping[str, StageSpec], reader: DataReader) -> None:
-    """Refuse rows that name no teacher of the stage, where the weighting reads the teacher from them."""
+    """Refuse rows that no teacher of the stage teaches, where a row names its teacher or domain."""
     for spec in stages.values():
         reads = stage_reads(spec.stage, spec.where, token_level=spec.token_level)
-        if "route" in reads.names and not spec.data.facts.not_here:
+        domains = Domains.of([teacher.config for teacher in spec.teachers])
+        if domains is not None and "route" in reads.names:
+            raise UserError(
+                "a teacher has a domain, and the weighting reads the teacher that a row names: one of them decides",
+                where=f"{spec.where}.weighting",
+                todo="choose another weighting, e.g. uniform: it weighs the teachers of a domain; or drop `domain`",
+            )
+        if spec.data.facts.not_here:
+            continue
+        if domains is not None:
+            raw = reader.raw(spec.data.config)
+            check_domains(raw, spec.data.config, domains, f"{spec.where}.teachers")
+        if "route" in reads.names:
             raw, teachers = reader.raw(spec.data.config), tuple(teacher.name for teacher in spec.teachers)
             check_routes(
                 raw.splits["train"], raw.origin("train"), spec.data.config, teachers, f"{spec.where}.weighting"

@@ -152,7 +152,7 @@ def _without_places(values: dict[str, Any]) -> dict[str, Any]:
     for teacher in values["teachers"]:
         teacher["backend"] = teacher["backend"] if not BACKENDS[teacher["backend"]].runs else "resident"
         teacher.pop("sharded", None)
-        for name in ("classes", "other", "calibrate"):  # finished stages may not know these fields
+        for name in ("classes", "other", "calibrate", "domain"):  # finished stages may not know these fields
             if not teacher.get(name):
                 teacher.pop(name, None)
     return values

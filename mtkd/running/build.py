@@ -10,6 +10,7 @@ import torch
 
 from mtkd.config import StageConfig
 from mtkd.data.batch import Batch
+from mtkd.data.domains import Domains
 from mtkd.data.load import LoadedData
 from mtkd.data.sampler import Order, TrainStream
 from mtkd.data.split import Split
@@ -145,7 +146,10 @@ def _distillation(context: RunContext, spec: StageSpec, data: LoadedData) -> tup
     names = tuple(teacher.name for teacher in teachers)
     facts = stage_facts(names, [t.num_parameters for t in teachers], student, spec.seed)
     weighting = make_weighting(stage.weighting, facts, f"{spec.where}.weighting")
-    how = Wiring(stage.per, spec.token_level, tile_of(context, [student, *teachers]), context.dtype, spec.seed)
+    domains = Domains.of([t.config for t in spec.teachers])
+    teach = domains.teach if domains else ()
+    tile = tile_of(context, [student, *teachers])
+    how = Wiring(stage.per, spec.token_level, tile, context.dtype, spec.seed, teach)
     objective = wire(student, {teacher.name: teacher.info for teacher in teachers}, spec.rows, weighting, how)
     wants = [objective.teacher_wants(k, has_logits="logits" in t.info.taps) for k, t in enumerate(teachers)]
     return objective, TeacherPool(teachers, wants, context.config.engine.prefetch)
@@ -176,9 +180,12 @@ def _check_planned(planned: ModelInfo, loaded: ModelInfo, where: str, *, logits:
 
 
 def _train_split(spec: StageSpec, data: LoadedData) -> Split:
-    """The train split, with the teacher that each example names where the weighting reads it."""
+    """The train split, with the teacher that each example names where the weighting reads it, or with its domain."""
     names, where = tuple(teacher.name for teacher in spec.teachers), f"{spec.where}.weighting"
     split, reads = data.splits["train"], stage_reads(spec.stage, spec.where, token_level=spec.token_level)
+    domains = Domains.of([teacher.config for teacher in spec.teachers])
+    if domains is not None:
+        return split.in_domains(domains, f"{spec.where}.teachers")
     return split.routed(names, where) if "route" in reads.names else split
 
 

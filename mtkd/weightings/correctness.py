@@ -22,7 +22,7 @@ class MTBert(Weighting):
 
     def __init__(self, normalise: bool = False) -> None:
         super().__init__()
-        self.normalise = normalise
+        self.normalise = self.sums_to_one = normalise
 
     def forward(self, traits: Traits) -> Tensor:
         weights = 1 / (1 + traits.ce)

@@ -99,7 +99,7 @@ MISTAKES = {
     ),
     "{model: {path: x, vocabulary: {keep: 0.5}}}": "stages.s.teachers[0]: vocabulary is for students",
     "{model: {path: x, layers: 2}}": "stages.s.teachers[0].model: a loaded model has its own layers",
-    "{model: x, bckend: offload}": "stages.s.teachers[0].bckend: unknown key; found 'bckend'; allowed: name, calibrate",
+    "{model: x, bckend: offload}": "stages.s.teachers[0].bckend: unknown key; found 'bckend'; allowed: name, domain",
     "{backend: offload}": "stages.s.teachers[0].model: is missing",
     "{model: x, classes: [null]}": "stages.s.teachers[0].classes: classes names no class of the data",
     "{model: x, options: {}}": "options is for a teacher of your own, not for backend: resident; drop it",

@@ -112,7 +112,6 @@ def plan(file: Path) -> mtkd.Plan:
         ("prompt", {"prompt": 5}, "changes its type"),
         ("named", {"name": "n3"}, "two rows have the same name"),
         ("named", {"name": None}, "no text in column 'name'"),
-        ("named", {"domain": None}, "no text in column 'domain'"),
         ("pairs", {"text": "a"}, "only one token"),
         ("infill", {"text": None}, "no text in column 'text'"),
         ("cloze", {"text": "a [MASK] b"}, "holds the blank itself"),
