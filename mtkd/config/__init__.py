@@ -20,6 +20,7 @@ from mtkd.config.engine import EngineConfig
 from mtkd.config.evaluate import Comparison, EvaluateConfig
 from mtkd.config.model import ModelConfig, SliceConfig, VocabularyConfig
 from mtkd.config.refs import ENSEMBLE_PREFIX, StageRef, ensemble_of
+from mtkd.config.rollout import RolloutConfig, SamplingConfig
 from mtkd.config.run import RunConfig
 from mtkd.config.stage import BatchConfig, EarlyStop, EqualTime, OptimizerConfig, ScoringBatchConfig, StageConfig
 from mtkd.config.teacher import OwnTeacher, ShardedConfig, TeacherConfig, teacher_config
@@ -46,8 +47,10 @@ __all__ = [
     "OptimizerConfig",
     "OwnTeacher",
     "Positive",
+    "RolloutConfig",
     "RunConfig",
     "Rung",
+    "SamplingConfig",
     "ScoringBatchConfig",
     "ShardedConfig",
     "Share",

@@ -23,6 +23,7 @@ from mtkd.config.base import (
 from mtkd.config.cache import CacheConfig
 from mtkd.config.match import Match
 from mtkd.config.model import ModelConfig
+from mtkd.config.rollout import RolloutConfig
 from mtkd.config.teacher import TeacherConfig
 
 # Fields that a cache stage reads.
@@ -124,6 +125,9 @@ class StageConfig(Config):
     steps: Positive | None = Field(None, description="optimizer steps")
     epochs: Epochs | None = Field(None, description="passes over the train split")
     equal_time: EqualTime | None = Field(None, description="instead of steps: train as long as another stage")
+    rollout: RolloutConfig | None = Field(
+        None, description="distill, causal-lm with prompts: the student writes answers, the teachers score them"
+    )
     transforms: tuple[Named, ...] = Field(
         (), description="what plug-ins do to the batches of a step before they are read, in order: @mtkd.transform"
     )
@@ -182,7 +186,7 @@ class StageConfig(Config):
             if self.method is None and not self.match:
                 raise ValueError("a distill stage needs a `method` or `match` rows")
         else:
-            unread = [n for n in ("teachers", "method", "match") if getattr(self, n)]
+            unread = [n for n in ("teachers", "method", "match", "rollout") if getattr(self, n)]
             if unread or "weighting" in self.model_fields_set:
                 raise ValueError(
                     f"a {self.kind} stage trains on labels alone; drop {', '.join(unread or ['weighting'])}"

@@ -60,6 +60,9 @@ class Batch:
             [B] int64 (-1 in filler rows), or None.
         origin: number of the document that each row is of, in its split, [B] int64 (-1 in filler rows); None for a
             batch that no split made.
+        written: rows whose answer the student wrote: their targets are no labels, [B] bool; None where it wrote none.
+        behaviour: log-probability of each target of a written row in the distribution that it was drawn from, nats, 0
+            elsewhere, [B,L] float32, or None.
         views: the same rows in other tokenizers, by a name of the tokenizer; STUDENT only in what `read_by` gives.
         host: the batch before `to` moved it to a device. Its keys and masks are this one's; of no other field is that
             so (targets may since number other columns).
@@ -75,6 +78,8 @@ class Batch:
     position_ids: Tensor | None = None  # [B,2,L]
     sep: Tensor | None = None  # [B]
     origin: Tensor | None = None  # [B]
+    written: Tensor | None = None  # [B]
+    behaviour: Tensor | None = None  # [B,L]
     views: Mapping[str, View] = field(default_factory=dict)
     host: Batch | None = field(default=None, repr=False)
 
@@ -108,6 +113,18 @@ class Batch:
             return self.real & ~self.targets.isnan()
         has = self.targets != NO_LABEL
         return has & (self.real[:, None] if self.targets.dim() == 2 else self.real)
+
+    @property
+    def label_mask(self) -> Tensor:
+        """Positions (or rows) with a label: a target of the data, shaped like `targets`, bool."""
+        return self.target_mask if self.written is None else self.target_mask & ~self.written[:, None]
+
+    def labelled(self) -> Batch:
+        """The batch for who learns from labels: rows that the student wrote have no targets."""
+        if self.written is None:
+            return self
+        host = None if self.host is None else self.host.labelled()
+        return replace(self, targets=self.targets.masked_fill(self.written[:, None], NO_LABEL), host=host)
 
     def view(self, tokenizer: str = STUDENT) -> View:
         """The text as a tokenizer cuts it.
@@ -154,10 +171,14 @@ def _moved(tensors: View | Batch, device: torch.device) -> dict[str, Tensor]:
 
 
 def position_counts(batches: list[Batch]) -> dict[str, int]:
-    """Valid positions of every kind over some micro-batches: `tokens`, `targets`, `sequences`."""
+    """Valid positions of every kind over some micro-batches: `tokens`, `targets`, `sequences`, and `labels`.
+
+    `labels` are the targets that the data gave; those that the student wrote are targets alone.
+    """
     batches = [batch.on_host for batch in batches]
     return {
         "tokens": sum(int(b.token_mask.sum()) for b in batches),
         "targets": sum(int(b.target_mask.sum()) for b in batches),
         "sequences": sum(int(b.real.sum()) for b in batches),
+        "labels": sum(int(b.label_mask.sum()) for b in batches),
     }

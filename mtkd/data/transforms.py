@@ -182,6 +182,8 @@ def _forms(rows: int, length: int, targets: Tensor) -> dict[str, str]:
         "targets": f"{kind} [{rows},{length}]" if targets.dim() == 2 else f"{kind} [{rows}]",
         "token_type_ids": token,
         "position_ids": f"int64 [{rows},2,{length}]",
+        "written": f"bool [{rows}]",
+        "behaviour": f"float32 [{rows},{length}]",
         **dict.fromkeys(("keys", "nsp_targets", "routes", "sep", "origin"), row),
     }
 

@@ -115,6 +115,13 @@ class Engine(Protocol):
         """Within it the models' output heads are whole on every rank and may be read outside their modules."""
         ...
 
+    def whole_student(self) -> AbstractContextManager[None]:
+        """Within it the trained models are whole on every rank and run outside the engine, without gradients.
+
+        Entering and leaving it are collectives, running is none: ranks may run a different number of forward passes.
+        """
+        ...
+
     def close(self) -> None:
         """Free memory and hooks."""
         ...

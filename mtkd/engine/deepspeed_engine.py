@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -139,6 +140,20 @@ def _disk_errors_at_the_end(engine: Any) -> Iterator[None]:
         raise errors[0]
 
 
+@contextmanager
+def _without_hooks(models: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Within it no hook of these modules runs: ZeRO-3's would free each parameter after its layer's forward."""
+    modules = [module for model in models for module in model.modules()]
+    kept = [(module._forward_pre_hooks, module._forward_hooks) for module in modules]
+    for module in modules:
+        module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for module, (before, after) in zip(modules, kept, strict=True):
+            module._forward_pre_hooks, module._forward_hooks = before, after
+
+
 class DeepSpeedEngine:
     """One objective under `deepspeed.initialize`; the same arguments as `TorchEngine`, plus how to shard."""
 
@@ -248,6 +263,18 @@ class DeepSpeedEngine:
         import deepspeed
 
         return deepspeed.zero.GatheredParameters(heads)
+
+    def whole_student(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._zero_stage < 3 else self._gathered()
+
+    @contextmanager
+    def _gathered(self) -> Iterator[None]:
+        import deepspeed
+
+        models = list(self.objective.models.values())
+        with deepspeed.zero.GatheredParameters([p for model in models for p in model.parameters()]):
+            with _without_hooks(models):
+                yield
 
     def close(self) -> None:
         self.engine.destroy()

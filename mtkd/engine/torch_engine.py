@@ -84,5 +84,8 @@ class TorchEngine:
     def whole_head(self) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def whole_student(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def close(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)

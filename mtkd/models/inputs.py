@@ -6,7 +6,8 @@ import inspect
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
 
 from mtkd.data.batch import NO_LABEL, Batch
 from mtkd.errors import UserError
@@ -31,6 +32,7 @@ class Inputs:
         self._takes_parts = "sep" in parameters
         # Heads hand their keyword arguments on to the encoder or decoder, which would fill a cache by default.
         self._takes_cache = "use_cache" in inspect.signature(model.base_model.forward).parameters
+        self._takes_positions = "position_ids" in parameters
 
     def of(self, batch: Batch, layout: Layout | None) -> dict[str, Any]:
         """The arguments for a batch of B sequences of L tokens.
@@ -59,6 +61,18 @@ class Inputs:
         if self._takes_cache:
             inputs["use_cache"] = False
         return inputs
+
+    def going_on(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> dict[str, Any]:
+        """The arguments for more tokens of texts whose earlier ones are in `cache`.
+
+        Args:
+            ids: run ids of the new tokens, [B,N].
+            mask: which tokens are real, those of the cache included, [B,L+N] bool.
+            positions: of the new tokens in their texts, [B,N]; read by models that do not count by the mask.
+        """
+        own = ids if self._vocabulary is None else self._vocabulary.inputs(ids)  # [B,N]
+        inputs = {"input_ids": own, "attention_mask": mask.long(), "past_key_values": cache, "use_cache": True}
+        return inputs | {"position_ids": positions} if self._takes_positions else inputs
 
 
 def few_tokens(model: PreTrainedModel, vocabulary: int, lengths: tuple[int, ...]) -> Batch:

@@ -72,9 +72,9 @@ class TappedModel(nn.Module):
         self.info = model_info(model.config, auto_class)
         if model.config._attn_implementation != TAP:  # transformers' own: no recorder would ever be called
             self.info = dataclasses.replace(self.info, taps=self.info.taps - set(ATTENTION))
-        self._inputs = Inputs(model, vocabulary)
-        self._predictions = Predictions(model, auto_class, self.info, self.num_ids, classes)
-        self.token_level = self._predictions.token_level
+        self.inputs = Inputs(model, vocabulary)
+        self.predictions = Predictions(model, auto_class, self.info, self.num_ids, classes)
+        self.token_level = self.predictions.token_level
         if classes is not None:
             self.info = dataclasses.replace(self.info, num_labels=len(classes.classes))
 
@@ -96,7 +96,7 @@ class TappedModel(nn.Module):
         keys = {key: split_key(key) for key in wants}
         _check_keys(keys, self.info)
         depths = sorted({layer or 0 for name, layer in keys.values() if name in _HIDDEN})
-        inputs = self._inputs.of(batch, layout)
+        inputs = self.inputs.of(batch, layout)
         if depths:
             inputs["output_hidden_states"] = depths  # the others are not kept
         layers = frozenset(layer for name, layer in keys.values() if name in ATTENTION and layer)
@@ -107,7 +107,7 @@ class TappedModel(nn.Module):
         features: Features = {}
         for key, (name, layer) in keys.items():
             if name == "logits":
-                features[key] = self._predictions.logits(recorder, output)
+                features[key] = self.predictions.logits(recorder, output)
             elif name == "nsp_logits":
                 features[key] = DenseLogits(output.seq_relationship_logits)  # [B,2]
             elif name in _HIDDEN:
@@ -121,7 +121,7 @@ class TappedModel(nn.Module):
 
     def _run(self, inputs: dict[str, Any], recorder: Recorder) -> Any:
         """The model's own output; what was asked of `recorder` is in it then."""
-        recorder.last = self._predictions.last(inputs)
+        recorder.last = self.predictions.last(inputs)
         with recording(recorder):
             output = self.model(**inputs)
         if recorder.layers and recorder.num_calls != self.info.num_layers:
@@ -137,7 +137,7 @@ class TappedModel(nn.Module):
         """Weight [V,H] and bias [V] of a token-level head; None for a classification model."""
         if not self.token_level:
             return None
-        head = self._predictions.head
+        head = self.predictions.head
         assert isinstance(head.weight, nn.Parameter)
         return head.weight, head.bias
 
@@ -185,7 +185,7 @@ class TappedModel(nn.Module):
             UserError: an architecture that cannot be run so.
         """
         check_packing(self.info, where)
-        with _evaluating(self):
+        with evaluating(self):
             batch = few_tokens(self.model, self.info.vocabulary, (3, 1, 2))
             key = f"hidden.{self.info.num_layers}"
             layout = make_layout(batch.attention_mask, self.info.width, columns=6)
@@ -213,14 +213,14 @@ class TappedModel(nn.Module):
             DataError: the logits are not finite.
             UserError: they differ by more than `VERIFY_TOLERANCE`, or attention features cannot be numbered.
         """
-        with _evaluating(self.model):
+        with evaluating(self.model):
             batch, last = few_tokens(self.model, self.info.vocabulary, (2,)), self.info.num_layers
             recorder = Recorder(frozenset({last} if "query" in self.info.taps else ()), whole_logits=True)
-            inputs = self._inputs.of(batch, None) | {"output_hidden_states": [last]}
+            inputs = self.inputs.of(batch, None) | {"output_hidden_states": [last]}
             with number_format(batch.input_ids.device.type, dtype):  # once: it may read 20 GB
                 output = self._run(inputs, recorder)
-            logits = self._predictions.logits(recorder, output).in_dtype(torch.float32)
-            whole = self._predictions.whole(output, self.num_columns)  # [n,V] or [n,C]
+            logits = self.predictions.logits(recorder, output).in_dtype(torch.float32)
+            whole = self.predictions.whole(output, self.num_columns)  # [n,V] or [n,C]
             difference = _relative_difference(logits.rows(torch.arange(whole.shape[0], device=whole.device)), whole)
         if not whole.isfinite().all():
             raise overflowing_model("@model", dtype)
@@ -256,7 +256,7 @@ def _recompute_layers(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Within it a module is in eval mode."""
     training = module.training
     module.eval()

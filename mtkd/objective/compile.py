@@ -59,7 +59,7 @@ class Row:
         return set() if self.from_labels else {self.feature_key(t) for _, t in self.pairs[k]}
 
     def counted(self, token_level: bool) -> str:
-        """Which positions the row counts: `tokens`, `targets` or `sequences`."""
+        """Which positions the row counts: `tokens`, `targets`, `labels` or `sequences`."""
         feature = self.match.feature
         if feature in ("cls", "nsp_logits"):
             return "sequences"
@@ -67,7 +67,9 @@ class Row:
             return "tokens"
         if not token_level:
             return "targets" if self.from_labels else "sequences"
-        return "tokens" if self.match.positions == "all" and not self.from_labels else "targets"
+        if self.from_labels:
+            return "labels"
+        return "tokens" if self.match.positions == "all" else "targets"
 
 
 @contextmanager

@@ -75,5 +75,5 @@ def _losses(objective: Objective, batch: Batch, engine: Engine) -> Tensor:
     logits = logits_of(objective.student, batch, objective.dtype)
     with engine.whole_head():
         logits = logits.in_dtype(objective.dtype)
-        around = Around(objective.mapped(batch), student={"logits": logits})
+        around = Around(objective.mapped(batch).labelled(), student={"logits": logits})
         return Traits([logits], around, "example", objective.tile).student_loss

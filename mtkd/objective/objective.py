@@ -80,7 +80,7 @@ class Objective(Trainable):
         return {} if rate is None else {id(p): rate for p in self.weighting.parameters()}
 
     def step_counts(self, batch: Batch) -> Mapping[str, int]:
-        return self.weighting.counts(batch)
+        return self.weighting.counts(batch.labelled() if self.weighting.needs_labels else batch)
 
     def begin_step(self, step: int, gram: Tensor | None = None) -> None:
         """Say what the micro-batches of an optimizer step share.

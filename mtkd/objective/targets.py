@@ -34,13 +34,17 @@ class Positions:
     """
 
     index: Tensor  # [n], flat positions
-    labels: Tensor  # [n], the targets there
-    has_label: Tensor  # [n] bool, where there is one
+    labels: Tensor  # [n], the data's targets there; `NO_LABEL` elsewhere, where the student wrote too
+    has_label: Tensor  # [n] bool, where there is a target, of the data or of the student
     everywhere: bool
+    by_data: Tensor | None = None  # [n] bool, where the data gave the target; None: where there is one
 
     def mask(self, row: Row, token_level: bool) -> Tensor | None:
         """Where a row counts, [n] bool; None where it counts at all of them."""
-        return self.has_label if self.everywhere and row.counted(token_level) == "targets" else None
+        kind = row.counted(token_level)
+        if kind == "labels" and self.by_data is not None:
+            return self.by_data
+        return self.has_label if self.everywhere and kind in ("targets", "labels") else None
 
     def read_by(self, row: Row, token_level: bool) -> Where:
         """(its mask, the labels): what a row reads here."""
@@ -57,7 +61,9 @@ def positions_of(rows: Sequence[Row], batch: Batch, token_level: bool) -> Positi
         return every if everywhere else of.target_mask
 
     index = batch.where(read)  # [n]
-    return Positions(index, batch.targets.reshape(-1)[index], batch.target_mask.reshape(-1)[index], everywhere)
+    labels, has_label = batch.labelled().targets.reshape(-1)[index], batch.target_mask.reshape(-1)[index]
+    by_data = None if batch.written is None else batch.label_mask.reshape(-1)[index]
+    return Positions(index, labels, has_label, everywhere, by_data)
 
 
 @dataclass

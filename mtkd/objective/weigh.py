@@ -132,11 +132,21 @@ class Weigher:
     @torch.no_grad()
     def _around(self, batch: Batch, student: Features, counts: Mapping[str, int]) -> Around:
         """The sources of the weighting's facts."""
+        batch, tokens = self._read_batch(batch)
         features = {name: student[key] for name, key in self._features.items()}
         if "logits" in features:
             features["logits"] = as_logits(features["logits"]).in_dtype(self._how.dtype)
-        tokens = batch.token_mask if self._beyond_targets else None
         return Around(batch, counts, self._step, features, self._gram, tokens)
+
+    def _read_batch(self, batch: Batch) -> tuple[Batch, Tensor | None]:
+        """The batch as the weighting reads it, and `Around.tokens`.
+
+        What the student wrote is no label: rows of it are examples without targets to a weighting that needs labels,
+        whose traits then exist at all tokens.
+        """
+        if batch.written is None or not self._weighting.needs_labels:
+            return batch, batch.token_mask if self._beyond_targets else None
+        return batch.labelled(), batch.token_mask
 
     def _means(self, values: Tensor, batch: Batch, counts: Mapping[str, int]) -> dict[str, Tensor]:
         """Mean weight per teacher and mean entropy of the normalised weights (nats)."""

@@ -22,6 +22,7 @@ from mtkd.engine.tile import tile_for
 from mtkd.errors import UserError
 from mtkd.planning.footprint import Footprint, Step, measure
 from mtkd.planning.memory import checkpoint_bytes, trained_share
+from mtkd.planning.rollouts import rows_written, writing_bytes
 from mtkd.planning.spec import StageSpec, TeacherSpec
 from mtkd.pool import BACKENDS
 from mtkd.pool.backends import teacher_share
@@ -179,6 +180,7 @@ def _trained_parts(
     after = {"teachers' weights": teachers.after}
     earlier = float(footprint.trained) if step.micro_batches > 1 else 0.0  # gradients of the micro-batch before
     turn = {"gradients": earlier, "teachers' features": footprint.asked, "teachers' weights": teachers.rank}
+    writing = writing_bytes(step, 2 if engine.in_bf16 else 4)
     if share.gradients is None:
         moments = {
             "teachers": turn,
@@ -190,6 +192,9 @@ def _trained_parts(
             "teachers": {**turn, "gradients": share.gradients},
             "learning": {"gradients": share.gradients, "activations, tiles, temporaries": footprint.ungraded, **after},
         }
+    if writing:
+        whole = {"student, gathered": share.gathered, "gradients": share.gradients or 0.0}
+        moments["writing"] = {**writing, **whole, **after}
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     return moment, {**parts, **moments[moment]}
 
@@ -216,7 +221,7 @@ def _step(spec: StageSpec, engine: EngineConfig, on_gpu: bool) -> Step:
     sequences = -(-batch.sequences // share) if batch.sequences else (batch.tokens or 0) // share // length
     return Step(
         replace(spec, teachers=_at_one_time(spec)),
-        sequences=max(sequences, 1),
+        sequences=rows_written(spec.stage.rollout, max(sequences, 1)),
         length=length,
         micro_batches=batch.accumulate,
         tile=tile_for(engine, spec.columns, "cuda" if on_gpu else "cpu"),

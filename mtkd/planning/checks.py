@@ -28,6 +28,7 @@ from mtkd.models.info import PRE_TRAINING
 from mtkd.models.vocabulary import compressed_teacher, compressed_twice
 from mtkd.objective.compile import at_row
 from mtkd.planning.places import in_file, placed
+from mtkd.planning.rollouts import check_rollout
 from mtkd.planning.stages import (
     can_teach,
     does_task,
@@ -112,6 +113,7 @@ def _check_registered(config: RunConfig) -> None:
         check_weighting(stage, tuple(rows.values()), where, token_level=token_level)
         _check_heads(config, name)
         _check_transforms(stage, f"{where}.transforms")
+        check_rollout(stage, config.data[data_name], TASKS.find(config.data[data_name].task), rows, where)
         if "route" in stage_reads(stage, where, token_level=token_level).names:
             _check_route(config, data_name)
         _check_text(config, name)

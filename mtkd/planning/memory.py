@@ -24,6 +24,7 @@ class Trained:
         buckets: DeepSpeed's buffers, and parameters that ZeRO 3 has gathered.
         gradients: where they stay between steps; None where the footprint counts them.
         flat: copies in which all gradients are reduced after the backward pass.
+        gathered: the whole weights while the student writes, where a rank has a part of them otherwise.
     """
 
     weights: float
@@ -31,6 +32,7 @@ class Trained:
     buckets: float = 0
     gradients: float | None = None
     flat: float = 0
+    gathered: float = 0
 
 
 def trained_share(trained: float, engine: EngineConfig, ranks: int) -> Trained:
@@ -49,7 +51,7 @@ def trained_share(trained: float, engine: EngineConfig, ranks: int) -> Trained:
         gradients = trained if engine.zero_stage == 1 else part
         return Trained(trained, 3 * part, bucket, gradients)
     gathered = min(trained, FLOAT * (_LIVE + _PREFETCHED))
-    return Trained(part, 3 * part, bucket + gathered, part)
+    return Trained(part, 3 * part, bucket + gathered, part, gathered=trained)
 
 
 def checkpoint_bytes(trained: float, engine: EngineConfig) -> float:

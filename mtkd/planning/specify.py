@@ -27,6 +27,7 @@ from mtkd.planning.calibrated import check_calibrated
 from mtkd.planning.data import DataReader
 from mtkd.planning.ladder import Look
 from mtkd.planning.models import PlannedModels
+from mtkd.planning.rollouts import check_can_write
 from mtkd.planning.spec import DataSpec, ModelSpec, StageSpec, TeacherSpec
 from mtkd.planning.specialists import check_specialists, unknown_classes
 from mtkd.planning.stages import model_name, never_trained, stage_seed
@@ -113,6 +114,8 @@ class Specifier:
         if spec.stage.batch.packing:
             live = [t.gives for t in spec.teachers if isinstance(t.gives, ModelSpec)]
             _check_packed(spec.data.task, [*spec.trained.values(), *live], f"{spec.where}.batch.packing")
+        if spec.stage.rollout is not None and spec.stage.rollout.share:
+            check_can_write(spec.trained["student"], f"{spec.where}.rollout")
         if spec.stage.members:
             check_members({role: model.info for role, model in spec.trained.items()}, f"{spec.where}.members")
         rows = self._rows(spec)

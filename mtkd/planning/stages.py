@@ -138,8 +138,9 @@ def stage_values(stage: StageConfig) -> dict[str, Any]:
     validation = set() if stage.selects else {"evaluate_every"}
     values = stage.model_dump(mode="json", exclude=_BOOKKEEPING | validation | {"cache"})
     values = _without_places(values)
-    if not stage.transforms:  # finished stages may not know the field
-        del values["transforms"]
+    for name in ("transforms", "rollout"):  # finished stages may not know these fields
+        if not getattr(stage, name):
+            del values[name]
     # The members' order decides their seeds, and whose head is shared: canonical JSON would sort it away.
     return {**values, "member_order": list(stage.members)} if stage.members else values
 

@@ -19,6 +19,7 @@ from mtkd.engine.base import Engine, Trainable, seed_everything
 from mtkd.engine.make import make_engine
 from mtkd.engine.tile import tile_for
 from mtkd.errors import DataError
+from mtkd.models.generate import check_writing
 from mtkd.models.info import ModelInfo
 from mtkd.models.taps import TappedModel
 from mtkd.objective.cofinetune import CoFinetuning, check_members
@@ -29,6 +30,7 @@ from mtkd.pool import Teacher, TeacherPool
 from mtkd.running.context import RunContext
 from mtkd.running.identity import equal_time_steps
 from mtkd.running.models import load_model
+from mtkd.running.rollout import Rollout, make_rollout
 from mtkd.running.teachers import open_teacher
 from mtkd.weightings.make import make_weighting, stage_facts, stage_reads
 
@@ -53,6 +55,7 @@ class BuiltStage:
     identity: dict[str, Any]
     layout: dict[str, Any]
     transforms: tuple[Transform, ...] = ()
+    rollout: Rollout | None = None
 
     def num_parameters(self, member: str | None = None) -> int:
         """Number of parameters of the exported models, or of one of them; tied and shared ones count once."""
@@ -61,7 +64,7 @@ class BuiltStage:
 
     def micro_batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of the next optimizer step, number `step`, on the engine's device."""
-        batches = next(self.stream)
+        batches = next(self.stream) if self.rollout is None else self.rollout.batches(step)
         for transform in self.transforms:
             batches = transform(batches, step)
         return [batch.to(self.engine.device) for batch in batches]
@@ -106,7 +109,9 @@ def build(context: RunContext, spec: StageSpec, identity: dict[str, Any]) -> Bui
         }
         facts = StepFacts(0, spec.seed, context.tokenizer, split, data.config.max_length)
         transforms = make_transforms(stage.transforms, facts, f"{spec.where}.transforms")
-        return BuiltStage(spec.name, stage, objective, pool, engine, stream, data, steps, identity, layout, transforms)
+        rollout = make_rollout(spec, stream, engine, context.tokenizer, split.pad_id)
+        made = (objective, pool, engine, stream, data)
+        return BuiltStage(spec.name, stage, *made, steps, identity, layout, transforms, rollout)
 
 
 def tile_of(context: RunContext, models: Sequence[TappedModel | Teacher]) -> int:
@@ -141,6 +146,8 @@ def _distillation(context: RunContext, spec: StageSpec, data: LoadedData) -> tup
     _check_planned(spec.trained["student"].info, student.info, where, logits=True)
     if packing:
         student.enable_packing(packing)
+    if stage.rollout is not None:
+        check_writing(student, f"{spec.where}.rollout")
     for planned, teacher in zip(spec.teachers, teachers, strict=True):
         _check_planned(planned.info, teacher.info, planned.place, logits="logits" in spec.heads)
     names = tuple(teacher.name for teacher in teachers)
@@ -194,5 +201,6 @@ def _steps(context: RunContext, stage: StageConfig, split: Split) -> int:
     if stage.steps is not None:
         return stage.steps
     if stage.epochs is not None:
-        return max(1, round(stage.epochs * Order(split.lengths, stage.batch, 0).num_batches(0)))
+        each = stage.rollout.reuse if stage.rollout is not None and stage.rollout.share else 1  # steps of one batch
+        return max(1, round(stage.epochs * Order(split.lengths, stage.batch, 0).num_batches(0) * each))
     return equal_time_steps(context, stage)

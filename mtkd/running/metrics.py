@@ -22,6 +22,7 @@ from mtkd.engine.jsonlines import append_jsonl, rewind, sync_jsonl
 from mtkd.errors import UserError, on_every_rank
 from mtkd.objective.objective import Objective
 from mtkd.running.build import BuiltStage
+from mtkd.running.rollout import rollout_metrics
 from mtkd.running.state import TrainState
 from mtkd.weightings.faults import FAULTS, check_faults
 
@@ -106,7 +107,7 @@ class Meter:
     def __init__(self, built: BuiltStage, dist: Dist, state: TrainState) -> None:
         self._name, self._dist = built.name, dist
         self._objective, self._weighting = built.objective, built.stage.weighting.name
-        self._micro_batches = built.stage.batch.accumulate
+        self._micro_batches, self._device = built.stage.batch.accumulate, built.engine.device
         before: dict[str, Any] = state.meters[dist.rank] if state.meters else {"sums": {}, "seen": 0}
         self._sums = {  # a checkpoint has null for NaN
             name: torch.tensor(math.nan if value is None else value, dtype=torch.float64, device=built.engine.device)
@@ -119,6 +120,12 @@ class Meter:
         for name, value in metrics.items():
             self._sums[name] = self._sums[name] + value.double() if name in self._sums else value.double()
         self._seen += 1
+
+    def note(self, facts: Mapping[str, float]) -> None:
+        """Add sums of this rank's whole step, under the same names on every rank; a log line has their means."""
+        for name, value in facts.items():
+            whole = torch.tensor(value, dtype=torch.float64, device=self._device)
+            self._sums[name] = self._sums[name] + whole if name in self._sums else whole
 
     def finite_loss(self) -> bool:
         """Whether the losses of this rank since the last log line are finite: NaN and infinity stay in a sum."""
@@ -146,4 +153,5 @@ class Meter:
                 check_faults(means, self._weighting, where, negative=negative)
             except UserError as error:
                 raise on_every_rank(error) from None
-        return {name: value for name, value in means.items() if name not in FAULTS}
+        sound = {name: value for name, value in means.items() if name not in FAULTS}
+        return rollout_metrics(sound, self._dist.world_size)

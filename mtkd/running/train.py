@@ -6,10 +6,10 @@ import json
 import math
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,7 +19,7 @@ from mtkd.data.progress import say
 from mtkd.engine.base import all_finite, learning_rate
 from mtkd.engine.dist import Dist
 from mtkd.engine.folder import RunDir, StageDir
-from mtkd.engine.jsonlines import to_json
+from mtkd.engine.jsonlines import ROLLOUT, to_json
 from mtkd.engine.seal import Found, newest_sealed, save_sealed
 from mtkd.engine.stopping import StopFlag, stop_flag
 from mtkd.errors import DataError, NonFiniteError, Preempted, on_every_rank
@@ -34,21 +34,22 @@ from mtkd.running.state import TrainState, regrouped
 
 _STATE = "state.json"
 
+Part = TypeVar("Part")
+
 
 def train(built: BuiltStage, config: RunConfig, run: RunDir, folder: StageDir) -> dict[str, Any]:
     """Train a stage to its last step, resuming from its newest sealed checkpoint if there is one.
 
     Returns:
-        Facts for the stage's DONE record: steps, seconds, targets, peak memory of the process; the step whose model
-        the engine now holds, and why training ended.
+        Facts for the stage's DONE record: steps, seconds, targets, peak memory of the process; the step of the
+        engine's model, and why training ended.
     Raises:
         NonFiniteError: a loss or gradient is NaN or infinite; nothing after the last finite step is saved.
         Preempted: SIGTERM or SIGINT arrived; a checkpoint was sealed.
         DataError: a checkpoint belongs to another configuration, teacher, data set or tokenizer.
     """
     check_selection(built)
-    engine, dist, objective = built.engine, built.engine.dist, built.objective
-    state = _restore(built, folder)
+    engine, dist, objective, state = built.engine, built.engine.dist, built.objective, _restore(built, folder)
     meter = Meter(built, dist, state)
     with (
         stop_flag() as stopped,
@@ -60,7 +61,8 @@ def train(built: BuiltStage, config: RunConfig, run: RunDir, folder: StageDir) -
         for step in range(state.step, state.step if state.ended else built.steps):
             micro_batches = built.micro_batches(step)
             counts, stop = global_counts(micro_batches, dist, stopped(), objective.step_counts)
-            for batch, teachers in before_step(objective, built.pool, engine, step, micro_batches, counts):
+            parts = before_step(objective, built.pool, engine, step, micro_batches, counts)
+            for batch, teachers in session.timed(parts):
                 loss, metrics = engine.forward(batch, teachers, counts)
                 engine.backward(loss)
                 meter.add(metrics)
@@ -102,11 +104,25 @@ class _Session:
     ) -> None:
         self._built, self._config, self._folder, self._state = built, config, folder, state
         self._meter, self._log, self._stopped = meter, log, stopped
+        self._spent, self._lap = {"scoring": 0.0, "learning": 0.0}, time.monotonic()
         self._start_clock()
 
     def _start_clock(self) -> None:
         """Validation and saving are not training time: equal_time compares what the steps alone took."""
         self._begun = time.monotonic() - self._state.seconds
+
+    def timed(self, micro_batches: Iterable[Part]) -> Iterator[Part]:
+        """The same micro-batches; what passes before each is the teachers' time, and after it the student's."""
+        self._spent, self._lap = {"scoring": 0.0, "learning": 0.0}, time.monotonic()
+        for micro_batch in micro_batches:
+            self._end("scoring")
+            yield micro_batch
+            self._end("learning")
+
+    def _end(self, part: str) -> None:
+        now = time.monotonic()
+        self._spent[part] += now - self._lap
+        self._lap = now
 
     @property
     def _is_last(self) -> bool:
@@ -138,6 +154,9 @@ class _Session:
         state = self._state
         state.step, state.stream = state.step + 1, self._built.stream.state()
         state.seconds, state.targets = time.monotonic() - self._begun, state.targets + counts["targets"]
+        self._end("learning")
+        if (rollout := self._built.rollout) is not None:
+            self._meter.note({ROLLOUT + name: value for name, value in {**rollout.facts, **self._spent}.items()})
 
     def log_if_due(self, norm: float) -> float | None:
         """Log the means since the last line, and return their loss; None where no line is due. A collective.
@@ -210,6 +229,8 @@ def _save(built: BuiltStage, folder: StageDir, state: TrainState, meter: Meter) 
 
     def write(path: Path) -> None:
         built.engine.save(path)
+        if built.rollout is not None:
+            built.rollout.save(path, state.step)
         if built.engine.dist.is_main:
             (path / _STATE).write_text(to_json(asdict(state)))
 
@@ -239,6 +260,8 @@ def _restore(built: BuiltStage, folder: StageDir) -> TrainState:
     state.meters = regrouped(state.meters, dist.world_size)
     built.engine.load(newest.path)
     built.stream.load_state(state.stream)
+    if built.rollout is not None:
+        built.rollout.load(newest.path, state.step)
     say(f"  resumed at step {state.step} from {newest.path.name}", main=dist.is_main)
     return state
 

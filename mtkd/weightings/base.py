@@ -66,8 +66,8 @@ class Weighting(nn.Module):
         lr: peak learning rate of its own parameters, on the stage's schedule; None: the optimizer's.
         after_prompt: under `per: example` its weights are those after the prompt; the plan refuses texts without one.
         rewarded: after every optimizer step `judged` and `reward` are called.
-        sums_to_one, negative: over the teachers its weights sum to 1 (a constructor may say so, where it depends on
-            options); they may be negative. Set from the decorator's flags of these names.
+        sums_to_one, negative, needs_labels: over the teachers its weights sum to 1 (a constructor may say so, where it
+            depends on options); they may be negative, or depend on labels. Set from the decorator's flags of these names.
 
     Attributes that mtkd sets:
         declared_reads: `reads` of the decorator of this class, or of the nearest one that it extends.
@@ -82,6 +82,7 @@ class Weighting(nn.Module):
     rewarded: bool = False
     sums_to_one: bool = True
     negative: bool = False
+    needs_labels: bool = False
     declared_reads: ClassVar[Collection[str] | ReadsRule | None] = None
     declared_per_token: ClassVar[Callable[[Mapping[str, Any]], bool] | None] = None
     served_names: frozenset[str] | None = None

@@ -121,7 +121,7 @@ class WeightingSpec:
     def construct(self, named: Mapping[str, Any]) -> Any:
         """The weighting of these checked keywords, with what the decorator declares."""
         weighting = self.cls(**named)
-        weighting.negative = self.negative
+        weighting.negative, weighting.needs_labels = self.negative, self.needs_labels
         weighting.sums_to_one = self.sums_to_one or vars(weighting).get("sums_to_one", False)
         reads = self.reads(named, num_teachers=2)  # one teacher alone reads no more than two
         weighting.served_names = weighting.may_read(named) if reads is None else reads.names

@@ -163,7 +163,7 @@ def test_padding_changes_nothing():
 def test_an_empty_batch_gives_zero_loss_and_zero_gradients():
     objective, pool = causal_objective()
     batch = rows_of(causal_batch(LENGTHS), [])
-    loss, _ = objective(batch, pool.forward(batch), {"tokens": 7, "targets": 7, "sequences": 2})
+    loss, _ = objective(batch, pool.forward(batch), {"tokens": 7, "targets": 7, "labels": 7, "sequences": 2})
     loss.backward()
     assert float(loss) == 0
     head = objective.student.output_head[0]

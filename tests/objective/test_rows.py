@@ -176,7 +176,7 @@ def test_regression_rows() -> None:
     ("match", "at_tokens", "at_classes"),
     [
         (Match(), "targets", "sequences"),
-        (Match(loss="ce", target="labels"), "targets", "targets"),
+        (Match(loss="ce", target="labels"), "labels", "targets"),
         (Match(positions="all"), "tokens", None),
         (Match(positions="targets"), "targets", None),
         (Match(feature="hidden", loss="mse"), "tokens", "tokens"),
@@ -186,7 +186,7 @@ def test_regression_rows() -> None:
     ],
 )
 def test_positions_a_row_counts(match: Match, at_tokens: str, at_classes: str | None) -> None:
-    """What a row's sum is divided by: targets, tokens or sequences, by feature and task."""
+    """What a row's sum is divided by: targets, labels, tokens or sequences, by feature and task."""
     assert compiled(match)[0].counted(True) == at_tokens
     if at_classes is not None:
         assert compiled(match, **CLASSES)[0].counted(False) == at_classes  # type: ignore[arg-type]

@@ -233,7 +233,8 @@ def found(
     ids = torch.zeros(BATCH, LENGTH, dtype=torch.long)
     batch = Batch(torch.arange(BATCH), ids, torch.ones_like(ids).bool(), targets())
     count = int(batch.target_mask.sum())
-    loss, _ = objective(batch, [{"logits": h} for h in heads], {"targets": count, "tokens": 15, "sequences": BATCH})
+    counts = {"targets": count, "labels": count, "tokens": 15, "sequences": BATCH}
+    loss, _ = objective(batch, [{"logits": h} for h in heads], counts)
     return [loss.detach(), *torch.autograd.grad(loss, list(student.parameters()))]
 
 

@@ -155,7 +155,12 @@ def batch() -> Batch:
 
 
 def counts() -> dict[str, int]:
-    return {"tokens": SEQUENCES * LENGTH, "targets": SEQUENCES * LENGTH, "sequences": SEQUENCES}
+    return {
+        "tokens": SEQUENCES * LENGTH,
+        "targets": SEQUENCES * LENGTH,
+        "labels": SEQUENCES * LENGTH,
+        "sequences": SEQUENCES,
+    }
 
 
 def allocated_peak(function: Callable[[], object]) -> int:

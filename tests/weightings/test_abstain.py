@@ -144,7 +144,7 @@ def test_a_mixture_of_specialists_is_their_own_softmax_weighted() -> None:
     for ensemble, value in wanted.items():
         row = Match(feature="logits", loss="kl", ensemble=ensemble)
         objective, pool = make_objective(student, teachers, [row], "abstain")
-        loss, _ = objective(batch, pool.forward(batch), {"tokens": 15, "targets": 3, "sequences": 3})
+        loss, _ = objective(batch, pool.forward(batch), {"tokens": 15, "targets": 3, "labels": 3, "sequences": 3})
         assert float(loss.detach()) == pytest.approx(float(value), rel=1e-5)
         loss.backward()
         assert all(bool(p.grad.isfinite().all()) for p in student.parameters() if p.grad is not None)

@@ -1,0 +1,129 @@
+"""Rollouts in whole runs: nothing is written at share 0; stopped, killed and resumed they write the same."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rollout_runs import made, rollout_config, student_again, write_run
+
+import mtkd
+from mtkd.config.read import load_config
+from mtkd.data.batch import Batch
+from mtkd.engine.jsonlines import read_jsonl
+from mtkd.engine.seal import check_seal
+from mtkd.errors import DataError, Preempted
+from mtkd.running.build import BuiltStage
+from mtkd.running.rollout import Rollout
+
+ROLLOUT = {"share": 0.5, "reuse": 3, "per_prompt": 2}
+"""Windows of steps 1 to 3 and 4 to 6; checkpoints after steps 2, 4 and 6."""
+CE = [{"feature": "logits", "loss": "reverse_kl"}, {"feature": "logits", "loss": "ce", "target": "labels"}]
+
+pytestmark = pytest.mark.xdist_group("rollouts")  # they share an undisturbed run
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rollouts")
+    mtkd.run(rollout_config(folder, ROLLOUT, student={"match": CE}))
+    return folder
+
+
+def test_share_0_is_the_run_without_a_rollout(whole: Path, tmp_path: Path) -> None:
+    """Law: to the bit, in the exported weights and in every number of the log."""
+    runs = []
+    for name, rollout in (("none", None), ("zero", {"share": 0.0, "per_prompt": 3, "reuse": 2})):
+        mtkd.run(student_again(whole, tmp_path / name, rollout))
+        runs.append(made(tmp_path / name))
+    assert runs[0] == runs[1]
+    assert made(whole)[0] != runs[0][0]
+
+
+def test_the_log_says_what_was_written(whole: Path) -> None:
+    """Law: the columns of a line follow from the texts: 4 of 8 examples, 2 completions each, of 1 to 6 tokens."""
+    lines = [x for x in read_jsonl(whole / "runs/tiny/metrics.jsonl") if "rollout/learning_seconds" in x]
+    assert len(lines) == 6
+    for number, line in enumerate(lines):
+        assert line["rollout/scoring_seconds"] > 0 < line["rollout/learning_seconds"]
+        assert (line["rollout/writing_seconds"] > 0) == (number % 3 == 0) == ("rollout/length" in line)
+        if number % 3 == 0:
+            assert 1 <= line["rollout/length"] <= 6
+            assert 0 <= line["rollout/cut"] <= 1
+            tokens = line["rollout/length"] * 8
+            assert line["rollout/tokens_per_second"] == pytest.approx(tokens / line["rollout/writing_seconds"])
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, at: int, what: Callable[[], None]) -> None:
+    """Do something in the middle of writing the texts of the `at`-th window."""
+    write, calls = Rollout._write, []
+
+    def disturbed(self: Rollout, *args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == at:
+            what()
+        return write(self, *args)
+
+    monkeypatch.setattr(Rollout, "_write", disturbed)
+
+
+def test_stopped_while_writing_and_resumed_inside_a_window(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Law: SIGTERM while writing, then a stop in the middle of a window: the same bits as never stopped."""
+    config = student_again(whole, tmp_path, ROLLOUT, student={"match": CE})
+    with monkeypatch.context() as patch:
+        interrupt(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Preempted, match="saved at step 4 of 6"):
+            mtkd.run(config)
+    checkpoint = tmp_path / "runs/tiny/stages/02-student/checkpoints/step-000004"
+    assert "rollout-rank-0.pt" in check_seal(checkpoint)["files"]
+    micro_batches = BuiltStage.micro_batches
+    with monkeypatch.context() as patch:
+
+        def stop(self: BuiltStage, step: int) -> list[Batch]:
+            if step == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return micro_batches(self, step)
+
+        patch.setattr(BuiltStage, "micro_batches", stop)
+        with pytest.raises(Preempted, match="saved at step 5 of 6"):
+            mtkd.run(load_config(tmp_path / "run.yaml"))
+    mtkd.run(load_config(tmp_path / "run.yaml"))
+    assert made(tmp_path) == made(whole)
+
+
+class Killed(BaseException):
+    """Ends a process in a test as kill -9 does: nothing is written after it."""
+
+
+def kill() -> None:
+    raise Killed
+
+
+def test_killed_while_writing(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: a kill in the second window goes back to the middle of the first one, and makes the same bits."""
+    config = student_again(whole, tmp_path, ROLLOUT, student={"match": CE})
+    with monkeypatch.context() as patch:
+        interrupt(patch, 2, kill)
+        with pytest.raises(Killed):
+            mtkd.run(config)
+    mtkd.run(load_config(tmp_path / "run.yaml"))
+    assert made(tmp_path) == made(whole)
+
+
+def test_another_number_of_processes_cannot_go_on_inside_a_window(tmp_path: Path) -> None:
+    """Law: texts of two ranks are refused by one, with what to do; at a window's end there are none."""
+    rollout = Rollout.__new__(Rollout)
+    rollout._config = load_config(write_run(tmp_path, ROLLOUT)).stages["student"].rollout  # type: ignore[assignment]
+    rollout._engine = type("Engine", (), {"dist": mtkd.engine.dist.Dist()})()  # type: ignore[assignment]
+    for rank in range(2):
+        torch.save([], tmp_path / f"rollout-rank-{rank}.pt")
+    with pytest.raises(DataError, match="go on with 2 processes"):
+        rollout.load(tmp_path, 4)
+    rollout.load(tmp_path, 6)
