@@ -67,7 +67,7 @@ class Weighting(nn.Module):
         after_prompt: under `per: example` its weights are those after the prompt; the plan refuses texts without one.
         rewarded: after every optimizer step `judged` and `reward` are called.
         sums_to_one, negative, needs_labels: over the teachers its weights sum to 1 (a constructor may say so, where it
-            depends on options); they may be negative, or depend on labels. Set from the decorator's flags of these names.
+            depends on options); they may be negative, or depend on labels. From the decorator's flags of these names.
 
     Attributes that mtkd sets:
         declared_reads: `reads` of the decorator of this class, or of the nearest one that it extends.
