@@ -69,6 +69,8 @@ class Weighting(nn.Module):
         sums_to_one, negative, needs_labels: over the teachers its weights sum to 1 (a constructor may say so, where it
             depends on options); they may be negative, or depend on labels. From the decorator's flags of these names.
 
+        only_losses: losses that its weighted rows may have; none named: any.
+
     Attributes that mtkd sets:
         declared_reads: `reads` of the decorator of this class, or of the nearest one that it extends.
         declared_per_token: likewise its `per_token`.
@@ -83,6 +85,7 @@ class Weighting(nn.Module):
     sums_to_one: bool = True
     negative: bool = False
     needs_labels: bool = False
+    only_losses: ClassVar[frozenset[str]] = frozenset()
     declared_reads: ClassVar[Collection[str] | ReadsRule | None] = None
     declared_per_token: ClassVar[Callable[[Mapping[str, Any]], bool] | None] = None
     served_names: frozenset[str] | None = None

@@ -35,7 +35,8 @@ _WIDTH = 5  # of the student's hidden states
 _MASK = torch.arange(6) < torch.tensor([[6], [2], [4]])  # three sequences of 6, 2 and 4 tokens
 _TEACHERS = ("t0", "t1", "t2")
 _NEEDED_OPTIONS: dict[str, OptionsOf] = {
-    "fixed": lambda teachers: {"weights": {name: 1.0 + _TEACHERS.index(name) for name in teachers}}
+    "fixed": lambda teachers: {"weights": {name: 1.0 + _TEACHERS.index(name) for name in teachers}},
+    "exopd": lambda teachers: {"reference": _TEACHERS[1]},
 }
 
 

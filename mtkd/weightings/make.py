@@ -13,6 +13,7 @@ import torch
 from mtkd.config import Named, StageConfig
 from mtkd.config.match import Match
 from mtkd.errors import UserError
+from mtkd.losses.spec import LOSSES
 from mtkd.models.taps import TappedModel
 from mtkd.registry import check_options
 from mtkd.weightings.base import StageFacts, Weighting
@@ -112,6 +113,37 @@ def _tried(asked: _Asked) -> tuple[Reads, Trial | None]:
     return replace(reads, per_token=asked.spec.per_token(asked.named.options, weighting)), trial
 
 
+def _check_signs(stage: StageConfig, spec: WeightingSpec, rows: Sequence[Match], where: str) -> None:
+    """Refuse rows and teachers that negative weights, or a weighting of few losses, mean nothing for.
+
+    Raises:
+        UserError: naming the row, or the teacher.
+    """
+    only: frozenset[str] = spec.cls.only_losses  # type: ignore[attr-defined]
+    for i, row in enumerate(rows if only else ()):
+        if row.weighted and row.target != "labels" and row.loss not in only:
+            raise UserError(
+                f"weighting '{spec.name}' has no meaning for this loss",
+                where=f"{where}.match",
+                found=f"row {i + 1}: {row.feature}:{row.loss}",
+                allowed=sorted(only & LOSSES.keys()),
+                todo="its weights hold for losses that are linear in the teachers' log-probabilities",
+            )
+    if spec.negative and any(row.weighted and row.ensemble != "losses" for row in rows):
+        raise UserError(
+            f"weights of '{spec.name}' may be negative, and a mixture of teachers is made with shares",
+            where=f"{where}.match",
+            found="ensemble: probabilities or logits",
+            allowed="ensemble: losses",
+        )
+    if spec.negative and any(teacher.domains for teacher in stage.teachers):
+        raise UserError(
+            f"weights of '{spec.name}' may be negative, and a domain's teachers share what all have",
+            where=f"{where}.teachers",
+            todo="drop the teachers' `domain`: give each domain a stage, or each teacher its base",
+        )
+
+
 def check_weighting(stage: StageConfig, rows: Sequence[Match], where: str, *, token_level: bool) -> None:
     """Refuse a weighting that its stage gives nothing to work with, or that gives its stage impossible weights.
 
@@ -134,13 +166,7 @@ def check_weighting(stage: StageConfig, rows: Sequence[Match], where: str, *, to
             found="no weighted row that compares logits with the teachers",
             todo="add one, e.g. {feature: logits, loss: kl}",
         )
-    if spec.negative and any(row.weighted and row.ensemble != "losses" for row in rows):
-        raise UserError(
-            f"weights of '{name}' may be negative, and a mixture of teachers is made with shares",
-            where=f"{where}.match",
-            found="ensemble: probabilities or logits",
-            allowed="ensemble: losses",
-        )
+    _check_signs(stage, spec, rows, where)
     if trial is None:
         return
     check_faults(trial.faults, name, f"{where}.weighting", negative=spec.negative)

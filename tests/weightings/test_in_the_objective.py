@@ -28,7 +28,8 @@ SHAPES = {"a": (8, 1), "b": (24, 2), "c": (16, 1)}
 
 def loss_and_gradient(weighting: str, order: tuple[str, ...]) -> tuple[Tensor, Tensor]:
     """Of one step with the teachers in this order."""
-    options = {"weights": {name: 1.0 + "abc".index(name) for name in order}} if weighting == "fixed" else {}
+    needed = {"fixed": {"weights": {name: 1.0 + "abc".index(name) for name in order}}, "exopd": {"reference": "b"}}
+    options = needed.get(weighting, {})
     teachers = [classifier(*SHAPES[name], seed=ord(name)) for name in order]
     named = Named(name=weighting, options=options)
     objective, pool = make_objective(classifier(16, 2, 0), teachers, ROWS, named, names=order)

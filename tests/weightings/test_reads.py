@@ -42,11 +42,11 @@ READS: dict[str, set[str]] = {
     "ca_mkd": {"ce"}, "mt_bert": {"ce"}, "entropy": {"entropy"}, "confidence": {"confidence"}, "margin": {"margin"},
     "learned": {"ce"}, "rl_kd": {"ce", "class_probabilities", "pooled", "student_loss"},
     "uncertainty": {"student_uncertainty"}, "abstain": {"own_mass"}, "energy": {"energy"},
-    "posterior": {"token_log_probs"},
+    "posterior": {"token_log_probs"}, "exopd": set(),
 }  # fmt: skip
 ALONE = {"ca_mkd": set[str](), "entropy": set[str](), "learned": set[str](), "posterior": set[str]()}
 """Those that read less of a single teacher: its weight is 1."""
-OPTIONS: dict[str, dict[str, Any]] = {"fixed": {"weights": {"a": 1.0, "b": 2.0}}}
+OPTIONS: dict[str, dict[str, Any]] = {"fixed": {"weights": {"a": 1.0, "b": 2.0}}, "exopd": {"reference": "a"}}
 
 
 @pytest.mark.parametrize("name", sorted(READS))
