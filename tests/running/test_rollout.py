@@ -10,19 +10,22 @@ from typing import Any
 
 import pytest
 import torch
+from rollout_ranks import STOPPED, Job, do, write_runs
 from rollout_runs import made, rollout_config, student_again, write_run
 
 import mtkd
 from mtkd.config.read import load_config
 from mtkd.data.batch import Batch
 from mtkd.engine.jsonlines import read_jsonl
-from mtkd.engine.seal import check_seal
+from mtkd.engine.seal import check_seal, newest_sealed
+from mtkd.engine.testing import RankError, run_distributed
 from mtkd.errors import DataError, Preempted
 from mtkd.running.build import BuiltStage
 from mtkd.running.rollout import Rollout
 
 ROLLOUT = {"share": 0.5, "reuse": 3, "per_prompt": 2}
 """Windows of steps 1 to 3 and 4 to 6; checkpoints after steps 2, 4 and 6."""
+STUDENT = "runs/tiny/stages/02-student"
 CE = [{"feature": "logits", "loss": "reverse_kl"}, {"feature": "logits", "loss": "ce", "target": "labels"}]
 
 pytestmark = pytest.mark.xdist_group("rollouts")  # they share an undisturbed run
@@ -127,3 +130,25 @@ def test_another_number_of_processes_cannot_go_on_inside_a_window(tmp_path: Path
     with pytest.raises(DataError, match="go on with 2 processes"):
         rollout.load(tmp_path, 4)
     rollout.load(tmp_path, 6)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("sharded-rollouts")
+def test_ranks_that_are_stopped_or_killed_while_writing_make_the_same_bits(tmp_path: Path) -> None:
+    """Law: ZeRO 0, 2 and 3 on two processes; the first two stop inside a window, the last falls back to one."""
+    whole, disturbed = tmp_path / "whole", tmp_path / "disturbed"
+    jobs = [Job(job.zero_stage) for job in STOPPED]
+    write_runs(whole, jobs)
+    write_runs(disturbed, STOPPED)
+    assert run_distributed(do, 2, str(whole), jobs, timeout=900) == [["done"] * 3] * 2
+    with pytest.raises(RankError, match="rank 0 ended with exit code -9"):
+        run_distributed(do, 2, str(disturbed), STOPPED, timeout=900)
+    saved = {job.name: newest_sealed(disturbed / job.name / STUDENT / "checkpoints").manifest["step"] for job in jobs}
+    assert saved == {"zero-0": 4, "zero-2": 4, "zero-3": 2}
+    assert run_distributed(do, 2, str(disturbed), jobs, timeout=900) == [["done"] * 3] * 2
+    for job in jobs:
+        assert made(disturbed / job.name) == made(whole / job.name)
+    lines = [made(whole / job.name)[1] for job in jobs]
+    for others in lines[1:]:  # sharding changes roundings alone: the same texts, the same losses
+        for line, other in zip(lines[0], others, strict=True):
+            assert other == pytest.approx(line, rel=1e-3)
