@@ -19,6 +19,8 @@ from torch import Tensor
 WRITING, CHOOSING = 0, 1
 """What noise is for: two streams of the same seed share no number."""
 
+_BLOCK = 256  # columns that are summed in float32
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -88,13 +90,40 @@ def draw(logits: Tensor, how: Sampling, noise: Tensor | None) -> tuple[Tensor, T
     Returns:
         (columns [B] int64, log-probabilities [B] float32, nats); at temperature 0 those of the softmax at 1.
     """
-    log_probs = torch.log_softmax(kept_logits(logits.float(), how), -1)  # [B,V]
+    logits = kept_logits(logits.float(), how)
     if how.temperature == 0:
-        columns = log_probs.argmax(-1)
+        columns = logits.argmax(-1)
     else:
         assert noise is not None, "a draw at a temperature above 0 needs noise"
-        reached = log_probs.double().exp().cumsum(-1)  # [B,V]; float64: 100,000 float32 sums would be off by a token
-        inside = reached > noise[:, None] * reached[:, -1:]
-        # the first one inside has probability above 0; a product that is rounded up to the whole mass finds none
-        columns = torch.where(inside.any(-1), inside.int().argmax(-1), log_probs.argmax(-1))
-    return columns, log_probs.gather(-1, columns[:, None]).squeeze(-1)
+        columns = _at(torch.softmax(logits, -1), noise)
+    return columns, logits.gather(-1, columns[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def _at(probs: Tensor, noise: Tensor) -> Tensor:
+    """The column at which the cumulative probability of a row passes its number, [B].
+
+    First among blocks of columns, then inside one: float64 sums of all columns would take longer than the softmax, and
+    float32 ones of 100,000 columns would be off by more than rare tokens have.
+
+    Args:
+        probs: [B,V] float32. noise: in [0,1), [B] float64.
+    """
+    rows, columns = probs.shape
+    parts = torch.nn.functional.pad(probs, (0, -columns % _BLOCK)).view(rows, -1, _BLOCK)  # [B,blocks,_BLOCK]
+    sums = parts.sum(-1).double()  # [B,blocks]
+    block, before = _passed(sums, noise * sums.sum(-1))
+    inside = parts[torch.arange(rows, device=probs.device), block].double()  # [B,_BLOCK]
+    # what is left of the number is scaled to the block: its float32 sum is not that of its columns to the last bit
+    left = before / sums.gather(-1, block[:, None]).squeeze(-1) * inside.sum(-1)
+    return block * _BLOCK + _passed(inside, left)[0]
+
+
+def _passed(weights: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+    """(the first place at which the sum of the weights passes a level [B], what of the level is left there [B]).
+
+    It has a weight above 0; a level that was rounded up to the whole sum is passed at the last such place.
+    """
+    sums = weights.cumsum(-1)  # [B,n]
+    last = weights.shape[-1] - 1 - (weights > 0).flip(-1).int().argmax(-1)
+    place = torch.minimum((sums <= level[:, None]).sum(-1), last)
+    return place, level - (sums - weights).gather(-1, place[:, None]).squeeze(-1)
