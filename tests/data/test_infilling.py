@@ -417,6 +417,7 @@ def test_only_part_b_counts(infill: Callable[..., Split], glm: PreTrainedTokeniz
         "tokens": int(batch.attention_mask[:3].sum()),
         "targets": asked,
         "sequences": 3,
+        "labels": int((batch.targets >= 0).sum()),
     }
     moved = batch.to(torch.device("cpu"))
     assert moved.sep is not None

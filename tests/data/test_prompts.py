@@ -81,7 +81,7 @@ def test_the_teacher_counts_from_the_last_prompt_position_on(load: Loader, opene
     objective, pool = make_objective(
         causal_model(16, 1, 0), [causal_model(24, 1, 1)], list(kd(temperature=2.0).values()), "mt_bert"
     )
-    counts = dict.fromkeys(("tokens", "targets", "sequences"), 1)
+    counts = dict.fromkeys(("tokens", "targets", "sequences", "labels"), 1)
 
     def loss(row: int | None, position: int) -> float:
         features = pool.forward(batch)

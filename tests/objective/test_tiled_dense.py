@@ -35,6 +35,7 @@ OPTIONS = {
     "reverse_skew_kl": ({"temperature": 2.0}, {"alpha": 0.4, "top": 3}),
     "total_variation": ({"temperature": 2.0}, {"top": 3}),
     "adaptive_kl": ({"temperature": 2.0},),
+    "todi": ({"temperature": 2.0}, {"top": 3}),
     "soft_ce": ({"temperature": 2.0}, {"top": 3}),
     "dkd": ({"temperature": 2.0}, {"alpha": 0.5, "beta": 2.0, "standardise": True}),
     "dist_inter": ({"temperature": 2.0},),
@@ -172,6 +173,9 @@ def divergence(loss: str, q: Tensor, p: Tensor, options: dict[str, float]) -> Te
         return 1 - (a * b).sum(-1) / ((a * a).sum(-1) * (b * b).sum(-1)).sqrt()
     if loss == "jsd" and beta == 0:
         return kl(p, q)
+    if loss == "todi":
+        share = (1 / (1 + q / p)).detach()
+        return (share * p * (p / q).log() + (1 - share) * q * (q / p).log()).sum(-1)
     m = beta * p + (1 - beta) * q
     return {
         "kl": kl(p, q),
