@@ -1,7 +1,7 @@
 """Flat teachers, and what becomes of methods, weightings and ensembles when they are calibrated first.
 
 Three heads on frozen embeddings (`proofs.heads`) have 1,500 labelled texts each and too few steps: they are right and
-say so with small probabilities. Students see 4,000 texts that are new to the teachers, without labels; 500 further
+say so with small probabilities. Students see 5,003 texts that are new to the teachers, without labels; 500 further
 labelled texts fit a temperature per teacher. Of each seed differ: all texts, the heads, the students.
 """
 

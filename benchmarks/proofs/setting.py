@@ -13,10 +13,10 @@ from sides.jobs import Job
 
 from proofs.corpora import CORPORA, Corpus, Row, Texts, load
 
-LAYERS = {7: None, 5: [1, 3, 4, 6, 7], 4: [2, 4, 6, 7], 3: [3, 6, 7], 2: [6, 7]}
+LAYERS = {7: None, 6: [1, 2, 3, 4, 6, 7], 5: [1, 3, 4, 6, 7], 4: [2, 4, 6, 7], 3: [3, 6, 7], 2: [6, 7]}
 """Layers of a model -> layers of the encoder that it is cut from; its seventh averages (`proofs.corpora.averaging`)."""
 
-LR = {7: 0.4, 5: 0.5, 4: 0.7, 3: 1.0, 2: 1.0}
+LR = {7: 0.4, 6: 0.4, 5: 0.5, 4: 0.7, 3: 1.0, 2: 1.0}
 """Layers -> learning rate, as a share of the corpus's: deep models with the small models' rate learn nothing."""
 
 SOFT = {"feature": "logits", "loss": "kl"}
