@@ -11,19 +11,19 @@ from mtkd.config.data import (
     BLANK,
     RANDOM_TOKENS,
     DataConfig,
-    InfillConfig,
-    TokenizerConfig,
     TransferConfig,
     prompt_parts,
 )
 from mtkd.config.engine import EngineConfig
 from mtkd.config.evaluate import Comparison, EvaluateConfig
+from mtkd.config.infill import InfillConfig
 from mtkd.config.model import ModelConfig, SliceConfig, VocabularyConfig
 from mtkd.config.refs import ENSEMBLE_PREFIX, StageRef, ensemble_of
 from mtkd.config.rollout import RolloutConfig, SamplingConfig
 from mtkd.config.run import RunConfig
 from mtkd.config.stage import BatchConfig, EarlyStop, EqualTime, OptimizerConfig, ScoringBatchConfig, StageConfig
 from mtkd.config.teacher import OwnTeacher, ShardedConfig, TeacherConfig, teacher_config
+from mtkd.config.tokenizer import TokenizerConfig
 
 __all__ = [
     "BLANK",

@@ -1,4 +1,4 @@
-"""Where examples come from and how they become ids: the tokenizer and the `data` blocks."""
+"""Where examples come from and how they become ids: the `data` blocks."""
 
 from __future__ import annotations
 
@@ -8,31 +8,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mtkd.config.base import Config, Length, Positive, Seed, Share, Width
+from mtkd.config.base import Config, Length, Positive, Seed, Share
+from mtkd.config.infill import InfillConfig
 
 RANDOM_TOKENS = "random-tokens"
 """The data source that reads nothing: every token of its texts is sampled."""
-
-
-class TokenizerConfig(Config):
-    """The one tokenizer of the run: loaded, or trained on the train split of a data entry."""
-
-    path: str | None = Field(None, description="folder, hub id or package:NAME/FOLDER")
-    train_on: str | None = Field(
-        None, description="name of a `data` entry; a byte-level BPE is trained on its train split"
-    )
-    vocab_size: Width = Field(4096, description="ids of a trained tokenizer, special tokens included")
-    commands: Literal["plain", "glm"] = Field(
-        "plain", description="special tokens of a trained tokenizer: plain (<s>, <mask> and so on), or GLM's commands"
-    )
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> TokenizerConfig:
-        if (self.path is None) == (self.train_on is None):
-            raise ValueError("give either `path` or `train_on`")
-        if self.path is not None and self.commands != "plain":
-            raise ValueError("commands: of a trained tokenizer; a loaded one has its own")
-        return self
 
 
 class TransferConfig(Config):
@@ -43,44 +23,6 @@ class TransferConfig(Config):
         "text's own tokens in another order"
     )
     share: Share = Field(1.0, description="share of the ordinary tokens that is replaced, or takes part in the shuffle")
-
-
-class InfillConfig(Config):
-    """GLM's blank infilling, as GLM-10B was trained; of the first three, those left out next to others are 0."""
-
-    mask: Share = Field(
-        0.5, description="[MASK]: spans of a few tokens; base and large know these alone: {mask: 1, block_mask: 0}"
-    )
-    smask: Share = Field(0.3, description="[sMASK]: whole sentences")
-    gmask: Share = Field(0.2, description="[gMASK]: one long span, anywhere or up to the end of the text")
-    span: Annotated[float, Field(ge=1e-9, le=1000)] = Field(
-        3.0, description="[MASK]: mean of the Poisson law of span lengths in tokens, before its zeros are left out"
-    )
-    min_ratio: Share = Field(
-        0.25, description="[gMASK]: least share of the text in the long span; the longest is all of it (paper: 0.5)"
-    )
-    anywhere: Share = Field(
-        0.5, description="[gMASK]: share whose span may stand anywhere; the others' goes on to the end of the text"
-    )
-    block_mask: Share = Field(
-        0.1,
-        description="[MASK]: share of a span's tokens that [dBLOCK] hides from those after them, once predicted "
-        "themselves",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _others_are_zero(cls, value: Any) -> Any:
-        shares = ("mask", "smask", "gmask")
-        if isinstance(value, dict) and any(name in value for name in shares):
-            return {**dict.fromkeys(shares, 0.0), **value}
-        return value
-
-    @model_validator(mode="after")
-    def _sum(self) -> InfillConfig:
-        if abs(self.mask + self.smask + self.gmask - 1) > 1e-6:
-            raise ValueError(f"mask, smask and gmask sum to {self.mask + self.smask + self.gmask:g}, not to 1")
-        return self
 
 
 class SpecialistConfig(Config):
@@ -119,12 +61,15 @@ _SAID_WHEN_SET = (
     "columns",
     "specialist",
     "skip",
+    "messages",
+    "mask_history",
+    "prompts_only",
 )
 """Fields that tell data from others only where they are set; the fields before them always do."""
 
 
-class DataConfig(Config):
-    """Where examples come from, what is asked of them, and how they become batches of ids."""
+class SourceConfig(Config):
+    """Where rows come from."""
 
     source: str = Field(description="registered source, of `mtkd ls sources`: files, hub, python-docstrings and others")
     path: str | None = Field(
@@ -152,6 +97,32 @@ class DataConfig(Config):
         (), description="python-stdlib: prose, code; python-docstrings: numbers, learning, tools; default: all"
     )
     documents: Length | None = Field(None, description="random-tokens: number of texts of about max_length tokens")
+
+    @field_validator("separator")
+    @classmethod
+    def _one_character(cls, value: str | None) -> str | None:
+        value = {"\\t": "\t", "tab": "\t"}.get(value or "", value)
+        if value is not None and (len(value) != 1 or value in '"\r\n' or value.isalnum()):
+            raise ValueError(
+                'a separator is one character that is no letter, digit or quote: ";", "|", "\\t" for a tab'
+            )
+        return value
+
+    @field_validator("columns")
+    @classmethod
+    def _named_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if not name.strip() or value.count(name) > 1:
+                raise ValueError(
+                    f"every column has a name of its own, and {name!r} is "
+                    + ("there twice" if name.strip() else "none")
+                )
+        return value
+
+
+class DataConfig(SourceConfig):
+    """Where examples come from, what is asked of them, and how they become batches of ids."""
+
     transfer: TransferConfig | None = Field(
         None, description="replace or shuffle the tokens of the train split (validation and test stay real)"
     )
@@ -169,6 +140,19 @@ class DataConfig(Config):
     chat: bool = Field(
         False,
         description="with prompt: prompt and response are the turns of the tokenizer's chat template",
+    )
+    messages: str | None = Field(
+        None,
+        description="causal-lm: column of the turns of a chat, a list of {role, content} or ShareGPT's {from, value}; "
+        "the tokenizer's chat template writes them, every assistant turn is predicted, all others are read",
+    )
+    mask_history: bool = Field(
+        False, description="with messages: predict the last assistant turn alone; earlier ones are read"
+    )
+    prompts_only: bool = Field(
+        False,
+        description="with prompt or messages: prompts without answers, for texts that models write; `text` is not "
+        "read, and a chat ends with a turn to answer",
     )
     text_pair: str | None = Field(None, description="column of the second text, classify only")
     label: str = Field("label", description="column of the label, classify and glm-cloze")
@@ -234,27 +218,6 @@ class DataConfig(Config):
     )
     seed: Seed = Field(0, description="of hold-out, limit, masking, sentence pairs and made-up tokens")
 
-    @field_validator("separator")
-    @classmethod
-    def _one_character(cls, value: str | None) -> str | None:
-        value = {"\\t": "\t", "tab": "\t"}.get(value or "", value)
-        if value is not None and (len(value) != 1 or value in '"\r\n' or value.isalnum()):
-            raise ValueError(
-                'a separator is one character that is no letter, digit or quote: ";", "|", "\\t" for a tab'
-            )
-        return value
-
-    @field_validator("columns")
-    @classmethod
-    def _named_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for name in value:
-            if not name.strip() or value.count(name) > 1:
-                raise ValueError(
-                    f"every column has a name of its own, and {name!r} is "
-                    + ("there twice" if name.strip() else "none")
-                )
-        return value
-
     @model_validator(mode="after")
     def _one_kind_of_labels(self) -> DataConfig:
         if self.label_kind == "number" and self.labels:
@@ -275,6 +238,7 @@ class DataConfig(Config):
 
     @model_validator(mode="after")
     def _templates(self) -> DataConfig:
+        _check_messages(self)
         _check_prompt(self)
         _check_cloze(self)
         return self
@@ -303,7 +267,24 @@ class DataConfig(Config):
         """The columns that are read as text, a second text aside; each once."""
         if self.cloze is not None:
             return tuple(dict.fromkeys(name for _, name in prompt_parts(self.cloze, "cloze") if name is not None))
-        return (self.text, *self.prompt_columns)
+        if self.messages is not None:
+            return (self.messages,)
+        return self.prompt_columns if self.prompts_only else (self.text, *self.prompt_columns)
+
+    @property
+    def filled_columns(self) -> tuple[str, ...]:
+        """The columns of a language model's texts of which at least one is not blank, or the row is left out."""
+        return self.text_columns if self.messages is not None or self.prompts_only else (self.text,)
+
+    @property
+    def templated(self) -> bool:
+        """Whether the tokenizer's chat template writes the texts."""
+        return self.chat or self.messages is not None
+
+    @property
+    def prompted(self) -> bool:
+        """Whether examples are a prompt that is read and an answer."""
+        return self.prompt is not None or self.messages is not None
 
     @property
     def prompt_columns(self) -> tuple[str, ...]:
@@ -324,16 +305,35 @@ class DataConfig(Config):
         return noise is None or noise.share < 1 or (noise.tokens == "shuffled" and self.task == "classify")
 
 
+def _check_messages(config: DataConfig) -> None:
+    if config.messages is None:
+        if config.mask_history:
+            raise ValueError("mask_history goes with `messages`: a prompt has one answer")
+        return
+    if not config.messages.strip():
+        raise ValueError("messages is the name of a column; leave it out for plain text")
+    if told := [name for name in ("prompt", "chat", "text") if name in config.model_fields_set]:
+        raise ValueError(f"messages holds all turns, and a chat template always writes them: drop {', '.join(told)}")
+    if config.mask_history and config.prompts_only:
+        raise ValueError("prompts_only has no answer to predict: drop mask_history")
+    if config.source == RANDOM_TOKENS or config.transfer is not None:
+        raise ValueError("chats go with real texts; drop messages, or transfer and random-tokens")
+
+
 def _check_prompt(config: DataConfig) -> None:
     if config.prompt is None:
         if config.chat:
             raise ValueError("chat goes with `prompt`: the user's turn")
+        if config.prompts_only and config.messages is None:
+            raise ValueError("prompts_only goes with `prompt` or `messages`")
         return
+    if config.prompts_only and "text" in config.model_fields_set:
+        raise ValueError("prompts_only does not read `text`: drop one of them")
     if config.prompt_columns == ("",):
         raise ValueError("prompt is the name of a column or a template; leave it out for plain text")
     if "\\n" in config.prompt:
         raise ValueError("prompt has a backslash and an n, not the end of a line: write it in double quotes")
-    if config.text in config.prompt_columns:
+    if config.text in config.prompt_columns and not config.prompts_only:
         raise ValueError(f"the prompt holds the response: column {config.text!r} is `text`")
     if config.source == RANDOM_TOKENS or config.transfer is not None:
         raise ValueError("prompts go with real texts; drop prompt, or transfer and random-tokens")

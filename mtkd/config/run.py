@@ -9,11 +9,12 @@ from pydantic import Field, PrivateAttr, model_validator
 from mtkd.config.ablation import chosen_stage, expand_ablation
 from mtkd.config.base import Config, Name, Positive, Seed
 from mtkd.config.chain import ChainConfig, expand
-from mtkd.config.data import DataConfig, TokenizerConfig
+from mtkd.config.data import DataConfig
 from mtkd.config.engine import EngineConfig
 from mtkd.config.evaluate import Ablation, Comparison, EvaluateConfig
 from mtkd.config.references import References, models_of, scored_of
 from mtkd.config.stage import StageConfig
+from mtkd.config.tokenizer import TokenizerConfig
 from mtkd.config.yamlfile import Written
 
 

@@ -13,7 +13,7 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mtkd.errors import DataError
 
@@ -36,7 +36,7 @@ _GUARD = _GUARD.removesuffix("-%}") + "%}\n"
 _PLAIN = "set chat: false, and put into `prompt` what the model expects around it"
 _ADDRESS = re.compile(r" at 0x[0-9a-f]{6,}>")  # Python's words for an object that is no text
 
-Turns = list[dict[str, str]]
+Turns = list[dict[str, Any]]
 
 
 class _TooSlow(Exception):
@@ -56,8 +56,8 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
         raise DataError(
             "the tokenizer has no chat template",
             where=where,
-            found="chat: true",
-            todo=_PLAIN,
+            found="chat: true" if where.endswith(".chat") else "turns of a chat",
+            todo=f"name a tokenizer with one: tokenizer.path, or {_PLAIN}",
         )
     _check_chance(tokenizer, where)
     # Letters, since templates may trim; each text is one that the other pairs lack.
@@ -82,29 +82,70 @@ def write_turns(
     Raises:
         DataError: the template fails on a row, does not come to an end, or cannot be split into turns.
     """
-    source = _source(tokenizer, place)
+    source = template_source(tokenizer, place)
     opened: list[str] = []
     added: list[str] = []
 
-    def write(stop: int) -> None:
-        while len(opened) < stop:
-            start, rest = _write(tokenizer, source, prompts[len(opened)], responses[len(opened)], place(len(opened)))
-            opened.append(start)
-            added.append(rest)
+    def write(row: int) -> None:
+        start, rest = _write(tokenizer, source, prompts[row], responses[row], place(row))
+        opened.append(start)
+        added.append(rest)
 
-    for begin in range(0, len(prompts), _AT_ONCE):
-        stop = min(begin + _AT_ONCE, len(prompts))
-        try:
-            _in_time(lambda stop=stop: write(stop))  # type: ignore[misc]
-        except _TooSlow:
-            detail = f"{_name(tokenizer)}: longer than {_SECONDS:g} s"
-            raise DataError(
-                "the chat template does not come to an end", where=place(len(opened)), found=detail, todo=_PLAIN
-            ) from None
+    write_rows(tokenizer, len(prompts), write, place)
     return opened, added
 
 
-def _source(tokenizer: PreTrainedTokenizerBase, place: Callable[[int], str]) -> str:
+def write_openings(
+    tokenizer: PreTrainedTokenizerBase, chats: Sequence[Turns], place: Callable[[int], str]
+) -> list[str]:
+    """Per chat its turns with the opening of the assistant's next one.
+
+    Args:
+        place: number of a chat -> where it stands, for messages.
+    Raises:
+        DataError: the template fails on a chat, or does not come to an end.
+    """
+    source = template_source(tokenizer, place)
+    opened: list[str] = []
+
+    def write(row: int) -> None:
+        opened.append(_render(tokenizer, source, chats[row], place(row), opening=True))
+
+    write_rows(tokenizer, len(chats), write, place)
+    return opened
+
+
+def write_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    write: Callable[[int], None],
+    place: Callable[[int], str],
+    at_once: int = _AT_ONCE,
+) -> None:
+    """Call a function that renders row after row, and stop it where a template does not come to an end.
+
+    Args:
+        at_once: rows that together have `_SECONDS`.
+    """
+    done = 0
+
+    def part() -> None:
+        nonlocal done
+        for _ in range(min(at_once, count - done)):
+            write(done)
+            done += 1
+
+    while done < count:
+        try:
+            _in_time(part)
+        except _TooSlow:
+            detail = f"{_name(tokenizer)}: longer than {_SECONDS:g} s"
+            raise DataError(
+                "the chat template does not come to an end", where=place(done), found=detail, todo=_PLAIN
+            ) from None
+
+
+def template_source(tokenizer: PreTrainedTokenizerBase, place: Callable[[int], str]) -> str:
     """The template that writes turns, behind its guard."""
     try:
         template: object = tokenizer.get_chat_template()
@@ -131,20 +172,42 @@ def _write(tokenizer: PreTrainedTokenizerBase, source: str, prompt: str, respons
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, source: str, turns: Turns, where: str, *, opening: bool = False) -> str:
-    """The text of turns.
+    return render(tokenizer, source, turns, where, opening=opening)[0]
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    turns: Turns,
+    where: str,
+    *,
+    opening: bool = False,
+    marks: bool = False,
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text of turns, and the characters (from, to) that the template marks as the assistant's.
 
     Args:
+        source: of `template_source`.
         opening: whether the assistant's turn is begun behind them.
+        marks: whether `{% generation %}` is looked at; else there are none.
     """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     try:
-        text = str(
-            tokenizer.apply_chat_template(turns, chat_template=source, tokenize=False, add_generation_prompt=opening)
+        # what `apply_chat_template` calls, which keeps the marks for itself
+        rendered: Any = render_jinja_template(
+            [turns],
+            chat_template=source,
+            return_assistant_tokens_mask=marks,
+            add_generation_prompt=opening,
+            **tokenizer.special_tokens_map,  # type: ignore[arg-type]
         )
+        text, found = str(rendered[0][0]), rendered[1]
     except _TooSlow:
         raise
     except Exception as error:  # jinja's own, and all that Python raises for what a template does
         raise _failed(tokenizer, error, where) from error
-    length = sum(len(turn["content"]) for turn in turns)
+    length = sum(map(_length, turns))
     if len(text) > _MOST_ADDED + 10 * length:
         raise DataError(
             "the chat template writes far more than it is given",
@@ -152,7 +215,12 @@ def _render(tokenizer: PreTrainedTokenizerBase, source: str, turns: Turns, where
             found=f"{_name(tokenizer)}: {len(text):,} characters for turns of {length:,}",
             todo=_PLAIN,
         )
-    return text
+    return text, [*found[0]] if marks else []
+
+
+def _length(turn: dict[str, Any]) -> int:
+    """Characters that a turn gives to the template."""
+    return sum(len(value if isinstance(value, str) else str(value)) for value in turn.values())
 
 
 def _in_time(work: Callable[[], None]) -> None:
@@ -182,7 +250,7 @@ def _check_chance(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
     """Refuse jinja's filter `random`, which no name can hide from a template."""
     from jinja2 import Environment, TemplateError
 
-    source = _source(tokenizer, lambda _: where).removeprefix(_GUARD)
+    source = template_source(tokenizer, lambda _: where).removeprefix(_GUARD)
     try:
         tokens = [(line, text) for line, kind, text in Environment().lex(source) if kind != "whitespace"]
     except TemplateError as error:

@@ -35,6 +35,19 @@ class Examples(Protocol):
         ...
 
 
+class Prompted(Examples, Protocol):
+    """Examples that are a prompt, which is read, and a response, which another one may take the place of."""
+
+    @property
+    def prompts(self) -> np.ndarray:
+        """Tokens of each prompt, [examples] int64."""
+        ...
+
+    def prompt(self, index: int) -> np.ndarray:
+        """The ids of an example's prompt."""
+        ...
+
+
 class Pairs(Protocol):
     """Examples that also ask whether their second segment follows the first: 0 = it does, 1 = it is another's."""
 

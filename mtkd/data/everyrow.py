@@ -130,7 +130,7 @@ class _Texts:
         self.lengths = np.zeros(len(rows), np.int64)
         for texts in self.columns.values():
             self.lengths += np.fromiter(map(len, texts), np.int64, len(texts))
-        needed = [config.text] if self.task.token_level else list(self.columns)
+        needed = [*config.filled_columns] if self.task.token_level else list(self.columns)
         self.filled = np.zeros(len(rows), bool)
         for name in needed:
             self.filled |= np.fromiter((bool(text.strip()) for text in self.columns[name]), bool, len(rows))

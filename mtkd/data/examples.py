@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mtkd.data.collate import collate_pairs, collate_tokens
+from mtkd.data.conversations import prepare_chats
 from mtkd.data.encode import TOKENIZED_AT_ONCE, around_text, column_of, described, pad_id, texts_of, tokenized
 from mtkd.data.labels import read_labels
 from mtkd.data.marks import without_marks
@@ -69,6 +70,8 @@ def prepare_causal(request: PrepareRequest) -> Split:
     its bytes are not counted.
     """
     tokenizer, config = request.tokenizer, request.config
+    if config.messages is not None:
+        return prepare_chats(request)
     if config.prompt is not None:
         return prepare_prompted(request)
     before = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []

@@ -74,11 +74,12 @@ class FileRows:
     notes: tuple[str, ...] = ()
 
 
-def read_files(files: Sequence[DataFile], named: Sequence[str] = ()) -> FileRows:
+def read_files(files: Sequence[DataFile], named: Sequence[str] = (), turns: str = "") -> FileRows:
     """Local files as one dataset in memory, row after row; of several files the columns that all of them have.
 
     Args:
         named: columns that the configuration names; of several files all have one, or none.
+        turns: column of the turns of a chat, which stay JSON.
 
     Raises:
         DataError: naming the file, the line or row, and what is wrong with it.
@@ -86,7 +87,7 @@ def read_files(files: Sequence[DataFile], named: Sequence[str] = ()) -> FileRows
     parts: list[Dataset] = []
     notes: list[str] = []
     for file in files:
-        rows, note = _read(file)
+        rows, note = _read(file, turns)
         parts.append(rows)
         notes += [f"{file.name}: {note}"] if note else []
     name = files[0].name + (f" and {len(files) - 1} more" if len(files) > 1 else "")
@@ -189,7 +190,7 @@ def read_domains(rows: Dataset, column: str, origin: Origin) -> list[str]:
     return read_texts(rows, column, origin, "domain", missing="")
 
 
-def _read(file: DataFile) -> tuple[Dataset, str]:
+def _read(file: DataFile, turns: str) -> tuple[Dataset, str]:
     """The rows of one file, and what of it is ignored."""
     import pyarrow as pa
 
@@ -205,7 +206,7 @@ def _read(file: DataFile) -> tuple[Dataset, str]:
     if file.kind == "txt":
         texts = [text for _, text in blocks(read_lines(file, shown=True))]
         return _dataset(pa.table({"text": pa.array(texts, pa.string())}), file), ""
-    return _dataset(read_json(file), file), ""
+    return _dataset(read_json(file, turns), file), ""
 
 
 def _dataset(table: pa.Table, file: DataFile) -> Dataset:

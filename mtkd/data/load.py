@@ -61,8 +61,8 @@ def load_data(
     Raises:
         UserError, DataError: naming the file and row where there is one.
     """
-    if config.chat:
-        check_chat_template(tokenizer, f"data.{name}.chat")
+    if config.templated:
+        check_chat_template(tokenizer, f"data.{name}.{'chat' if config.chat else 'messages'}")
     task: TaskSpec = TASKS.find(config.task, f"data.{name}.task")
     label_names, num_labels = task.labels(config, raw)
     tokenised: dict[str, Split] = {}
@@ -88,7 +88,7 @@ def load_data(
                 notes.append(f"{many}, which stands there once")
             tokenised[split] = replace(prepared, redraws=config.redraw, note="\n".join(notes))
     options = config.values(PLACES)
-    of_tokenizer = tokenizer_fingerprint(tokenizer, chat=config.chat)
+    of_tokenizer = tokenizer_fingerprint(tokenizer, chat=config.templated)
     parts = [raw.fingerprint, of_tokenizer, json.dumps(options, sort_keys=True), *label_names]
     parts += [f"marks once: {', '.join(marked)}"] if marked else []
     fingerprint = hashlib.sha256("\0".join(parts).encode()).hexdigest()

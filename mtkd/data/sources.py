@@ -27,6 +27,7 @@ from mtkd.data.specialist import relabelled
 from mtkd.data.stdlib import DOMAINS, Document, stdlib_documents
 from mtkd.data.tables import missing_column_hint
 from mtkd.data.tasks import check_task
+from mtkd.data.turns import written_turns
 from mtkd.errors import DataError, UserError, nearest
 from mtkd.registry import SOURCES, TASKS
 
@@ -64,7 +65,25 @@ def read_source(config: DataConfig, base: Path) -> Raw:
     for split, rows in raw.splits.items():
         if not len(rows):
             raise DataError("the split has no rows", where=raw.origin(split).name, found="0 rows")
-    return raw
+    return raw if config.messages is None else _with_turns(raw, config)
+
+
+def _with_turns(raw: Raw, config: DataConfig) -> Raw:
+    """The rows of chats with their turns as checked JSON."""
+    import pyarrow as pa
+    from datasets import Dataset
+
+    assert config.messages is not None
+    splits = {}
+    for split, rows in raw.splits.items():
+        turns = pa.array(written_turns(rows, config, raw.origin(split)), pa.large_string())
+        others = rows.remove_columns(config.messages)
+        # with names of their own: else every byte is hashed for a cache that is not used
+        if others.column_names:
+            splits[split] = others.add_column(config.messages, turns, new_fingerprint="mtkd")
+        else:
+            splits[split] = Dataset(pa.table({config.messages: turns}), fingerprint="mtkd")
+    return replace(raw, splits=splits)
 
 
 def choose_rows(raw: Raw, config: DataConfig) -> Raw:
@@ -215,7 +234,7 @@ def _files_source(config: DataConfig, base: Path) -> Raw:
     """Local files and saved data sets; see `mtkd.data.files`."""
     files = find_files(config, base)
     named = (*_read_columns(config), config.teacher, *((config.label,) if has_labels(config) else ()))
-    tables = {split: read_files(parts, named) for split, parts in files.items()}
+    tables = {split: read_files(parts, named, config.messages or "") for split, parts in files.items()}
     description = ", ".join(f"{part.origin.name}: {len(part.rows)} rows" for part in tables.values())
     return Raw(
         {split: part.rows for split, part in tables.items()},

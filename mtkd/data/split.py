@@ -11,7 +11,7 @@ import numpy as np
 
 from mtkd.config import DataConfig
 from mtkd.data.batch import NO_LABEL, Batch
-from mtkd.data.collate import Rows
+from mtkd.data.collate import Prompted, Rows
 from mtkd.data.files import Origin
 from mtkd.errors import DataError, nearest
 
@@ -74,6 +74,7 @@ class Split:
         note: what the person should know of how it was made, e.g. examples left out; "" for nothing.
         redraws: whether inputs that depend on the epoch do so; else they are those of epoch 0 for ever.
         routes: number of the teacher of each example, or of its domain, [examples] int64; see `routed`, `in_domains`.
+        prompted: prompts and responses of the examples, where they have some; models may write other responses.
     """
 
     make_batch: Callable[[Rows], Batch]
@@ -85,6 +86,7 @@ class Split:
     note: str = ""
     redraws: bool = True
     routes: np.ndarray | None = None
+    prompted: Prompted | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -93,7 +95,7 @@ class Split:
     def has_targets(self) -> bool:
         """Whether anything is asked of any example: not of classification texts without a label."""
         if self.labels is None:
-            return True
+            return self.prompted is None or bool(self.document_bytes.any())
         if np.issubdtype(self.labels.dtype, np.floating):
             return not bool(np.isnan(self.labels).all())
         return bool((self.labels != NO_LABEL).any())

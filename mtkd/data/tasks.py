@@ -193,7 +193,7 @@ TASKS.add(
         ("bits_per_byte", "perplexity"),
         prepare_causal,
         _no_labels,
-        fields=("prompt", "chat"),
+        fields=("prompt", "chat", "messages", "mask_history", "prompts_only"),
     ),
 )
 TASKS.add(

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from mtkd.data.batch import NO_LABEL
+from mtkd.data.conversations import chat_texts
 from mtkd.data.prompts import written_texts
 from mtkd.data.split import PrepareRequest
 from mtkd.data.tokenizers import num_real_ids, tokenizer_fingerprint
@@ -225,11 +226,12 @@ def make_vocabulary(
 
 def _counted(data: DataConfig, raw: Raw, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[str]]:
     """The texts of the train split as the task tokenises them: prompts with what their template writes around them."""
-    if data.prompt is None:
+    if not data.prompted:
         for column in filter(None, (*data.text_columns, data.text_pair)):
             yield raw.texts("train", column)
     elif "train" in raw.splits:
-        yield written_texts(PrepareRequest("train", raw.splits["train"], raw.origin("train"), data, tokenizer))
+        request = PrepareRequest("train", raw.splits["train"], raw.origin("train"), data, tokenizer)
+        yield written_texts(request) if data.messages is None else chat_texts(request)
     else:
         raise DataError("there is no train split to count", where="@data", allowed=list(raw.splits))
 

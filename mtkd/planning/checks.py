@@ -117,6 +117,7 @@ def _check_registered(config: RunConfig) -> None:
         if "route" in stage_reads(stage, where, token_level=token_level).names:
             _check_route(config, data_name)
         _check_text(config, name)
+        _check_answers(config, data_name, f"{where}.data")
         task = config.data[data_name].task
         if stage.per == "token" and not TASKS.find(task).token_level:
             raise UserError(
@@ -197,12 +198,23 @@ def _check_text(config: RunConfig, name: str) -> None:
             todo="choose a weighting that reads something else: `mtkd ls weightings`",
         )
     weighting: type[Weighting] = WEIGHTINGS[named].cls
-    if reads.text and weighting.after_prompt and stage.per == "example" and data.prompt is None:
+    if reads.text and weighting.after_prompt and stage.per == "example" and not data.prompted:
         raise UserError(
             f"one weight per example of '{named}' is that after its prompt, and these texts have none",
             where=f"{where}.per",
             found=f"example, data '{data_name}' without prompt",
             todo="set per: token",
+        )
+
+
+def _check_answers(config: RunConfig, name: str, where: str) -> None:
+    """Refuse prompts without answers where an answer is read."""
+    if config.data[name].prompts_only:
+        raise UserError(
+            "answers are learned or scored here, and these data are prompts alone",
+            where=where,
+            found=f"data.{name}.prompts_only: true",
+            todo="drop prompts_only and name the column of the answers, or name other data here",
         )
 
 
@@ -267,11 +279,11 @@ def _check_evaluation(config: RunConfig) -> None:
     """
     settings = config.evaluate
     name = config.data_name(settings.data)
-    data = config.data[name]
-    split = settings.split
+    data, split = config.data[name], settings.split
     held_out = split == "validation" and data.validation_share > 0
     if not config.models and not settings.ensembles:
         return  # a run of caches alone makes no model to score
+    _check_answers(config, name, "evaluate.data")
     splits = list(find_files(data, config.base, f"data.{name}")) if data.source == "files" else []
     if data.source == RANDOM_TOKENS or (data.source == "files" and split not in splits and not held_out):
         raise UserError(

@@ -100,6 +100,7 @@ def _example(
         labels = target[target != NO_LABEL]
         every = len(labels) == len(ids) and config.task == "causal-lm"
         answer = "every next token" if every else _short(str(tokenizer.decode(labels)))
+        answer = "a prompt alone" if config.prompts_only else answer
     return PlannedExample(_short(str(tokenizer.decode(ids))), answer, len(ids))
 
 

@@ -13,6 +13,7 @@ from mtkd.data.progress import Working, say
 from mtkd.data.raw import Raw
 from mtkd.data.segmentation import check_certain
 from mtkd.data.tokenizers import check_same_tokenizer, load_tokenizer, train_tokenizer
+from mtkd.data.turns import contents
 from mtkd.engine.dist import Dist
 from mtkd.engine.manifest import MANIFEST, check_seal
 from mtkd.engine.record import read_object
@@ -138,6 +139,7 @@ def trained_tokenizer(config: RunConfig, raw: Raw, run: Path, dist: Dist) -> Pre
 
     def write(fresh: Path) -> None:
         texts = [text for column in columns for text in raw.texts("train", column)]
+        texts = texts if config.data[settings.train_on or ""].messages is None else contents(texts)
         with Working(f"training a tokenizer on data.{settings.train_on}", len(texts), "texts") as working:
             shown = working.counting(texts)
             tokenizer = train_tokenizer(shown, settings.vocab_size, closed=closed, commands=settings.commands)

@@ -54,8 +54,8 @@ class PlannedTokenizer:
     def check_chats(self) -> None:
         """Refuse chats whose turns the run's tokenizer cannot write."""
         for name, data in self._config.data.items():
-            if data.chat:
-                check_chat_template(self.tokenizer, f"data.{name}.chat")
+            if data.templated:
+                check_chat_template(self.tokenizer, f"data.{name}.{'chat' if data.chat else 'messages'}")
 
     def check_commands(self) -> None:
         """Refuse GLM's tasks with a tokenizer that lacks their tokens, or with examples too short for a blank."""

@@ -55,7 +55,7 @@ def stage_identity(context: RunContext, name: str) -> dict[str, Any]:
         config,
         name,
         data=context.raw(data).fingerprint,
-        tokenizer=tokenizer_fingerprint(context.tokenizer, chat=config.data[data].chat),
+        tokenizer=tokenizer_fingerprint(context.tokenizer, chat=config.data[data].templated),
         segmentation=segmentation_digest(context.tokenizer),
         models=models,
         steps=equal_time_steps(context, stage) if stage.equal_time else stage.steps or 0,
@@ -69,7 +69,7 @@ def _vocabularies(context: RunContext, stage: StageConfig) -> dict[str, str]:
         if model.vocabulary is not None:
             counted = context.config.data_name(model.vocabulary.counts)
             texts = context.config.data[counted]
-            written = [tokenizer_fingerprint(context.tokenizer, chat=True)] if texts.chat else []
+            written = [tokenizer_fingerprint(context.tokenizer, chat=True)] if texts.templated else []
             digests[f"{role} vocabulary"] = fingerprint([context.raw(counted).fingerprint, texts.values(), *written])
     return digests
 

@@ -46,7 +46,7 @@ def judge(context: RunContext) -> dict[str, Any]:
         "data": context.raw(name).fingerprint,
         "config": context.config.data[name].values(),
         "split": settings.split,
-        "tokenizer": tokenizer_fingerprint(context.tokenizer, chat=context.config.data[name].chat),
+        "tokenizer": tokenizer_fingerprint(context.tokenizer, chat=context.config.data[name].templated),
         "precision": context.config.engine.decided_precision,
     }
     keys = {model: fingerprint([shared, _fingerprints(context, model)]) for model in names}

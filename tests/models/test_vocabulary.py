@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -244,3 +245,13 @@ def test_prompts_are_counted_as_they_are_written() -> None:
         data = DataConfig(source="files", prompt="dada {{{q}}}: ", text="a", chat=chat)
         made = make_vocabulary(VocabularyConfig(keep=0.999), data, raw, tokenizer, config, table)
         assert made.counts.tolist() == count_ids(tokenizer, written, num_real_ids(tokenizer)).tolist()
+    turns = [{"role": "user", "content": "ab abc"}, {"role": "assistant", "content": "bad dab"}]
+    chats = replace(raw, splits={"train": Dataset.from_dict({"m": [json.dumps(turns)], "q": ["ab abc"]})})
+    asked = "<s>user: ab abc</s><s>assistant: "
+    for fields, text in (
+        ({"messages": "m"}, f"{asked}bad dab</s>"),
+        ({"prompt": "q", "chat": True, "prompts_only": True}, asked),
+    ):
+        data = DataConfig(source="files", **fields)
+        made = make_vocabulary(VocabularyConfig(keep=0.999), data, chats, tokenizer, config, table)
+        assert made.counts.tolist() == count_ids(tokenizer, [text], num_real_ids(tokenizer)).tolist()
