@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).pare
 
 # imported once, by the server whose forks are the commands and ranks that tests start
 import processes
+from tiny_run import drawn_reports
 
 multiprocessing.set_forkserver_preload(list(processes.PRELOADED))
 
@@ -31,13 +33,24 @@ def _no_reports() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def reports() -> Iterator[None]:
-    """Runs of this module draw their report."""
-    from mtkd.evaluate.report import write_report
+@pytest.fixture(scope="session", autouse=True)
+def _installation_read_once() -> Iterator[None]:
+    """The documents of this Python installation are what they were: a second or more for each plan that has them."""
+    from mtkd.data.stdlib import Document, stdlib_documents
+
+    @cache
+    def read(domains: tuple[str, ...]) -> list[Document]:
+        return stdlib_documents(domains)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mtkd.running.run.write_report", write_report)
+        patch.setattr("mtkd.data.sources.stdlib_documents", lambda domains: [*read(domains)])
+        yield
+
+
+@pytest.fixture
+def reports() -> Iterator[None]:
+    """Runs of this test draw their report."""
+    with drawn_reports():
         yield
 
 
@@ -55,8 +68,30 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", f"ignore::{kind}:(?!mtkd|({files})$)")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of a file that share a fixture of the module go to one worker: each would make it."""
+    for item in items:
+        fixtures = item._fixtureinfo.name2fixturedefs.values()  # type: ignore[attr-defined]
+        shared = any(found[-1].scope == "module" for found in fixtures)
+        if shared and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 def pytest_collection_finish() -> None:
-    # every stage of a run collects garbage: not among the million objects of what was imported
+    _freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    yield
+    if nextitem is None or nextitem.path != item.path:
+        _freeze()
+
+
+def _freeze() -> None:
+    """Every stage of a run collects garbage: not among the million objects of what was imported."""
+    gc.collect()
     gc.freeze()
 
 

@@ -228,6 +228,14 @@ def _without_clock(content: bytes) -> bytes:
     return _CLOCK.sub("", text).encode()
 
 
+def count_no_memory() -> None:
+    """For `processes.start(prepare=...)`: plans do not count memory, which takes longer than all else they do."""
+    import mtkd.planning.plan
+
+    plan = mtkd.planning.plan.plan
+    mtkd.planning.plan.plan = lambda config, *, memory=False, **more: plan(config, **more)
+
+
 @dataclass
 class Bench:
     """Undamaged run folders of every state, and one place in which they are damaged and run.
@@ -235,7 +243,8 @@ class Bench:
     Args:
         folder: where all of it is; ``undamaged/STATE`` next to ``work``, where every run was made.
         limit: seconds for one command.
-        draws: runs draw their report, which takes longer than they do; else only where a picture is damaged.
+        draws: runs draw their report, which takes longer than they do, and plans count memory; else the report alone,
+            where a picture is damaged.
     """
 
     folder: Path
@@ -329,7 +338,9 @@ class Bench:
         environment = {"MTKD_TEST_KILL_AT": point, "HF_HUB_OFFLINE": "1"}
         log = self.folder / "log"
         log.mkdir(exist_ok=True)
-        command = processes.start(log, *arguments, environment=environment, report=report)
+        command = processes.start(
+            log, *arguments, environment=environment, report=report, prepare=None if self.draws else count_no_memory
+        )
         command.process.join(self.limit)
         if command.process.exitcode is None:
             command.process.kill()

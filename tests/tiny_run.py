@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import processes
+import pytest
 import yaml
 
 from mtkd.config import RunConfig
@@ -25,6 +28,16 @@ _WORDS = (
     *("the", "teacher", "shows", "a", "student", "how", "one", "word", "follows", "another", "and", "then"),
     *("some", "loss", "weight", "is", "small", "while", "many", "features", "remain", "far", "apart"),
 )
+
+
+@contextmanager
+def drawn_reports() -> Iterator[None]:
+    """Within it runs in this process draw their report, which takes longer than they do; see the fixture `reports`."""
+    from mtkd.evaluate.report import write_report
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mtkd.running.run.write_report", write_report)
+        yield
 
 
 def write_data(folder: Path, seed: int = 0) -> None:

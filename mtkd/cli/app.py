@@ -108,10 +108,11 @@ def plan(
 ) -> None:
     """Resolve and check everything; show stages, models, steps, tokens and memory; train nothing."""
     from mtkd.config.read import load_config
+
+    config = load_config(file, override or ())  # before the imports, 5 s: a mistake in the file is answered at once
     from mtkd.planning.data import DataReader
     from mtkd.planning.plan import plan as make_plan
 
-    config = load_config(file, override or ())
     reader = DataReader(config.base)  # one reading of the data for both
     planned = make_plan(config, memory=True, reader=reader)
     found: dict[str, str] = {}
@@ -131,10 +132,12 @@ def plan(
 def validate(file: File, override: Override = None) -> None:
     """Check FILE, its plug-ins, and every name and option in it; load no model and no data."""
     from mtkd.config.read import load_config
+
+    read = load_config(file, override or ())  # before the imports, as in `plan`
     from mtkd.planning.checks import check
     from mtkd.planning.plan import resolve
 
-    config = resolve(load_config(file, override or ()))
+    config = resolve(read)
     check(config)
     typer.echo(f"{file}: valid; {len(config.stages)} stages: {', '.join(config.stages)}")
 

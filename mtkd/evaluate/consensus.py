@@ -70,9 +70,12 @@ def _outcomes(one: Rows, other: Rows) -> tuple[Tensor, Tensor]:
     if isinstance(other, Tensor):
         q = _probabilities(other).gather(-1, one.ids)
     else:
-        same = one.ids[:, :, None] == other.ids[:, None, :]  # [m,k,k]
-        q = (same * other.log_probs.double().exp()[:, None, :]).sum(-1)
-        p = p * same.any(-1)
+        ids, order = other.ids.sort(-1)
+        mass = other.log_probs.double().exp().gather(-1, order).cumsum(-1)
+        mass = torch.cat([mass.new_zeros(len(mass), 1), mass], -1)  # of the columns before each, [m,k+1]
+        first, end = (torch.searchsorted(ids, one.ids, right=right) for right in (False, True))
+        q = mass.gather(-1, end) - mass.gather(-1, first)  # unused places may have the column of a used one
+        p = p * (end > first)
     return _with_rest(p), _with_rest(q)
 
 

@@ -12,7 +12,7 @@ import processes
 import pytest
 import torch
 from golden_recipes import made_up_documents
-from tiny_run import tiny_config, write_yaml
+from tiny_run import drawn_reports, tiny_config, write_yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -47,7 +47,7 @@ def twice_kl(student, teacher, mask):
 
 
 @pytest.fixture(scope="module")
-def made(reports, tmp_path_factory) -> tuple[Path, mtkd.RunResult]:
+def made(tmp_path_factory) -> tuple[Path, mtkd.RunResult]:
     """A run with a user's own weighting and loss, made through the library."""
     folder = tmp_path_factory.mktemp("cli")
     (folder / "plugin.py").write_text(PLUGIN)
@@ -58,7 +58,8 @@ def made(reports, tmp_path_factory) -> tuple[Path, mtkd.RunResult]:
         "evaluate_every": 4,
     }
     config = tiny_config(folder, plugins=["plugin.py"], stages={"student": student})
-    return folder, mtkd.run(config)
+    with drawn_reports():
+        return folder, mtkd.run(config)
 
 
 def invoke(*arguments: str) -> str:

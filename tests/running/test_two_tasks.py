@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_run import drawn_reports
 from transformers import (
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
@@ -92,10 +93,11 @@ def config(folder: Path, **evaluate: Any) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def made(reports: None, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+def made(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     folder = tmp_path_factory.mktemp("two-tasks")
     write_data(folder)
-    return mtkd.run(config(folder))
+    with drawn_reports():
+        return mtkd.run(config(folder))
 
 
 def test_only_the_stages_of_the_evaluated_task_are_scored(made: RunResult) -> None:
