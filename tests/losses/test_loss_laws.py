@@ -57,8 +57,8 @@ def test_every_loss_keeps_the_laws(name: str, options: dict[str, object]) -> Non
 IN_TILES = [case for case in CASES if "logits" in LOSSES[case[0]].inputs and "batch" not in LOSSES[case[0]].needs]
 
 
-# Logits: chunks of two rows of the law's 37 columns. Chunks cut rows whatever the options are, and the law's tiles of one
-# row cut finer, with every option. So each loss is cut as it is, and once with options.
+# Logits: chunks of two rows of the law's 37 columns. Chunks cut rows whatever the options are, and the law's tiles of
+# one row cut finer, with every option. So each loss is cut as it is, and once with options.
 CHUNKED = [(*case, 2 * 37) for case in IN_TILES if case[1] in ({}, OPTIONS.get(case[0], [{}])[0])]
 
 
