@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mtkd.config.base import Config, Width
 
@@ -21,10 +21,33 @@ class TokenizerConfig(Config):
         "plain", description="special tokens of a trained tokenizer: plain (<s>, <mask> and so on), or GLM's commands"
     )
 
+    chat_template: str | None = Field(
+        None,
+        description="how turns of a chat are written: chatml, llama3, alpaca, or a file of jinja; a trained tokenizer "
+        "gets its special tokens and ends texts as it ends an answer; default: that of a loaded tokenizer",
+    )
+    special_tokens: tuple[str, ...] = Field(
+        (), description="further special tokens of a trained tokenizer, such as those of a template from a file"
+    )
+
+    @field_validator("special_tokens")
+    @classmethod
+    def _tokens_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for token in value:
+            if not token.strip() or token != token.strip() or value.count(token) > 1:
+                raise ValueError(f"each special token is a text of its own without space around it, not {token!r}")
+        return value
+
     @model_validator(mode="after")
     def _one_origin(self) -> TokenizerConfig:
         if (self.path is None) == (self.train_on is None):
             raise ValueError("give either `path` or `train_on`")
         if self.path is not None and self.commands != "plain":
             raise ValueError("commands: of a trained tokenizer; a loaded one has its own")
+        if self.path is not None and self.special_tokens:
+            raise ValueError(
+                "special_tokens: of a trained tokenizer; models have no row for more tokens of a loaded one"
+            )
+        if self.commands == "glm" and (self.chat_template or self.special_tokens):
+            raise ValueError("commands: glm has the special tokens of GLM; drop chat_template and special_tokens")
         return self

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mtkd.data.bytepairs import byte_pairs
@@ -16,6 +16,7 @@ from mtkd.data.segmentation import added_tokens, cut, other_rule, probes, rules
 from mtkd.errors import DataError, UserError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "<mask>")
@@ -24,7 +25,12 @@ _SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)  # every byte and every special
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, *, closed: bool = False, commands: str = "plain"
+    texts: Iterable[str],
+    vocab_size: int,
+    *,
+    closed: bool = False,
+    commands: str = "plain",
+    special_tokens: Sequence[str] = (),
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of `vocab_size` ids (fewer when the texts hold fewer merges); same texts, same ids.
 
@@ -35,26 +41,33 @@ def train_tokenizer(
             writing must not see it. Beginning and end of training documents do not depend on this.
         commands: the special tokens: "plain" are <pad>, <s>, </s>, <unk>, <mask>; "glm" those of a GLM, whose texts
             are always closed.
+        special_tokens: further ones, for plain texts; they count among the ids.
 
     Raises:
         UserError: when there is not an id for every byte.
         DataError: when the texts are empty.
     """
-    from tokenizers import processors
-    from transformers import PreTrainedTokenizerFast
-
     if commands == "glm":
         from mtkd.data.glm_tokens import trained_tokenizer
 
         return trained_tokenizer(_non_empty(texts), vocab_size)
-    if vocab_size < _SMALLEST_VOCABULARY:
+    more = [token for token in dict.fromkeys(special_tokens) if token not in SPECIAL_TOKENS]
+    smallest = _SMALLEST_VOCABULARY + len(more)
+    if vocab_size < smallest:
         raise UserError(
             "too few ids for every byte and special token",
             where="tokenizer.vocab_size",
             found=vocab_size,
-            allowed=f"at least {_SMALLEST_VOCABULARY}",
+            allowed=f"at least {smallest}",
         )
-    core = byte_pairs(_non_empty(texts), vocab_size, SPECIAL_TOKENS)
+    return _wrapped(byte_pairs(_non_empty(texts), vocab_size, (*SPECIAL_TOKENS, *more)), more, closed=closed)
+
+
+def _wrapped(core: Tokenizer, more: Sequence[str], *, closed: bool) -> PreTrainedTokenizerFast:
+    """Trained byte pairs with their special tokens' parts, and what stands around a text."""
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
     end = " </s>" if closed else ""
     core.post_processor = processors.TemplateProcessing(
         single=f"<s> $A{end}",
@@ -71,6 +84,7 @@ def train_tokenizer(
         mask_token=mask,
         cls_token=begin,
         sep_token=end_token,
+        **({"extra_special_tokens": more} if more else {}),
     )
 
 

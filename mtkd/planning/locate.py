@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from mtkd.config import ModelConfig, RunConfig
+from mtkd.data.chat_templates import find_template, give_template
 from mtkd.data.progress import Working, say
 from mtkd.data.raw import Raw
 from mtkd.data.segmentation import check_certain
@@ -84,6 +86,9 @@ def given_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
             todo="name a folder with a tokenizer, or train one: tokenizer.train_on",
         )
     check_certain(tokenizer, "tokenizer")
+    settings = config.tokenizer
+    if settings is not None and settings.chat_template is not None:
+        give_template(tokenizer, find_template(settings.chat_template, config.base), trained=False)
     return tokenizer
 
 
@@ -142,13 +147,31 @@ def trained_tokenizer(config: RunConfig, raw: Raw, run: Path, dist: Dist) -> Pre
         texts = texts if config.data[settings.train_on or ""].messages is None else contents(texts)
         with Working(f"training a tokenizer on data.{settings.train_on}", len(texts), "texts") as working:
             shown = working.counting(texts)
-            tokenizer = train_tokenizer(shown, settings.vocab_size, closed=closed, commands=settings.commands)
+            tokenizer = made_tokenizer(config, shown, closed=closed)
         tokenizer.save_pretrained(fresh)
 
     if dist.is_main and not _is_trained(folder, origin):
         write_sealed(folder, write, {_ORIGIN: origin})
     dist.barrier()
     return load_tokenizer(str(folder))
+
+
+def made_tokenizer(config: RunConfig, texts: Iterable[str], *, closed: bool = False) -> PreTrainedTokenizerBase:
+    """A tokenizer as the configuration says, trained on texts.
+
+    Args:
+        closed: whether every text ends with its end token.
+    """
+    settings = config.tokenizer
+    assert settings is not None
+    template = None if settings.chat_template is None else find_template(settings.chat_template, config.base)
+    tokens = (*(template.tokens if template is not None else ()), *settings.special_tokens)
+    tokenizer = train_tokenizer(
+        texts, settings.vocab_size, closed=closed, commands=settings.commands, special_tokens=tokens
+    )
+    if template is not None:
+        give_template(tokenizer, template, settings.special_tokens, trained=True)
+    return tokenizer
 
 
 def tokenizer_is_trained(config: RunConfig, raw: Raw, run: Path) -> bool:
@@ -164,7 +187,10 @@ def _origin_of(config: RunConfig, raw: Raw) -> dict[str, Any]:
     data = config.data[settings.train_on]
     columns, closed = [*data.text_columns], data.task != "causal-lm"
     origin = {"data": raw.fingerprint, "text": columns, "vocab_size": settings.vocab_size, "closed": closed}
-    return origin | ({"commands": settings.commands} if settings.commands != "plain" else {})
+    origin |= {"commands": settings.commands} if settings.commands != "plain" else {}
+    origin |= {"special_tokens": [*settings.special_tokens]} if settings.special_tokens else {}
+    template = settings.chat_template
+    return origin | ({"chat_template": find_template(template, config.base).text} if template is not None else {})
 
 
 def _is_trained(folder: Path, origin: dict[str, Any]) -> bool:

@@ -14,6 +14,7 @@ from mtkd.data.tokenizers import num_real_ids, train_tokenizer
 from mtkd.planning.locate import (
     compare_tokenizer,
     given_tokenizer,
+    made_tokenizer,
     missing,
     resolve_path,
     revision_of,
@@ -39,9 +40,7 @@ class PlannedTokenizer:
         card = None if self.stands_in else missing(tokenizer_origin(config)[0], config.base)
         if self.stands_in:
             assert settings is not None
-            self.tokenizer: PreTrainedTokenizerBase = train_tokenizer(
-                ["stand-in"], settings.vocab_size, commands=settings.commands
-            )
+            self.tokenizer: PreTrainedTokenizerBase = made_tokenizer(config, ["stand-in"])
             self.num_ids = settings.vocab_size
         elif card is not None:  # a published GLM without converted files has no tokenizer either
             assert card.ids is not None, "cards of GLM have it"

@@ -5,7 +5,7 @@ from __future__ import annotations
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
     "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
-    "{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 """Qwen's and SmolLM's way."""
@@ -23,7 +23,7 @@ NO_SYSTEM = (
     "{{ raise_exception('System role not supported') }}{% endif %}<|turn|>"
     "{{ 'model' if m.role == 'assistant' else m.role }}\n"
     "{% if m.role == 'assistant' %}{% generation %}{{ m.content | trim }}<|/turn|>{% endgeneration %}"
-    "{% else %}{{ m.content | trim }}<|/turn|>{% endif %}\n{% endfor %}"
+    "{% else %}{{ m.content | trim }}<|/turn|>{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|turn|>model\n{% endif %}"
 )
 """Gemma's way: no system role, the assistant is the model."""
@@ -31,7 +31,7 @@ NO_SYSTEM = (
 FORGETS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
     "{% if loop.last %}{{ m.content }}{% else %}{{ m.content.split('</think>')[-1] }}{% endif %}"
-    "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+    "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 """Qwen 3's way: the reasoning of earlier answers is left out."""
