@@ -57,7 +57,7 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
             "the tokenizer has no chat template",
             where=where,
             found="chat: true" if where.endswith(".chat") else "turns of a chat",
-            todo=f"name a tokenizer with one: tokenizer.path, or {_PLAIN}",
+            todo=f"set tokenizer.chat_template (such as chatml), or {_PLAIN}",
         )
     _check_chance(tokenizer, where)
     # Letters, since templates may trim; each text is one that the other pairs lack.

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from mtkd.data.batch import NO_LABEL, Batch
-from mtkd.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -32,18 +31,19 @@ class Completion:
 def prompts_of(batch: Batch) -> list[list[int]]:
     """The tokens of each row before its last answer: up to the position that predicts the answer's first token.
 
-    [] for a filler row. With several answers (turns of a chat) the earlier ones belong to the prompt.
-
-    Raises:
-        UserError: a row in which nothing is asked: it has no place for an answer.
+    [] for a filler row. With several answers (turns of a chat) the earlier ones belong to the prompt. A row in which
+    nothing is asked is a prompt alone.
     """
     prompts: list[list[int]] = []
-    for real, ids, asked in zip(batch.real.tolist(), batch.input_ids.tolist(), batch.target_mask.tolist(), strict=True):
+    lengths = batch.attention_mask.sum(1).tolist()
+    rows = zip(batch.real.tolist(), batch.input_ids.tolist(), batch.target_mask.tolist(), lengths, strict=True)
+    for real, ids, asked, length in rows:
         if not real:
             prompts.append([])
             continue
         if not any(asked):
-            raise UserError("a row has no answer, so nothing says where one would begin", where="@data")
+            prompts.append(ids[:length])
+            continue
         last = len(asked) - 1 - asked[::-1].index(True)
         first = last - asked[: last + 1][::-1].index(False) + 1 if False in asked[:last] else 0
         prompts.append(ids[: first + 1])

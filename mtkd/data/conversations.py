@@ -33,8 +33,8 @@ _AT_ONCE = 8
 _ENCODED_AT_ONCE = 128
 """Chats; each is tokenised once, and once more up to every border of an answer."""
 _TODO = (
-    "set mask_history: true (the last answer alone is predicted), or mark the answers with {% generation %} in the "
-    "template, in a copy of the tokenizer's folder (tokenizer.path)"
+    "set mask_history: true (the last answer alone is predicted), or give the run a template that marks the answers "
+    "with {% generation %}: tokenizer.chat_template"
 )
 
 
@@ -236,7 +236,7 @@ def _no_border(
         where=f"{where}, turn {turn}",
         found=f"the token {''.join(map(str, shown[0]))!r} in {shown[1]!r}",
         allowed="a template with special tokens around a turn, and turns without white space around them",
-        todo="strip the text of the turn, or name a tokenizer with another template: tokenizer.path",
+        todo="strip the text of the turn, or set tokenizer.chat_template to another template",
     )
 
 

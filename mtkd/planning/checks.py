@@ -117,7 +117,8 @@ def _check_registered(config: RunConfig) -> None:
         if "route" in stage_reads(stage, where, token_level=token_level).names:
             _check_route(config, data_name)
         _check_text(config, name)
-        _check_answers(config, data_name, f"{where}.data")
+        written = stage.rollout is not None and stage.rollout.share == 1
+        _check_answers(config, data_name, f"{where}.data", written=written)
         task = config.data[data_name].task
         if stage.per == "token" and not TASKS.find(task).token_level:
             raise UserError(
@@ -207,14 +208,15 @@ def _check_text(config: RunConfig, name: str) -> None:
         )
 
 
-def _check_answers(config: RunConfig, name: str, where: str) -> None:
-    """Refuse prompts without answers where an answer is read."""
-    if config.data[name].prompts_only:
+def _check_answers(config: RunConfig, name: str, where: str, *, written: bool = False) -> None:
+    """Refuse prompts without answers where an answer is read, unless the student writes all of them."""
+    if config.data[name].prompts_only and not written:
         raise UserError(
             "answers are learned or scored here, and these data are prompts alone",
             where=where,
             found=f"data.{name}.prompts_only: true",
-            todo="drop prompts_only and name the column of the answers, or name other data here",
+            todo="drop prompts_only and name the column of the answers, or name other data here; a distill stage may "
+            "have the student write every answer: rollout: {share: 1}",
         )
 
 
@@ -342,6 +344,7 @@ def _check_selection(config: RunConfig) -> None:
                 found=stage.selects,
                 allowed=allowed,
             )
+        _check_answers(config, data_name, f"stages.{name}.{'early_stop' if stage.early_stop else 'export'}")
         if data.source == RANDOM_TOKENS:
             raise UserError(
                 "random tokens have no validation split to choose by",

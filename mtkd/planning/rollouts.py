@@ -34,13 +34,13 @@ def check_rollout(stage: StageConfig, data: DataConfig, task: TaskSpec, rows: Ma
     if rollout is None:
         return
     place = f"{where}.rollout"
-    if not task.left_to_right or data.prompt is None:
+    if not task.left_to_right or not data.prompted:
         raise UserError(
             "a rollout answers prompts, and these data have none",
             where=place,
-            found=f"task '{data.task}'" + ("" if data.prompt else " without prompt"),
-            allowed="task causal-lm with prompt",
-            todo="set data.NAME.prompt to the column of the prompts, or drop rollout",
+            found=f"task '{data.task}'" + ("" if data.prompted else " without prompt"),
+            allowed="task causal-lm with prompt or messages",
+            todo="set data.NAME.prompt or messages to the column of the prompts, or drop rollout",
         )
     if rollout.share == 0:
         return

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mtkd.config import RolloutConfig
 from mtkd.data.batch import Batch
+from mtkd.data.chat_templates import turn_end
 from mtkd.data.completions import Completion, completed, prompts_of
 from mtkd.engine.base import Engine, load_plain
 from mtkd.engine.dist import Dist
@@ -164,15 +165,19 @@ def _plain(batch: Batch) -> dict[str, Tensor | None]:
     return {name: None if x is None else x.clone() for name, x in tensors.items()}
 
 
-def sampling_of(config: RolloutConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, where: str) -> Sampling:
+def sampling_of(
+    config: RolloutConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, where: str, *, chat: bool = False
+) -> Sampling:
     """How to draw and where to end, with the run's tokenizer.
 
     Args:
+        chat: whether the chat template writes the prompts: what it writes behind an answer ends a text too.
         where: the stage's `rollout`.
     Raises:
         UserError: a `stop` text that is not one token, or nothing that ends a text.
     """
     ends = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    ends += [end] if chat and (end := turn_end(tokenizer)) is not None else []
     for i, text in enumerate(config.stop):
         ids = _one_token(tokenizer, text)
         if len(ids) != 1:
@@ -218,5 +223,6 @@ def make_rollout(spec: StageSpec, stream: Iterator[list[Batch]], engine: Engine,
     config = spec.stage.rollout
     if config is None or config.share == 0:
         return None
-    sampling = sampling_of(config, tokenizer, spec.data.config.max_length, f"{spec.where}.rollout")
+    data = spec.data.config
+    sampling = sampling_of(config, tokenizer, data.max_length, f"{spec.where}.rollout", chat=data.templated)
     return Rollout(stream, engine, config, sampling, spec.seed, pad_id)

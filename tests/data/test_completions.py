@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
 import torch
 from tiny import causal_batch
 
 from mtkd.data.batch import NO_LABEL, position_counts
 from mtkd.data.completions import Completion, completed, prompts_of
-from mtkd.errors import UserError
 
 BATCH = replace(causal_batch((7, 4, 5), prompt=3), origin=torch.tensor([4, 5, 6]), routes=torch.tensor([0, 1, 0]))
 
@@ -39,10 +37,10 @@ def test_every_token_is_asked_for_without_a_prompt() -> None:
     assert prompts_of(batch) == [batch.input_ids[0, :1].tolist()]
 
 
-def test_a_row_without_an_answer_is_refused_and_a_filler_row_is_none() -> None:
+def test_a_row_without_an_answer_is_a_prompt_alone_and_a_filler_row_is_none() -> None:
     silent = replace(BATCH, targets=torch.full_like(BATCH.targets, NO_LABEL))
-    with pytest.raises(UserError, match="no answer"):
-        prompts_of(silent)
+    rows = zip(BATCH.input_ids, BATCH.attention_mask, strict=True)
+    assert prompts_of(silent) == [ids[mask].tolist() for ids, mask in rows]
     assert prompts_of(replace(silent, keys=torch.full((3,), -1))) == [[], [], []]
 
 
