@@ -131,11 +131,12 @@ class DataConfig(SourceConfig):
         description="registered task (`mtkd ls tasks`): causal-lm, masked-lm, classify, glm-infill, glm-cloze",
     )
     text: str = Field("text", description="column of the (first) text")
-    prompt: str | None = Field(
+    prompt: str | tuple[str, ...] | None = Field(
         None,
         description="causal-lm: column of the prompt, or a template of columns such as "
         '"{instruction}\\n{input}\\n" (double quotes: within single ones YAML keeps a backslash and an n); it is read '
-        "but never predicted, `text` is the response, and a row is one example",
+        "but never predicted, `text` is the response, and a row is one example; of a list ([instruction, input]) "
+        "each stands on lines of its own, and one whose columns are empty is left out",
     )
     chat: bool = Field(
         False,
@@ -289,9 +290,13 @@ class DataConfig(SourceConfig):
     @property
     def prompt_columns(self) -> tuple[str, ...]:
         """The columns that the prompt is made of."""
-        return (
-            tuple(name for _, name in prompt_parts(self.prompt) if name is not None) if self.prompt is not None else ()
-        )
+        parts = (part for line in self.prompt_lines for part in prompt_parts(line))
+        return tuple(name for _, name in parts if name is not None)
+
+    @property
+    def prompt_lines(self) -> tuple[str, ...]:
+        """The templates that the prompt is made of."""
+        return (self.prompt,) if isinstance(self.prompt, str) else self.prompt or ()
 
     @property
     def noise(self) -> TransferConfig | None:
@@ -329,9 +334,9 @@ def _check_prompt(config: DataConfig) -> None:
         return
     if config.prompts_only and "text" in config.model_fields_set:
         raise ValueError("prompts_only does not read `text`: drop one of them")
-    if config.prompt_columns == ("",):
+    if not config.prompt_columns or "" in config.prompt_columns:
         raise ValueError("prompt is the name of a column or a template; leave it out for plain text")
-    if "\\n" in config.prompt:
+    if any("\\n" in line for line in config.prompt_lines):
         raise ValueError("prompt has a backslash and an n, not the end of a line: write it in double quotes")
     if config.text in config.prompt_columns and not config.prompts_only:
         raise ValueError(f"the prompt holds the response: column {config.text!r} is `text`")

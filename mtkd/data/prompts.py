@@ -28,6 +28,7 @@ from mtkd.errors import DataError
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from mtkd.config import DataConfig
     from mtkd.data.files import Origin
     from mtkd.data.split import PrepareRequest
 
@@ -164,23 +165,37 @@ def _prompts_alone(request: PrepareRequest) -> Split:
 def _openings(request: PrepareRequest) -> tuple[list[str], np.ndarray]:
     """The text of each prompt that is not blank, and its row."""
     assert request.config.prompt is not None
-    every = prompt_texts(request.rows, request.config.prompt, request.origin)
+    every = prompt_texts(request.rows, request.config, request.origin)
     rows = np.array([row for row, text in enumerate(every) if text.strip()], np.int64)
     if not len(rows):
         raise DataError("all prompts are blank", where=request.origin.name, found=f"{len(every)} blank rows")
     return list(_written(request, [""] * len(rows), rows)[0]), rows
 
 
-def prompt_texts(rows: Dataset, prompt: str, origin: Origin) -> list[str]:
+def prompt_texts(rows: Dataset, config: DataConfig, origin: Origin) -> list[str]:
     """The prompt of every row: a column's text, or the template with the columns' texts in it.
+
+    Of a list of templates each that has a text stands on lines of its own. The last one's line ends too, where no chat
+    template parts prompt and response.
 
     Raises:
         DataError: a column that does not exist or holds no text.
     """
-    parts = prompt_parts(prompt)
-    columns = {name: read_texts(rows, name, origin, "prompt") for _, name in parts if name is not None}
-    return ["".join(text + (columns[name][row] if name is not None else "") for text, name in parts)
-            for row in range(len(rows))]  # fmt: skip
+    columns = {name: read_texts(rows, name, origin, "prompt") for name in config.prompt_columns}
+
+    def filled(line: str, row: int) -> str:
+        parts = prompt_parts(line)
+        texts = [columns[name][row] for _, name in parts if name is not None]
+        if not isinstance(config.prompt, str) and not any(text.strip() for text in texts):
+            return ""
+        return "".join(text + (columns[name][row] if name is not None else "") for text, name in parts)
+
+    if isinstance(config.prompt, str):
+        return [filled(config.prompt, row) for row in range(len(rows))]
+    last = "" if config.chat else "\n"
+    lines = ([filled(line, row) for line in config.prompt_lines] for row in range(len(rows)))
+    joined = ["\n".join(filter(None, each)) for each in lines]
+    return [text + last if text else "" for text in joined]
 
 
 def written_texts(request: PrepareRequest) -> list[str]:
@@ -201,7 +216,7 @@ def _written(
     """The text of each row before the first token that is predicted, and that after it."""
     config = request.config
     assert config.prompt is not None
-    every = without_marks(request, prompt_texts(request.rows, config.prompt, request.origin), end=False)
+    every = without_marks(request, prompt_texts(request.rows, config, request.origin), end=False)
     prompts = [every[row] for row in rows]
 
     def place(number: int) -> str:

@@ -109,6 +109,27 @@ def test_templates_of_columns(load: Loader, opened: PreTrainedTokenizerFast) -> 
         load(columns, opened, prompt="{instructions}", text="output")
 
 
+def test_a_list_of_columns_leaves_out_the_empty_ones(load: Loader, opened: PreTrainedTokenizerFast) -> None:
+    """Alpaca's input is often empty: no blank line stands in its place; a chat template parts the turns itself."""
+    columns = {"instruction": ["the", "a"], "input": ["teacher", " "], "output": ["and", "one"]}
+    for chat, written in ((False, ["the\nteacher\n", "a\n"]), (True, ["the\nteacher", "a"])):
+        opened.chat_template = CHAT if chat else None
+        try:
+            made = load(columns, opened, prompt=["instruction", "input"], text="output", chat=chat)
+            plain = load({"p": written, "output": ["and", "one"]}, opened, prompt="p", text="output", chat=chat)
+        finally:
+            opened.chat_template = None
+        for row in (0, 1):
+            found, expected = made.splits["train"].collate([row]), plain.splits["train"].collate([row])
+            assert torch.equal(found.input_ids, expected.input_ids)
+            assert torch.equal(found.targets, expected.targets)
+    headed = load(columns, opened, prompt=["Do: {instruction}", "With: {input}"], text="output").splits["train"]
+    assert "Do: a\none" in opened.decode(headed.collate([1]).input_ids[0])
+    for wrong in ([], [""], ["{a"]):
+        with pytest.raises(ValidationError):
+            DataConfig(source="files", prompt=wrong)
+
+
 @pytest.mark.parametrize("prompt", ["{a", "{}", "{a!r}", "{a:>9}", "}{", "{{a}}"])
 def test_malformed_templates_are_refused(prompt: str) -> None:
     with pytest.raises(ValueError, match=r"[Pp]rompt|format|brace|'}'|'{'"):
