@@ -9,7 +9,6 @@ from mtkd.config.calibrate import CalibrateConfig
 from mtkd.config.chain import ChainConfig, Rung, Training
 from mtkd.config.data import (
     BLANK,
-    RANDOM_TOKENS,
     DataConfig,
     TransferConfig,
     prompt_parts,
@@ -21,12 +20,14 @@ from mtkd.config.model import ModelConfig, SliceConfig, VocabularyConfig
 from mtkd.config.refs import ENSEMBLE_PREFIX, StageRef, ensemble_of
 from mtkd.config.rollout import RolloutConfig, SamplingConfig
 from mtkd.config.run import RunConfig
+from mtkd.config.source import MIX, RANDOM_TOKENS
 from mtkd.config.stage import BatchConfig, EarlyStop, EqualTime, OptimizerConfig, ScoringBatchConfig, StageConfig
 from mtkd.config.teacher import OwnTeacher, ShardedConfig, TeacherConfig, teacher_config
 from mtkd.config.tokenizer import TokenizerConfig
 
 __all__ = [
     "BLANK",
+    "MIX",
     "RANDOM_TOKENS",
     "ENSEMBLE_PREFIX",
     "BatchConfig",

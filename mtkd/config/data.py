@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from string import Formatter
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from mtkd.config.base import Config, Length, Positive, Seed, Share
 from mtkd.config.infill import InfillConfig
-
-RANDOM_TOKENS = "random-tokens"
-"""The data source that reads nothing: every token of its texts is sampled."""
+from mtkd.config.source import MIX, RANDOM_TOKENS, SourceConfig
 
 
 class TransferConfig(Config):
@@ -64,60 +62,9 @@ _SAID_WHEN_SET = (
     "messages",
     "mask_history",
     "prompts_only",
+    "mix",
 )
 """Fields that tell data from others only where they are set; the fields before them always do."""
-
-
-class SourceConfig(Config):
-    """Where rows come from."""
-
-    source: str = Field(description="registered source, of `mtkd ls sources`: files, hub, python-docstrings and others")
-    path: str | None = Field(
-        None,
-        description="hub: dataset id; files: folder that the file names are relative to, or a saved data set",
-    )
-    subset: str | None = Field(None, description="hub: configuration name, e.g. sst2")
-    revision: str | None = Field(None, description="hub: branch, tag or commit")
-    files: dict[Literal["train", "validation", "test"], str | tuple[str, ...]] = Field(
-        default_factory=dict,
-        description="files: per split a path, a pattern such as part-*.jsonl, or a list of them; .jsonl .json .csv "
-        ".tsv .txt, also with .gz .bz2 .xz .zst behind it, .parquet, or a folder of save_to_disk",
-    )
-    separator: str | None = Field(
-        None,
-        description='files: what separates the values of .csv and .tsv files, such as ";" or "\t"; values are quoted',
-    )
-    columns: tuple[str, ...] = Field(
-        (), description="files: the columns' names in order, for .csv and .tsv files without a header line"
-    )
-    splits: dict[Literal["train", "validation", "test"], str] = Field(
-        default_factory=dict, description="hub: the source's name of each split (train, validation, test)"
-    )
-    domains: tuple[str, ...] = Field(
-        (), description="python-stdlib: prose, code; python-docstrings: numbers, learning, tools; default: all"
-    )
-    documents: Length | None = Field(None, description="random-tokens: number of texts of about max_length tokens")
-
-    @field_validator("separator")
-    @classmethod
-    def _one_character(cls, value: str | None) -> str | None:
-        value = {"\\t": "\t", "tab": "\t"}.get(value or "", value)
-        if value is not None and (len(value) != 1 or value in '"\r\n' or value.isalnum()):
-            raise ValueError(
-                'a separator is one character that is no letter, digit or quote: ";", "|", "\\t" for a tab'
-            )
-        return value
-
-    @field_validator("columns")
-    @classmethod
-    def _named_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for name in value:
-            if not name.strip() or value.count(name) > 1:
-                raise ValueError(
-                    f"every column has a name of its own, and {name!r} is "
-                    + ("there twice" if name.strip() else "none")
-                )
-        return value
 
 
 class DataConfig(SourceConfig):
@@ -219,30 +166,28 @@ class DataConfig(SourceConfig):
     )
     seed: Seed = Field(0, description="of hold-out, limit, masking, sentence pairs and made-up tokens")
 
-    @model_validator(mode="after")
-    def _one_kind_of_labels(self) -> DataConfig:
-        if self.label_kind == "number" and self.labels:
-            raise ValueError("label_kind: number is a regression, which has no class names: drop labels or label_kind")
-        if self.specialist is None:
-            return self
-        if self.label_kind == "number" or self.source == RANDOM_TOKENS:
-            raise ValueError("specialist makes one class of several labels, and here labels are no classes: drop it")
-        if unknown := [name for name in self.specialist.classes if self.labels and name not in self.labels]:
-            raise ValueError(f"specialist.classes has {unknown[0]!r}, which is not in labels")
-        return self
+    # What `mix` names; `mtkd.config.mix` sets it when the whole run is known.
+    _parts: dict[str, DataConfig] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
-    def _shuffles_one_text(self) -> DataConfig:
-        if self.transfer is not None and self.transfer.tokens == "shuffled" and self.text_pair:
-            raise ValueError("transfer: shuffled would move tokens from one text of a pair to the other")
-        return self
-
-    @model_validator(mode="after")
-    def _templates(self) -> DataConfig:
+    def _consistent(self) -> DataConfig:
+        _check_mix(self)
+        _check_labels(self)
         _check_messages(self)
         _check_prompt(self)
         _check_cloze(self)
         return self
+
+    @property
+    def parts(self) -> Mapping[str, DataConfig]:
+        """The `data` entries that are mixed here, by name; {} where there is nothing to mix."""
+        return self._parts
+
+    def with_parts(self, parts: Mapping[str, DataConfig], columns: Mapping[str, Any]) -> DataConfig:
+        """This entry with what it mixes, and the names of the columns that mixed rows have."""
+        made = self.model_copy(update={**columns})
+        made._parts = dict(parts)
+        return made
 
     def values(self, without: Collection[str] = ()) -> dict[str, Any]:
         """The fields as plain values, by which stages, caches and scores differ from others.
@@ -254,6 +199,8 @@ class DataConfig(SourceConfig):
         said = self.model_dump(mode="json", exclude={*without, *unsaid})
         if self.task == "glm-infill":
             said["infill"] = {**self.infill.model_dump(mode="json"), "law": _LAW}
+        if self._parts:
+            said["parts"] = {name: part.values(without) for name, part in self._parts.items()}
         return said
 
     @property
@@ -308,6 +255,26 @@ class DataConfig(SourceConfig):
         """Whether the train split's labels mean anything: not where every token was sampled."""
         noise = self.noise
         return noise is None or noise.share < 1 or (noise.tokens == "shuffled" and self.task == "classify")
+
+
+def _check_mix(config: DataConfig) -> None:
+    if (config.source == MIX) != bool(config.mix):
+        raise ValueError("source: mix and mix: {NAME: weight, ...}, the data that are mixed, go together")
+    if config.source == MIX and config.transfer is not None:
+        raise ValueError("transfer: of each data that are mixed, not of the mix")
+
+
+def _check_labels(config: DataConfig) -> None:
+    if config.label_kind == "number" and config.labels:
+        raise ValueError("label_kind: number is a regression, which has no class names: drop labels or label_kind")
+    if config.specialist is not None:
+        if config.label_kind == "number" or config.source == RANDOM_TOKENS:
+            raise ValueError("specialist makes one class of several labels, and here labels are no classes: drop it")
+        unknown = [name for name in config.specialist.classes if config.labels and name not in config.labels]
+        if unknown:
+            raise ValueError(f"specialist.classes has {unknown[0]!r}, which is not in labels")
+    if config.transfer is not None and config.transfer.tokens == "shuffled" and config.text_pair:
+        raise ValueError("transfer: shuffled would move tokens from one text of a pair to the other")
 
 
 def _check_messages(config: DataConfig) -> None:

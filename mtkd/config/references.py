@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mtkd.config.data import RANDOM_TOKENS, DataConfig
+from mtkd.config.data import DataConfig
 from mtkd.config.engine import EngineConfig
 from mtkd.config.evaluate import EvaluateConfig
 from mtkd.config.model import ModelConfig
 from mtkd.config.refs import ENSEMBLE_PREFIX, StageRef
+from mtkd.config.source import RANDOM_TOKENS
 from mtkd.config.stage import StageConfig
 from mtkd.config.teacher import OwnTeacher
 from mtkd.config.tokenizer import TokenizerConfig

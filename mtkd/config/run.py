@@ -12,6 +12,7 @@ from mtkd.config.chain import ChainConfig, expand
 from mtkd.config.data import DataConfig
 from mtkd.config.engine import EngineConfig
 from mtkd.config.evaluate import Ablation, Comparison, EvaluateConfig
+from mtkd.config.mix import resolve_mixes
 from mtkd.config.references import References, models_of, scored_of
 from mtkd.config.stage import StageConfig
 from mtkd.config.tokenizer import TokenizerConfig
@@ -48,6 +49,8 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _references(self) -> RunConfig:
+        # The model is frozen for its users, but this is part of its construction.
+        object.__setattr__(self, "data", resolve_mixes(self.data))
         if self.chain is not None:
             self._add_chain(self.chain)
         if self.evaluate.ablate is not None and (self.chain is None or self.chain.resolved):

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from mtkd.data.files import Origin
     from mtkd.data.split import PrepareRequest
 
+PART = "part"
+"""Column of mixed rows that names the `data` entry of each."""
+
 TOKENIZED_AT_ONCE = 1_000
 """Texts."""
 
@@ -88,7 +91,15 @@ def described(request: PrepareRequest, rows: np.ndarray, of_example: np.ndarray,
         every = column_of(request, request.names, "name")
         names = [every[row] for row in rows]
     teachers = teachers_of(request.rows, request.config.teacher)
-    return Documents(of_example, names, domains, scored, tuple(teachers[row] for row in rows) if teachers else ())
+    parts = values_of(request.rows, PART) if request.config.parts else []
+    return Documents(
+        of_example,
+        names,
+        domains,
+        scored,
+        tuple(teachers[row] for row in rows) if teachers else (),
+        tuple(parts[row] for row in rows) if parts else (),
+    )
 
 
 def check_names(rows: Dataset, origin: Origin, names: str, domains: str, mask: np.ndarray) -> None:

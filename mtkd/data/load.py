@@ -8,10 +8,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from mtkd.data.chat import check_chat_template
+from mtkd.data.encode import PART
+from mtkd.data.files import values_of
+from mtkd.data.mixture import Mixture
 from mtkd.data.split import PrepareRequest, Split
 from mtkd.data.tasks import TaskSpec
 from mtkd.data.tokenizers import tokenizer_fingerprint
+from mtkd.errors import DataError
 from mtkd.registry import TASKS
 
 if TYPE_CHECKING:
@@ -81,15 +87,34 @@ def load_data(
                 domains=config.domain or raw.domains,
             )
             prepared = task.prepare(request)
+            if config.parts and split == "train":
+                prepared = replace(prepared, mixture=_mixture(config, raw, prepared))
             notes = [prepared.note] if prepared.note else []
+            notes += [prepared.mixture.note()] if prepared.mixture is not None else []
             if count := request.seen["marked"]:
                 marked.append(split)
                 many = f"{raw.origin(split).name} ({split}): {count:,} texts bring their own beginning or end token"
                 notes.append(f"{many}, which stands there once")
             tokenised[split] = replace(prepared, redraws=config.redraw, note="\n".join(notes))
-    options = config.values(PLACES)
+    options = config.values({*PLACES, "mix"})  # of which examples, not of how often
     of_tokenizer = tokenizer_fingerprint(tokenizer, chat=config.templated)
     parts = [raw.fingerprint, of_tokenizer, json.dumps(options, sort_keys=True), *label_names]
     parts += [f"marks once: {', '.join(marked)}"] if marked else []
     fingerprint = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     return LoadedData(name, config, task, tokenised, label_names, num_labels, fingerprint)
+
+
+def _mixture(config: DataConfig, raw: Raw, split: Split) -> Mixture:
+    """The shares of the mixed entries; raises DataError for one of which no example is left."""
+    names = list(config.mix)
+    part_of = np.array([names.index(part) for part in split.cut_from.parts], np.int64)[split.documents]
+    there = {*values_of(raw.splits["train"], PART)}
+    for number, name in enumerate(names):
+        if name in there and not (part_of == number).any():
+            raise DataError(
+                f"no example of data.{name} is left in the mix",
+                where=raw.origin("train").name,
+                found="every row left out",
+                todo="set a larger data.NAME.max_length, or drop it from mix",
+            )
+    return Mixture.of(names, list(config.mix.values()), part_of)

@@ -15,6 +15,7 @@ from mtkd.errors import DataError
 if TYPE_CHECKING:
     from mtkd.config import BatchConfig, ScoringBatchConfig
     from mtkd.data.batch import Batch
+    from mtkd.data.mixture import Mixture
     from mtkd.data.split import Split
 
 # Examples are sorted by length within shuffled groups of about this many batches: long enough that a batch wastes
@@ -34,15 +35,23 @@ class Order:
         lengths: tokens per example, [examples].
         seed: of the shuffle.
         shuffle: False: in the order of the split (sorted by length with `tokens`).
+        mixture: which examples an epoch has where several data are mixed; else each once.
     """
 
-    def __init__(self, lengths: np.ndarray, batch: BatchConfig, seed: int, shuffle: bool = True) -> None:
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        batch: BatchConfig,
+        seed: int,
+        shuffle: bool = True,
+        mixture: Mixture | None = None,
+    ) -> None:
         if not len(lengths):
             raise DataError("there are no examples to make batches of", where="@data")
         self._lengths = np.asarray(lengths, np.int64)
         self._batch = batch
         self._seed = seed % 2**64  # seeds of numpy are not negative
-        self._shuffle = shuffle
+        self._shuffle, self._mixture = shuffle, mixture
         self._epoch = -1
         self._batches: list[np.ndarray] = []
 
@@ -67,6 +76,8 @@ class Order:
     def _arrange(self, epoch: int) -> list[np.ndarray]:
         random = np.random.default_rng([self._seed, epoch])
         examples = random.permutation(len(self._lengths)) if self._shuffle else np.arange(len(self._lengths))
+        if self._mixture is not None:
+            examples = self._mixture.epoch(self._seed, epoch)[examples]
         if self._batch.sequences is not None:
             return self._by_count(examples, self._batch.sequences, random)
         assert self._batch.tokens is not None

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mtkd.config import RANDOM_TOKENS, DataConfig
+from mtkd.config import MIX, RANDOM_TOKENS, DataConfig
 from mtkd.data.choice import SPLITS, hold_out, limit, two_validations
 from mtkd.data.docstrings import SUBJECTS, Docstring, docstring_rows
 from mtkd.data.files import Origin, columns_of, nearest_column, read_files
 from mtkd.data.labels import class_codes, find_labels
+from mtkd.data.mixed import mixed_rows
 from mtkd.data.paths import DataFile, file_digest, find_files
 from mtkd.data.progress import Working
 from mtkd.data.raw import Raw
@@ -35,13 +36,25 @@ if TYPE_CHECKING:
     pass
 
 # The fields of a `data` block that only some sources read.
-_SOURCE_FIELDS = ("path", "subset", "revision", "files", "separator", "columns", "splits", "domains", "documents")
+_SOURCE_FIELDS = (
+    "path",
+    "subset",
+    "revision",
+    "files",
+    "separator",
+    "columns",
+    "splits",
+    "domains",
+    "documents",
+    "mix",
+)
 _READ_BY: dict[str, tuple[str, ...]] = {
     "python-stdlib": ("domains",),
     "python-docstrings": ("domains",),
     "files": ("path", "files", "separator", "columns"),
     "hub": ("path", "subset", "revision", "splits"),
     RANDOM_TOKENS: ("documents",),
+    MIX: ("mix",),
 }
 
 
@@ -149,6 +162,10 @@ def check_source(config: DataConfig, base: Path, where: str = "@data") -> None:
         raise UserError("source 'hub' needs `path`", where=f"{where}.path", allowed="a dataset id, e.g. nyu-mll/glue")
     if config.source == RANDOM_TOKENS:
         _check_random_tokens(config, where)
+    if config.source == MIX and not TASKS.find(config.task).token_level:
+        raise UserError(
+            "texts are mixed, not classes", where=f"{where}.task", found=config.task, allowed="tasks of language models"
+        )
     if config.source in _DOMAINS and config.validation_share:
         raise two_validations(where)
     if config.source == "files":
@@ -276,6 +293,11 @@ def _hub_source(config: DataConfig, base: Path) -> Raw:
     return Raw(splits, digest.hexdigest(), description, origins)
 
 
+def _mix_source(config: DataConfig, base: Path) -> Raw:
+    """Rows of other data entries, by weight: mix: {NAME: weight}."""
+    return mixed_rows(config, {name: choose_rows(read_source(part, base), part) for name, part in config.parts.items()})
+
+
 def _random_tokens_source(config: DataConfig, base: Path) -> Raw:
     """No data at all: a train split of texts whose every token is sampled from the vocabulary."""
     from datasets import Dataset
@@ -294,4 +316,5 @@ SOURCES.add("python-stdlib", _stdlib_source)
 SOURCES.add("python-docstrings", _docstrings_source)
 SOURCES.add("files", _files_source)
 SOURCES.add("hub", _hub_source)
+SOURCES.add(MIX, _mix_source)
 SOURCES.add(RANDOM_TOKENS, _random_tokens_source)

@@ -13,6 +13,7 @@ from mtkd.config import DataConfig
 from mtkd.data.batch import NO_LABEL, Batch
 from mtkd.data.collate import Prompted, Rows
 from mtkd.data.files import Origin
+from mtkd.data.mixture import Mixture
 from mtkd.errors import DataError, nearest
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Documents:
         domains: a domain per document, "" where the source has none.
         bytes: UTF-8 bytes of the text that is predicted (read, for classification) per document, [documents] int64.
         teachers: name of the teacher each document is distilled from, "" where it has none; () without such a column.
+        parts: the `data` entry that each is of, where several are mixed.
     """
 
     of_example: np.ndarray
@@ -58,6 +60,7 @@ class Documents:
     domains: list[str]
     bytes: np.ndarray
     teachers: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +78,7 @@ class Split:
         redraws: whether inputs that depend on the epoch do so; else they are those of epoch 0 for ever.
         routes: number of the teacher of each example, or of its domain, [examples] int64; see `routed`, `in_domains`.
         prompted: prompts and responses of the examples, where they have some; models may write other responses.
+        mixture: which examples make an epoch of training; None: each once.
     """
 
     make_batch: Callable[[Rows], Batch]
@@ -87,6 +91,7 @@ class Split:
     redraws: bool = True
     routes: np.ndarray | None = None
     prompted: Prompted | None = None
+    mixture: Mixture | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)

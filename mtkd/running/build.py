@@ -98,7 +98,11 @@ def build(context: RunContext, spec: StageSpec, identity: dict[str, Any]) -> Bui
                 model.compile_model()
         steps, dist = _steps(context, stage, split), context.dist
         stream = TrainStream(
-            split, Order(split.lengths, stage.batch, spec.seed), dist.rank, dist.world_size, stage.batch.accumulate
+            split,
+            Order(split.lengths, stage.batch, spec.seed, mixture=split.mixture),
+            dist.rank,
+            dist.world_size,
+            stage.batch.accumulate,
         )
         engine = make_engine(config.engine, objective, stage, steps, context.device, dist)
         seed_everything(spec.seed * 1_000_003 + dist.rank)  # dropout; the data order has its own generator
@@ -202,5 +206,7 @@ def _steps(context: RunContext, stage: StageConfig, split: Split) -> int:
         return stage.steps
     if stage.epochs is not None:
         each = stage.rollout.reuse if stage.rollout is not None and stage.rollout.share else 1  # steps of one batch
-        return max(1, round(stage.epochs * Order(split.lengths, stage.batch, 0).num_batches(0) * each))
+        return max(
+            1, round(stage.epochs * Order(split.lengths, stage.batch, 0, mixture=split.mixture).num_batches(0) * each)
+        )
     return equal_time_steps(context, stage)
