@@ -47,7 +47,7 @@ class SourceConfig(Config):
     mix: dict[Name, Weight] = Field(
         default_factory=dict,
         description="mix: weight of each `data` entry that is mixed, such as {math: 2, chat: 1}: its share of the "
-        "examples of an epoch",
+        "examples of an epoch; a domain per entry, unless its rows name theirs",
     )
 
     @field_validator("separator")

@@ -33,7 +33,10 @@ _GUARD = "".join(
     for name in ("strftime_now", "lipsum")
 )
 _GUARD = _GUARD.removesuffix("-%}") + "%}\n"
-_PLAIN = "set chat: false, and put into `prompt` what the model expects around it"
+_PLAIN = (
+    "set another one (tokenizer.chat_template, such as chatml); data with `prompt` can do without: chat: false, and in "
+    "`prompt` what the model expects around it"
+)
 _ADDRESS = re.compile(r" at 0x[0-9a-f]{6,}>")  # Python's words for an object that is no text
 
 Turns = list[dict[str, Any]]
@@ -57,7 +60,7 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
             "the tokenizer has no chat template",
             where=where,
             found="chat: true" if where.endswith(".chat") else "turns of a chat",
-            todo=f"set tokenizer.chat_template (such as chatml), or {_PLAIN}",
+            todo=_PLAIN.replace("another one", "one"),
         )
     _check_chance(tokenizer, where)
     # Letters, since templates may trim; each text is one that the other pairs lack.

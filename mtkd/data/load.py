@@ -106,7 +106,7 @@ def load_data(
 
 def _mixture(config: DataConfig, raw: Raw, split: Split) -> Mixture:
     """The shares of the mixed entries; raises DataError for one of which no example is left."""
-    names = list(config.mix)
+    names = list(config.parts)
     part_of = np.array([names.index(part) for part in split.cut_from.parts], np.int64)[split.documents]
     there = {*values_of(raw.splits["train"], PART)}
     for number, name in enumerate(names):
@@ -117,4 +117,4 @@ def _mixture(config: DataConfig, raw: Raw, split: Split) -> Mixture:
                 found="every row left out",
                 todo="set a larger data.NAME.max_length, or drop it from mix",
             )
-    return Mixture.of(names, list(config.mix.values()), part_of)
+    return Mixture.of(names, [config.mix[name] for name in names], part_of)

@@ -65,15 +65,18 @@ def mixed_rows(config: DataConfig, raws: Mapping[str, Raw]) -> Raw:
         sizes = [len(part.kept) for part in made]
         begins = tuple(int(begin) for begin in np.cumsum([0, *sizes[:-1]]))
         every = tuple(part.origin for part in made)
-        name = f"{' and '.join(parts)} ({split})"
+        name = " and ".join(parts)
         origins[split] = MixedOrigin(name, np.arange(sum(sizes)), (), begins, every)
     prints = {
         name: [raw.fingerprint, config.parts[name].values({"path", "files", "revision"})] for name, raw in raws.items()
     }
     digest = hashlib.sha256(json.dumps(prints, sort_keys=True).encode()).hexdigest()
     described = "; ".join(f"{name}: {raw.description}" for name, raw in raws.items())
-    notes = tuple(f"{name}: {note}" for name, raw in raws.items() for note in raw.notes)
-    return Raw(splits, digest, described, origins, notes=notes)
+    notes = [f"{name}: {note}" for name, raw in raws.items() for note in raw.notes]
+    for split in splits:
+        if without := [name for name, raw in raws.items() if split not in raw.splits]:
+            notes.append(f"the {split} split has nothing of {', '.join(without)}, which came without one")
+    return Raw(splits, digest, described, origins, notes=tuple(notes))
 
 
 class _Rows:

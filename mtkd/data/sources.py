@@ -295,7 +295,17 @@ def _hub_source(config: DataConfig, base: Path) -> Raw:
 
 def _mix_source(config: DataConfig, base: Path) -> Raw:
     """Rows of other data entries, by weight: mix: {NAME: weight}."""
-    return mixed_rows(config, {name: choose_rows(read_source(part, base), part) for name, part in config.parts.items()})
+    raws = {}
+    for name, part in config.parts.items():
+        try:
+            raws[name] = choose_rows(read_source(part, base), part)
+        except UserError as error:  # the caller would name the mix, which is not what is wrong
+            if error.where.startswith("@data"):
+                error.where = f"data.{name}{error.where.removeprefix('@data')}"
+            else:
+                error.used_by = error.used_by or f"data.{name}"
+            raise
+    return mixed_rows(config, raws)
 
 
 def _random_tokens_source(config: DataConfig, base: Path) -> Raw:

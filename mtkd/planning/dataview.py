@@ -41,7 +41,8 @@ class PlannedData:
         pad_token: of the tokenizer; "" for none.
         examples: the first ones of the train split.
         note: why there are no examples yet, or what cannot be read now.
-        unread: parts of the files that are ignored or cut, such as an index column, blank rows, prompts without room.
+        unread: shares of a mix; parts of the files that are ignored or cut, such as an index column, blank rows,
+            prompts without room.
     """
 
     name: str
@@ -76,7 +77,7 @@ def view(
     if raw is None:
         return replace(entry, note=facts.not_here)
     rows = look_at_rows(name, config, raw, tokenizer)
-    entry = replace(entry, unread=(*raw.notes, *rows.notes))
+    entry = replace(entry, unread=(*_shares(config), *raw.notes, *rows.notes))
     if tokenizer is None:
         return replace(entry, note="examples are shown once the run's tokenizer is there")
     split = _split(raw)
@@ -102,6 +103,12 @@ def _example(
         answer = "every next token" if every else _short(str(tokenizer.decode(labels)))
         answer = "a prompt alone" if config.prompts_only else answer
     return PlannedExample(_short(str(tokenizer.decode(ids))), answer, len(ids))
+
+
+def _shares(config: DataConfig) -> list[str]:
+    """What an epoch of a mix is made of, in words; the numbers of examples are known with the tokenizer alone."""
+    total = sum(config.mix.values())
+    return [f"an epoch: {', '.join(f'{name} {config.mix[name] / total:.1%}' for name in config.parts)}"] * bool(total)
 
 
 def _split(raw: Raw) -> str:

@@ -150,7 +150,7 @@ def _distillation(context: RunContext, spec: StageSpec, data: LoadedData) -> tup
     _check_planned(spec.trained["student"].info, student.info, where, logits=True)
     if packing:
         student.enable_packing(packing)
-    if stage.rollout is not None:
+    if stage.rollout is not None and stage.rollout.share:
         check_writing(student, f"{spec.where}.rollout")
     for planned, teacher in zip(spec.teachers, teachers, strict=True):
         _check_planned(planned.info, teacher.info, planned.place, logits="logits" in spec.heads)

@@ -124,16 +124,16 @@ def test_rows_keep_names_domains_and_what_they_say(tmp_path: Path) -> None:
     train, validation = data.splits["train"], data.splits["validation"]
     assert (len(train), len(validation)) == (12, 2)
     assert set(train.document_domains) == {"sum", "more", "code"}
-    assert train.document_names[8:] == [f"code/train:{n}" for n in range(1, 5)]
-    assert all(name.startswith("math/train:") for name in train.document_names[:8])
+    assert train.document_names[:4] == [f"code/train:{n}" for n in range(1, 5)]
+    assert all(name.startswith("math/train:") for name in train.document_names[4:])
     assert validation.mixture is None
     assert train.mixture is not None
-    assert train.mixture.counts.tolist() == [3, 9]
-    assert "3 of math (it has 8), 9 of code (it has 4)" in train.note
+    assert dict(zip(train.mixture.names, train.mixture.counts.tolist(), strict=True)) == {"math": 3, "code": 9}
+    assert "9 of code (it has 4), 3 of math (it has 8)" in train.note
     made = tokenizer()
     alone = load_data("code", files(tmp_path)["code"], read_source(files(tmp_path)["code"], tmp_path), made)
     for row in range(4):
-        here, there = train.collate([8 + row]), alone.splits["train"].collate([row])
+        here, there = train.collate([row]), alone.splits["train"].collate([row])
         assert here.input_ids.tolist() == there.input_ids.tolist()
         assert here.targets.tolist() == there.targets.tolist()
 
@@ -142,11 +142,11 @@ def test_prompts_and_chats_are_turns_of_one_template(tmp_path: Path) -> None:
     """The chats' mask_history goes with them: their first answers are not predicted."""
     data = mixed(tmp_path, {"code": 1, "chats": 1}, chat=("code",))
     train, made = data.splits["train"], tokenizer()
-    text = made.decode(train.collate([0]).input_ids[0])
+    text = made.decode(train.collate([3]).input_ids[0])
     assert text == "<|im_start|>user\nwrite f0<|im_end|>\n<|im_start|>assistant\ndef f0"
-    targets = train.collate([4]).targets[0]
+    targets = train.collate([0]).targets[0]
     assert made.decode(targets[targets >= 0]) == "hello<|im_end|>"
-    assert train.document_names[4:] == [f"chats/train:{n}" for n in (1, 2, 3)]
+    assert train.document_names[:3] == [f"chats/train:{n}" for n in (1, 2, 3)]
 
 
 def test_the_fingerprint_is_of_content_and_the_weights_are_of_the_stage(tmp_path: Path) -> None:
@@ -159,11 +159,51 @@ def test_the_fingerprint_is_of_content_and_the_weights_are_of_the_stage(tmp_path
     assert load_data("all", one.config, changed, tokenizer()).fingerprint != one.fingerprint
 
 
+def test_the_order_of_names_changes_nothing(tmp_path: Path) -> None:
+    """A cache knows its rows by number, and a run its place by the order: both are those of the sorted names."""
+    one, two = mixed(tmp_path, {"math": 1, "code": 2}), mixed(tmp_path, {"code": 2, "math": 1})
+    assert one.fingerprint == two.fingerprint
+    first, second = (each.splits["train"] for each in (one, two))
+    assert first.document_names == second.document_names
+    assert first.mixture is not None
+    assert second.mixture is not None
+    assert first.mixture.epoch(3, 1).tolist() == second.mixture.epoch(3, 1).tolist()
+
+
+def test_what_makes_examples_of_rows_is_one_for_all_parts(tmp_path: Path) -> None:
+    """The mix's own value is before that of its parts; where it has none, and they differ, it is asked for."""
+    parts = files(tmp_path)
+    parts = {name: parts[name].model_copy(update={"max_length": 64}) for name in ("math", "code")}
+    mix = {"source": "mix", "mix": {"math": 1, "code": 1}}
+    assert resolve_mixes({**parts, "all": DataConfig(**mix)})["all"].max_length == 64
+    assert resolve_mixes({**parts, "all": DataConfig(**mix, max_length=32)})["all"].max_length == 32
+    parts["code"] = parts["code"].model_copy(update={"max_length": 48})
+    with pytest.raises(ValueError, match=r"data\.all\.max_length: .*48 of data\.code, 64 of data\.math; set it here"):
+        resolve_mixes({**parts, "all": DataConfig(**mix)})
+    assert resolve_mixes({**parts, "all": DataConfig(**mix, max_length=32)})["all"].max_length == 32
+
+
+def test_an_error_of_a_part_is_at_its_place(tmp_path: Path) -> None:
+    """Not at the mix, which is as it should be."""
+    parts = files(tmp_path)
+    for wrong, place in ({"limit": {"test": 3}}, "data.math.limit.test"), ({"skip": {"train": 99}}, "data.math.skip"):
+        math = parts["math"].model_copy(update=wrong)
+        config = resolve_mixes({**parts, "math": math, "all": DataConfig(source="mix", mix={"math": 1, "code": 1})})
+        with pytest.raises(UserError) as refused:
+            read_source(config["all"], tmp_path)
+        assert refused.value.where.startswith(place)
+
+
+def test_a_split_that_a_part_lacks_is_said(tmp_path: Path) -> None:
+    config = resolved(tmp_path, {"math": 1, "code": 1})
+    assert "the validation split has nothing of code" in " ".join(read_source(config, tmp_path).notes)
+
+
 def test_an_error_names_the_file_of_the_row(tmp_path: Path) -> None:
     config = resolved(tmp_path, {"math": 1, "code": 1}, chat=("math", "code"))
     origin = choose_rows(read_source(config, tmp_path), config).origin("train")
-    few = origin.select(np.array([2, 9]))
-    assert origin.where(8).endswith("code.jsonl, row 1 (line 1)")
+    few = origin.select(np.array([9, 1]))
+    assert origin.where(0).endswith("code.jsonl, row 1 (line 1)")
     assert "math.jsonl" in few.where(0)
     assert few.where(1).endswith("code.jsonl, row 2 (line 2)")
     (tmp_path / "code.jsonl").write_text('{"text": 1, "prompt": "y"}\n')
@@ -182,6 +222,7 @@ def test_an_error_names_the_file_of_the_row(tmp_path: Path) -> None:
         ({"math": 1}, {"task": "masked-lm"}, "data.math has task causal-lm"),
         ({"math": 1}, {"text": "a"}, "drop it here"),
         ({"math": 1}, {"domain": "kind"}, "drop it here"),
+        ({"math": 1}, {"teacher": "by"}, "drop it here"),
     ],
 )
 def test_what_does_not_go_together(
