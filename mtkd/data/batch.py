@@ -171,9 +171,9 @@ def _moved(tensors: View | Batch, device: torch.device) -> dict[str, Tensor]:
 
 
 def position_counts(batches: list[Batch]) -> dict[str, int]:
-    """Valid positions of every kind over some micro-batches: `tokens`, `targets`, `sequences`, and `labels`.
+    """Valid positions of every kind over some micro-batches: `tokens`, `targets`, `sequences`, `labels`, `written`.
 
-    `labels` are the targets that the data gave; those that the student wrote are targets alone.
+    `labels` are the targets that the data gave, `written` those that the student wrote.
     """
     batches = [batch.on_host for batch in batches]
     return {
@@ -181,4 +181,5 @@ def position_counts(batches: list[Batch]) -> dict[str, int]:
         "targets": sum(int(b.target_mask.sum()) for b in batches),
         "sequences": sum(int(b.real.sum()) for b in batches),
         "labels": sum(int(b.label_mask.sum()) for b in batches),
+        "written": sum(int((b.target_mask & ~b.label_mask).sum()) for b in batches),
     }

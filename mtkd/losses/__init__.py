@@ -3,6 +3,6 @@
 Nothing is reduced here; the objective divides every row once, by the global number of its valid positions.
 """
 
-from mtkd.losses import attention, distributions, labels, relations, vectors
+from mtkd.losses import attention, distributions, labels, policy, relations, vectors
 
-__all__ = ["attention", "distributions", "labels", "relations", "vectors"]
+__all__ = ["attention", "distributions", "labels", "policy", "relations", "vectors"]

@@ -161,6 +161,9 @@ def _shape_law(spec: LossSpec, case: Case, options: Options) -> None:
 
 
 def _non_negative_law(spec: LossSpec, case: Case, options: Options) -> None:
+    """No value is below 0, where none is declared to be."""
+    if spec.signed:
+        return
     lowest = float(_evaluated(spec, case, options)[0].min())
     if not lowest >= -TOLERANCE:
         raise LawBroken("non-negative", spec.name, f"{lowest} for {case}")

@@ -18,10 +18,11 @@ from mtkd.registry import Decorated, Registry, check_options, keyword_parameters
 
 TOKEN_VECTORS = ("logits", "hidden", "embedding", "cls")
 
-NEEDS = ("labels", "columns", "batch")
+NEEDS = ("labels", "columns", "batch", "behaviour")
 """``labels``: the function has a keyword `labels`, the class or token at each position or `NO_LABEL`, None without any;
 ``columns``: the teacher's whole rows, which a cache of tokens does not keep; ``batch``: the value at a position depends
-on the other positions of its micro-batch."""
+on the other positions of its micro-batch; ``behaviour``: only words that the student wrote count. `labels` are
+these words then, and a keyword `behaviour` the log-probability of each when it was written, None without any."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class LossSpec:
         teacher_term: c, for a loss of the form ``T^2 (c(p_T) - sum_v p_T log p_S)`` with options `temperature` T and
             `scale`: its part without the student, of (log p_T, p_T), [n,V] each, to [n]. Such losses are
             linear in p_T up to c, so several teachers meet in one mixture before the student is looked at.
+        signed: the value may be negative.
         constant_weights: the value holds weights that depend on the student and count as constants, so that the
             gradient is not the value's derivative.
         needs: what it needs besides its two sides, of `NEEDS`.
@@ -49,11 +51,13 @@ class LossSpec:
     teacher_term: Callable[..., Any] | None = None
     constant_weights: bool = False
     needs: tuple[str, ...] = ()
+    signed: bool = False
 
     def options(self) -> dict[str, inspect.Parameter]:
         """The keyword-only parameters a row may set under ``options``."""
         parameters = keyword_parameters(self.function)
-        return {name: p for name, p in parameters.items() if name != "labels" or "labels" not in self.needs}
+        given = {"labels", "behaviour"}.intersection(self.needs)  # by the objective, not by a row
+        return {name: p for name, p in parameters.items() if name not in given}
 
     def mixes(self, options: Mapping[str, Any]) -> bool:
         """Whether teachers may meet in one mixture: not where each has its own support (option ``top``) or scale."""
@@ -73,6 +77,7 @@ class LossSpec:
         mask: Any = None,
         options: Mapping[str, Any] | None = None,
         labels: Any = None,
+        behaviour: Any = None,
         **named: Any,
     ) -> Any:
         """The loss per position; 0 where `mask` is False, even for NaN and infinity there.
@@ -86,7 +91,7 @@ class LossSpec:
             mask: one entry per position, bool or 0 and 1: [n], [B] or [B,L]. None: every position counts, which saves
                 three copies of vocabulary size.
             options: of the loss, as a row has them.
-            labels: one per position, for a loss that needs them; others ignore them.
+            labels, behaviour: one per position, for a loss that needs them; others ignore them.
             named: the same as keywords; these win.
 
         Raises:
@@ -99,11 +104,11 @@ class LossSpec:
         positions = self._positions(student, mask)
         if student.dim() == 3 and "hidden" not in self.inputs and "logits" in self.inputs:
             flat = teacher.flatten() if self.labels else teacher.flatten(0, 1)
-            marks, labels = (None if x is None else x.flatten() for x in (mask, labels))
-            return self(student.flatten(0, 1), flat, marks, chosen, labels).reshape(positions)
-        if "labels" in self.needs:
-            as_given = labels is None or mask is None
-            chosen["labels"] = labels if as_given else labels.masked_fill(~mask.bool(), NO_LABEL)
+            marks, labels, behaviour = (None if x is None else x.flatten() for x in (mask, labels, behaviour))
+            return self(student.flatten(0, 1), flat, marks, chosen, labels, behaviour).reshape(positions)
+        as_given = labels is None or mask is None
+        given = {"labels": labels if as_given else labels.masked_fill(~mask.bool(), NO_LABEL), "behaviour": behaviour}
+        chosen |= {name: value for name, value in given.items() if name in self.needs}
         if mask is None:
             every = student.new_ones(positions, dtype=bool)
             teacher = teacher if self.labels else teacher.float()
@@ -146,6 +151,7 @@ def loss(
     teacher_term: Callable[..., Any] | None = None,
     constant_weights: bool = False,
     needs: tuple[str, ...] = (),
+    signed: bool = False,
 ) -> Callable[[Decorated], Decorated]:
     """Register a loss function under `name`; see `LossSpec` for the flags."""
 
@@ -154,7 +160,7 @@ def loss(
         raise ValueError(f"loss '{name}': needs is of {', '.join(NEEDS)}; found {', '.join(unknown)}")
 
     def decorate(function: Decorated) -> Decorated:
-        spec = LossSpec(name, function, inputs, labels, zero_at_equality, teacher_term, constant_weights, needs)
+        spec = LossSpec(name, function, inputs, labels, zero_at_equality, teacher_term, constant_weights, needs, signed)
         LOSSES.add(name, spec)
         return function
 

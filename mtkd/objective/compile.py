@@ -59,7 +59,7 @@ class Row:
         return set() if self.from_labels else {self.feature_key(t) for _, t in self.pairs[k]}
 
     def counted(self, token_level: bool) -> str:
-        """Which positions the row counts: `tokens`, `targets`, `labels` or `sequences`."""
+        """Which positions the row counts: `tokens`, `targets`, `labels`, `written` or `sequences`."""
         feature = self.match.feature
         if feature in ("cls", "nsp_logits"):
             return "sequences"
@@ -69,6 +69,8 @@ class Row:
             return "targets" if self.from_labels else "sequences"
         if self.from_labels:
             return "labels"
+        if "behaviour" in self.spec.needs:
+            return "written"
         return "tokens" if self.match.positions == "all" else "targets"
 
 
@@ -173,6 +175,19 @@ def _check_loss(match: Match, spec: LossSpec, token_level: bool, regression: boo
             "tiles",
             where="@row.loss",
             todo="use it on a task with classes, or drop the row (method dist: intra: 0)",
+        )
+    if "behaviour" in spec.needs and not token_level:
+        raise UserError(
+            f"loss '{match.loss}' learns from words that the student writes, and this task has classes",
+            where="@row.loss",
+            todo="use a divergence, such as reverse_kl",
+        )
+    if "behaviour" in spec.needs and match.positions is not None:
+        raise UserError(
+            f"loss '{match.loss}' counts the words that the student wrote, and nothing else",
+            where="@row.positions",
+            found=match.positions,
+            todo="drop positions",
         )
     if match.positions is not None and not token_level:
         raise UserError("positions is for token tasks", where="@row.positions", found=match.positions)

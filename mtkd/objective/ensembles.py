@@ -21,6 +21,7 @@ def ensemble_losses(
     weights: Tensor,
     mask: Tensor | None,
     labels: Tensor | None = None,
+    behaviour: Tensor | None = None,
 ) -> Tensor:
     """Per-position loss of one logits row over all teachers.
 
@@ -29,7 +30,7 @@ def ensemble_losses(
         teachers: T of [m,V], or sparse: then the student completes them.
         weights: [T,m].
         mask: [m], or None when every position counts.
-        labels: [m], for a loss that needs them.
+        labels, behaviour: [m], for a loss that needs them.
 
     Returns:
         [m]. ``losses``: ``sum_k w_k l(s, t_k)``. ``probabilities`` and ``logits``: ``(sum_k w_k) l(s, mixture)``, the
@@ -42,13 +43,15 @@ def ensemble_losses(
     wholes = [whole for whole, _ in pairs]
     # A single teacher needs no mixture: the plain loss, bit by bit.
     if len(teachers) == 1:
-        return weights[0] * spec(student, wholes[0], mask, pairs[0][1], labels)
+        return weights[0] * spec(student, wholes[0], mask, pairs[0][1], labels, behaviour)
     if ensemble == "losses" and spec.mixes(options):
         assert spec.teacher_term is not None
         mixed, constant = _mixture(spec.teacher_term, wholes, weights, mask, spec.temperature(options)[0])
         return soft_target_losses(spec, student, mixed, constant, mask, options)
     if ensemble == "losses":
-        losses = [w * spec(student, t, mask, own, labels) for w, (t, own) in zip(weights, pairs, strict=True)]
+        losses = [
+            w * spec(student, t, mask, own, labels, behaviour) for w, (t, own) in zip(weights, pairs, strict=True)
+        ]
         return torch.stack(losses).sum(0)
     if options.get("standardise"):
         # Each teacher by itself: their mixture has another mean and deviation, where the loudest counts most.
@@ -58,7 +61,7 @@ def ensemble_losses(
     shares = weights / total.clamp_min(1e-30)  # [T,m]; where all weights are 0 the loss is 0, not 0/0
     temperature, _ = spec.temperature(options)
     mixture = _averaged(wholes, shares, None if ensemble == "logits" else temperature)
-    return total * spec(student, mixture, mask, options, labels)
+    return total * spec(student, mixture, mask, options, labels, behaviour)
 
 
 def _averaged(logits: Sequence[Tensor], shares: Tensor, temperature: float | None) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mtkd.data.batch import Batch
+from mtkd.data.batch import NO_LABEL, Batch
 from mtkd.models.features import Logits, SparseLogits, SparseRows
 from mtkd.models.pieces import Pieces
 from mtkd.objective.compile import Row
@@ -21,8 +21,8 @@ from mtkd.objective.ensembles import ensemble_losses, soft_target_losses
 from mtkd.objective.kept import check_known, read
 from mtkd.objective.onepass import ReadOnce
 
-Where = tuple[Tensor | None, Tensor]
-"""(where a row counts or None, labels), [n] each."""
+Where = tuple[Tensor | None, Tensor, Tensor | None]
+"""(where a row counts or None, its labels, their log-probabilities when they were written or None), [n] each."""
 
 
 @dataclass(frozen=True)
@@ -38,17 +38,24 @@ class Positions:
     has_label: Tensor  # [n] bool, where there is a target, of the data or of the student
     everywhere: bool
     by_data: Tensor | None = None  # [n] bool, where the data gave the target; None: where there is one
+    written: Tensor | None = None  # [n], what the student wrote there, `NO_LABEL` elsewhere; None: nowhere
+    behaviour: Tensor | None = None  # [n], log-probability of that when it was written, nats
 
     def mask(self, row: Row, token_level: bool) -> Tensor | None:
         """Where a row counts, [n] bool; None where it counts at all of them."""
         kind = row.counted(token_level)
+        if kind == "written":
+            return torch.zeros_like(self.has_label) if self.written is None else self.written != NO_LABEL
         if kind == "labels" and self.by_data is not None:
             return self.by_data
         return self.has_label if self.everywhere and kind in ("targets", "labels") else None
 
     def read_by(self, row: Row, token_level: bool) -> Where:
-        """(its mask, the labels): what a row reads here."""
-        return self.mask(row, token_level), self.labels
+        """What a row reads here."""
+        mask = self.mask(row, token_level)
+        if "behaviour" in row.spec.needs:
+            return mask, self.labels if self.written is None else self.written, self.behaviour
+        return mask, self.labels, None
 
 
 def positions_of(rows: Sequence[Row], batch: Batch, token_level: bool) -> Positions:
@@ -63,7 +70,11 @@ def positions_of(rows: Sequence[Row], batch: Batch, token_level: bool) -> Positi
     index = batch.where(read)  # [n]
     labels, has_label = batch.labelled().targets.reshape(-1)[index], batch.target_mask.reshape(-1)[index]
     by_data = None if batch.written is None else batch.label_mask.reshape(-1)[index]
-    return Positions(index, labels, has_label, everywhere, by_data)
+    if batch.written is None or by_data is None:
+        return Positions(index, labels, has_label, everywhere)
+    written = batch.targets.reshape(-1)[index].masked_fill(by_data | ~has_label, NO_LABEL)
+    behaviour = None if batch.behaviour is None else batch.behaviour.reshape(-1)[index]
+    return Positions(index, labels, has_label, everywhere, by_data, written, behaviour)
 
 
 @dataclass
@@ -109,19 +120,19 @@ class Together:
     Args:
         teachers: shared by the rows of a step.
         members: numbers of the teachers that are read.
-        where: the row counts, and the labels that its loss needs.
+        where: the row counts, and the words that its loss needs.
     """
 
     def __init__(self, row: Row, teachers: TeacherTiles, members: Sequence[int], where: Where) -> None:
         self._row, self._teachers, self._members = row, teachers, list(members)
-        self._mask, self._labels = where
+        self._where = where
 
     def losses(self, tile: Tile) -> Tensor:
         rows = self._teachers(tile.at)
         members = [rows[k] for k in self._members]
         # Not indexed with the list: that is moved to the device, and waited for.
         weights = torch.stack([tile.weights[k] for k in self._members])
-        return ensemble_losses(self._row, tile.student, members, weights, *_parts(self._mask, self._labels, tile))
+        return ensemble_losses(self._row, tile.student, members, weights, *_parts(self._where, tile))
 
 
 class Alone:
@@ -129,11 +140,11 @@ class Alone:
 
     def __init__(self, row: Row, teachers: TeacherTiles, number: int, where: Where) -> None:
         self._row, self._teachers, self._number = row, teachers, number
-        self._mask, self._labels = where
+        self._where = where
 
     def losses(self, tile: Tile) -> Tensor:
         rows, weights = self._teachers(tile.at, only=self._number), tile.weights[self._number, None]
-        return ensemble_losses(self._row, tile.student, rows, weights, *_parts(self._mask, self._labels, tile))
+        return ensemble_losses(self._row, tile.student, rows, weights, *_parts(self._where, tile))
 
 
 class Kept:
@@ -287,7 +298,7 @@ def passes_for(
     learned = weights.requires_grad and torch.is_grad_enabled()
 
     def targets(row: Row, turn: int) -> Targets:
-        mask, labels = where = positions.read_by(row, token_level)
+        mask, labels, _ = where = positions.read_by(row, token_level)
         if once is not None and once.serves(row):
             rest = Together(row, teachers, once.rest, where) if once.rest and not row.from_labels else None
             return Kept(row, once, rest)
@@ -321,5 +332,6 @@ def _part(mask: Tensor | None, tile: Tile) -> Tensor | None:
     return None if mask is None else mask[tile.at]
 
 
-def _parts(mask: Tensor | None, labels: Tensor, tile: Tile) -> Where:
-    return _part(mask, tile), labels[tile.at]
+def _parts(where: Where, tile: Tile) -> Where:
+    mask, labels, behaviour = where
+    return _part(mask, tile), labels[tile.at], _part(behaviour, tile)

@@ -60,7 +60,8 @@ class Weigher:
         keys = {"logits": "logits", "hidden": f"hidden.{num_layers}"}
         self._features = {name: keys[name] for fact in facts for name in fact.student}
         self._beyond_targets = how.token_level and any(
-            row.match.weighted and not row.from_labels and row.counted(True) != "targets" for row in rows
+            row.match.weighted and not row.from_labels and row.counted(True) not in ("targets", "written")
+            for row in rows
         )
         self._step, self._gram = 0, torch.zeros(0, 0)
         self._teach = torch.tensor(how.teach, dtype=torch.float32)  # [D+1,T]

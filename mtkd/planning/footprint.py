@@ -245,7 +245,7 @@ def _measured(step: Step, objective: Trainable) -> Footprint:
     tensors = [*objective.parameters(), *objective.buffers(), *vars(batch).values()]
     for teacher in teachers:
         tensors += [*teacher.parameters(), *teacher.buffers()] if isinstance(teacher, TappedModel) else []
-    counts = dict.fromkeys(("tokens", "targets", "labels", "sequences"), 1)
+    counts = dict.fromkeys(("tokens", "targets", "labels", "written", "sequences"), 1)
     counts |= objective.step_counts(batch)
     for model in objective.models.values():
         model.register_forward_hook(lambda *_: meter.after_forward())

@@ -9,6 +9,7 @@ from mtkd.config import DataConfig, RolloutConfig, StageConfig
 from mtkd.config.match import Match
 from mtkd.data.tasks import TaskSpec
 from mtkd.errors import UserError
+from mtkd.losses.spec import LOSSES
 from mtkd.models.info import model_class
 from mtkd.planning.footprint import Step
 from mtkd.planning.spec import ModelSpec
@@ -31,6 +32,7 @@ def check_rollout(stage: StageConfig, data: DataConfig, task: TaskSpec, rows: Ma
         UserError: naming the field.
     """
     rollout = stage.rollout
+    _check_written(stage, rows, where)
     if rollout is None:
         return
     place = f"{where}.rollout"
@@ -62,6 +64,42 @@ def check_rollout(stage: StageConfig, data: DataConfig, task: TaskSpec, rows: Ma
         )
     _check_cached(stage, place)
     _check_labels(stage, rollout, rows, where)
+
+
+def _check_written(stage: StageConfig, rows: Mapping[str, Match], where: str) -> None:
+    """Refuse rows on written words without any, or with words of another distribution than the row's."""
+    rollout = stage.rollout
+    for place, row in rows.items():
+        if "behaviour" not in LOSSES[row.loss].needs:
+            continue
+        if rollout is None or rollout.share == 0:
+            raise UserError(
+                f"loss '{row.loss}' learns from words that the student writes, and this stage writes none",
+                where=place,
+                found="no rollout" if rollout is None else "rollout.share: 0",
+                todo=f"give {where} a rollout: {{max_new_tokens: 64}}, or take a divergence, such as reverse_kl",
+            )
+        drawn = {"temperature": rollout.temperature, "top_p": rollout.top_p, "top_k": rollout.top_k}
+        read = {"temperature": LOSSES[row.loss].temperature(row.options)[0], "top_p": 1.0, "top_k": 0}
+        for name, value in drawn.items():
+            if value != read[name]:
+                raise UserError(
+                    f"loss '{row.loss}' weighs words by how often the student writes them, and they are drawn from "
+                    "another distribution than the row compares",
+                    where=f"{where}.rollout.{name}",
+                    found=value,
+                    allowed=f"{read[name]:g}",
+                    todo="set it so; or options: {temperature: ...} of the row to that of the rollout, or take "
+                    "reverse_kl, which reads all words",
+                )
+        if "gram" in stage_reads(stage, where, token_level=True).names and row.weighted:
+            raise UserError(
+                f"weighting '{stage.weighting.name}' compares the teachers' gradients, and those of drawn words are "
+                "one word's each",
+                where=f"{where}.weighting",
+                found=f"{stage.weighting.name} with loss '{row.loss}'",
+                todo="take reverse_kl, whose gradient is that of all words, or another weighting",
+            )
 
 
 def _check_cached(stage: StageConfig, where: str) -> None:

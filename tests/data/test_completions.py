@@ -67,7 +67,13 @@ def test_rows_of_the_data_stay_as_they_are() -> None:
             assert torch.equal(getattr(made, name)[row], getattr(BATCH, name)[old, :5])
     assert made.written is not None
     assert made.written.tolist() == [False, False, True]
-    assert position_counts([made]) == {"tokens": 4 + 5 + 4, "targets": 1 + 2 + 1, "labels": 1 + 2, "sequences": 3}
+    assert position_counts([made]) == {
+        "tokens": 4 + 5 + 4,
+        "targets": 1 + 2 + 1,
+        "labels": 1 + 2,
+        "written": 1,
+        "sequences": 3,
+    }
     assert made.labelled().targets.eq(NO_LABEL)[2].all()
     assert torch.equal(made.labelled().target_mask, made.label_mask)
 
@@ -75,5 +81,5 @@ def test_rows_of_the_data_stay_as_they_are() -> None:
 def test_a_filler_row_stays_one() -> None:
     filler = replace(BATCH, keys=torch.tensor([-1, -1, -1]))
     assert position_counts([completed(filler, [0, 1, 2], [], pad_id=0)]) == dict.fromkeys(
-        ("tokens", "targets", "labels", "sequences"), 0
+        ("tokens", "targets", "labels", "written", "sequences"), 0
     )

@@ -418,6 +418,7 @@ def test_only_part_b_counts(infill: Callable[..., Split], glm: PreTrainedTokeniz
         "targets": asked,
         "sequences": 3,
         "labels": int((batch.targets >= 0).sum()),
+        "written": 0,
     }
     moved = batch.to(torch.device("cpu"))
     assert moved.sep is not None

@@ -42,6 +42,7 @@ OPTIONS = {
     "dkd": [{"alpha": 0.5, "beta": 2.0, "temperature": 4.0}, {"standardise": True}, {"beta": 0.0}],
     "dist_inter": [{"temperature": 4.0}, {"scale": False}],
     "dist_intra": [{"temperature": 4.0}],
+    "policy_gradient": [{"temperature": 2.0, "against": "writer"}],
     "ce": [{"smoothing": 0.1}],
     "normalized_mse": [{"sum_over_width": True}],
     "relation_kl": [{"heads": 2}, {"heads": 16}],

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mtkd.config import RolloutConfig
 from mtkd.config.match import Match
-from mtkd.data.batch import Batch, position_counts
+from mtkd.data.batch import NO_LABEL, Batch, position_counts
 from mtkd.engine.dist import Dist
 from mtkd.engine.torch_engine import TorchEngine
 from mtkd.losses.spec import LOSSES
@@ -28,6 +28,7 @@ HOW = Sampling(5, ends=(1, 2, 3, 4, 5, 6))
 DATA = causal_batch(LENGTHS, prompt=PROMPT)
 REVERSE = Match(loss="reverse_kl")
 CE = Match(loss="ce", target="labels")
+POLICY = Match(loss="policy_gradient", options={"gate": (0.8, 1.25)})
 
 
 class Ranks(Dist):
@@ -155,6 +156,62 @@ def test_the_text_is_the_same_however_the_batch_is_cut(share: float) -> None:
         assert other[0] == pytest.approx(whole[0], rel=1e-5)
         for a, b in zip(other[2], whole[2], strict=True):
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("teachers", [1, 2])
+def test_policy_gradient_is_the_mean_over_written_tokens(teachers: int, packing: bool) -> None:
+    """Law: written out in float64 for a student that moved since it wrote, a part of the rows the data's; packed too.
+
+    The data's targets count in neither sum nor number; tiles of 5 cut the rows.
+    """
+    student, models = causal_model(16, 2, seed=1), [causal_model(16, 1, seed=2 + k) for k in range(teachers)]
+    objective, pool = make_objective(student, models, [POLICY], "entropy", per="token")
+    batches = roll(objective, [range(4), range(4, 8)], share=0.5)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(0.9)
+    student.packing = packing
+    total, count, dropped = 0.0, 0, 0
+    for batch in batches:
+        mine, others = log_probs(student, batch), [log_probs(model, batch) for model in models]
+        assert batch.written is not None
+        assert batch.behaviour is not None
+        for row, place in (batch.target_mask & batch.written[:, None]).nonzero().tolist():
+            word = int(batch.targets[row, place])
+            entropies = torch.stack([-(p[row, place].exp() * p[row, place]).sum() for p in others])
+            weights = 1 - entropies / entropies.sum() if teachers == 2 else torch.ones(1)
+            now, count = mine[row, place, word], count + 1
+            ratio = (now - batch.behaviour[row, place]).exp()
+            wanted = sum(w * p[row, place, word] for w, p in zip(weights, others, strict=True))
+            inside = 0.8 <= ratio <= 1.25
+            dropped += not inside
+            total += float(-ratio * (wanted - now)) if inside else 0.0
+    assert 0 < dropped < count == position_counts(batches)["written"] < position_counts(batches)["targets"]
+    assert losses(objective, pool, batches)[0] == pytest.approx(total / count, rel=1e-4)
+
+
+def test_the_mean_gradient_of_drawn_words_is_that_of_reverse_kl() -> None:
+    """Law: through model and tiles: over all words at one position, by their probability, the parameters' gradient."""
+    student, models = causal_model(16, 2, seed=1), [causal_model(16, 1, seed=2 + k) for k in range(2)]
+    objective, pool = make_objective(student, models, [POLICY], "entropy", per="token")
+    exact, others = make_objective(student, models, [REVERSE], "entropy", per="token")
+    (batch,) = roll(objective, [range(1)])
+    prompt = batch.input_ids[:, : PROMPT + 1]
+    probs = log_probs(student, batch)[0, PROMPT].exp().float()
+
+    def drawn(word: int) -> Batch:
+        targets, behaviour = torch.full_like(prompt, NO_LABEL), torch.zeros(prompt.shape)
+        targets[0, PROMPT], behaviour[0, PROMPT] = word, probs[word].log()
+        written = torch.ones(1).bool()
+        return Batch(batch.keys, prompt, torch.ones_like(prompt).bool(), targets, written=written, behaviour=behaviour)
+
+    each = [losses(objective, pool, [drawn(word)])[2] for word in range(len(probs))]
+    wanted = losses(exact, others, [drawn(0)])[2]
+    for number, gradient in enumerate(wanted):
+        mean = torch.stack([p * gradients[number] for p, gradients in zip(probs, each, strict=True)]).sum(0)
+        torch.testing.assert_close(mean, gradient, rtol=1e-3, atol=1e-5)
+    assert max(float(g.abs().max()) for g in wanted) > 0.01
 
 
 def texts(batches: list[Batch]) -> list[tuple[int, bool, list[int]]]:

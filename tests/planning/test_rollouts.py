@@ -24,6 +24,7 @@ from mtkd.planning.rollouts import check_can_write, writing_bytes
 from mtkd.planning.spec import ModelSpec
 
 CACHE = {"kind": "cache", "teachers": ["stage:teacher"]}
+POLICY = [{"feature": "logits", "loss": "policy_gradient"}]
 CE = [{"feature": "logits", "loss": "ce", "target": "labels"}]
 
 
@@ -43,11 +44,17 @@ def refused(config: Any, where: str, *texts: str) -> None:
         ({}, {"match": CE}, "rollout.share", ("row logits:ce", "hard: 0", "below 1")),
         ({}, {"method": "kd", "match": None}, "rollout.share", ("row logits:ce", "hard: 0")),
         ({}, {"weighting": "learned"}, "rollout.share", ("weighting 'learned'", "posterior")),
+        (None, {"match": POLICY}, "match[0]", ("writes none", "no rollout", "max_new_tokens")),
+        ({"share": 0}, {"match": POLICY}, "match[0]", ("rollout.share: 0",)),
+        ({"top_p": 0.9}, {"match": POLICY}, "rollout.top_p", ("0.9", "allowed: 1")),
+        ({"top_k": 5}, {"match": POLICY}, "rollout.top_k", ("reverse_kl",)),
+        ({"temperature": 0.7}, {"match": POLICY}, "rollout.temperature", ("0.7", "options: {temperature")),
+        ({}, {"match": [{**POLICY[0], "positions": "all"}]}, "match[0].positions", ("drop positions",)),
         ({}, {"weighting": "mt_bert"}, "rollout.share", ("weighting 'mt_bert'",)),
     ],
 )
 def test_what_cannot_be_learned_from_is_refused(
-    tmp_path: Path, rollout: dict[str, Any], student: dict[str, Any], where: str, texts: tuple[str, ...]
+    tmp_path: Path, rollout: dict[str, Any] | None, student: dict[str, Any], where: str, texts: tuple[str, ...]
 ) -> None:
     refused(rollout_config(tmp_path, rollout, student=student), f"stages.student.{where}", *texts)
 
@@ -60,6 +67,17 @@ def test_labels_are_read_where_the_data_answers_a_part(tmp_path: Path, student: 
     for share in (0.0, 0.5):
         (tmp_path / str(share)).mkdir()
         mtkd.plan(rollout_config(tmp_path / str(share), {"share": share}, student=student))
+
+
+def test_gradients_of_drawn_words_are_not_compared(tmp_path: Path) -> None:
+    """Law: a weighting in the space of gradients is refused; drawn at the row's temperature, others are planned."""
+    teachers = ["stage:teacher", {"name": "again", "model": "stage:teacher"}]
+    student = {"match": POLICY, "teachers": teachers, "weighting": "mgda"}
+    refused(rollout_config(tmp_path, {}, student=student), "stages.student.weighting", "mgda", "reverse_kl")
+    warm = [{**POLICY[0], "options": {"temperature": 0.7}}]
+    mtkd.plan(
+        rollout_config(tmp_path, {"temperature": 0.7}, student={**student, "match": warm, "weighting": "entropy"})
+    )
 
 
 def test_a_cached_teacher_is_refused(tmp_path: Path) -> None:
