@@ -63,6 +63,8 @@ _SAID_WHEN_SET = (
     "mask_history",
     "prompts_only",
     "mix",
+    "stream",
+    "stream_buffer",
 )
 """Fields that tell data from others only where they are set; the fields before them always do."""
 
@@ -164,7 +166,7 @@ class DataConfig(SourceConfig):
     skip: dict[Literal["train", "validation", "test"], Positive] = Field(
         default_factory=dict, description="first leave out the rows that a `limit` of this number would take"
     )
-    seed: Seed = Field(0, description="of hold-out, limit, masking, sentence pairs and made-up tokens")
+    seed: Seed = Field(0, description="of stream, hold-out, limit, masking, sentence pairs and made-up tokens")
 
     # What `mix` names; `mtkd.config.mix` sets it when the whole run is known.
     _parts: dict[str, DataConfig] = PrivateAttr(default_factory=dict)
@@ -172,6 +174,7 @@ class DataConfig(SourceConfig):
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
         _check_mix(self)
+        _check_stream(self)
         _check_labels(self)
         _check_messages(self)
         _check_prompt(self)
@@ -262,6 +265,15 @@ def _check_mix(config: DataConfig) -> None:
         raise ValueError("source: mix and mix: {NAME: weight, ...}, the data that are mixed, go together")
     if config.source == MIX and config.transfer is not None:
         raise ValueError("transfer: of each data that are mixed, not of the mix")
+
+
+def _check_stream(config: DataConfig) -> None:
+    if not config.stream:
+        if "stream_buffer" in config.model_fields_set and config.stream_buffer != 1_000:
+            raise ValueError("stream_buffer goes with stream: {train: ROWS}")
+        return
+    if unread := [split for split in config.splits if split not in config.stream]:
+        raise ValueError(f"stream says which splits are read: give {unread[0]} its rows there, or drop it from splits")
 
 
 def _check_labels(config: DataConfig) -> None:

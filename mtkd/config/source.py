@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from mtkd.config.base import Config, Length, Name, Weight
+from mtkd.config.base import Config, Length, Name, Natural, Positive, Weight
 
 MIX = "mix"
 """The data source whose rows are those of other `data` entries."""
@@ -39,6 +39,14 @@ class SourceConfig(Config):
     )
     splits: dict[Literal["train", "validation", "test"], str] = Field(
         default_factory=dict, description="hub: the source's name of each split (train, validation, test)"
+    )
+    stream: dict[Literal["train", "validation", "test"], Positive] = Field(
+        default_factory=dict,
+        description="hub: read so many rows of each split as a stream (`streaming=True` of `datasets`), such as "
+        "{train: 100000}, without downloading the others, and keep them; only these splits are read",
+    )
+    stream_buffer: Natural = Field(
+        1_000, description="rows of the buffer that shuffles a stream by `seed`; 0: rows come in their order"
     )
     domains: tuple[str, ...] = Field(
         (), description="python-stdlib: prose, code; python-docstrings: numbers, learning, tools; default: all"

@@ -19,6 +19,7 @@ from mtkd.config import MIX, RANDOM_TOKENS, DataConfig
 from mtkd.data.choice import SPLITS, hold_out, limit, two_validations
 from mtkd.data.docstrings import SUBJECTS, Docstring, docstring_rows
 from mtkd.data.files import Origin, columns_of, nearest_column, read_files
+from mtkd.data.hub import hub_rows
 from mtkd.data.labels import class_codes, find_labels
 from mtkd.data.mixed import mixed_rows
 from mtkd.data.paths import DataFile, file_digest, find_files
@@ -44,6 +45,7 @@ _SOURCE_FIELDS = (
     "separator",
     "columns",
     "splits",
+    "stream",
     "domains",
     "documents",
     "mix",
@@ -52,17 +54,13 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "python-stdlib": ("domains",),
     "python-docstrings": ("domains",),
     "files": ("path", "files", "separator", "columns"),
-    "hub": ("path", "subset", "revision", "splits"),
+    "hub": ("path", "subset", "revision", "splits", "stream"),
     RANDOM_TOKENS: ("documents",),
     MIX: ("mix",),
 }
 
 
 _DOMAINS = {"python-stdlib": DOMAINS, "python-docstrings": SUBJECTS}
-
-
-class NotReached(DataError):
-    """A data set that is neither on this machine nor on a hub that answers; its id may be right."""
 
 
 def read_source(config: DataConfig, base: Path) -> Raw:
@@ -263,34 +261,9 @@ def _files_source(config: DataConfig, base: Path) -> Raw:
 
 
 def _hub_source(config: DataConfig, base: Path) -> Raw:
-    """A data set of the Hugging Face hub, through `datasets`."""
-    import datasets
-
-    assert config.path is not None
-    try:
-        dataset = datasets.load_dataset(config.path, config.subset, revision=config.revision)
-    except Exception as error:  # every kind of network, cache and format error ends here
-        reason = (str(error).splitlines() or [""])[0]
-        kind = NotReached if isinstance(error, ConnectionError) else DataError
-        raise kind(
-            f"the data set cannot be loaded: {type(error).__name__}: {reason}",
-            where="@data.path",
-            found=config.path,
-            todo="check the id, subset and revision, and the connection (or HF_HOME and HF_HUB_OFFLINE=1 when cached)",
-        ) from error
-    mapping: dict[str, str] = dict(config.splits) or {s: s for s in SPLITS if s in dataset}  # type: ignore[arg-type]
-    for split, published in mapping.items():
-        if published not in dataset:
-            raise DataError("no such split", where=f"@data.splits.{split}", found=published, allowed=sorted(dataset))
-    splits = {split: dataset[mapping[split]] for split in SPLITS if split in mapping}
-    if not splits:
-        raise DataError("none of its splits is mapped", where="@data.splits", found="nothing", allowed=sorted(dataset))
-    prints = [f"{s}:{mapping[s]}:{rows._fingerprint}" for s, rows in splits.items()]
-    digest = hashlib.sha256("\0".join([config.path, config.subset or "", config.revision or "", *prints]).encode())
-    name = " ".join(part for part in (config.path, config.subset) if part)
-    description = f"{name}: " + ", ".join(f"{s} {len(rows)} rows" for s, rows in splits.items())
-    origins = {s: Origin(f"{name} {mapping[s]}", np.arange(len(rows))) for s, rows in splits.items()}
-    return Raw(splits, digest.hexdigest(), description, origins)
+    """A data set of the Hugging Face hub, through `datasets`: whole, or so many rows of a stream."""
+    label = (config.label,) if has_labels(config) else ()
+    return hub_rows(config, base, (*dict.fromkeys((*_read_columns(config), *label)), config.teacher))
 
 
 def _mix_source(config: DataConfig, base: Path) -> Raw:

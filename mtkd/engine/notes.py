@@ -69,7 +69,7 @@ class Done(Checked):
 
 
 class Environment(Checked):
-    """Where a run was made, in env.json."""
+    """Where a run was made, in env.json; `streams` are the commits of the data sets that it streams."""
 
     versions: dict[str, str]
     platform: str = ""
@@ -77,6 +77,7 @@ class Environment(Checked):
     argv: list[str] = Field(default_factory=list)
     configuration_folder: str | None = None
     run_id: str | None = None
+    streams: dict[str, dict[str, str]] = Field(default_factory=dict)
 
 
 class Results(Checked):

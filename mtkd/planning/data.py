@@ -19,10 +19,11 @@ import numpy as np
 from mtkd.config import DataConfig
 from mtkd.data.batch import NO_LABEL
 from mtkd.data.files import read_texts
+from mtkd.data.hub import NotReached
 from mtkd.data.labels import label_values, read_labels
 from mtkd.data.progress import Working
 from mtkd.data.raw import Raw
-from mtkd.data.sources import NotReached, choose_rows, read_source
+from mtkd.data.sources import choose_rows, read_source
 from mtkd.errors import DataError
 from mtkd.planning.places import placed
 from mtkd.registry import TASKS

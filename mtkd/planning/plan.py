@@ -24,6 +24,7 @@ from mtkd.planning.places import in_file
 from mtkd.planning.spec import StageSpec
 from mtkd.planning.specify import Specifier
 from mtkd.planning.stages import stage_values
+from mtkd.planning.streams import pinned
 from mtkd.planning.table import SKIPPED, Plan, PlannedStage, planned_stage, with_consequences
 from mtkd.planning.teachers import check_backends
 from mtkd.pool import BACKENDS
@@ -81,6 +82,7 @@ def plan(
         precision = choose(config, planned=memory)
         config = resolve(decided(config, precision.precision))
         check(config)
+        config = pinned(config)
         reader = reader or DataReader(config.base)
         run = specify(with_teachers_classes(config, reader), reader)
         stages = with_consequences(_planned(run, redo, memory=memory))

@@ -20,6 +20,7 @@ from mtkd.planning.locate import missing, tokenizer_is_trained
 from mtkd.planning.places import in_file, placed
 from mtkd.planning.plan import resolve, specify
 from mtkd.planning.spec import StageSpec
+from mtkd.planning.streams import pinned
 from mtkd.pool import BACKENDS
 from mtkd.running.consensus import agreement_of, some_texts
 from mtkd.running.context import RunContext
@@ -39,7 +40,7 @@ def agreements(config: RunConfig, reader: DataReader | None = None) -> dict[str,
         UserError: as a run would, for a teacher that cannot be read.
     """
     with in_file(config):
-        config = resolve(decided(config, choose(config).precision))
+        config = pinned(resolve(decided(config, choose(config).precision)))
         reader = reader or DataReader(config.base)
         run = specify(with_teachers_classes(config, reader), reader)
         device = torch.device(device_of(config.engine))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from mtkd.config import RunConfig
@@ -15,7 +16,7 @@ from mtkd.engine.seal import newest_sealed
 from mtkd.errors import DataError, UserError
 from mtkd.running.agreement import new_run_id
 
-_BASE, _RUN_ID = "configuration_folder", "run_id"
+_BASE, _RUN_ID, _STREAMS = "configuration_folder", "run_id", "streams"
 
 
 def reopen(path: Path) -> RunConfig:
@@ -41,9 +42,11 @@ def reopen(path: Path) -> RunConfig:
     return config
 
 
-def remember(config: RunConfig, folder: RunDir) -> str:
+def remember(config: RunConfig, folder: RunDir, streams: Mapping[str, Mapping[str, str]]) -> str:
     """Bring run.yaml and the folder of its relative paths up to date, and write damaged files again.
 
+    Args:
+        streams: commits of the data sets that the run streams, see `mtkd.planning.streams.commits`.
     Returns:
         The run's id, from its first start by the clock of this, the main rank.
     """
@@ -60,5 +63,7 @@ def remember(config: RunConfig, folder: RunDir) -> str:
         say(f"written again: {error.where}: {error.message}")
         facts = environment(sys.argv)
     run_id = str(facts.get(_RUN_ID) or new_run_id())
-    write_record(folder.environment_file, {**facts, _BASE: str(config.base.resolve()), _RUN_ID: run_id})
+    here = {_BASE: str(config.base.resolve()), _RUN_ID: run_id}
+    pins = {**(facts.get(_STREAMS) or {}), **streams}
+    write_record(folder.environment_file, {**facts, **here, **({_STREAMS: pins} if pins else {})})
     return run_id

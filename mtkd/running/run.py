@@ -36,6 +36,7 @@ from mtkd.planning.places import in_file, placed
 from mtkd.planning.plan import resolve, specify, specs_of
 from mtkd.planning.spec import StageSpec
 from mtkd.planning.stages import changed_stages, to_redo
+from mtkd.planning.streams import commits, with_commits
 from mtkd.running.agreement import agree, agree_on_precision, agree_on_run, check_shared
 from mtkd.running.blame import plugin_errors
 from mtkd.running.build import BuiltStage, build
@@ -100,6 +101,8 @@ def run(config: RunConfig, redo: Sequence[str] = ()) -> RunResult:
 def _run(config: RunConfig, redo: Sequence[str], dist: Dist, device: torch.device) -> RunResult:
     config = resolve(config)
     check(config)
+    streams = on_main(dist, lambda: commits(config))  # one for all ranks: a branch may move between two questions
+    config = with_commits(config, streams)
     reader = DataReader(config.base)
     config = with_teachers_classes(config, reader)
     begun = on_main(dist, lambda: pending(RunDir(config.folder)))
@@ -113,7 +116,7 @@ def _run(config: RunConfig, redo: Sequence[str], dist: Dist, device: torch.devic
         on_main(dist, lambda: set_aside(folder, again))
         if dist.is_main:
             resources.enter_context(undone_on_error(folder, config))
-        run_id = on_main(dist, lambda: remember(config, folder))
+        run_id = on_main(dist, lambda: remember(config, folder, streams))
         _pathrank(folder, dist, run_id)
         context = RunContext(config, folder, dist, device, reader, specs)
         on_main(dist, lambda: _check_needed(context))
