@@ -120,7 +120,10 @@ class StageConfig(Config):
     cache: CacheConfig = Field(CacheConfig(), description="cache: what is kept of the teachers")
     method: Named | None = Field(None, description="a method of the table; its rows come first")
     match: tuple[Match, ...] = Field((), description="further rows, or with `replace` in place of the method's")
-    weighting: Named = Field(Named(name="uniform"), description="how much each teacher counts")
+    weighting: Named = Field(
+        Named(name="uniform"),
+        description="how much each teacher counts; default: uniform; of causal-lm per token: posterior",
+    )
     per: Literal["example", "token"] = Field("example", description="one weight per example or per token (token tasks)")
     steps: Positive | None = Field(None, description="optimizer steps")
     epochs: Epochs | None = Field(None, description="passes over the train split")

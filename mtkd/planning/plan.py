@@ -17,6 +17,7 @@ from mtkd.planning.budget import find_limits, stage_memory
 from mtkd.planning.checks import check, check_credentials
 from mtkd.planning.data import DataReader
 from mtkd.planning.dataview import PlannedData, view
+from mtkd.planning.defaults import with_weightings
 from mtkd.planning.labels import check_labelled, with_teachers_classes
 from mtkd.planning.ladder import complete
 from mtkd.planning.locate import missing_models
@@ -50,7 +51,7 @@ class Specified:
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """The run with every stage of its chain and a decided precision.
+    """The run with every stage of its chain, a decided precision, and the weightings of stages that name none.
 
     Shapes that depend on other models are derived.
 
@@ -62,7 +63,7 @@ def resolve(config: RunConfig) -> RunConfig:
         config = with_precision(config)
         load_plugins(config.plugins, config.base)
         check_backends(config)
-        return complete(config, lambda stand_in: Specifier(stand_in).look())
+        return with_weightings(complete(config, lambda stand_in: Specifier(stand_in).look()))
 
 
 def plan(

@@ -25,6 +25,7 @@ from mtkd.planning.caches import (
 )
 from mtkd.planning.calibrated import check_calibrated
 from mtkd.planning.data import DataReader
+from mtkd.planning.defaults import chosen_for
 from mtkd.planning.ladder import Look
 from mtkd.planning.models import PlannedModels
 from mtkd.planning.rollouts import check_can_write
@@ -174,6 +175,8 @@ class Specifier:
         lines = [f"{place}: {note}" for place, notes in places.items() for note in notes]
         if self.config.stages[name].kind == "distill" and never_trained(self.config, name):
             lines.append("no row compares logits: the model never learns to predict here, and is not scored")
+        if chosen_for(self.config.stages[name]):
+            lines.append("weighting: posterior, as there is a weight per token and none is named; uniform is the other")
         return tuple(lines)
 
 
