@@ -3,6 +3,7 @@
 Read by `mtkd.config.read.load_config`, printed as JSON Schema by `mtkd schema`. No torch is imported here.
 """
 
+from mtkd.config.answers import AnswersConfig, Extract
 from mtkd.config.base import Config, Name, Named, Positive, Share, check_name
 from mtkd.config.cache import CacheConfig
 from mtkd.config.calibrate import CalibrateConfig
@@ -30,6 +31,7 @@ __all__ = [
     "MIX",
     "RANDOM_TOKENS",
     "ENSEMBLE_PREFIX",
+    "AnswersConfig",
     "BatchConfig",
     "CacheConfig",
     "CalibrateConfig",
@@ -41,6 +43,7 @@ __all__ = [
     "EngineConfig",
     "EqualTime",
     "EvaluateConfig",
+    "Extract",
     "InfillConfig",
     "ModelConfig",
     "Name",

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from mtkd.config.answers import AnswersConfig
 from mtkd.config.base import Config, Length
 from mtkd.config.stage import ScoringBatchConfig
 
@@ -60,6 +61,9 @@ class EvaluateConfig(Config):
     )
     comparisons: tuple[Comparison, ...] = Field(
         (), description="paired tests; their p-values are Holm-corrected together"
+    )
+    answers: AnswersConfig | None = Field(
+        None, description="causal-lm: have the models answer held-out prompts, and compare the texts with the data's"
     )
     ablate: Ablation | None = Field(
         None, description="teachers: train the student without each of its teachers too, and compare"

@@ -52,6 +52,8 @@ class References:
             if self.data[self.tokenizer.train_on].source == RANDOM_TOKENS:
                 raise ValueError("tokenizer.train_on: random tokens are nothing to learn a vocabulary from")
         self._check_data(self.evaluate.data, "evaluate.data")
+        if self.evaluate.answers is not None and self.evaluate.answers.data:
+            self._check_data(self.evaluate.answers.data, "evaluate.answers.data")
         for position, (name, stage) in enumerate(self.stages.items()):
             self._check_stage(name, stage, list(self.stages)[:position])
         self._check_scored()

@@ -29,7 +29,7 @@ PRIMARY_METRIC = {
     "regression": "pearson",
 }
 LOWER_IS_BETTER = frozenset({"bits_per_byte", "perplexity", "loss"})
-HIGHER_IS_BETTER = frozenset({"accuracy", "f1", "matthews", "pearson", "spearman"})
+HIGHER_IS_BETTER = frozenset({"accuracy", "f1", "matthews", "pearson", "spearman", "exact_match", "rouge_l"})
 COUNTS = frozenset({"documents", "tokens", "bytes"})
 
 

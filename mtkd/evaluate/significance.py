@@ -86,8 +86,23 @@ def compare(
     Raises:
         DataError: when the two have not scored the same documents with the same bytes, tokens or labels.
     """
-    kind = kind_of(task, candidate_scores)
-    statistic = STATISTICS[PRIMARY_METRIC[kind]]
+    metric = PRIMARY_METRIC[kind_of(task, candidate_scores)]
+    return compare_by(metric, (candidate_name, baseline_name), candidate_scores, baseline_scores, resampling)
+
+
+def compare_by(
+    metric: str,
+    names: tuple[str, str],
+    candidate_scores: Sequence[Score],
+    baseline_scores: Sequence[Score],
+    resampling: Resampling = Resampling(),
+) -> list[dict[str, Any]]:
+    """`compare` by a metric of `STATISTICS`.
+
+    Args:
+        names: of candidate and baseline.
+    """
+    statistic = STATISTICS[metric]
     candidate, baseline = paired(candidate_scores, baseline_scores, statistic.equal)
     domains = [str(score.get("domain") or "") for score in candidate]
     named = [d for d in dict.fromkeys(domains) if d]
@@ -95,7 +110,7 @@ def compare(
     for domain in ["overall", *(named if len(named) > 1 else [])]:
         chosen = [i for i, d in enumerate(domains) if domain in ("overall", d)]
         sides = [candidate[i] for i in chosen], [baseline[i] for i in chosen]
-        row = {"candidate": candidate_name, "baseline": baseline_name, "metric": statistic.name, "domain": domain}
+        row = {"candidate": names[0], "baseline": names[1], "metric": statistic.name, "domain": domain}
         rows.append(row | _tested(statistic, *sides, resampling))
     return correct(rows)
 
@@ -105,9 +120,9 @@ def _tested(
 ) -> dict[str, Any]:
     values = [float(statistic.value(statistic.columns(side).sum(axis=0))) for side in (candidate, baseline)]
     interval = paired_bootstrap(statistic, candidate, baseline, resampling)
-    if statistic.name == "accuracy":
+    if statistic.name in ("accuracy", "exact_match"):
         test = "mcnemar"
-        p = mcnemar(*(column(s, "label") == column(s, "prediction") for s in (candidate, baseline)))
+        p = mcnemar(*(statistic.columns(side)[:, 0] == 1 for side in (candidate, baseline)))
     else:
         test = "permutation"
         p = permutation_test(statistic, candidate, baseline, resampling)
@@ -335,6 +350,10 @@ def _hits(scores: Sequence[Score]) -> Array:
     return np.stack([right.astype(np.float64), np.ones(len(scores))], axis=1)
 
 
+def _mean_of(field: str) -> Callable[[Sequence[Score]], Array]:
+    return lambda scores: np.stack([column(scores, field), np.ones(len(scores))], axis=1)
+
+
 def _moments(scores: Sequence[Score]) -> Array:
     """Label, prediction, their squares and product, one, [documents, 6].
 
@@ -362,5 +381,7 @@ STATISTICS: dict[str, Statistic] = {
     "bits_per_byte": Statistic("bits_per_byte", _stack("nll", "bytes"), _quotient(math.log(2)), ("bytes",)),
     "loss": Statistic("loss", _stack("nll", "tokens"), _quotient(1.0), ("tokens",)),
     "accuracy": Statistic("accuracy", _hits, _quotient(1.0), ("label",)),
+    "exact_match": Statistic("exact_match", _mean_of("exact_match"), _quotient(1.0), ("reference",)),
+    "rouge_l": Statistic("rouge_l", _mean_of("rouge_l"), _quotient(1.0), ("reference",)),
     "pearson": Statistic("pearson", _moments, _correlation, ("label",)),
 }

@@ -183,7 +183,12 @@ def write(
 
 
 @torch.no_grad()
-def check_writing(model: TappedModel, where: str, tolerance: float = VERIFY_TOLERANCE) -> None:
+def check_writing(
+    model: TappedModel,
+    where: str,
+    tolerance: float = VERIFY_TOLERANCE,
+    todo: str = "drop rollout for this student",
+) -> None:
     """Refuse a model that does not write what it reads; for a whole one, before an engine shards it.
 
     A few tokens are written after prompts of different lengths, and read again as training reads them: without a cache,
@@ -192,6 +197,7 @@ def check_writing(model: TappedModel, where: str, tolerance: float = VERIFY_TOLE
     Args:
         where: place of what asks it to write, for messages.
         tolerance: of log-probabilities, relative to the largest.
+        todo: advice.
     Raises:
         UserError: naming the architecture.
     """
@@ -212,5 +218,5 @@ def check_writing(model: TappedModel, where: str, tolerance: float = VERIFY_TOLE
             where=where,
             found=f"relative difference {difference:.2g}",
             allowed=f"at most {tolerance}",
-            todo="drop rollout for this student",
+            todo=todo,
         )

@@ -27,6 +27,7 @@ from mtkd.methods.rows import placed_rows, stage_rows
 from mtkd.models.info import PRE_TRAINING
 from mtkd.models.vocabulary import compressed_teacher, compressed_twice
 from mtkd.objective.compile import at_row
+from mtkd.planning.answers import check_answers
 from mtkd.planning.places import in_file, placed
 from mtkd.planning.rollouts import check_rollout
 from mtkd.planning.stages import (
@@ -60,6 +61,7 @@ def check(config: RunConfig) -> None:
                 check_source(data, config.base, f"data.{name}")
         _check_registered(config)
         _check_evaluation(config)
+        check_answers(config)
         _check_vocabularies(config)
         _check_selection(config)
 

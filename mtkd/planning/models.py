@@ -180,7 +180,11 @@ class PlannedModels:
 
     def check_scored(self) -> None:
         """Refuse to score a model on examples that are longer than it can read; called after every stage is planned."""
-        name = self.config.data_name(self.config.evaluate.data)
+        self._check_length(self.config.data_name(self.config.evaluate.data), "evaluate.data")
+        if (answers := self.config.evaluate.answers) is not None and answers.data:
+            self._check_length(answers.data, "evaluate.answers.data")
+
+    def _check_length(self, name: str, where: str) -> None:
         data = self.config.data[name]
         auto_class = TASKS.find(data.task).class_for(data)
         for model in scored_models(self.config):
@@ -188,7 +192,7 @@ class PlannedModels:
             if longest < data.max_length:
                 raise UserError(
                     f"data '{name}' has examples longer than '{model}' can read",
-                    where="evaluate.data",
+                    where=where,
                     found=f"{data.max_length} tokens",
                     allowed=f"at most {longest}",
                     todo="give the model more max_positions, or leave it out of evaluate.stages",

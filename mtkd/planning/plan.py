@@ -13,6 +13,7 @@ from mtkd.engine.folder import RunDir
 from mtkd.engine.launch import num_processes, shown_command
 from mtkd.engine.precision import choose, decided, device_of, warning, with_precision
 from mtkd.errors import UserError
+from mtkd.planning.answers import check_writers
 from mtkd.planning.budget import find_limits, stage_memory
 from mtkd.planning.checks import check, check_credentials
 from mtkd.planning.data import DataReader
@@ -106,6 +107,7 @@ def specify(config: RunConfig, reader: DataReader) -> Specified:
         models.tokens.check_commands()
         stages = {name: specifier.stage(name) for name in config.stages}
         models.check_scored()
+        check_writers(config, stages)
         check_labelled(config, facts)
         _check_routes(stages, reader)
         missing = (*missing_models(config), *(each.not_here for each in facts.values() if each.not_here))

@@ -141,9 +141,11 @@ def _check_labels(stage: StageConfig, rollout: RolloutConfig, rows: Mapping[str,
         )
 
 
-def check_can_write(student: ModelSpec, where: str) -> None:
+def check_can_write(student: ModelSpec, where: str, todo: str = "choose another student, or drop rollout") -> None:
     """Refuse an architecture that cannot read a text token by token with a key-value cache.
 
+    Args:
+        todo: advice.
     Raises:
         UserError: naming it.
     """
@@ -155,7 +157,7 @@ def check_can_write(student: ModelSpec, where: str) -> None:
             where=where,
             found="it keeps a state instead" if stateful else "it takes no cache",
             allowed="decoders such as llama, qwen2, gpt2 and glm_blocklm",
-            todo="choose another student, or drop rollout",
+            todo=todo,
         )
 
 

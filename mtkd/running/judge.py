@@ -13,7 +13,7 @@ from mtkd.data.sampler import evaluation_batches
 from mtkd.data.tokenizers import tokenizer_fingerprint
 from mtkd.engine.dist import on_main
 from mtkd.engine.jsonlines import finite, read_jsonl, to_json
-from mtkd.engine.notes import Results, file_digest, read_scores_note, write_scores_note
+from mtkd.engine.notes import Results, write_scores_note
 from mtkd.engine.record import read_record, write_atomic, write_record
 from mtkd.errors import DataError
 from mtkd.evaluate.metrics import by_domain, summarise
@@ -22,11 +22,13 @@ from mtkd.evaluate.significance import Resampling, compare, correct, num_rows
 from mtkd.models.forward import LOGITS
 from mtkd.models.taps import TappedModel
 from mtkd.planning.stages import scored_models
+from mtkd.running.answers import Answers, answers_of, log_samples
 from mtkd.running.build import tile_of
 from mtkd.running.calibrate import fits_of
 from mtkd.running.context import RunContext
-from mtkd.running.identity import model_digest, teacher_digest
 from mtkd.running.models import load_model
+from mtkd.running.questions import Texts
+from mtkd.running.scored import fingerprints, is_scored
 from mtkd.running.teachers import open_teacher
 
 Scores = list[dict[str, Any]]
@@ -49,23 +51,30 @@ def judge(context: RunContext) -> dict[str, Any]:
         "tokenizer": tokenizer_fingerprint(context.tokenizer, chat=context.config.data[name].templated),
         "precision": context.config.engine.decided_precision,
     }
-    keys = {model: fingerprint([shared, _fingerprints(context, model)]) for model in names}
+    keys = {model: fingerprint([shared, fingerprints(context, model)]) for model in names}
     facts = {model: _shown(context, model) for model in names if ensemble_of(model) is None}
     fitted = on_main(context.dist, lambda: {s: found for s in context.config.stages if (found := fits_of(context, s))})
     # What `ablate` adds are stages and comparisons; what is said at a start changes no score.
-    asked = settings.model_dump(mode="json", exclude={"ablate", "agreement"})
-    inputs = fingerprint([keys, asked, facts, *([fitted] if fitted else [])])
+    asked = settings.model_dump(mode="json", exclude={"ablate", "agreement", "answers"})
+    answers = answers_of(context)
+    inputs = fingerprint([keys, asked, facts, *([fitted] if fitted else []), *(answers.inputs if answers else [])])
     path = context.run.path / "results.json"
     former = on_main(context.dist, lambda: _former(path))
-    if former.get("inputs") == inputs and on_main(
-        context.dist, lambda: all(_is_scored(*_files(context, model), keys[model]) for model in names)
+    if (
+        former.get("inputs") == inputs
+        and on_main(context.dist, lambda: all(is_scored(*_files(context, model), keys[model]) for model in names))
+        and (answers is None or answers.kept())
     ):
         return former
     scores = {model: _scores(context, model, keys[model], name) for model in names}
+    texts = {model: answers.texts(model) for model in answers.models} if answers else {}
     context.dist.barrier()
     results: dict[str, Any] = {}
     if context.dist.is_main:
-        results = _results(context, settings, name, {m: s for m, s in scores.items() if s is not None})
+        written = {model: each for model, each in texts.items() if each is not None}
+        results = _results(
+            context, settings, name, {m: s for m, s in scores.items() if s is not None}, answers, written
+        )
         results |= {"calibration": fitted} if fitted else {}
         results["inputs"] = inputs
         results = finite(results)
@@ -84,19 +93,6 @@ def _former(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _fingerprints(context: RunContext, model: str) -> list[str]:
-    """Digests of the models of a name and of their stages' exports: a stage that is redone may round differently."""
-    if (together := ensemble_of(model)) is not None:
-        teachers = context.config.stages[together].teachers
-        models, digests = [t.model for t in teachers], [teacher_digest(context, t) for t in teachers]
-    else:
-        models = [ModelConfig(path=str(StageRef.named(model)))]
-        digests = [model_digest(context, models[0])]
-    stages = dict.fromkeys(each.stage.stage for each in models if each.stage is not None)
-    exports = [digest for stage in stages for digest in context.record(stage).manifests.values()]
-    return digests + exports
-
-
 def _files(context: RunContext, model: str) -> tuple[Path, Path]:
     """The file of a model's scores, and the note with the key of their inputs."""
     together = ensemble_of(model)
@@ -108,7 +104,7 @@ def _files(context: RunContext, model: str) -> tuple[Path, Path]:
 def _scores(context: RunContext, model: str, key: str, data_name: str) -> Scores | None:
     """Scores of one model, on the main rank; from its file where the inputs are the same."""
     file, note = _files(context, model)
-    if on_main(context.dist, lambda: _is_scored(file, note, key)):
+    if on_main(context.dist, lambda: is_scored(file, note, key)):
         return read_jsonl(file) if context.dist.is_main else None
     say(f"scoring {model}", main=context.dist.is_main)
     data = context.data(data_name)
@@ -128,17 +124,6 @@ def _scores(context: RunContext, model: str, key: str, data_name: str) -> Scores
         write_atomic(file, "".join(to_json(record) + "\n" for record in records))
         write_scores_note(note, key, file)
     return records
-
-
-def _is_scored(file: Path, note: Path, key: str) -> bool:
-    """Whether a file holds the undamaged scores of these inputs."""
-    record = read_scores_note(note)
-    if record is None or record["key"] != key:
-        return False
-    if record["scores"] != file_digest(file):
-        say(f"scored again: {file}: the file is damaged, or was changed")
-        return False
-    return True
 
 
 def _models(context: RunContext, model: str, data: LoadedData) -> list[Reader]:
@@ -164,7 +149,14 @@ def _shown(context: RunContext, model: str) -> dict[str, Any]:
     }
 
 
-def _results(context: RunContext, settings: EvaluateConfig, data: str, scores: dict[str, Scores]) -> dict[str, Any]:
+def _results(
+    context: RunContext,
+    settings: EvaluateConfig,
+    data: str,
+    scores: dict[str, Scores],
+    answers: Answers | None,
+    texts: dict[str, Texts],
+) -> dict[str, Any]:
     task = context.config.data[data].task
     models = {}
     for model, records in scores.items():
@@ -174,25 +166,27 @@ def _results(context: RunContext, settings: EvaluateConfig, data: str, scores: d
         else:
             facts |= _shown(context, model)
         models[model] = facts
-    comparisons: list[dict[str, Any]] = []
     rows = sum(num_rows(scores[pair.candidate]) for pair in settings.comparisons)
+    rows += answers.num_comparisons(texts) if answers else 0
     resamples = settings.enough_resamples(rows)
     if resamples > settings.resamples:
         say(f"evaluate.resamples: {settings.resamples:,} are too few for {rows} comparisons: {resamples:,} are taken")
+    how = Resampling(resamples, settings.confidence, context.config.seed)
+    comparisons: list[dict[str, Any]] = []
     for pair in settings.comparisons:
-        comparisons += compare(
-            task,
-            pair.candidate,
-            pair.baseline,
-            scores[pair.candidate],
-            scores[pair.baseline],
-            Resampling(resamples, settings.confidence, context.config.seed),
-        )
-    return {
+        first, second = pair.candidate, pair.baseline
+        comparisons += compare(task, first, second, scores[first], scores[second], how)
+    of_texts = answers.comparisons(texts, how) if answers else []
+    corrected = correct([*comparisons, *of_texts])  # one family: of scores and of texts
+    results: dict[str, Any] = {
         "task": task,
         "split": settings.split,
         "data": data,
         "models": models,
-        "comparisons": correct(comparisons),
+        "comparisons": corrected[: len(comparisons)],
         "resamples": resamples,
     }
+    if answers:
+        results["answers"] = answers.results(texts, corrected[len(comparisons) :])
+        log_samples(results["answers"])
+    return results

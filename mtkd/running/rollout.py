@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mtkd.config import RolloutConfig
+from mtkd.config import RolloutConfig, SamplingConfig
 from mtkd.data.batch import Batch
 from mtkd.data.chat_templates import turn_end
 from mtkd.data.completions import Completion, completed, prompts_of
@@ -166,13 +166,13 @@ def _plain(batch: Batch) -> dict[str, Tensor | None]:
 
 
 def sampling_of(
-    config: RolloutConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, where: str, *, chat: bool = False
+    config: SamplingConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, where: str, *, chat: bool = False
 ) -> Sampling:
     """How to draw and where to end, with the run's tokenizer.
 
     Args:
         chat: whether the chat template writes the prompts: what it writes behind an answer ends a text too.
-        where: the stage's `rollout`.
+        where: place of `config`.
     Raises:
         UserError: a `stop` text that is not one token, or nothing that ends a text.
     """

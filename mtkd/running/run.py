@@ -38,6 +38,7 @@ from mtkd.planning.spec import StageSpec
 from mtkd.planning.stages import changed_stages, to_redo
 from mtkd.planning.streams import commits, with_commits
 from mtkd.running.agreement import agree, agree_on_precision, agree_on_run, check_shared
+from mtkd.running.answers import check_answered
 from mtkd.running.blame import plugin_errors
 from mtkd.running.build import BuiltStage, build
 from mtkd.running.capture import capture, restore_notes
@@ -120,6 +121,7 @@ def _run(config: RunConfig, redo: Sequence[str], dist: Dist, device: torch.devic
         _pathrank(folder, dist, run_id)
         context = RunContext(config, folder, dist, device, reader, specs)
         on_main(dist, lambda: _check_needed(context))
+        check_answered(context)
         for name in config.stages:
             context.records[name] = _stage(context, name)
         results = judge(context)

@@ -11,6 +11,7 @@ from mtkd.engine.notes import file_digest
 from mtkd.engine.record import Checked, read_record, write_atomic, write_record
 from mtkd.errors import DataError, UserError
 from mtkd.evaluate.metrics import COUNTS, HIGHER_IS_BETTER, LOWER_IS_BETTER
+from mtkd.evaluate.report.answers import answers_table, answers_text, samples_of
 from mtkd.evaluate.report.ladder import ladder_table, read_ladder
 from mtkd.evaluate.report.plots import draw_plots
 from mtkd.evaluate.report.read import RunData, StageRecord, number, read_run
@@ -120,11 +121,14 @@ def render(run: RunData, plots_folder: Path) -> str:
         agreements=[(stage.name, text) for stage in run.stages if (text := agreement_text(stage.agreement))],
         curves=[f for f in figures if f[0] in ("validation", "training")],
         weighted=weighted,
-        comparisons=comparison_table(run.comparisons) if run.comparisons else None,
+        comparisons=comparison_table(run.every_comparison) if run.every_comparison else None,
         differences=[f for f in figures if f[0].startswith("differences-")],
         ladder=ladder_table(ladder) if ladder else None,
         worth=worth_table(worths) if worths else None,
         results=results_table(run.models) if run.models else None,
+        answers=answers_table(run),
+        answered=answers_text(run),
+        samples=samples_of(run),
         scored=_scored(run),
         warnings=[*run.problems, *_non_finite(run.stages)],
         env=sorted(_flat(run.env)),

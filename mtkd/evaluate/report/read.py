@@ -111,6 +111,17 @@ class RunData:
         return [row for row in self.results.get("comparisons") or [] if isinstance(row, dict)]
 
     @property
+    def answers(self) -> dict[str, Any]:
+        """What models wrote, {} where none did; models, comparisons and samples as in results.json."""
+        return _mapping(self.results.get("answers"))
+
+    @property
+    def every_comparison(self) -> list[dict[str, Any]]:
+        """Those of scores, then those of written answers: one family."""
+        written = self.answers.get("comparisons")
+        return [*self.comparisons, *(row for row in written or [] if isinstance(row, dict))]
+
+    @property
     def state(self) -> str:
         """``done`` when the results are written, ``training``, or ``evaluating`` after the last stage."""
         if self.redone:

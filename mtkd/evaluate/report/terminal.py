@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtkd.engine.jsonlines import WEIGHT
+from mtkd.evaluate.report.answers import answers_table
 from mtkd.evaluate.report.html import caches_table, calibration_table, comparison_table, results_table, stages_table
 from mtkd.evaluate.report.ladder import ladder_table, read_ladder
 from mtkd.evaluate.report.read import Curve, RunData, StageRecord, read_run
@@ -33,6 +34,7 @@ _LEFT_OUT = {
     "Caches": {"predictions"},
     "Calibration": {"fitted on", "bias"},
     "Results": {"kind", "parameters", "steps", "time"},
+    "Answers": set(),
     "Ladder": {"learned from"},
     "What each teacher was worth": set(),
     "Comparisons": {"value", "of baseline", "metric", "test", "p", "documents"},
@@ -75,8 +77,12 @@ def terminal_tables(run_dir: Path) -> list[RichTable]:
         tables.append(_rich("Ladder", ladder_table(ladder)))
     if worths := read_worth(run):
         tables.append(_rich("What each teacher was worth", worth_table(worths)))
-    if run.comparisons:
-        tables.append(_rich("Comparisons", comparison_table(run.comparisons)))
+    if answers := answers_table(run):
+        tables.append(_rich("Answers", answers))
+    if rows := run.every_comparison:
+        # the metric is named where there are several
+        left_out = _LEFT_OUT["Comparisons"] - ({"metric"} if len({row.get("metric") for row in rows}) > 1 else set())
+        tables.append(_rich("Comparisons", comparison_table(rows), left_out))
     if headline(run):
         tables.append(_headline(run))
     return tables
@@ -103,6 +109,7 @@ def summary(run_dir: Path) -> dict[str, Any]:
             "ladder": asdict(ladder) if (ladder := read_ladder(run)) else None,
             "worth": [asdict(worth) for worth in read_worth(run)],
             "comparisons": run.comparisons,
+            "answers": run.answers or None,
             "problems": run.problems,
         }
     )
@@ -134,12 +141,12 @@ def _stage(stage: StageRecord) -> dict[str, Any]:
     }
 
 
-def _rich(title: str, data: Table) -> RichTable:
+def _rich(title: str, data: Table, left_out: set[str] | None = None) -> RichTable:
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    left_out = _LEFT_OUT[title]
+    left_out = _LEFT_OUT[title] if left_out is None else left_out
     table = RichTable(
         title=title,
         title_justify="left",

@@ -21,6 +21,10 @@ METRIC_NAMES = {
     "matthews": "Matthews",
     "pearson": "Pearson",
     "spearman": "Spearman",
+    "exact_match": "exact match",
+    "rouge_l": "ROUGE-L",
+    "length": "tokens written",
+    "cut": "share cut",
     "removed_share": "share of removed ids",
 }
 
@@ -167,7 +171,7 @@ def sentence(row: Mapping[str, Any]) -> str:
 
 def headline(run: RunData) -> list[tuple[str, str]]:
     """(verdict, sentence) per overall comparison, in the order they were asked for."""
-    return [(verdict(row), sentence(row)) for row in run.comparisons if row.get("domain") == "overall"]
+    return [(verdict(row), sentence(row)) for row in run.every_comparison if row.get("domain") == "overall"]
 
 
 def nothing_to_compare(run: RunData) -> str:
