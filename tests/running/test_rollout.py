@@ -101,6 +101,20 @@ def test_stopped_while_writing_and_resumed_inside_a_window(
     assert made(tmp_path) == made(whole)
 
 
+def test_packed_rows_learn_the_same_from_the_same_texts(whole: Path, tmp_path: Path) -> None:
+    """Law: a student that learns on packed rows writes on padded ones: equal lines of the log to float32's rounding."""
+    lines = []
+    for packing in (False, True):
+        batch = {"sequences": 8, "packing": packing}
+        folder = tmp_path / str(packing)
+        rows = [*CE, {"feature": "logits", "loss": "policy_gradient"}]
+        mtkd.run(student_again(whole, folder, ROLLOUT, student={"batch": batch, "match": rows}))
+        lines.append([line for line in made(folder)[1] if "loss" in line])
+    assert [line["tokens"] for line in lines[0]] == [line["tokens"] for line in lines[1]]
+    for padded, packed in zip(*lines, strict=True):
+        assert packed == pytest.approx(padded, rel=1e-3, abs=1e-5)
+
+
 class Killed(BaseException):
     """Ends a process in a test as kill -9 does: nothing is written after it."""
 

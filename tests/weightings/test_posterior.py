@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import mtkd
 from mtkd.config import Named
 from mtkd.config.match import Match
 from mtkd.data.batch import NO_LABEL, Batch, position_counts
+from mtkd.data.completions import Completion, completed
 from mtkd.errors import UserError
 from mtkd.models.features import DenseLogits
 from mtkd.weightings import Around, Traits, Weighting
@@ -82,6 +84,40 @@ def test_faded_sums_are_those_of_a_loop(length: int, forget: float) -> None:
         total = forget * total + values[..., place]
         expected.append(total)
     torch.testing.assert_close(faded_sums(values, forget), torch.stack(expected, -1), rtol=1e-12, atol=1e-12)
+
+
+def written_batch(prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]) -> Batch:
+    """What a student wrote after some prompts; the data had other answers."""
+    data = batch_of([[*prompt, 2, 2] for prompt in prompts], prompt=max(map(len, prompts)) - 1)
+    texts_ = [Completion(i, p, t, torch.zeros(len(t))) for i, (p, t) in enumerate(zip(prompts, texts, strict=True))]
+    return completed(data, [], texts_, pad_id=2)
+
+
+def test_it_is_the_bayes_posterior_of_a_written_text() -> None:
+    """Law: in fractions, at each written token: prior times likelihood of prompt and what was written before it."""
+    prompts, texts = [(0, 1, 1), (2, 0)], [(2, 0, 0, 1), (1, 1, 0, 2, 2)]
+    batch = written_batch(prompts, texts)
+    found = Posterior(("a", "b"), beta=1, forget=1, prior={"a": 1, "b": 3})(traits_of(batch))
+    for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        asked = batch.target_mask[row].nonzero().squeeze(-1).tolist()
+        assert asked == list(range(len(prompt) - 1, len(prompt) + len(text) - 1))
+        for number, place in enumerate(asked):
+            before = [*prompt, *text[:number]]
+            joint = [prior * prod(chances(author, before)) for prior, author in zip((1, 3), AUTHORS, strict=True)]
+            expected = torch.tensor([float(value / sum(joint)) for value in joint])
+            torch.testing.assert_close(found[:, row, place], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_no_later_word_of_a_written_text_is_seen() -> None:
+    """Law: another word changes the weights after it, and none up to the position that predicts it."""
+    prompt, text = (0, 1), (2, 0, 0, 1, 2)
+    first = Posterior(("a", "b"))(traits_of(written_batch([prompt], [text])))[:, 0]
+    for changed in range(len(text)):
+        other = [*text[:changed], (text[changed] + 1) % 3, *text[changed + 1 :]]
+        again = Posterior(("a", "b"))(traits_of(written_batch([prompt], [other])))[:, 0]
+        at = len(prompt) + changed  # where the changed word is read, if it is
+        assert torch.equal(again[:, :at], first[:, :at])
+        assert at == again.shape[-1] or not torch.equal(again[:, at], first[:, at])
 
 
 @pytest.mark.parametrize("changed", range(1, len(TEXT)))
