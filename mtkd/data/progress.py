@@ -20,7 +20,7 @@ T = TypeVar("T")
 PLAIN_INTERVAL = 10.0
 """Seconds between plain lines: a log file stays readable."""
 
-_PATIENCE = 1.0
+PATIENCE = 1.0
 """Seconds of work before it says how far it is."""
 
 
@@ -67,7 +67,7 @@ class Working:
     def at(self, done: int, note: str = "") -> None:
         """`done` units are done; `note` says more, such as the rows in so many bytes."""
         now = time.monotonic()
-        if not self._main or Working._outer is not self or now - self._begun < _PATIENCE:
+        if not self._main or Working._outer is not self or now - self._begun < PATIENCE:
             return
         text = ", ".join(filter(None, (self._counted(done), note)))
         if console.is_terminal:

@@ -61,6 +61,7 @@ def policy_gradient(
 
 def _checked(gate: Sequence[float]) -> tuple[float, float]:
     """The lowest and the highest ratio."""
-    if len(gate) != 2 or not 0 <= gate[0] <= 1 <= gate[1]:
+    numbers = len(gate) == 2 and all(isinstance(x, int | float) for x in gate)
+    if not numbers or not 0 <= gate[0] <= 1 <= gate[1]:
         raise ValueError(f"gate is the lowest and the highest ratio, with 1 between them; found {list(gate)}")
     return float(gate[0]), float(gate[1])

@@ -10,7 +10,7 @@ Positions are those of the same text padded on the right, as training reads it. 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -131,6 +131,11 @@ class _Texts:
         self._lengths[rows] += going
         self._ended[rows] |= going & torch.isin(tokens.cpu(), self._ends)
 
+    @property
+    def count(self) -> int:
+        """Tokens of all of them so far."""
+        return int(self._lengths.sum())
+
     def written(self) -> Written:
         """All of them, as long as the longest."""
         longest = int(self._lengths.max()) if len(self._lengths) else 0
@@ -145,6 +150,7 @@ def write(
     how: Sampling,
     noise: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    watch: Callable[[int, int], None] | None = None,
 ) -> Written:
     """Complete every prompt.
 
@@ -155,6 +161,7 @@ def write(
         prompts: run ids, at least one per row.
         noise: `mtkd.models.sampling.uniforms`, [B,max_new_tokens]; None at temperature 0.
         dtype: bfloat16 runs the model under autocast.
+        watch: called after each token of a text with the length of the longest one so far, and all tokens so far.
     """
     device = next(model.parameters()).device
     room = [how.max_length + 1 - len(prompt) if how.max_length else how.max_new_tokens for prompt in prompts]
@@ -171,6 +178,8 @@ def write(
             tokens = columns if model.vocabulary is None else model.vocabulary.kept[columns]
             texts.add(live, tokens, log_probs, position)
             going, position = texts.going(live), position + 1
+            if watch is not None:
+                watch(position, texts.count)
             if not going.any():
                 break
             if going.sum() <= _FEWER * len(live):

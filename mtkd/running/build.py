@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,6 +68,11 @@ class BuiltStage:
         for transform in self.transforms:
             batches = transform(batches, step)
         return [batch.to(self.engine.device) for batch in batches]
+
+    def watch(self, writing: Callable[[int, int, int], None]) -> None:
+        """Have a rollout say how far it is; see `Rollout.watch`."""
+        if self.rollout is not None:
+            self.rollout.watch = writing
 
     def close(self) -> None:
         """Free teachers, engine and graphs before the next stage."""

@@ -7,7 +7,7 @@ from types import TracebackType
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mtkd.data.progress import PLAIN_INTERVAL, console, say
+from mtkd.data.progress import PATIENCE, PLAIN_INTERVAL, console, say
 
 
 class StageProgress:
@@ -23,7 +23,7 @@ class StageProgress:
     def __init__(self, name: str, steps: int, done: int, main: bool, unit: str = "step") -> None:
         self._name, self._steps, self._main, self._unit = name, steps, main, unit
         self._begun, self._first, self._step = time.monotonic(), done, done
-        self._spoke = self._begun
+        self._spoke = self._first_word = self._begun
         self._bar: Progress | None = None
         if main and console.is_terminal:
             columns = (
@@ -52,6 +52,25 @@ class StageProgress:
         self._first, self._step = self._first + step - self._step, step
         if self._bar:
             self._bar.reset(self._task, completed=step)
+
+    def writing(self, longest: int, limit: int, tokens: int) -> None:
+        """Show how far the answers of a step are that the student writes, where that takes long.
+
+        Args:
+            longest: tokens of the longest one so far, of at most `limit`.
+            tokens: of all of them so far.
+        """
+        if not self._main:
+            return
+        now, text = time.monotonic(), f"writing: token {longest} of {limit}, {tokens:,} in all"
+        if longest == 1:
+            self._first_word = now
+        if self._bar:
+            if now - self._first_word > PATIENCE:  # short ones would only flicker
+                self._bar.update(self._task, note=text)
+        elif now - self._spoke > PLAIN_INTERVAL:
+            self._spoke = now
+            say(f"  {self._name}: {self._unit} {self._step + 1}/{self._steps}  {text}")
 
     def update(self, step: int, loss: float | None, *, note: str = "") -> None:
         """Show that `step` steps are done; `loss` in nats when it was read at this step, or another short `note`."""

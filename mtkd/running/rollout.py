@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,9 @@ class Rollout:
         sampling: how it draws.
         seed: of the stage.
         pad_id: at padding.
+
+    Attributes:
+        watch: called while a text is written: tokens of the longest one so far, their limit, and all tokens so far.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Rollout:
         self._seed, self._pad_id = seed, pad_id
         self._window: list[Batch] = []
         self.facts: dict[str, float] = {}
+        self.watch: Callable[[int, int, int], None] | None = None
 
     def batches(self, step: int) -> list[Batch]:
         """The micro-batches of an optimizer step; new ones in every `reuse`-th step. A collective.
@@ -103,7 +107,9 @@ class Rollout:
     def _write(self, prompts: list[list[int]], noise: Tensor) -> Written:
         objective = self._engine.objective
         (student,) = objective.models.values()
-        return write(student, prompts, self._sampling, noise, objective.dtype)
+        watch, limit = self.watch, self._sampling.max_new_tokens
+        told = None if watch is None else lambda longest, tokens: watch(longest, limit, tokens)
+        return write(student, prompts, self._sampling, noise, objective.dtype, told)
 
     def _chosen(self, batches: list[Batch], step: int) -> list[list[int]]:
         """Per micro-batch the rows that the student answers: the same examples on any number of ranks. A collective."""

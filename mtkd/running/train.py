@@ -41,8 +41,7 @@ def train(built: BuiltStage, config: RunConfig, run: RunDir, folder: StageDir) -
     """Train a stage to its last step, resuming from its newest sealed checkpoint if there is one.
 
     Returns:
-        Facts for the stage's DONE record: steps, seconds, targets, peak memory of the process; the step of the
-        engine's model, and why training ended.
+        Facts for the stage's DONE record: how long it trained, the step of the engine's model, why training ended.
     Raises:
         NonFiniteError: a loss or gradient is NaN or infinite; nothing after the last finite step is saved.
         Preempted: SIGTERM or SIGINT arrived; a checkpoint was sealed.
@@ -57,6 +56,7 @@ def train(built: BuiltStage, config: RunConfig, run: RunDir, folder: StageDir) -
         StageProgress(built.name, built.steps, state.step, dist.is_main) as progress,
     ):
         session = _Session(built, config, folder, state, meter, log, stopped)
+        built.watch(progress.writing)
         objective.train()
         for step in range(state.step, state.step if state.ended else built.steps):
             micro_batches = built.micro_batches(step)

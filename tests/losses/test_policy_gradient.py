@@ -107,7 +107,14 @@ def test_a_mixture_is_read_as_one_teacher() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"gate": (1.5, 5.0)}, {"gate": (0.2, 0.5)}, {"gate": (-0.1, 5.0)}, {"gate": (1.0,)}, {"against": "teacher"}],
+    [
+        {"gate": (1.5, 5.0)},
+        {"gate": (0.2, 0.5)},
+        {"gate": (-0.1, 5.0)},
+        {"gate": (1.0,)},
+        {"gate": ["low", "high"]},
+        {"against": "teacher"},
+    ],
 )
 def test_options_without_a_meaning_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"gate|against"):

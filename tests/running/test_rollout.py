@@ -20,6 +20,7 @@ from mtkd.engine.jsonlines import read_jsonl
 from mtkd.engine.seal import check_seal, newest_sealed
 from mtkd.engine.testing import RankError, run_distributed
 from mtkd.errors import DataError, Preempted
+from mtkd.running import console
 from mtkd.running.build import BuiltStage
 from mtkd.running.rollout import Rollout
 
@@ -166,3 +167,31 @@ def test_ranks_that_are_stopped_or_killed_while_writing_make_the_same_bits(tmp_p
     for others in lines[1:]:  # sharding changes roundings alone: the same texts, the same losses
         for line, other in zip(lines[0], others, strict=True):
             assert other == pytest.approx(line, rel=1e-3)
+
+
+def test_writing_that_takes_long_says_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Law: a plain line each 10 seconds, on the main rank alone; nothing of what is short."""
+    clock = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
+    for main in (True, False):
+        clock[0] = 0.0
+        progress = console.StageProgress("student", 6, 2, main)
+        for token in range(1, 31):
+            clock[0] += 0.5
+            progress.writing(token, 40, 8 * token)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert lines == ["  student: step 3/6  writing: token 21 of 40, 168 in all"]
+
+
+def test_the_longest_text_and_all_tokens_are_shown(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Law: after every token of a window; the last call has what the log says was written."""
+    seen: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(console.StageProgress, "writing", lambda self, *told: seen.append(told))
+    mtkd.run(student_again(whole, tmp_path, {"max_new_tokens": 5}, student={"steps": 1}))
+    line = next(x for x in read_jsonl(tmp_path / "runs/tiny/metrics.jsonl") if "rollout/length" in x)
+    assert [longest for longest, _, _ in seen] == list(range(1, len(seen) + 1))
+    assert seen[-1][1:] == (5, round(line["rollout/length"] * 8))
