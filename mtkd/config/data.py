@@ -265,6 +265,8 @@ def _check_mix(config: DataConfig) -> None:
         raise ValueError("source: mix and mix: {NAME: weight, ...}, the data that are mixed, go together")
     if config.source == MIX and config.transfer is not None:
         raise ValueError("transfer: of each data that are mixed, not of the mix")
+    if config.source == MIX and config.mask_history:
+        raise ValueError("mask_history: of each data that are mixed, not of the mix")
 
 
 def _check_stream(config: DataConfig) -> None:

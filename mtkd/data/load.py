@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mtkd.data.chat import check_chat_template
-from mtkd.data.encode import PART
-from mtkd.data.files import values_of
 from mtkd.data.mixture import Mixture
 from mtkd.data.split import PrepareRequest, Split
 from mtkd.data.tasks import TaskSpec
@@ -108,9 +106,8 @@ def _mixture(config: DataConfig, raw: Raw, split: Split) -> Mixture:
     """The shares of the mixed entries; raises DataError for one of which no example is left."""
     names = list(config.parts)
     part_of = np.array([names.index(part) for part in split.cut_from.parts], np.int64)[split.documents]
-    there = {*values_of(raw.splits["train"], PART)}
     for number, name in enumerate(names):
-        if name in there and not (part_of == number).any():
+        if not (part_of == number).any():
             raise DataError(
                 f"no example of data.{name} is left in the mix",
                 where=raw.origin("train").name,

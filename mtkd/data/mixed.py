@@ -12,11 +12,11 @@ import numpy as np
 
 from mtkd.data.choice import SPLITS
 from mtkd.data.encode import PART, teachers_of
-from mtkd.data.files import Origin, read_domains, read_texts
+from mtkd.data.files import Origin, read_domains, read_texts, values_of
 from mtkd.data.prompts import prompt_texts
 from mtkd.data.raw import Raw
 from mtkd.data.turns import Turn, learned, read_turns
-from mtkd.errors import DataError
+from mtkd.errors import DataError, UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -77,6 +77,19 @@ def mixed_rows(config: DataConfig, raws: Mapping[str, Raw]) -> Raw:
         if without := [name for name, raw in raws.items() if split not in raw.splits]:
             notes.append(f"the {split} split has nothing of {', '.join(without)}, which came without one")
     return Raw(splits, digest, described, origins, notes=tuple(notes))
+
+
+def check_parts(config: DataConfig, raw: Raw) -> None:
+    """Refuse a mix whose own hold-out or limit has left nothing of a part; raises UserError."""
+    there = {*values_of(raw.splits["train"], PART)}
+    if lost := [name for name in config.parts if name not in there]:
+        field = "limit.train" if "train" in config.limit else "validation_share"
+        raise UserError(
+            f"no row of data.{lost[0]} is left in the mix",
+            where=f"@data.{field}",
+            found=f"{len(raw.splits['train']):,} rows, all of {', '.join(sorted(there))}",
+            todo=f"set it in data.{lost[0]} and the other parts, which keep their share by weight",
+        )
 
 
 class _Rows:

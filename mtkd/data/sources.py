@@ -21,7 +21,7 @@ from mtkd.data.docstrings import SUBJECTS, Docstring, docstring_rows
 from mtkd.data.files import Origin, columns_of, nearest_column, read_files
 from mtkd.data.hub import hub_rows
 from mtkd.data.labels import class_codes, find_labels
-from mtkd.data.mixed import mixed_rows
+from mtkd.data.mixed import check_parts, mixed_rows
 from mtkd.data.paths import DataFile, file_digest, find_files
 from mtkd.data.progress import Working
 from mtkd.data.raw import Raw
@@ -116,6 +116,8 @@ def choose_rows(raw: Raw, config: DataConfig) -> Raw:
         divided = hold_out(raw, config, codes)
         working.at(2)
         chosen = replace(limit(divided, config, codes), labels=labels)
+    if config.parts:
+        check_parts(config, chosen)
     choice = ""
     if config.validation_share or config.limit or config.skip:
         by = " by class" if labels is not None and labels.kind == "class" else ""

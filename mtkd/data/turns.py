@@ -63,6 +63,9 @@ def written_turns(rows: Dataset, config: DataConfig, origin: Origin) -> list[str
             form = form or _form_of(turns[0])
             read = [_turn(turn, form, number) for number, turn in enumerate(turns, start=1)]
             _check_order(read, prompts_only=config.prompts_only)
+            if config.mask_history and not learned(read[-1]):
+                todo = "drop the row, or mask_history"
+                raise _Refused("the last answer alone is learned, and its weight is 0", len(read), read[-1], todo=todo)
         except _Refused as refused:
             place = origin.where(row) + (f", turn {refused.turn}" if refused.turn else "")
             raise DataError(

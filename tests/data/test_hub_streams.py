@@ -16,6 +16,7 @@ from tiny_run import tiny_config
 
 import mtkd
 from mtkd.config import DataConfig
+from mtkd.config.mix import resolve_mixes
 from mtkd.data.hub import NotReached, commit_of
 from mtkd.data.sources import check_source, read_source
 from mtkd.errors import DataError, UserError
@@ -87,6 +88,9 @@ def test_chats_and_mixes_take_streams(tmp_path: Path) -> None:
     (place / "train.jsonl").write_text(json.dumps({"messages": turns}) + "\n" + json.dumps({"messages": turns}) + "\n")
     raw = read(tmp_path, messages="messages", stream={"train": 1}, stream_buffer=0)
     assert json.loads(raw.splits["train"]["messages"][0]) == turns
+    part = DataConfig(source="hub", path="set", messages="messages", stream={"train": 2})
+    mix = resolve_mixes({"part": part, "all": DataConfig(source="mix", mix={"part": 1})})["all"]
+    assert len(read_source(mix, tmp_path).splits["train"]) == 2
 
 
 def test_what_broke_off_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

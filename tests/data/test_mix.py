@@ -194,6 +194,24 @@ def test_an_error_of_a_part_is_at_its_place(tmp_path: Path) -> None:
         assert refused.value.where.startswith(place)
 
 
+@pytest.mark.parametrize("fields", [{"limit": {"train": 1}}, {"skip": {"train": 10}, "limit": {"train": 1}}])
+def test_a_limit_that_leaves_nothing_of_a_part(tmp_path: Path, fields: dict[str, Any]) -> None:
+    """Else a weight is given to nothing."""
+    config = resolved(tmp_path, {"math": 1, "code": 1}, **fields)
+    with pytest.raises(UserError, match=r"no row of data\.(math|code) is left") as refused:
+        choose_rows(read_source(config, tmp_path), config)
+    assert refused.value.where == "@data.limit.train"
+
+
+def test_a_part_whose_every_chat_is_too_long(tmp_path: Path) -> None:
+    config = resolved(tmp_path, {"code": 1, "chats": 1}, chat=("code",), max_length=48)
+    rows = [{"prompt": f"{number} and one " * 30, "text": "yes"} for number in range(4)]
+    (tmp_path / "code.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    raw = choose_rows(read_source(config, tmp_path), config)
+    with pytest.raises(DataError, match=r"no example of data\.code is left"):
+        load_data("all", config, raw, tokenizer())
+
+
 def test_a_split_that_a_part_lacks_is_said(tmp_path: Path) -> None:
     config = resolved(tmp_path, {"math": 1, "code": 1})
     assert "the validation split has nothing of code" in " ".join(read_source(config, tmp_path).notes)
@@ -241,6 +259,7 @@ def test_what_does_not_go_together(
         {"source": "mix", "mix": {"a": -1}},
         {"source": "mix", "mix": {"a": "much"}},
         {"source": "mix", "mix": {"a/b": 1}},
+        {"source": "mix", "mix": {"a": 1}, "mask_history": True},
         {"source": "mix", "mix": {"a": 1}, "transfer": {"tokens": "uniform"}},
     ],
 )

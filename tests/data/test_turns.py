@@ -188,3 +188,12 @@ def test_the_rows_stay_where_they_were(write: Write, tmp_path: Path) -> None:
     plain: Raw = read_source(write("chat.jsonl", lines), tmp_path)
     assert raw.splits["train"]["id"][:] == plain.splits["train"]["id"][:]
     assert raw.fingerprint == plain.fingerprint
+
+
+def test_a_last_answer_that_nobody_learns(write: Write, tmp_path: Path) -> None:
+    """`mask_history` learns it alone, and its weight takes it out: earlier answers are no reason to keep it."""
+    row = [*GOOD, GOOD[0], turn("assistant", weight=0)]
+    read(write, tmp_path, row)
+    with pytest.raises(DataError, match="its weight is 0") as refused:
+        read(write, tmp_path, GOOD, row, mask_history=True)
+    assert refused.value.where.endswith("row 2 (line 2), turn 4")
