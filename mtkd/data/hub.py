@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mtkd.data.files import Origin
-from mtkd.data.paths import SPLITS, Split
-from mtkd.data.progress import Working
+from mtkd.data.paths import KINDS, SPLITS, Split
+from mtkd.data.progress import Working, say
 from mtkd.data.raw import Raw
 from mtkd.errors import DataError, UserError, nearest
 
@@ -142,9 +142,6 @@ class _Stream:
 
 
 def _streamed(config: DataConfig, base: Path, columns: tuple[str, ...]) -> Raw:
-    import datasets
-    import pyarrow.parquet as pq
-
     folder = _folder(config, base)
     source = str(folder or config.path)
     state = _listing(folder) if folder is not None else commit_of(config, base) or config.revision or ""
@@ -153,14 +150,42 @@ def _streamed(config: DataConfig, base: Path, columns: tuple[str, ...]) -> Raw:
     for split in (s for s in SPLITS if s in config.stream):
         most = config.stream[split]
         stream = _Stream(config, source, published[split], most, columns, state)
-        if not (stream.folder / _FACTS).is_file():
+        kept = _kept(stream)
+        if kept is None:
             _keep(stream, split)
-        facts = json.loads((stream.folder / _FACTS).read_text())
-        splits[split] = datasets.Dataset(pq.read_table(stream.folder / _ROWS, memory_map=True), fingerprint="mtkd")
-        prints.append(f"{split}:{published[split]}:{facts['sha256']}")
-        notes.append(_said(stream, split, facts["rows"]))
+            kept = _kept(stream)
+        if kept is None:
+            raise DataError("what was written cannot be read", where=str(stream.folder), todo="look after this disk")
+        splits[split], content = kept
+        prints.append(f"{split}:{published[split]}:{content}")
+        notes.append(_said(stream, split, len(splits[split])))
     digest = hashlib.sha256("\0".join([config.path or "", config.subset or "", "stream", *prints]).encode())
     return _raw(config, splits, published, digest.hexdigest(), tuple(notes))
+
+
+def _kept(stream: _Stream) -> tuple[Dataset, str] | None:
+    """The rows that are on the disk and their sha256; None where there are none, or they are damaged and now gone."""
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    place = stream.folder
+    if not place.exists():
+        return None
+    try:
+        facts = json.loads((place / _FACTS).read_text())
+        if _digest(place / _ROWS) != facts["file"]:
+            raise ValueError("other bytes than were written")
+        return datasets.Dataset(pq.read_table(place / _ROWS, memory_map=True), fingerprint="mtkd"), facts["sha256"]
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        say(f"{place}: {error}: rows of {stream.config.path} are streamed again")
+        shutil.rmtree(place, ignore_errors=True)
+        return None
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _said(stream: _Stream, split: str, rows: int) -> str:
@@ -183,6 +208,7 @@ def _keep(stream: _Stream, split: str) -> None:
     try:
         count, digest = _write(aside / _ROWS, stream, split)
         facts = {"path": stream.config.path, "split": stream.published, "of": stream.state, "rows": count}
+        facts["file"] = _digest(aside / _ROWS)
         _write_whole(aside / _FACTS, json.dumps({**facts, "sha256": digest}))
         try:
             aside.rename(place)
@@ -213,13 +239,19 @@ def _write(file: Path, stream: _Stream, split: str) -> tuple[int, str]:
     except Exception as error:  # of the network, of a file that is not what its name says, of values of other types
         if isinstance(error, OSError) and error.errno in _FULL:
             raise _not_kept(file.parent.parent, error) from error
-        raise _refused(stream.config, error) from error
+        if "StopIteration" in str(error):  # what `datasets` says of a split whose files are empty
+            raise _empty(stream) from error
+        raise _refused(stream.config, error, folder=stream.source != stream.config.path) from error
     finally:
         if writer is not None:
             writer.close()
     if not count:
-        raise DataError("the split has no rows", where=f"{stream.config.path} {stream.published}", found="0 rows")
+        raise _empty(stream)
     return count, digest.hexdigest()
+
+
+def _empty(stream: _Stream) -> DataError:
+    return DataError("the split has no rows", where=f"{stream.config.path} {stream.published}", found="0 rows")
 
 
 def _not_kept(folder: Path, error: OSError) -> DataError:
@@ -258,12 +290,16 @@ def _batches(stream: _Stream, split: str) -> Iterator[tuple[dict[str, list[Any]]
         yield batch, rows.features.arrow_schema if rows.features else None
 
 
-def _refused(config: DataConfig, error: Exception) -> DataError:
-    """Why a data set cannot be loaded, and what helps."""
+def _refused(config: DataConfig, error: Exception, *, folder: bool = False) -> DataError:
+    """Why a data set cannot be loaded, and what helps.
+
+    Args:
+        folder: whether it is one of this machine.
+    """
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     every = [error, *filter(None, (error.__cause__, error.__context__))]
-    reason = (str(error).strip().splitlines() or [""])[0]
+    reason = " ".join(str(error).split())[:300]
     where, found = "@data.path", str(config.path)
     if any(isinstance(e, GatedRepoError) for e in every) or "gated" in reason:
         address = f"https://huggingface.co/datasets/{config.path}"
@@ -282,12 +318,17 @@ def _refused(config: DataConfig, error: Exception) -> DataError:
     if "HFValidationError" in type(error).__name__:
         allowed = "an id, such as nyu-mll/glue, or a folder that is there"
         return DataError("neither a folder nor the id of a data set", where=where, found=found, allowed=allowed)
+    todo = "check the id, subset and revision, and the connection (or HF_HOME and HF_HUB_OFFLINE=1 when cached)"
+    if folder:
+        todo = "correct its files, which `datasets` reads by their names and README.md"
+    if "save_to_disk" in reason or Path(config.path or "").suffix.lower() in KINDS:
+        todo = "read files, and a folder of save_to_disk, with source: files"
     away = isinstance(error, ConnectionError | TimeoutError) or any(_of_network(e) for e in every)
     return (NotReached if away else DataError)(
         f"the data set cannot be loaded: {type(error).__name__}: {reason}",
         where=where,
         found=found,
-        todo="check the id, subset and revision, and the connection (or HF_HOME and HF_HUB_OFFLINE=1 when cached)",
+        todo=todo,
     )
 
 

@@ -113,6 +113,41 @@ def test_what_broke_off_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert len(read(tmp_path, stream={"train": 2000}).splits["train"]) == 120
 
 
+@pytest.mark.parametrize("file", ["rows.parquet", "stream.json"])
+@pytest.mark.parametrize("damage", [b"", b"PAR1 {", None])
+def test_damaged_rows_are_streamed_again(file: str, damage: bytes | None, tmp_path: Path) -> None:
+    """Emptied, overwritten or gone; also one byte in the middle of the values."""
+    folder(tmp_path)
+    before = read(tmp_path, stream={"train": 20})
+    (place,) = (tmp_path / "cache" / "mtkd-streams").iterdir()
+    (place / file).unlink()
+    if damage is not None:
+        (place / file).write_bytes(damage)
+    after = read(tmp_path, stream={"train": 20})
+    assert (after.fingerprint, after.splits["train"][:]) == (before.fingerprint, before.splits["train"][:])
+    rows = bytearray((place / "rows.parquet").read_bytes())
+    rows[len(rows) // 4] ^= 1
+    (place / "rows.parquet").write_bytes(rows)
+    assert read(tmp_path, stream={"train": 20}).splits["train"][:] == before.splits["train"][:]
+
+
+def test_files_that_are_no_data_set(tmp_path: Path) -> None:
+    """An empty file, a broken one, a folder of save_to_disk, a file in place of a folder: each has words of its own."""
+    for name, text in (("empty", ""), ("broken", '{"text": "a"}\n{"text": \n')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text(text)
+    datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(str(tmp_path / "saved"))
+    for path, message, todo in (
+        ("empty", "has no rows", ""),
+        ("broken", "cannot be loaded", "correct its files"),
+        ("saved", "cannot be loaded", "source: files"),
+        ("broken/train.jsonl", "data set", "source: files"),
+    ):
+        with pytest.raises(DataError, match=message) as refused:
+            read(tmp_path, path=path, stream={"train": 3})
+        assert todo in refused.value.todo
+
+
 @pytest.mark.parametrize(
     ("fields", "where", "message"),
     [
