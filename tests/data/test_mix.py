@@ -59,11 +59,11 @@ def test_small_shares(weights: list[float], counts: list[int]) -> None:
 
 
 def test_a_stream_is_resumed_inside_an_epoch_of_a_mix(tmp_path: Path) -> None:
-    """Law: two integers of state; no example of a step depends on the ranks."""
+    """Law: two integers of state; two ranks together have the examples of one."""
     split = mixed(tmp_path, {"math": 3, "code": 1}).splits["train"]
 
-    def stream() -> TrainStream:
-        return TrainStream(split, Order(split.lengths, BATCH, 5, mixture=split.mixture), 0, 1, 1)
+    def stream(rank: int = 0, ranks: int = 1) -> TrainStream:
+        return TrainStream(split, Order(split.lengths, BATCH, 5, mixture=split.mixture), rank, ranks, 1)
 
     first = stream()
     steps = [next(first)[0].keys.tolist() for _ in range(9)]
@@ -73,6 +73,10 @@ def test_a_stream_is_resumed_inside_an_epoch_of_a_mix(tmp_path: Path) -> None:
     third = stream()
     third.load_state(second.state())
     assert [next(third)[0].keys.tolist() for _ in range(4)] == steps[5:]
+    both = [stream(rank, 2) for rank in (0, 1)]
+    for step in steps:
+        batches = [next(each)[0] for each in both]
+        assert sorted(key for batch in batches for key in batch.keys.tolist()) == sorted(step)
 
 
 def files(folder: Path) -> dict[str, DataConfig]:

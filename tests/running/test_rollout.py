@@ -39,8 +39,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_share_0_is_the_run_without_a_rollout(whole: Path, tmp_path: Path) -> None:
-    """Law: to the bit, in the exported weights and in every number of the log."""
+def test_share_0_is_the_run_without_a_rollout(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: to the bit, in the exported weights and every number of the log; the student need not be able to write."""
+    monkeypatch.setattr("mtkd.running.build.check_writing", lambda *_: pytest.fail("asked to write"))
     runs = []
     for name, rollout in (("none", None), ("zero", {"share": 0.0, "per_prompt": 3, "reuse": 2})):
         mtkd.run(student_again(whole, tmp_path / name, rollout))
