@@ -7,12 +7,14 @@ Each domain has a specialist; a generalist of the same shape has as many steps o
 model is a run of its own. Finished ones are not made again, so the script can be stopped and called again.
 
 stdlib: the documents of the source `python-stdlib`, written into files with the domain as the name of the teacher.
-math: `math/` of the data sets (see tasks.py), of which `MODULES` are kept. A token is a digit with its place (ones,
-tens, tenths), so that digits of the same place find each other (index hints: Zhou et al. 2023, What Algorithms can
-Transformers Learn?, 2310.16028), or a run of words. Arithmetic's answers are written from the last digit to the first,
-as they are computed (Lee et al. 2023, Teaching Arithmetic to Small Transformers, 2307.03381). Answers alone are
-predicted, but specialists also read `READ` of their questions as text: what a teacher says about a question (the
-weighting `posterior` reads it) means nothing where no question was ever predicted.
+math: `math/` of the data sets (see tasks.py), of which `MODULES` are kept. Specialists learn from `GENERATED` further
+questions per module, which math_questions.py draws in a Python environment of its own, made below the output folder:
+with the 4,000 questions per module of the data none learned more than to remember them. A token is a digit with its
+place (ones, tens, tenths), so that digits of the same place find each other (index hints: Zhou et al. 2023, What
+Algorithms can Transformers Learn?, 2310.16028), or a run of words. Arithmetic's answers are written from the last digit
+to the first, as they are computed (Lee et al. 2023, Teaching Arithmetic to Small Transformers, 2307.03381). Answers
+alone are predicted, but specialists also read `READ` of their questions as text: what a teacher says about a question
+(the weighting `posterior` reads it) means nothing where no question was ever predicted.
 """
 
 from __future__ import annotations
@@ -20,10 +22,12 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +37,13 @@ from tasks import data_folder
 SPLITS = ("train", "validation", "test")
 PLACES = "abcdefghijklmnopqrst"  # ones, tens and so on; in capitals tenths, hundredths and so on
 MODULES = {
-    "arithmetic": ("arithmetic__add_or_sub", "arithmetic__add_sub_multiple"),
+    "arithmetic": ("arithmetic__add_or_sub",),
     "comparison": ("comparison__kth_biggest", "comparison__pair", "comparison__sort"),
     "numbers": ("numbers__place_value", "numbers__round_number"),
     "measurement": ("measurement__conversion", "measurement__time"),
 }
-MATH_STEPS = {"arithmetic": 3_000, "comparison": 2_500, "numbers": 3_000, "measurement": 3_000}
+MATH_STEPS = 1_500
+GENERATED = 80_000  # questions per module that specialists learn from
 READ = 0.1  # share of the questions that specialists read as text
 ASKED = 500  # test questions per domain
 LONGEST_ANSWER = 32  # tokens
@@ -56,6 +61,7 @@ class Corpus:
         data: fields of every `data` entry but its files.
         shapes: domain -> its specialist. The generalist has the shape of the first.
         steps: domain -> steps of its specialist.
+        teacher: further fields of the stage of a specialist.
     """
 
     name: str
@@ -66,6 +72,7 @@ class Corpus:
     tokens: int  # per step
     lr: float
     attention: str = "auto"
+    teacher: dict[str, Any] = field(default_factory=dict)
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -115,9 +122,10 @@ def teachers(corpus: Corpus, seed: int) -> list[Job]:
     train = "read" if corpus.name == "math" else "train"
     jobs = []
     for domain, shape in corpus.shapes.items():
-        stages = {"teacher": corpus.labels(corpus.steps[domain], shape)}
+        stages = {"teacher": {**corpus.labels(corpus.steps[domain], shape), **corpus.teacher}}
         jobs.append(corpus.run(f"teacher-{domain}-{seed}", seed, stages, {domain: corpus.entry([domain], train)}))
-    stages = {"teacher": corpus.labels(sum(corpus.steps.values()), next(iter(corpus.shapes.values())))}
+    whole = corpus.labels(sum(corpus.steps.values()), next(iter(corpus.shapes.values())))
+    stages = {"teacher": {**whole, **corpus.teacher}}
     mixed = {"mixed": corpus.entry(corpus.domains, train)}
     return [*jobs, corpus.run(f"teacher-generalist-{seed}", seed, stages, mixed)]
 
@@ -199,21 +207,41 @@ def _math(folder: Path) -> Corpus:
         source = data_folder() / "math"
         texts: list[str] = []
         for domain, modules in MODULES.items():
+            kept: set[str] = set()  # questions that are asked or validated with
             for split in SPLITS:
-                lines = (source / f"{domain}.{split}.jsonl").read_text().splitlines()
-                read = map(json.loads, lines)
-                rows = [_prompted(row, domain, n) for n, row in enumerate(read) if row["module"] in modules]
-                _write(folder / f"{domain}.{split}.jsonl", rows[:ASKED] if split == "test" else rows)
-                if split == "train":
-                    texts += [row["prompt"] + row["answer"] for row in rows]
-                    share = round(1 / READ)
-                    whole = [{**row, "prompt": "", "answer": row["prompt"] + row["answer"]} for row in rows[::share]]
-                    _write(folder / f"{domain}.read.jsonl", [*rows, *whole])
+                rows = [row for row in _rows(source / f"{domain}.{split}.jsonl") if row["module"] in modules]
+                rows = rows[:ASKED] if split == "test" else rows
+                _write(folder / f"{domain}.{split}.jsonl", [_prompted(row, domain, n) for n, row in enumerate(rows)])
+                kept |= set() if split == "train" else {row["question"] for row in rows}
+            further = [row for row in _generated(folder, domain) if row["question"] not in kept]
+            rows = [_prompted(row, domain, n) for n, row in enumerate(further)]
+            whole = [{**row, "prompt": "", "answer": row["prompt"] + row["answer"]} for row in rows[:: round(1 / READ)]]
+            _write(folder / f"{domain}.read.jsonl", [*rows, *whole])
+            texts += [row["answer"] for row in whole]
         digits(texts).save_pretrained(folder / "tokenizer")
     data = {"prompt": "prompt", "text": "answer", "domain": "domain", "max_length": 64, "limit": {"validation": 500}}
-    shapes = {domain: llama(3, 192) for domain in MODULES}
+    shapes, steps = {domain: llama(3, 192) for domain in MODULES}, dict.fromkeys(MODULES, MATH_STEPS)
+    teacher = {"batch": {"tokens": 4_096, "group_by_length": True}}
     # Rows are short: the flash kernel of the CPU takes four times as long for the backward pass of 25 tokens.
-    return Corpus("math", folder, data, shapes, MATH_STEPS, 1_024, 3e-3, "math")
+    return Corpus("math", folder, data, shapes, steps, 1_024, 3e-3, "math", teacher)
+
+
+def _rows(file: Path) -> list[Row]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def _generated(folder: Path, domain: str) -> list[Row]:
+    """Further questions of a domain; drawn at the first call, by a Python of its own that pip makes."""
+    file, python, here = folder / f"{domain}.generated.jsonl", folder / "generator" / "bin" / "python", Path(__file__)
+    if not python.exists():
+        fresh = folder / "generator"
+        subprocess.run([sys.executable, "-m", "venv", str(fresh)], check=True)
+        wanted = str(here.with_name("math_questions.txt"))
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", "-r", wanted], check=True)
+    if not file.exists():
+        script = [str(python), str(here.with_name("math_questions.py")), "--count", str(GENERATED)]
+        subprocess.run([*script, "--modules", *MODULES[domain], "--output", str(file)], check=True)
+    return _rows(file)
 
 
 def _prompted(row: Row, domain: str, number: int) -> Row:
