@@ -1,7 +1,7 @@
 """Further questions of the kinds in `math/`, from the generator that made those: run by a Python of its own.
 
     python -m venv FOLDER && FOLDER/bin/pip install -r benchmarks/math_questions.txt
-    FOLDER/bin/python benchmarks/math_questions.py --modules arithmetic__add_or_sub --count 80000 --output FILE
+    FOLDER/bin/python benchmarks/math_questions.py arithmetic__add_or_sub=80000 --output FILE
 
 `mathematics_dataset` (Saxton et al. 2019, Analysing Mathematical Reasoning Abilities of Neural Models, 1904.01557)
 needs an old sympy, which torch refuses. Difficulty is the easiest quarter, as in `math/`; no question comes twice.
@@ -41,8 +41,7 @@ def questions(make: Callable[[], Any], count: int) -> Iterator[tuple[str, str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--modules", nargs="+", required=True, help="as in the data: arithmetic__add_or_sub")
-    parser.add_argument("--count", type=int, required=True, help="questions per module")
+    parser.add_argument("counts", nargs="+", help="MODULE=QUESTIONS, the module as in the data")
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
@@ -50,10 +49,10 @@ def main() -> None:
     np.random.seed(arguments.seed)
     part = arguments.output.with_suffix(".part")
     with part.open("w") as file:
-        for module in arguments.modules:
+        for module, count in (each.split("=") for each in arguments.counts):
             domain, _, kind = module.partition("__")
             made = importlib.import_module(f"mathematics_dataset.modules.{domain}").train(easiest)
-            for question, answer in questions(made[kind], arguments.count):
+            for question, answer in questions(made[kind], int(count)):
                 file.write(json.dumps({"module": module, "question": question, "answer": answer}) + "\n")
     part.replace(arguments.output)
 
