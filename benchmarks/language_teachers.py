@@ -214,7 +214,7 @@ def _math(folder: Path) -> Corpus:
                 rows = rows[:ASKED] if split == "test" else rows
                 _write(folder / f"{domain}.{split}.jsonl", [_prompted(row, domain, n) for n, row in enumerate(rows)])
                 kept |= set() if split == "train" else {row["question"] for row in rows}
-            further = [row for row in _generated(folder, domain) if row["question"] not in kept]
+            further = [row for row in _generated(folder, domain) if row["question"] not in kept and _has_places(row)]
             rows = [_prompted(row, domain, n) for n, row in enumerate(further)]
             whole = [{**row, "prompt": "", "answer": row["prompt"] + row["answer"]} for row in rows[:: round(1 / READ)]]
             _write(folder / f"{domain}.read.jsonl", [*rows, *whole])
@@ -225,6 +225,11 @@ def _math(folder: Path) -> Corpus:
     teacher = {"batch": {"tokens": 4_096, "group_by_length": True}}
     # Rows are short: the flash kernel of the CPU takes four times as long for the backward pass of 25 tokens.
     return Corpus("math", folder, data, shapes, steps, 1_024, 3e-3, "math", teacher)
+
+
+def _has_places(row: Row) -> bool:
+    """Whether no number is longer than there are names of places."""
+    return not re.search(rf"\d{{{len(PLACES) + 1}}}", row["question"] + " " + row["answer"])
 
 
 def _rows(file: Path) -> list[Row]:
