@@ -222,7 +222,7 @@ def _math(folder: Path) -> Corpus:
         digits(texts).save_pretrained(folder / "tokenizer")
     data = {"prompt": "prompt", "text": "answer", "domain": "domain", "max_length": 64, "limit": {"validation": 500}}
     shapes, steps = {domain: llama(3, 192) for domain in MODULES}, dict.fromkeys(MODULES, MATH_STEPS)
-    teacher = {"batch": {"tokens": 4_096, "group_by_length": True}}
+    teacher = {"batch": {"tokens": 4_096}}
     # Rows are short: the flash kernel of the CPU takes four times as long for the backward pass of 25 tokens.
     return Corpus("math", folder, data, shapes, steps, 1_024, 3e-3, "math", teacher)
 
