@@ -200,6 +200,7 @@ def draw(points: list[dict[str, Any]]) -> None:
             axes.annotate(p["setting"], (p["agreement"], p["gain"]), (4, 4), textcoords="offset points")
     axes.axhline(0, color="grey", linewidth=0.5)
     axes.set_yscale("symlog", linthresh=2)
+    axes.set_yticks((-1, 0, 1, 3, 10, 30), labels=("-1", "0", "+1", "+3", "+10", "+30"))
     axes.set_xlabel("two teachers choose the same class, % of 256 texts")
     axes.set_ylabel("gain over the student of one teacher, points")
     axes.legend(frameon=False)
