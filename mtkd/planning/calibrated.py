@@ -132,6 +132,18 @@ def _check_labels(name: str, data: DataConfig, facts: DataFacts, asked: Calibrat
         )
 
 
+def fitted_on_scored(config: RunConfig, spec: StageSpec) -> tuple[str, ...]:
+    """A sentence per teacher whose temperature is fitted on the very texts that `evaluate` scores."""
+    scored = (config.data_name(config.evaluate.data), config.evaluate.split)
+    fits = [(t.place, t.config.calibrate) for t in spec.teachers if t.config.calibrate is not None]
+    return tuple(
+        f"{place}.calibrate: fitted on the texts that are scored, data '{scored[0]}', {scored[1]}: the score of this "
+        "teacher and of its ensemble is a little too good; hold out others (split, data)"
+        for place, asked in fits
+        if asked.fits and (asked.data or spec.data.name, asked.split) == scored
+    )
+
+
 def calibration_text(teacher: TeacherConfig, data: str) -> str:
     """How a teacher is calibrated, for the plan; "" where it is not."""
     asked = teacher.calibrate

@@ -23,7 +23,7 @@ from mtkd.planning.caches import (
     describe,
     train_tokens,
 )
-from mtkd.planning.calibrated import check_calibrated
+from mtkd.planning.calibrated import check_calibrated, fitted_on_scored
 from mtkd.planning.data import DataReader
 from mtkd.planning.defaults import chosen_for
 from mtkd.planning.ladder import Look
@@ -84,7 +84,7 @@ class Specifier:
         spec = self._with_caches(spec) if stage.kind == "cache" else self._with_rows(spec)
         sizes, place = [teacher.size for teacher in spec.teachers], Place(device_of(self.config.engine) == "cuda")
         check_room(sizes, place, self.config.folder, f"{spec.where}.teachers")
-        return replace(spec, notes=(*self._notes(name), *unknown_classes(spec)))
+        return replace(spec, notes=(*self._notes(name), *unknown_classes(spec), *fitted_on_scored(self.config, spec)))
 
     def _data(self, stage: StageConfig) -> DataSpec:
         name = self.config.data_name(stage.data)

@@ -108,6 +108,17 @@ def test_biases_and_classes(tmp_path: Path) -> None:
         assert found["split"] == "test"
 
 
+@pytest.mark.parametrize(("split", "noted"), [("test", True), ("validation", False)])
+def test_a_plan_says_that_a_temperature_is_fitted_on_what_is_scored(split: str, noted: bool, tmp_path: Path) -> None:
+    made = cache_runs.class_values(tmp_path, cache={}, student={})
+    made["evaluate"] = {**made.get("evaluate", {}), "split": "test"}
+    made["stages"]["live"]["teachers"] = [*asked(LIVE[:1], {"split": split}), *asked(LIVE[1:], 0.5)]
+    notes = {stage.name: " ".join(stage.notes) for stage in mtkd.plan(cache_runs.config(tmp_path, made)).stages}
+    assert ("stages.live.teachers[0].calibrate: fitted on the texts that are scored" in notes["live"]) == noted
+    assert "teachers[1].calibrate" not in notes["live"]
+    assert "calibrate" not in notes["cache"]
+
+
 def test_a_temperature_acts_on_what_the_student_learns(tmp_path: Path) -> None:
     """Law: temperature 1 is the teacher itself, bit for bit; another one makes another student."""
     run = mtkd.running.run.run(
