@@ -8,6 +8,7 @@ from mtkd.config.base import Config, Name, Named, Positive, Share, check_name
 from mtkd.config.cache import CacheConfig
 from mtkd.config.calibrate import CalibrateConfig
 from mtkd.config.chain import ChainConfig, Rung, Training
+from mtkd.config.composed import TEXTS
 from mtkd.config.data import (
     BLANK,
     DataConfig,
@@ -16,12 +17,13 @@ from mtkd.config.data import (
 )
 from mtkd.config.engine import EngineConfig
 from mtkd.config.evaluate import Comparison, EvaluateConfig
+from mtkd.config.generate import GenerateConfig, KeepConfig
 from mtkd.config.infill import InfillConfig
 from mtkd.config.model import ModelConfig, SliceConfig, VocabularyConfig
 from mtkd.config.refs import ENSEMBLE_PREFIX, StageRef, ensemble_of
 from mtkd.config.rollout import RolloutConfig, SamplingConfig
 from mtkd.config.run import RunConfig
-from mtkd.config.source import MIX, RANDOM_TOKENS
+from mtkd.config.source import MIX, RANDOM_TOKENS, STAGE
 from mtkd.config.stage import BatchConfig, EarlyStop, EqualTime, OptimizerConfig, ScoringBatchConfig, StageConfig
 from mtkd.config.teacher import OwnTeacher, ShardedConfig, TeacherConfig, teacher_config
 from mtkd.config.tokenizer import TokenizerConfig
@@ -30,6 +32,8 @@ __all__ = [
     "BLANK",
     "MIX",
     "RANDOM_TOKENS",
+    "STAGE",
+    "TEXTS",
     "ENSEMBLE_PREFIX",
     "AnswersConfig",
     "BatchConfig",
@@ -44,7 +48,9 @@ __all__ = [
     "EqualTime",
     "EvaluateConfig",
     "Extract",
+    "GenerateConfig",
     "InfillConfig",
+    "KeepConfig",
     "ModelConfig",
     "Name",
     "Named",

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from string import Formatter
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, model_validator
 
 from mtkd.config.base import Config, Length, Positive, Seed, Share
+from mtkd.config.composed import ComposedConfig
 from mtkd.config.infill import InfillConfig
-from mtkd.config.source import MIX, RANDOM_TOKENS, SourceConfig
+from mtkd.config.source import MIX, RANDOM_TOKENS, STAGE
 
 
 class TransferConfig(Config):
@@ -65,11 +66,12 @@ _SAID_WHEN_SET = (
     "mix",
     "stream",
     "stream_buffer",
+    "stage",
 )
 """Fields that tell data from others only where they are set; the fields before them always do."""
 
 
-class DataConfig(SourceConfig):
+class DataConfig(ComposedConfig):
     """Where examples come from, what is asked of them, and how they become batches of ids."""
 
     transfer: TransferConfig | None = Field(
@@ -169,7 +171,6 @@ class DataConfig(SourceConfig):
     seed: Seed = Field(0, description="of stream, hold-out, limit, masking, sentence pairs and made-up tokens")
 
     # What `mix` names; `mtkd.config.mix` sets it when the whole run is known.
-    _parts: dict[str, DataConfig] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
@@ -180,17 +181,6 @@ class DataConfig(SourceConfig):
         _check_prompt(self)
         _check_cloze(self)
         return self
-
-    @property
-    def parts(self) -> Mapping[str, DataConfig]:
-        """The `data` entries that are mixed here, by name; {} where there is nothing to mix."""
-        return self._parts
-
-    def with_parts(self, parts: Mapping[str, DataConfig], columns: Mapping[str, Any]) -> DataConfig:
-        """This entry with what it mixes, and the names of the columns that mixed rows have."""
-        made = self.model_copy(update={**columns})
-        made._parts = dict(parts)
-        return made
 
     def values(self, without: Collection[str] = ()) -> dict[str, Any]:
         """The fields as plain values, by which stages, caches and scores differ from others.
@@ -263,7 +253,9 @@ class DataConfig(SourceConfig):
 def _check_mix(config: DataConfig) -> None:
     if (config.source == MIX) != bool(config.mix):
         raise ValueError("source: mix and mix: {NAME: weight, ...}, the data that are mixed, go together")
-    if config.source == MIX and config.transfer is not None:
+    if (config.source == STAGE) != bool(config.stage):
+        raise ValueError("source: stage and stage: NAME, which writes them, go together")
+    if config.source in (MIX, STAGE) and config.transfer is not None:
         raise ValueError("transfer: of each data that are mixed, not of the mix")
     if config.source == MIX and config.mask_history:
         raise ValueError("mask_history: of each data that are mixed, not of the mix")

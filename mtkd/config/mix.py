@@ -44,7 +44,7 @@ def _resolved(name: str, entry: DataConfig, data: Mapping[str, DataConfig]) -> D
             raise ValueError(
                 f"{where}: data.{part} has task {config.task}, and the mix {entry.task}: they are the same"
             )
-    columns = _columns(where, parts)
+    columns = common_columns(where, parts)
     for field in ("messages", "prompt", "text", "chat", "prompts_only", "name", "domain", "teacher"):
         value = columns.get(field, type(entry).model_fields[field].default)
         if field in entry.model_fields_set and getattr(entry, field) != value:
@@ -66,7 +66,7 @@ def _shaping(name: str, entry: DataConfig, parts: Mapping[str, DataConfig]) -> d
     return taken
 
 
-def _columns(where: str, parts: Mapping[str, DataConfig]) -> dict[str, Any]:
+def common_columns(where: str, parts: Mapping[str, DataConfig]) -> dict[str, Any]:
     """The fields that name the columns of the mixed rows."""
     shapes = {name: _shape(part) for name, part in parts.items()}
     first = next(iter(parts))

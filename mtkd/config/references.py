@@ -21,7 +21,7 @@ from mtkd.config.tokenizer import TokenizerConfig
 
 def models_of(stages: Mapping[str, StageConfig]) -> list[str]:
     """Every model that stages make: NAME, or NAME/MEMBER where a stage makes several; caches do not count."""
-    trained = {name: stage for name, stage in stages.items() if stage.kind != "cache"}
+    trained = {name: stage for name, stage in stages.items() if stage.trained}
     return [m for name, stage in trained.items() for m in ([f"{name}/{k}" for k in stage.members] or [name])]
 
 
@@ -52,6 +52,7 @@ class References:
             if self.data[self.tokenizer.train_on].source == RANDOM_TOKENS:
                 raise ValueError("tokenizer.train_on: random tokens are nothing to learn a vocabulary from")
         self._check_data(self.evaluate.data, "evaluate.data")
+        self._check_held_out()
         if self.evaluate.answers is not None and self.evaluate.answers.data:
             self._check_data(self.evaluate.answers.data, "evaluate.answers.data")
         for position, (name, stage) in enumerate(self.stages.items()):
@@ -61,6 +62,8 @@ class References:
     def _check_stage(self, name: str, stage: StageConfig, earlier: Sequence[str]) -> None:
         where = f"stages.{name}"
         self._check_data(stage.data, f"{where}.data")
+        for maker in self.data[stage.data or next(iter(self.data))].made_by:
+            self._check_earlier(StageRef(maker), earlier, f"{where}.data")
         for role, model in stage.trained.items():
             self._check_vocabulary(model, stage, f"{stage.place(name, role)}.vocabulary")
         self._check_sharded(stage, where)
@@ -73,6 +76,18 @@ class References:
         if stage.equal_time:
             for timed in (stage.equal_time.to, stage.equal_time.rate_of):
                 self._check_timed(StageRef.named(timed), earlier, f"{where}.equal_time")
+
+    def _check_held_out(self) -> None:
+        """Refuse to score on, or to learn a vocabulary from, what a stage of the run writes."""
+        asked = {"evaluate.data": self.evaluate.data}
+        if self.evaluate.answers is not None:
+            asked["evaluate.answers.data"] = self.evaluate.answers.data or self.evaluate.data
+        if self.tokenizer is not None and self.tokenizer.train_on is not None:
+            asked["tokenizer.train_on"] = self.tokenizer.train_on
+        for where, name in asked.items():
+            entry = self.data.get(name or next(iter(self.data)))
+            if entry is not None and entry.made_by:
+                raise ValueError(f"{where}: a stage writes these data: name others, such as those of its prompts")
 
     def _check_data(self, name: str, where: str) -> None:
         if name and name not in self.data:
@@ -118,8 +133,10 @@ class References:
     def _check_timed(self, ref: StageRef, earlier: Sequence[str], where: str) -> None:
         """Refuse `equal_time` with a stage that is not earlier, or that trains nothing."""
         self._check_earlier(ref, earlier, where)
-        if self.stages[ref.stage].kind == "cache":
-            raise ValueError(f"{where}: stage {ref.stage!r} is a cache: it has no training to be as long as")
+        if not self.stages[ref.stage].trained:
+            raise ValueError(
+                f"{where}: stage {ref.stage!r} is a {self.stages[ref.stage].kind}: it has no training to be as long as"
+            )
 
     def _check_made(self, ref: StageRef | None, earlier: Sequence[str], where: str, *, cached: bool) -> None:
         """Refuse a reference to no model of an earlier stage; `cached`: to none of its caches."""
@@ -127,6 +144,10 @@ class References:
             return
         self._check_earlier(ref, earlier, where)
         stage = self.stages[ref.stage]
+        if stage.kind == "generate":
+            raise ValueError(
+                f"{where}: '{ref}' writes texts, and is no model; data read them: {{source: stage, stage: {ref.stage}}}"
+            )
         caches = stage.kind == "cache"
         parts, kind = [StageRef(ref.stage, part) for part in stage.parts], "cache" if caches else "model"
         if ref not in (parts or [StageRef(ref.stage)]):
@@ -150,10 +171,11 @@ class References:
         for stage in self.evaluate.stages:
             if stage not in self.stages and stage not in models:
                 raise ValueError(f"evaluate: {stage!r} is not a stage; stages are: {', '.join(self.stages)}")
-            if stage in self.stages and self.stages[stage].kind == "cache":
+            if stage in self.stages and not self.stages[stage].trained:
                 raise ValueError(
-                    f"evaluate.stages: {stage!r} is a cache, not a model; its teachers together can be scored: name it "
-                    "in evaluate.ensembles"
+                    f"evaluate.stages: {stage!r} is a "
+                    f"{self.stages[stage].kind}, not a model; its teachers together can be scored: name it in "
+                    "evaluate.ensembles"
                 )
         for stage in self.evaluate.ensembles:
             if stage not in self.stages:

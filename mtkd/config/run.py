@@ -15,6 +15,7 @@ from mtkd.config.evaluate import Ablation, Comparison, EvaluateConfig
 from mtkd.config.mix import resolve_mixes
 from mtkd.config.references import References, models_of, scored_of
 from mtkd.config.stage import StageConfig
+from mtkd.config.stagedata import resolve_stage_data
 from mtkd.config.tokenizer import TokenizerConfig
 from mtkd.config.yamlfile import Written
 
@@ -50,7 +51,7 @@ class RunConfig(Config):
     @model_validator(mode="after")
     def _references(self) -> RunConfig:
         # The model is frozen for its users, but this is part of its construction.
-        object.__setattr__(self, "data", resolve_mixes(self.data))
+        object.__setattr__(self, "data", resolve_mixes(resolve_stage_data(self.data, self.stages, self.folder)))
         if self.chain is not None:
             self._add_chain(self.chain)
         if self.evaluate.ablate is not None and (self.chain is None or self.chain.resolved):
@@ -73,7 +74,7 @@ class RunConfig(Config):
             return
         # The model is frozen for its users, but this is part of its construction.
         object.__setattr__(self, "stages", expand(chain, self.stages))
-        scorable = [n for n, stage in self.stages.items() if stage.kind != "cache" and self._may_be_scored(stage)]
+        scorable = [n for n, stage in self.stages.items() if stage.trained and self._may_be_scored(stage)]
         object.__setattr__(self, "evaluate", with_control(self.evaluate, chain, scorable))
         self.model_fields_set.update(("stages", "evaluate"))
 

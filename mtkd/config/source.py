@@ -11,6 +11,9 @@ from mtkd.config.base import Config, Length, Name, Natural, Positive, Weight
 MIX = "mix"
 """The data source whose rows are those of other `data` entries."""
 
+STAGE = "stage"
+"""The data source whose train split a `kind: generate` stage writes."""
+
 RANDOM_TOKENS = "random-tokens"
 """The data source that reads nothing: every token of its texts is sampled."""
 
@@ -52,6 +55,7 @@ class SourceConfig(Config):
         (), description="python-stdlib: prose, code; python-docstrings: numbers, learning, tools; default: all"
     )
     documents: Length | None = Field(None, description="random-tokens: number of texts of about max_length tokens")
+    stage: Name | None = Field(None, description="stage: the `kind: generate` stage that writes the train split")
     mix: dict[Name, Weight] = Field(
         default_factory=dict,
         description="mix: weight of each `data` entry that is mixed, such as {math: 2, chat: 1}: its share of the "

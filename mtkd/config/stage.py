@@ -21,13 +21,15 @@ from mtkd.config.base import (
     Share,
 )
 from mtkd.config.cache import CacheConfig
+from mtkd.config.generate import GenerateConfig
 from mtkd.config.match import Match
 from mtkd.config.model import ModelConfig
 from mtkd.config.rollout import RolloutConfig
-from mtkd.config.teacher import TeacherConfig
+from mtkd.config.teacher import ModelTeacher, TeacherConfig
 
 # Fields that a cache stage reads.
 _OF_CACHES = {"kind", "data", "teachers", "batch", "cache"}
+_OF_TEXTS = {"kind", "data", "teachers", "batch", "write", "seed"}
 
 
 class ScoringBatchConfig(Config):
@@ -105,9 +107,10 @@ class EarlyStop(Config):
 class StageConfig(Config):
     """One stage of a run; later stages use its model as stage:NAME, or one of several as stage:NAME/MEMBER."""
 
-    kind: Literal["finetune", "cofinetune", "distill", "cache"] = Field(
+    kind: Literal["finetune", "cofinetune", "distill", "cache", "generate"] = Field(
         description="finetune: labels only; cofinetune: several models on labels that share their pooling and "
-        "prediction layers; distill: from teachers; cache: the teachers' outputs on the train split, for later stages"
+        "prediction layers; distill: from teachers; cache: the teachers' outputs on the train split, for later stages; "
+        "generate: texts that the teachers write to the train split's prompts, for later stages"
     )
     data: str = Field("", description="name of a `data` entry; may be left out when there is only one")
     student: ModelConfig | None = Field(None, description="the model that is trained (finetune, distill)")
@@ -118,6 +121,7 @@ class StageConfig(Config):
         (), description="the pool, in order; of a cache stage those that are run, used as stage:NAME/TEACHER"
     )
     cache: CacheConfig = Field(CacheConfig(), description="cache: what is kept of the teachers")
+    write: GenerateConfig | None = Field(None, description="generate: how texts are written, and which are kept")
     method: Named | None = Field(None, description="a method of the table; its rows come first")
     match: tuple[Match, ...] = Field((), description="further rows, or with `replace` in place of the method's")
     weighting: Named = Field(
@@ -171,6 +175,11 @@ class StageConfig(Config):
         if self.kind == "cache":
             self._check_cache()
             return self
+        if self.kind == "generate":
+            self._check_generate()
+            return self
+        if self.write is not None:
+            raise ValueError("write is for kind: generate; a distill stage whose student writes has rollout")
         if "cache" in self.model_fields_set:
             raise ValueError("cache is for kind: cache; a stage that reads one has teachers with backend: cached")
         if sum(x is not None for x in (self.steps, self.epochs, self.equal_time)) != 1:
@@ -216,6 +225,26 @@ class StageConfig(Config):
                 )
             if teacher.no_cache:
                 raise ValueError(f"teacher {teacher.name!r}{teacher.no_cache}")
+
+    def _check_generate(self) -> None:
+        """Refuse fields that a generate stage does not read, and teachers that cannot write or score."""
+        unread = sorted(self.model_fields_set - _OF_TEXTS)
+        if unread:
+            raise ValueError(f"a generate stage trains nothing, its teachers write; drop {', '.join(unread)}")
+        if not self.teachers or self.write is None:
+            raise ValueError("a generate stage needs `teachers`, and `write`: how they write")
+        if more := sorted(self.batch.model_fields_set - {"sequences"}):
+            raise ValueError(f"batch.{more[0]}: of a generate stage only sequences is read: texts at one time")
+        for teacher in self.teachers:
+            if not isinstance(teacher, ModelTeacher):
+                raise ValueError(f"teacher {teacher.name!r} is no model that is here: it cannot write or score texts")
+            if teacher.domains or teacher.calibrate is not None:
+                raise ValueError(f"teacher {teacher.name!r}: domain and calibrate are not read by a generate stage")
+        names = [teacher.name for teacher in self.teachers]
+        if unknown := [name for name in self.write.writers if name not in names]:
+            raise ValueError(f"write.writers: {unknown[0]!r} is no teacher of the stage: {', '.join(names)}")
+        if self.write.keep.by == "agreement" and len(names) < 2:
+            raise ValueError("write.keep.by: agreement is that of other teachers than the writer: name a second one")
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -92,6 +92,11 @@ def check_parts(config: DataConfig, raw: Raw) -> None:
         )
 
 
+def plain_rows(name: str, config: DataConfig, raw: Raw, split: str) -> dict[str, list[str]]:
+    """The rows of one entry's split with the columns of a mix: `prompt` and `text`, or `messages`; `name`, `domain`."""
+    return _Rows(name, config, raw, split).columns()
+
+
 class _Rows:
     """The rows of an entry's split, as all rows of the mix look; those without a text are left out."""
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mtkd.config import MIX, RANDOM_TOKENS, DataConfig
+from mtkd.config import MIX, RANDOM_TOKENS, STAGE, DataConfig
 from mtkd.data.choice import SPLITS, hold_out, limit, two_validations
 from mtkd.data.docstrings import SUBJECTS, Docstring, docstring_rows
 from mtkd.data.files import Origin, columns_of, nearest_column, read_files
@@ -26,6 +26,7 @@ from mtkd.data.paths import DataFile, file_digest, find_files
 from mtkd.data.progress import Working
 from mtkd.data.raw import Raw
 from mtkd.data.specialist import relabelled
+from mtkd.data.stagedata import stage_rows_of
 from mtkd.data.stdlib import DOMAINS, Document, stdlib_documents
 from mtkd.data.tables import missing_column_hint
 from mtkd.data.tasks import check_task
@@ -49,6 +50,7 @@ _SOURCE_FIELDS = (
     "domains",
     "documents",
     "mix",
+    "stage",
 )
 _READ_BY: dict[str, tuple[str, ...]] = {
     "python-stdlib": ("domains",),
@@ -57,6 +59,7 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "hub": ("path", "subset", "revision", "splits", "stream"),
     RANDOM_TOKENS: ("documents",),
     MIX: ("mix",),
+    STAGE: ("stage",),
 }
 
 
@@ -283,6 +286,12 @@ def _mix_source(config: DataConfig, base: Path) -> Raw:
     return mixed_rows(config, raws)
 
 
+def _stage_source(config: DataConfig, base: Path) -> Raw:
+    """Texts that a `kind: generate` stage writes: stage: NAME."""
+    part = config.answered[1]
+    return stage_rows_of(config, choose_rows(read_source(part, base), part))
+
+
 def _random_tokens_source(config: DataConfig, base: Path) -> Raw:
     """No data at all: a train split of texts whose every token is sampled from the vocabulary."""
     from datasets import Dataset
@@ -302,4 +311,5 @@ SOURCES.add("python-docstrings", _docstrings_source)
 SOURCES.add("files", _files_source)
 SOURCES.add("hub", _hub_source)
 SOURCES.add(MIX, _mix_source)
+SOURCES.add(STAGE, _stage_source)
 SOURCES.add(RANDOM_TOKENS, _random_tokens_source)

@@ -64,7 +64,7 @@ class _Asked:
 @lru_cache(maxsize=256)
 def _rows(asked: _Asked) -> Mapping[str, Match]:
     stage, data, where = asked.stage, asked.data, asked.where
-    if stage.kind == "cache":
+    if not stage.trained:
         return MappingProxyType({})
     if stage.kind != "distill":
         return MappingProxyType({f"{where}: {row.feature}": row for row in label_rows(data, asked.regression)})

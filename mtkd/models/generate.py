@@ -10,7 +10,9 @@ Positions are those of the same text padded on the right, as training reads it. 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
@@ -103,6 +105,26 @@ class Session:
         self._mask, self._positions, self._logits = self._mask[rows], self._positions[rows], self._logits[rows]
 
 
+class _Together:
+    """Sessions of several models over the same texts: the next token is drawn from the mean of their probabilities."""
+
+    def __init__(self, sessions: Sequence[Session]) -> None:
+        self._sessions = sessions
+
+    def logits(self) -> Tensor:
+        """Log of the mean probability, [B,V] float32."""
+        logs = [torch.log_softmax(session.logits().float(), -1) for session in self._sessions]  # K of [B,V]
+        return torch.stack(logs).logsumexp(0) - math.log(len(logs))
+
+    def take(self, ids: Tensor) -> None:
+        for session in self._sessions:
+            session.take(ids)
+
+    def keep(self, rows: Tensor) -> None:
+        for session in self._sessions:
+            session.keep(rows)
+
+
 class _Texts:
     """The completions of a batch while they are written; what is asked of them is known on the host.
 
@@ -145,7 +167,7 @@ class _Texts:
 
 @torch.no_grad()
 def write(
-    model: TappedModel,
+    models: TappedModel | Sequence[TappedModel],
     prompts: Sequence[Sequence[int]],
     how: Sampling,
     noise: Tensor | None = None,
@@ -157,25 +179,30 @@ def write(
     A row's text is a function of its own prompt and noise; the other rows change it by rounding at most.
 
     Args:
-        model: a causal language model with whole weights on this rank; its mode is as before afterwards.
+        models: a causal language model with whole weights on this rank, whose mode is as before afterwards. Several
+            with the same columns, on one device, write together: from the mean of their probabilities.
         prompts: run ids, at least one per row.
         noise: `mtkd.models.sampling.uniforms`, [B,max_new_tokens]; None at temperature 0.
         dtype: bfloat16 runs the model under autocast.
         watch: called after each token of a text with the length of the longest one so far, and all tokens so far.
     """
-    device = next(model.parameters()).device
+    writers = [models] if isinstance(models, TappedModel) else [*models]
+    device, vocabulary = next(writers[0].parameters()).device, writers[0].vocabulary
     room = [how.max_length + 1 - len(prompt) if how.max_length else how.max_new_tokens for prompt in prompts]
     limits = torch.tensor(room, dtype=torch.int64).clamp(0, how.max_new_tokens)  # [B]
     texts = _Texts(limits, how.ends, device)
     live, position = limits.nonzero().squeeze(-1), 0  # numbers of the session's rows among all
     noise = None if noise is None else moved(noise, device)
     # one context for the whole text: autocast then casts the weights once, and not once per token
-    with evaluating(model), number_format(device.type, dtype):
-        session = Session(model, [prompts[row] for row in live.tolist()], dtype) if len(live) else None
+    with ExitStack() as modes:
+        for model in writers:
+            modes.enter_context(evaluating(model))
+        modes.enter_context(number_format(device.type, dtype))
+        session = _session(writers, [prompts[row] for row in live.tolist()], dtype) if len(live) else None
         while session is not None:
             drawn = None if noise is None else noise[moved(live, device), position]
             columns, log_probs = draw(session.logits(), how, drawn)
-            tokens = columns if model.vocabulary is None else model.vocabulary.kept[columns]
+            tokens = columns if vocabulary is None else vocabulary.kept[columns]
             texts.add(live, tokens, log_probs, position)
             going, position = texts.going(live), position + 1
             if watch is not None:
@@ -189,6 +216,13 @@ def write(
                 tokens = tokens[rows]
             session.take(tokens)
     return texts.written()
+
+
+def _session(
+    models: Sequence[TappedModel], prompts: Sequence[Sequence[int]], dtype: torch.dtype
+) -> Session | _Together:
+    sessions = [Session(model, prompts, dtype) for model in models]
+    return sessions[0] if len(sessions) == 1 else _Together(sessions)
 
 
 @torch.no_grad()

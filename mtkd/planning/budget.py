@@ -209,7 +209,7 @@ def _moving(footprint: Footprint) -> dict[str, float]:
 
 def _at_one_time(spec: StageSpec) -> tuple[TeacherSpec, ...]:
     """The teachers that share the memory: a cache stage runs one after the other, so its largest counts."""
-    if spec.stage.kind != "cache":
+    if spec.stage.trained or (spec.stage.write is not None and spec.stage.write.ensemble):
         return spec.teachers
     return (max(spec.teachers, key=lambda teacher: teacher.numbers.weights),)
 
@@ -234,7 +234,7 @@ def _step(spec: StageSpec, engine: EngineConfig, on_gpu: bool) -> Step:
 def _disk(spec: StageSpec, engine: EngineConfig) -> dict[str, float]:
     """GB on the disk, by name."""
     stage = spec.stage
-    if stage.kind == "cache":
+    if not stage.trained:
         return {} if spec.cache_bytes is None else {"cache": spec.cache_bytes / GB}
     count = stage.keep + (stage.export == "best") if stage.save_every or stage.export == "best" else 1
     if stage.steps and stage.save_every:
@@ -315,7 +315,7 @@ def _changes(spec: StageSpec, engine: EngineConfig, on_gpu: bool) -> Iterator[tu
             batch = stage.batch.model_copy(update={"accumulate": count})
             smaller_batch = replace(spec, stage=stage.model_copy(update={"batch": batch}))
             yield f"{where}.batch.accumulate: {count}", smaller_batch, engine
-    if stage.kind == "cache":  # its teachers are in memory one after the other
+    if not stage.trained:  # its teachers are in memory one after the other
         return
     heavy = [teacher for teacher in stage.teachers if BACKENDS[teacher.backend].lighter]
     several = engine.kind == "deepspeed" and num_processes(engine) > 1

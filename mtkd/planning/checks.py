@@ -28,6 +28,7 @@ from mtkd.models.info import PRE_TRAINING
 from mtkd.models.vocabulary import compressed_teacher, compressed_twice
 from mtkd.objective.compile import at_row
 from mtkd.planning.answers import check_answers
+from mtkd.planning.generate import check_generate
 from mtkd.planning.places import in_file, placed
 from mtkd.planning.rollouts import check_rollout
 from mtkd.planning.stages import (
@@ -119,7 +120,8 @@ def _check_registered(config: RunConfig) -> None:
         if "route" in stage_reads(stage, where, token_level=token_level).names:
             _check_route(config, data_name)
         _check_text(config, name)
-        written = stage.rollout is not None and stage.rollout.share == 1
+        written = stage.write is not None or (stage.rollout is not None and stage.rollout.share == 1)
+        check_generate(stage, config.data[data_name], config.base, where)
         _check_answers(config, data_name, f"{where}.data", written=written)
         task = config.data[data_name].task
         if stage.per == "token" and not TASKS.find(task).token_level:

@@ -84,9 +84,9 @@ class DataReader:
         Raises:
             UserError, DataError: naming the file and row where there is one.
         """
-        key = data.model_dump_json()
+        key = data.model_dump_json() + data.state  # what a stage writes is there after it
         if key not in self._chosen:
-            source = data.model_dump_json(exclude={"labels", "specialist"})
+            source = data.model_dump_json(exclude={"labels", "specialist"}) + data.state
             if source not in self._sources:
                 self._sources[source] = read_source(data, self._base)
             self._chosen[key] = choose_rows(self._sources[source], data)

@@ -177,7 +177,7 @@ class StageSpec:
     @property
     def needs(self) -> list[str]:
         """The earlier stages that it cannot be made without."""
-        return needed_stages(self.stage)
+        return needed_stages(self.stage, self.data.config)
 
     @property
     def token_level(self) -> bool:
@@ -192,7 +192,7 @@ class StageSpec:
     @property
     def columns(self) -> int:
         """Columns of the widest logits: rows of a head, or the real ids where a cache keeps some of them."""
-        if self.token_level and self.stage.kind == "cache":
+        if self.token_level and not self.stage.trained:
             return max(t.gives.num_ids if isinstance(t.gives, ModelSpec) else t.info.vocabulary for t in self.teachers)
         infos = [*(model.info for model in self.trained.values()), *(teacher.info for teacher in self.teachers)]
         return max(info.vocabulary if self.token_level else info.num_labels for info in infos)

@@ -26,6 +26,7 @@ from mtkd.planning.caches import (
 from mtkd.planning.calibrated import check_calibrated, fitted_on_scored
 from mtkd.planning.data import DataReader
 from mtkd.planning.defaults import chosen_for
+from mtkd.planning.generate import with_texts
 from mtkd.planning.ladder import Look
 from mtkd.planning.models import PlannedModels
 from mtkd.planning.rollouts import check_can_write
@@ -81,7 +82,8 @@ class Specifier:
         spec = replace(spec, teachers=tuple(self._teacher(spec, i, t) for i, t in enumerate(stage.teachers)))
         check_predictions(spec)
         check_calibrated(self.config, spec, self.models.facts)
-        spec = self._with_caches(spec) if stage.kind == "cache" else self._with_rows(spec)
+        kinds = {"cache": self._with_caches, "generate": with_texts}
+        spec = kinds.get(stage.kind, self._with_rows)(spec)
         sizes, place = [teacher.size for teacher in spec.teachers], Place(device_of(self.config.engine) == "cuda")
         check_room(sizes, place, self.config.folder, f"{spec.where}.teachers")
         return replace(spec, notes=(*self._notes(name), *unknown_classes(spec), *fitted_on_scored(self.config, spec)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mtkd.config import RunConfig, StageConfig, StageRef
+from mtkd.config import DataConfig, RunConfig, StageConfig, StageRef
 from mtkd.engine.folder import StageDir
 from mtkd.errors import UserError, nearest
 from mtkd.methods.rows import stage_rows
@@ -31,10 +31,14 @@ def used_stages(stage: StageConfig) -> list[str]:
     return list(dict.fromkeys(model.stage.stage for model in models if model.stage is not None))
 
 
-def needed_stages(stage: StageConfig) -> list[str]:
-    """Names of the earlier stages whose models or training times this one needs."""
+def needed_stages(stage: StageConfig, data: DataConfig) -> list[str]:
+    """Names of the earlier stages whose models, texts or training times this one needs.
+
+    Args:
+        data: of the stage.
+    """
     timed = [stage.equal_time.to, stage.equal_time.rate_of] if stage.equal_time else []
-    return list(dict.fromkeys([*used_stages(stage), *timed]))
+    return list(dict.fromkeys([*used_stages(stage), *data.made_by, *timed]))
 
 
 def to_redo(config: RunConfig, names: Sequence[str]) -> list[str]:
@@ -54,7 +58,7 @@ def to_redo(config: RunConfig, names: Sequence[str]) -> list[str]:
             )
     stale = set(names)
     for name, stage in config.stages.items():
-        if stale.intersection(needed_stages(stage)):
+        if stale.intersection(needed_stages(stage, config.data_of(stage))):
             stale.add(name)
     return [name for name in reversed(config.stages) if name in stale]
 
@@ -96,7 +100,7 @@ def never_trained(config: RunConfig, model: str) -> bool:
     """
     name = StageRef.named(model).stage
     stage: StageConfig = config.stages[name]
-    if stage.kind == "cache" or learns_to_predict(config, name):
+    if not stage.trained or learns_to_predict(config, name):
         return False
     origins = {model_name(name, stage, role): each for role, each in stage.trained.items()}
     origin = origins[model]
@@ -134,9 +138,11 @@ def stage_values(stage: StageConfig) -> dict[str, Any]:
     """The fields of a stage that determine its result, as plain values."""
     if stage.kind == "cache":  # without the batch, which changes the rounding of the last bits alone
         return _without_places(stage.model_dump(mode="json", include={"kind", "data", "teachers", "cache"}))
+    if stage.kind == "generate":
+        return _without_places(stage.model_dump(mode="json", include={"kind", "data", "teachers", "write"}))
     # Validation changes nothing, unless its score decides where the stage ends or which step is exported.
     validation = set() if stage.selects else {"evaluate_every"}
-    values = stage.model_dump(mode="json", exclude=_BOOKKEEPING | validation | {"cache"})
+    values = stage.model_dump(mode="json", exclude=_BOOKKEEPING | validation | {"cache", "write"})
     values = _without_places(values)
     for name in ("transforms", "rollout"):  # finished stages may not know these fields
         if not getattr(stage, name):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from mtkd.config import RunConfig
 from mtkd.config.mix import resolve_mixes
+from mtkd.config.stagedata import resolve_stage_data
 from mtkd.data.hub import commit_of
 from mtkd.engine.folder import RunDir
 from mtkd.errors import DataError
@@ -56,4 +57,4 @@ def with_commits(config: RunConfig, found: Mapping[str, Mapping[str, str]]) -> R
         name: entry.model_copy(update={"revision": found[name]["commit"]}) if name in found else entry
         for name, entry in config.data.items()
     }
-    return config.model_copy(update={"data": resolve_mixes(data)})
+    return config.model_copy(update={"data": resolve_mixes(resolve_stage_data(data, config.stages, config.folder))})

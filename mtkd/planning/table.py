@@ -185,7 +185,7 @@ def planned_stage(spec: StageSpec, state: str) -> PlannedStage:
     """A stage of the table; `state` says whether it is done."""
     stage = spec.stage
     trained = [_model(role, stage.trained[role], m.info, m.num_parameters) for role, m in spec.trained.items()]
-    trains = stage.kind != "cache"
+    trains = bool(stage.trained)
     return PlannedStage(
         spec.name,
         stage.kind,

@@ -19,6 +19,6 @@ def heads_read(config: RunConfig, name: str) -> frozenset[str]:
     heads = {row.feature for row in rows if row.target == "teacher" and row.feature in HEADS and row.weight}
     reads = stage_reads(stage, where, token_level=TASKS.find(data.task).token_level)
     weighed = bool(stage.teachers) and reads.predictions
-    if weighed or stage.kind == "cache" or name in config.evaluate.ensembles:
+    if weighed or not stage.trained or name in config.evaluate.ensembles:
         heads.add("logits")
     return frozenset(heads)

@@ -67,6 +67,8 @@ class RunContext:
     def raw(self, name: str) -> Raw:
         """The rows of a `data` entry, read once."""
         with placed(data=f"data.{name}"):
+            for stage in self.config.data[name].made_by:
+                self.export_of(StageRef(stage))
             return self._reader.raw(self.config.data[name])
 
     def data(self, name: str) -> LoadedData:

@@ -167,6 +167,8 @@ def identity(
         del values["compile"]  # a cache stage compiles no teacher
         if stage.cache.targets != "sampled":
             del values["seed"]  # only sampled targets are drawn
+    if stage.kind == "generate":
+        del values["compile"]
     return values
 
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mtkd.config import AnswersConfig
 from mtkd.data.batch import NO_LABEL
+from mtkd.data.split import Split
 from mtkd.errors import DataError
 from mtkd.evaluate.answers import make_extractor
 from mtkd.models.sampling import Sampling
 from mtkd.planning.answers import WHERE, answers_data
 from mtkd.running.context import RunContext
 from mtkd.running.sample import spread
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Texts = list[dict[str, Any]]
 """A record per prompt, see `mtkd.evaluate.answers`."""
@@ -55,15 +59,11 @@ def read_prompts(context: RunContext, asked: AnswersConfig, sampling: Sampling) 
     most, ends = context.config.data[name].max_length, set(sampling.ends)
     ids, records, left_out = [], [], 0
     for index in spread(np.arange(len(split)), asked.examples).tolist():
-        prompt = examples.prompt(index).tolist()
-        _, targets, _ = examples.read(index, 0)
-        assert isinstance(targets, np.ndarray)
-        answer = [token for token in targets[len(prompt) - 1 :].tolist() if token != NO_LABEL]
-        if answer and len(targets) >= most and answer[-1] not in ends:
+        answer, reference = reference_of(split, index, tokenizer)
+        if answer and split.lengths[index] >= most and answer[-1] not in ends:
             left_out += 1
             continue
         document = int(split.documents[index])
-        reference = str(tokenizer.decode(answer, skip_special_tokens=True))
         expected = None if extract is None else extract(reference)
         if extract is not None and expected is None:
             raise DataError(
@@ -72,7 +72,7 @@ def read_prompts(context: RunContext, asked: AnswersConfig, sampling: Sampling) 
                 found=repr(reference[:160]),
                 todo=f"correct the row, or choose another {WHERE}.extract",
             )
-        ids.append(prompt)
+        ids.append(examples.prompt(index).tolist())
         shown = {"document": split.document_names[document], "domain": split.document_domains[document]}
         records.append({**shown, "reference": reference, "expected": expected})
     if not ids:
@@ -82,3 +82,13 @@ def read_prompts(context: RunContext, asked: AnswersConfig, sampling: Sampling) 
             todo="set a larger data.NAME.max_length",
         )
     return Prompts(ids, records, left_out)
+
+
+def reference_of(split: Split, index: int, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], str]:
+    """The data's (last) answer to the prompt of an example: its tokens, and its text without special ones."""
+    examples = split.prompted
+    assert examples is not None, "the data have prompts"
+    _, targets, _ = examples.read(index, 0)
+    assert isinstance(targets, np.ndarray)
+    answer = [token for token in targets[len(examples.prompt(index)) - 1 :].tolist() if token != NO_LABEL]
+    return answer, str(tokenizer.decode(answer, skip_special_tokens=True))

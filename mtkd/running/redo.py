@@ -96,7 +96,11 @@ def put_back(run: RunDir, config: RunConfig) -> list[str]:
     old = run.set_aside()
     done: list[str] = []
     for name, stage in config.stages.items():
-        if name in old and not (set(needed_stages(stage)) & old.keys()) - set(done) and not _has_new(run, name):
+        if (
+            name in old
+            and not (set(needed_stages(stage, config.data_of(stage))) & old.keys()) - set(done)
+            and not _has_new(run, name)
+        ):
             _put_back(run, name, old[name])
             done.append(name)
     if old and not run.set_aside():

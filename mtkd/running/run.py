@@ -45,6 +45,7 @@ from mtkd.running.capture import capture, restore_notes
 from mtkd.running.chance import warn_below_chance, warn_uncalibrated
 from mtkd.running.consensus import note_consensus
 from mtkd.running.context import RunContext
+from mtkd.running.generate import generate
 from mtkd.running.identity import finished, stage_identity
 from mtkd.running.judge import judge
 from mtkd.running.redo import drop_replaced, pending, set_aside, undone_on_error
@@ -205,7 +206,8 @@ def _stage(context: RunContext, name: str) -> Done:
     say(f"stage {name}: {stage.kind}", main=dist.is_main)
     spec = context.specs[name]
     with placed(stage=spec.where):
-        facts = capture(context, spec, identity) if stage.kind == "cache" else _trained(context, spec, folder, identity)
+        makers = {"cache": capture, "generate": generate}
+        facts = makers.get(stage.kind, _trained)(context, spec, identity)
     record = Done.of({**facts, "fingerprint": fingerprint(identity), "identity": identity})
     fault_point("before-done", record.steps)
     on_main(dist, lambda: _mark_done(context.run, folder, record))
@@ -232,8 +234,9 @@ def _finished(context: RunContext, name: str, identity: dict[str, Any]) -> Done 
     return record
 
 
-def _trained(context: RunContext, spec: StageSpec, folder: StageDir, identity: dict[str, Any]) -> dict[str, Any]:
+def _trained(context: RunContext, spec: StageSpec, identity: dict[str, Any]) -> dict[str, Any]:
     """Train a stage, export its models, and return the facts for its DONE record."""
+    folder = context.folder(spec.name)
     built = build(context, spec, identity)
     if "logits" in spec.heads:
         read = {planned.place: teacher for planned, teacher in zip(spec.teachers, built.pool.teachers, strict=True)}
