@@ -19,6 +19,19 @@ UNLAYERED_FEATURES = ("logits", "nsp_logits", "embedding")
 ATTENTION_FEATURES = ("query", "key", "value", "scores", "probs")
 
 
+class Candidates(BaseModel):
+    """What a student holds possible at a position, and how much of the teachers' mass must lie there."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    top: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
+        16, description="number of the student's most probable tokens"
+    )
+    mass: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5, description="least probability of the weighted teachers on these tokens together"
+    )
+
+
 class Match(BaseModel):
     """One row: ``weight * mean over valid positions of sum_k w_k loss(student feature, teacher k's feature)``."""
 
@@ -45,10 +58,13 @@ class Match(BaseModel):
         description="how teachers meet in a logits row: weighted sum of losses, arithmetic mixture of probabilities, "
         "or weighted mean of logits (geometric)",
     )
-    positions: Literal["targets", "all"] | None = Field(
+    positions: Literal["targets", "all", "teachable"] | None = Field(
         None,
-        description="token positions that count: with a target, or all unpadded; default: targets for logits, else all",
+        description="token positions that count: with a target, or all unpadded; default: targets for logits, else "
+        "all. teachable: of the targets, those where the teachers' mass lies on the student's candidates; the others "
+        "have the loss 0 and count",
     )
+    candidates: Candidates = Field(Candidates(), description="with positions: teachable")
     projection: Literal["shared", "per_layer"] = Field(
         "shared", description="width adapters where widths differ: one per (row, teacher), or one more per layer pair"
     )
@@ -68,8 +84,8 @@ class Match(BaseModel):
             raise ValueError(f"labels can be compared with logits, not with '{self.feature}'")
         if self.ensemble != "losses" and self.feature != "logits":
             raise ValueError(f"ensemble '{self.ensemble}' is for logits rows, not '{self.feature}'")
-        if self.positions == "targets" and self.feature != "logits":
-            raise ValueError("positions: targets is for logits rows")
+        if self.positions in ("targets", "teachable") and self.feature != "logits":
+            raise ValueError(f"positions: {self.positions} is for logits rows")
         if self.student_layer in ("uniform", "skip"):
             raise ValueError("student_layer is a number, a list of numbers, 'last' or 'each'")
         self._every_knob_is_read()
@@ -80,8 +96,12 @@ class Match(BaseModel):
             raise ValueError("a row with target: labels has no teachers to weight; drop weighted: false")
         if self.target == "labels" and self.ensemble != "losses":
             raise ValueError(f"a row with target: labels has no teachers; drop ensemble: {self.ensemble}")
-        if self.target == "labels" and self.positions == "all":
-            raise ValueError("a row with target: labels counts positions with a label; drop positions: all")
+        if self.target == "labels" and self.positions in ("all", "teachable"):
+            raise ValueError(
+                f"a row with target: labels counts positions with a label; drop positions: {self.positions}"
+            )
+        if "candidates" in self.model_fields_set and self.positions != "teachable":
+            raise ValueError("candidates are read with positions: teachable")
         if self.projection == "per_layer" and self.feature not in ("hidden", "cls"):
             raise ValueError(f"projection: per_layer is for hidden and cls rows, not for '{self.feature}'")
         if self.layer_reduction == "mean" and self.feature in UNLAYERED_FEATURES:

@@ -16,9 +16,9 @@ from mtkd.errors import DataError
 _ASIDE = "move aside what stands there: the file is written again as far as there is anything to write"
 
 
-ROW, WEIGHT, VALIDATION, ROLLOUT = "row/", "weight/", "validation/", "rollout/"
-"""What names in metrics.jsonl begin with: of a row's loss, of a teacher's mean weight, of a validation score, and of
-what the student wrote."""
+ROW, WEIGHT, VALIDATION, ROLLOUT, TEACHABLE = "row/", "weight/", "validation/", "rollout/", "teachable/"
+"""What names in metrics.jsonl begin with: of a row's loss, of a teacher's mean weight, of a validation score, of what
+the student wrote, and of the share of positions that a row selects."""
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:

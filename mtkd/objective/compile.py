@@ -45,6 +45,11 @@ class Row:
     def from_labels(self) -> bool:
         return self.match.target == "labels"
 
+    @property
+    def selects(self) -> bool:
+        """Whether the student and its teachers decide which positions have a loss."""
+        return self.match.positions == "teachable"
+
     def feature_key(self, layer: int) -> str:
         """ "hidden.4", or "logits" for a feature without layers."""
         feature = self.match.feature
@@ -182,7 +187,7 @@ def _check_loss(match: Match, spec: LossSpec, token_level: bool, regression: boo
             where="@row.loss",
             todo="use a divergence, such as reverse_kl",
         )
-    if "behaviour" in spec.needs and match.positions is not None:
+    if "behaviour" in spec.needs and match.positions in ("targets", "all"):
         raise UserError(
             f"loss '{match.loss}' counts the words that the student wrote, and nothing else",
             where="@row.positions",

@@ -155,7 +155,14 @@ def check_cached_row(row: Row, targets: str, k: int, temperature: float, where: 
 
 
 def _check_whole(row: Row, targets: str, where: str) -> None:
-    """Refuse a row that reads every column of a teacher."""
+    """Refuse a row that reads every column of a teacher, or the mass of columns that were not drawn."""
+    if targets == "sampled" and row.selects:
+        raise UserError(
+            "drawn targets do not say what mass a teacher has on the student's candidates",
+            where=where,
+            found="positions: teachable",
+            todo="make the cache with targets: top",
+        )
     standardised = bool(row.match.options.get("standardise"))
     if standardised or "columns" in row.spec.needs:
         what = f"loss '{row.spec.name}'" + (" with standardise: true" if standardised else "")

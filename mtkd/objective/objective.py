@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mtkd.data.batch import Batch
 from mtkd.engine.base import Trainable
-from mtkd.engine.jsonlines import ROW
+from mtkd.engine.jsonlines import ROW, TEACHABLE
 from mtkd.models.features import Features, HeadLogits, Logits, NoLogits, as_logits
 from mtkd.models.forward import LOGITS, features_of
 from mtkd.models.pieces import EVERY_PIECE, Pieces
@@ -120,8 +120,9 @@ class Objective(Trainable):
         if self._logit_rows:
             loss, values = self._tiled_rows(features["logits"], logits, weights.values, batch, counts)
             total = total + loss
-            for row, value in zip(self._logit_rows, values.unbind(), strict=True):
-                metrics[ROW + row.key] = value
+            names = [ROW + row.key for row in self._logit_rows]
+            names += [TEACHABLE + row.key for row in self._logit_rows if row.selects]
+            metrics.update(zip(names, values.unbind(), strict=True))
         if weights.penalty is not None:
             total = total + weights.penalty
             metrics["penalty"] = weights.penalty.detach()

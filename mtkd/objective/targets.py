@@ -6,7 +6,7 @@ tiles, or one per teacher where teachers do not have to meet: memory then holds 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from mtkd.objective.compile import Row
 from mtkd.objective.ensembles import ensemble_losses, soft_target_losses
 from mtkd.objective.kept import check_known, read
 from mtkd.objective.onepass import ReadOnce
+from mtkd.objective.teachable import teachable
 
 Where = tuple[Tensor | None, Tensor, Tensor | None]
 """(where a row counts or None, its labels, their log-probabilities when they were written or None), [n] each."""
@@ -147,6 +148,40 @@ class Alone:
         return ensemble_losses(self._row, tile.student, rows, weights, *_parts(self._where, tile))
 
 
+class Selected:
+    """Several teachers at the same time, at the positions that they and the student select; 0 elsewhere."""
+
+    def __init__(self, row: Row, teachers: TeacherTiles, members: Sequence[int], where: Where) -> None:
+        self._inner, self._row, self._teachers, self._mask = (
+            Together(row, teachers, members, where),
+            row,
+            teachers,
+            where[0],
+        )
+
+    def losses(self, tile: Tile) -> Tensor:
+        return self._inner.losses(tile).masked_fill(~self.selection(tile), 0)
+
+    def selection(self, tile: Tile) -> Tensor:
+        """The selected positions among those that count, [m] bool."""
+        if self not in tile.shared:
+            chosen = teachable(self._row, tile.student, self._teachers(tile.at), tile.weights)
+            mask = _part(self._mask, tile)
+            tile.shared[self] = chosen if mask is None else chosen & mask
+        selection: Tensor = tile.shared[self]
+        return selection
+
+
+class Share:
+    """1 where a position is selected: the mean is logged, and is no part of the loss."""
+
+    def __init__(self, selected: Selected) -> None:
+        self._selected = selected
+
+    def losses(self, tile: Tile) -> Tensor:
+        return self._selected.selection(tile).float()
+
+
 class Kept:
     """Cached teachers, compared at the columns that they keep; the label row may share their pass.
 
@@ -242,16 +277,19 @@ class TeacherTiles:
         return [rows[at.start - start : at.stop - start] for rows in self._tiles]
 
 
+Member = tuple[int, Row, Targets, int]
+"""(number of the value, row, its targets, its global number of positions)."""
+
+
 @dataclass(frozen=True)
 class Pass:
     """One pass over the tiles. Callable as `mtkd.objective.tiles.TileLoss`.
 
     Attributes:
-        members: (number of the row, row, its targets, its global number of positions).
-        num_rows: of the step; a row that is not a member has the value 0.
+        num_rows: of the step, and one more per row that selects positions; one that is not a member has the value 0.
     """
 
-    members: tuple[tuple[int, Row, Targets, int], ...]
+    members: tuple[Member, ...]
     num_rows: int
 
     def __call__(self, student: Tensor, weights: Tensor, at: slice) -> tuple[Tensor, Tensor]:
@@ -261,7 +299,8 @@ class Pass:
         for number, row, targets, count in self.members:
             # Divided by the global count here, so that tiles, micro-batches and ranks only add up.
             value = targets.losses(tile).sum() / count
-            total = total + row.match.weight * value
+            if not isinstance(targets, Share):
+                total = total + row.match.weight * value
             values[number] = value.detach()
         return total, values
 
@@ -278,6 +317,8 @@ def passes_for(
     pieces: Pieces | None,
 ) -> list[Pass]:
     """Decide who is compared with the student in which pass.
+
+    The values are those of the rows, then the shares of positions that rows with ``positions: teachable`` select.
 
     Args:
         rows: all logits rows of the stage.
@@ -299,6 +340,8 @@ def passes_for(
 
     def targets(row: Row, turn: int) -> Targets:
         mask, labels, _ = where = positions.read_by(row, token_level)
+        if row.selects:
+            return Selected(row, teachers, range(len(logits)), where)
         if once is not None and once.serves(row):
             rest = Together(row, teachers, once.rest, where) if once.rest and not row.from_labels else None
             return Kept(row, once, rest)
@@ -310,12 +353,20 @@ def passes_for(
             return Mixture(row, logits, positions.index, weights, size, pieces)
         return Together(row, teachers, range(len(logits)), where)
 
-    def members(turn: int) -> tuple[tuple[int, Row, Targets, int], ...]:
-        # The first pass alone compares labels: one per teacher would count them T times.
-        numbers = [i for i, row in enumerate(rows) if turn == 0 or not row.from_labels]
-        return tuple((i, rows[i], targets(rows[i], turn), counts[i]) for i in numbers)
+    values = len(rows) + sum(row.selects for row in rows)
+    return [Pass(_members(rows, counts, k, targets), values) for k in range(len(logits) if apart else 1)]
 
-    return [Pass(members(turn), len(rows)) for turn in range(len(logits) if apart else 1)]
+
+def _members(
+    rows: Sequence[Row], counts: Sequence[int], turn: int, targets: Callable[[Row, int], Targets]
+) -> tuple[Member, ...]:
+    """The rows of a pass, then the share of positions of each that selects some."""
+    # The first pass alone compares labels: one per teacher would count them T times.
+    numbers = [i for i, row in enumerate(rows) if turn == 0 or not row.from_labels]
+    made = [(i, rows[i], targets(rows[i], turn), counts[i]) for i in numbers]
+    selected = [(row, each, count) for _, row, each, count in made if isinstance(each, Selected)]
+    shares = [(len(rows) + i, row, Share(each), count) for i, (row, each, count) in enumerate(selected)]
+    return (*made, *shares)
 
 
 def _mixes(row: Row) -> bool:
@@ -325,7 +376,7 @@ def _mixes(row: Row) -> bool:
 
 def _alone(row: Row) -> bool:
     """The row's loss is a sum over teachers, each compared with the student by itself."""
-    return row.match.ensemble == "losses" and not row.spec.mixes(row.match.options)
+    return row.match.ensemble == "losses" and not row.spec.mixes(row.match.options) and not row.selects
 
 
 def _part(mask: Tensor | None, tile: Tile) -> Tensor | None:

@@ -70,7 +70,10 @@ def _check_written(stage: StageConfig, rows: Mapping[str, Match], where: str) ->
     """Refuse rows on written words without any, or with words of another distribution than the row's."""
     rollout = stage.rollout
     for place, row in rows.items():
-        if "behaviour" not in LOSSES[row.loss].needs:
+        drawn_alone = "behaviour" in LOSSES[row.loss].needs
+        if (drawn_alone or row.positions == "teachable") and row.weighted:
+            _check_gradients(stage, row, where)
+        if not drawn_alone:
             continue
         if rollout is None or rollout.share == 0:
             raise UserError(
@@ -92,14 +95,18 @@ def _check_written(stage: StageConfig, rows: Mapping[str, Match], where: str) ->
                     todo="set it so; or options: {temperature: ...} of the row to that of the rollout, or take "
                     "reverse_kl, which reads all words",
                 )
-        if "gram" in stage_reads(stage, where, token_level=True).names and row.weighted:
-            raise UserError(
-                f"weighting '{stage.weighting.name}' compares the teachers' gradients, and those of drawn words are "
-                "one word's each",
-                where=f"{where}.weighting",
-                found=f"{stage.weighting.name} with loss '{row.loss}'",
-                todo="take reverse_kl, whose gradient is that of all words, or another weighting",
-            )
+
+
+def _check_gradients(stage: StageConfig, row: Match, where: str) -> None:
+    """Refuse weights from the teachers' gradients of all words where a row has those of some."""
+    if "gram" in stage_reads(stage, where, token_level=True).names:
+        raise UserError(
+            f"weighting '{stage.weighting.name}' compares the teachers' gradients at all targets and words, and this "
+            "row has some of them",
+            where=f"{where}.weighting",
+            found=f"loss '{row.loss}'" + (", positions: teachable" if row.positions == "teachable" else ""),
+            todo="take reverse_kl at all targets, or another weighting",
+        )
 
 
 def _check_cached(stage: StageConfig, where: str) -> None:

@@ -263,7 +263,9 @@ def make_rows(loss: str, options: dict[str, float], kind: str, *, alone: bool = 
 CASES = [
     (loss, options)
     for loss in LOSSES
-    if "logits" in LOSSES[loss].inputs and not LOSSES[loss].labels and "batch" not in LOSSES[loss].needs
+    if "logits" in LOSSES[loss].inputs
+    and not LOSSES[loss].labels
+    and not {"batch", "behaviour"} & set(LOSSES[loss].needs)
     for options in OPTIONS.get(loss, ({},))
 ]
 
