@@ -42,7 +42,7 @@ MODULES = {
     "numbers": ("numbers__place_value", "numbers__round_number"),
     "measurement": ("measurement__conversion", "measurement__time"),
 }
-MATH_STEPS = 1_500
+MATH_STEPS = {"arithmetic": 3_000, "comparison": 1_500, "numbers": 1_500, "measurement": 1_500}
 GENERATED = 80_000  # questions per module that specialists learn from
 FEWER = {"measurement__conversion": 35_000}  # slow to draw
 READ = 0.1  # share of the questions that specialists read as text
@@ -221,10 +221,10 @@ def _math(folder: Path) -> Corpus:
             texts += [row["answer"] for row in whole]
         digits(texts).save_pretrained(folder / "tokenizer")
     data = {"prompt": "prompt", "text": "answer", "domain": "domain", "max_length": 64, "limit": {"validation": 500}}
-    shapes, steps = {domain: llama(3, 192) for domain in MODULES}, dict.fromkeys(MODULES, MATH_STEPS)
+    shapes = {domain: llama(3, 192) for domain in MODULES}
     teacher = {"batch": {"tokens": 4_096}}
     # Rows are short: the flash kernel of the CPU takes four times as long for the backward pass of 25 tokens.
-    return Corpus("math", folder, data, shapes, steps, 1_024, 3e-3, "math", teacher)
+    return Corpus("math", folder, data, shapes, MATH_STEPS, 1_024, 3e-3, "math", teacher)
 
 
 def _has_places(row: Row) -> bool:
