@@ -12,7 +12,8 @@ import typer
 from rich.table import Table
 
 from mtkd import __version__
-from mtkd.cli.show import console, print_json, print_tables
+from mtkd.cli.generate import generate
+from mtkd.cli.show import console, print_json, print_tables, run_folder
 from mtkd.engine.disk import full_disk, refused
 from mtkd.engine.stopping import end_on_signals
 from mtkd.errors import EXIT_DATA, EXIT_INTERNAL, EXIT_USAGE, Stopped, UserError, nearest, tell
@@ -32,6 +33,7 @@ app = typer.Typer(
 
 cache = typer.Typer(help="Teacher caches.", no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 app.add_typer(cache, name="cache")
+app.command()(generate)
 
 File = Annotated[Path, typer.Argument(help="the run's YAML file", metavar="FILE")]
 Run = Annotated[Path, typer.Argument(help="a run folder, e.g. runs/quickstart", metavar="RUN")]
@@ -147,7 +149,7 @@ def report(folder: Run, as_json: Json = False) -> None:
     """Write report.html of a run (finished or not) and print its tables."""
     from mtkd.evaluate.report import check_whole, write_report
 
-    check_whole(_run_folder(folder))
+    check_whole(run_folder(folder))
     write_report(folder)
     _finish(folder, as_json)
 
@@ -157,7 +159,7 @@ def status(folder: Run, as_json: Json = False) -> None:
     """Show which stages are done, where the others stand, and which process holds the run."""
     from mtkd.running.status import status as read_status
 
-    facts = read_status(_run_folder(folder))
+    facts = read_status(run_folder(folder))
     if as_json:
         print_json(facts)
         return
@@ -324,12 +326,6 @@ def _run(config: RunConfig, redo: list[str] | None, as_json: bool, started: Star
     from mtkd.running.run import run as run_stages
 
     _finish(run_stages(config, redo or ()).folder, as_json)
-
-
-def _run_folder(folder: Path) -> Path:
-    if not (folder / "run.yaml").exists():
-        raise UserError("not a run folder (no run.yaml in it)", found=str(folder), todo="give e.g. runs/quickstart")
-    return folder
 
 
 def _finish(folder: Path, as_json: bool) -> None:
