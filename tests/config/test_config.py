@@ -101,7 +101,7 @@ def test_a_wrong_literal_is_told_with_the_allowed_values(refused: Refused) -> No
     text = refused(changed("kind: finetune", "kind: finetun"))
     assert text == (
         "run.yaml:6: stages.prose.kind: not allowed; found 'finetun'; allowed: 'finetune', 'cofinetune', "
-        "'distill' or 'cache'; did you mean 'finetune'?"
+        "'distill', 'cache' or 'generate'; did you mean 'finetune'?"
     )
 
 

@@ -151,7 +151,7 @@ def test_filler_rows_count_nothing(task: str, indices: list[int], load: Loader) 
     assert filled.attention_mask.any(dim=1).all()  # softmax over nothing would be NaN
     if not indices:
         assert 1 <= filled.input_ids.shape[1] <= 2
-        assert counts == {"tokens": 0, "targets": 0, "sequences": 0, "labels": 0}
+        assert counts == {"tokens": 0, "targets": 0, "sequences": 0, "labels": 0, "written": 0}
 
 
 def test_a_batch_is_padded_to_its_longest_example(load: Loader) -> None:
