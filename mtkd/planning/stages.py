@@ -147,6 +147,9 @@ def stage_values(stage: StageConfig) -> dict[str, Any]:
     for name in ("transforms", "rollout"):  # finished stages may not know these fields
         if not getattr(stage, name):
             del values[name]
+    for row in values["match"]:  # likewise
+        if row["positions"] != "teachable":
+            del row["candidates"]
     # The members' order decides their seeds, and whose head is shared: canonical JSON would sort it away.
     return {**values, "member_order": list(stage.members)} if stage.members else values
 

@@ -53,6 +53,21 @@ def test_a_stage_that_is_done_stays_done(form: str, kind: str) -> None:
     assert fingerprint(stage_values(stage)).startswith(BEFORE[form, kind])
 
 
+def test_a_done_stage_with_rows_of_its_own_stays_done() -> None:
+    """Law: as above, of commit 875fe03, before rows had `candidates`; where these are read, they count."""
+    hidden = {"feature": "hidden", "loss": "mse", "student_layer": 1, "teacher_layer": 1}
+    student = {"architecture": "llama", "layers": 1, "width": 16, "heads": 2}
+    stage = {"kind": "distill", "student": student, "teachers": ["stage:t"], "steps": 1}
+
+    def values(**row: Any) -> dict[str, Any]:
+        match = [{"feature": "logits", "loss": "kl", **row}, hidden]
+        return stage_values(StageConfig.model_validate({**stage, "match": match}))
+
+    assert fingerprint(values()).startswith("37a4735b1e3eb11c")
+    some, more = (values(positions="teachable", candidates={"top": top}) for top in (4, 8))
+    assert fingerprint(some) != fingerprint(more)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_what_was_given_is_read_again(form: str) -> None:
     """Law: a teacher's plain values, as run.yaml keeps them, make the same teacher."""
