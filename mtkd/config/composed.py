@@ -45,8 +45,9 @@ class ComposedConfig(SourceConfig):
     @property
     def texts(self) -> Path | None:
         """The file that `stage` wrote; None where it has not, and for other data."""
-        found = [] if self._run is None else sorted(self._run.glob(f"stages/[0-9]*-{self.stage}/export/{TEXTS}"))
-        return found[0] if found else None
+        found = [] if self._run is None else sorted(self._run.glob(f"stages/[0-9]*-*/export/{TEXTS}"))
+        # NN-NAME, and a name may have dashes: no pattern tells 01-very-cold from 02-cold
+        return next((file for file in found if file.parents[1].name.partition("-")[2] == self.stage), None)
 
     @property
     def made_by(self) -> tuple[str, ...]:

@@ -108,6 +108,16 @@ def test_the_student_learns_from_the_texts(ran: Path) -> None:
     assert mtkd.plan(config).stages[3].needs == ["cold"]
 
 
+def test_texts_are_those_of_the_stage_of_this_very_name(ran: Path, tmp_path: Path) -> None:
+    """Law: a name that ends in another's, with a dash before, is another stage's."""
+    config = load_config(_copy(ran, tmp_path))
+    stages = config.folder / "stages"
+    for name in ("01-very-cold", "05-cold"):
+        (stages / name / "export").mkdir(parents=True)
+        (stages / name / "export/texts.jsonl").write_text("")
+    assert config.data["cold"].texts == stages / "05-cold/export/texts.jsonl"
+
+
 def test_a_second_run_writes_nothing_and_a_changed_file_is_refused(ran: Path, tmp_path: Path) -> None:
     """A finished run stays; a text that was changed afterwards is named."""
     shutil.copytree(ran, tmp_path / "copy")
