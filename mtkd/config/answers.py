@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from mtkd.config.base import Config, Length, Natural, NotNegative
-from mtkd.config.rollout import SamplingConfig
+from mtkd.config.rollout import GreedyConfig
 
 EXTRACTORS = ("whole", "last_number", "first_word")
 """What is compared of an answer, without options."""
@@ -57,7 +57,7 @@ class Extract(Config):
         return self
 
 
-class AnswersConfig(SamplingConfig):
+class AnswersConfig(GreedyConfig):
     """Answers that every scored model, and every teacher from elsewhere, writes to held-out prompts."""
 
     data: str = Field("", description="name of a `data` entry with prompts; default: that of evaluate")
@@ -75,13 +75,6 @@ class AnswersConfig(SamplingConfig):
         ("exact_match",), description="against the data's answer; rouge_l is ROUGE-L (F1), of the library rouge-score"
     )
     samples: Natural = Field(4, le=100, description="prompts whose answers stand in log and report")
-
-    @field_validator("temperature")
-    @classmethod
-    def _none_or_enough(cls, temperature: float) -> float:
-        if 0 < temperature < 1e-3:
-            raise ValueError("0, or at least 0.001")
-        return temperature
 
     @model_validator(mode="after")
     def _once(self) -> AnswersConfig:

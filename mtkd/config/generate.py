@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from mtkd.config.answers import Extract
-from mtkd.config.base import Config, Natural, NotNegative, Positive
-from mtkd.config.rollout import SamplingConfig
+from mtkd.config.base import Config, Natural, Positive
+from mtkd.config.rollout import GreedyConfig
 
 
 class KeepConfig(Config):
@@ -29,21 +29,13 @@ class KeepConfig(Config):
         return self
 
 
-class GenerateConfig(SamplingConfig):
+class GenerateConfig(GreedyConfig):
     """Texts that the teachers of a stage write to the prompts of its train split; all teachers score them."""
 
     writers: tuple[str, ...] = Field((), description="names of teachers that write; default: all")
     ensemble: bool = Field(False, description="the writers write together: tokens of the mean of their probabilities")
     per_prompt: Positive = Field(1, le=1024, description="texts of one prompt, by each writer")
-    temperature: NotNegative = Field(1.0, le=1e6, description="0: the most probable token")
     keep: KeepConfig = Field(KeepConfig(), description="which of the texts are kept")
-
-    @field_validator("temperature")
-    @classmethod
-    def _none_or_enough(cls, temperature: float) -> float:
-        if 0 < temperature < 1e-3:
-            raise ValueError("0, or at least 0.001")
-        return temperature
 
     @model_validator(mode="after")
     def _differ(self) -> GenerateConfig:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from mtkd.config.base import Config, Length, Natural, Positive, Share, Temperature
+from mtkd.config.base import Config, Length, Natural, NotNegative, Positive, Share, Temperature
 
 
 class SamplingConfig(Config):
@@ -35,6 +35,19 @@ class SamplingConfig(Config):
         if "" in stop or len(set(stop)) < len(stop):
             raise ValueError("an empty text, or one that stands twice")
         return stop
+
+
+class GreedyConfig(SamplingConfig):
+    """How a model writes that may also take the most probable token each time."""
+
+    temperature: NotNegative = Field(1.0, le=1e6, description="0: the most probable token")
+
+    @field_validator("temperature")
+    @classmethod
+    def _none_or_enough(cls, temperature: float) -> float:
+        if 0 < temperature < 1e-3:
+            raise ValueError("0, or at least 0.001")
+        return temperature
 
 
 class RolloutConfig(SamplingConfig):

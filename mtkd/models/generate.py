@@ -182,7 +182,7 @@ def write(
         models: a causal language model with whole weights on this rank, whose mode is as before afterwards. Several
             with the same columns, on one device, write together: from the mean of their probabilities.
         prompts: run ids, at least one per row.
-        noise: `mtkd.models.sampling.uniforms`, [B,max_new_tokens]; None at temperature 0.
+        noise: `how.noise(...)`, [B,max_new_tokens]; None at temperature 0.
         dtype: bfloat16 runs the model under autocast.
         watch: called after each token of a text with the length of the longest one so far, and all tokens so far.
     """

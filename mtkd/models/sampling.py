@@ -43,6 +43,10 @@ class Sampling:
     ends: tuple[int, ...] = ()
     max_length: int = 0
 
+    def noise(self, seed: int, step: int, keys: Sequence[int], draws: Sequence[int]) -> Tensor | None:
+        """`uniforms` for every token that may be written, [rows,max_new_tokens]; None at temperature 0."""
+        return uniforms(seed, step, keys, draws, self.max_new_tokens) if self.temperature else None
+
 
 def uniforms(seed: int, step: int, keys: Sequence[int], draws: Sequence[int], count: int, use: int = WRITING) -> Tensor:
     """`count` numbers in [0, 1) per row, [rows,count] float64; row r is a function of (seed, step, key, draw) alone.

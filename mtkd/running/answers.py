@@ -30,7 +30,7 @@ from mtkd.models.classes import Meaning
 from mtkd.models.forward import LOGITS
 from mtkd.models.generate import check_writing, write
 from mtkd.models.request import Taught
-from mtkd.models.sampling import Sampling, uniforms
+from mtkd.models.sampling import Sampling
 from mtkd.models.taps import TappedModel
 from mtkd.planning.answers import WHERE, answers_data
 from mtkd.planning.stages import scored_models
@@ -144,10 +144,7 @@ class Answers:
         parts = list(self._batches(range(dist.rank, len(prompts.ids), dist.world_size)))
         with Working(what, sum(map(len, parts)), "prompts") as working:
             for rows in parts:
-                noise = None
-                if self._asked.temperature:
-                    count = self._sampling.max_new_tokens
-                    noise = uniforms(self._context.config.seed, 0, rows, [0] * len(rows), count)
+                noise = self._sampling.noise(self._context.config.seed, 0, rows, [0] * len(rows))
                 ids = [prompts.ids[row] for row in rows]
                 texts = write(model, ids, self._sampling, noise, self._context.dtype)
                 for number, row in enumerate(rows):

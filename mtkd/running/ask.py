@@ -19,7 +19,7 @@ from mtkd.errors import UserError
 from mtkd.models.generate import check_writing, write
 from mtkd.models.load import build_model
 from mtkd.models.request import ModelRequest
-from mtkd.models.sampling import Sampling, uniforms
+from mtkd.models.sampling import Sampling
 from mtkd.models.taps import TappedModel
 from mtkd.models.vocabulary import read_vocabulary
 from mtkd.planning.locate import read_tokenizer, resolve_path
@@ -116,8 +116,7 @@ def _answers(
             found=f"{len(ids[long[0]])} tokens",
             allowed=f"at most {most}",
         )
-    noise = uniforms(seed, 0, rows, [0] * len(rows), how.max_new_tokens) if how.temperature else None
-    written = write(model, ids, how, noise)
+    written = write(model, ids, how, how.noise(seed, 0, rows, [0] * len(rows)))
     texts = [str(tokenizer.decode(written.of(row), skip_special_tokens=True)) for row in rows]
     return [Answer(name, prompts[row], texts[row], bool(written.cut[row])) for row in rows]
 

@@ -42,7 +42,7 @@ from mtkd.models.classes import Meaning
 from mtkd.models.forward import LOGITS
 from mtkd.models.generate import check_writing, write
 from mtkd.models.request import Taught
-from mtkd.models.sampling import Sampling, uniforms
+from mtkd.models.sampling import Sampling
 from mtkd.models.taps import TappedModel
 from mtkd.planning.exports import manifests
 from mtkd.planning.spec import StageSpec, TeacherSpec
@@ -208,10 +208,8 @@ def _texts_of(job: _Job, number: int, models: Sequence[TappedModel], examples: r
     texts = []
     for begin in range(0, len(places), size):
         rows = places[begin : begin + size]
-        noise = None
-        if asked.temperature:
-            draws = [number * asked.per_prompt + draw for _, draw in rows]
-            noise = uniforms(job.spec.seed, 0, [e for e, _ in rows], draws, asked.max_new_tokens)
+        draws = [number * asked.per_prompt + draw for _, draw in rows]
+        noise = job.sampling.noise(job.spec.seed, 0, [e for e, _ in rows], draws)
         ids = [prompts.prompt(example).tolist() for example, _ in rows]
         written = write(models, ids, job.sampling, noise, job.context.dtype)
         for row, (example, draw) in enumerate(rows):
